@@ -1,0 +1,182 @@
+"""From configuration to objects: the sole wiring."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torchrl.collectors import Collector, MultiSyncCollector
+from torchrl.envs import Compose, EnvBase, InitTracker, RewardSum, TransformedEnv
+
+from cyborg_torchrl.config import ConfigError, options_of, resolve_device
+from cyborg_torchrl.cores import Core, MemorylessCore
+from cyborg_torchrl.data import RecurrentRolloutBuffer, RolloutBuffer
+from cyborg_torchrl.modules import Backbone, PPOAgent, build_encoder
+from cyborg_torchrl.objectives import RecurrentClipPPOLoss
+from cyborg_torchrl.registry import backbones, environments
+from cyborg_torchrl.trainer import PPOTrainer
+
+
+def prepare_process(cfg: DictConfig) -> None:
+    """Sets threads, denormals and seeds of this process.
+
+    Decayed memory states become denormal numbers, which a CPU handles ten times slower: they are flushed to zero.
+    """
+    torch.set_num_threads(cfg.train.num_threads)
+    torch.set_flush_denormal(True)
+    torch.manual_seed(cfg.train.seed)
+
+
+def build_env(cfg: DictConfig, *, num_envs: int | None = None, seed: int | None = None) -> EnvBase:
+    """Builds the environment of a configuration, batched, with `is_init` and episode returns.
+
+    Args:
+        cfg: the configuration.
+        num_envs: in place of env.num_envs.
+        seed: in place of train.seed.
+
+    Raises:
+        ConfigError: if the environment refuses its options.
+    """
+    options = {key: value for key, value in OmegaConf.to_container(cfg.env).items() if key != "name"}
+    options["num_envs"] = options.get("num_envs", 1) if num_envs is None else num_envs
+    seed = cfg.train.seed if seed is None else seed
+    try:
+        env = environments.get(cfg.env.name)(**options, device=resolve_device(cfg.train.device), seed=seed)
+    except ValueError as error:
+        raise ConfigError(f"env: {error}") from None
+    return TransformedEnv(env, Compose(InitTracker(), RewardSum()))
+
+
+def build_core(cfg: DictConfig, in_features: int, env: EnvBase) -> Core:
+    """Builds the core of a configuration; `max_horizon: null` becomes the environment's horizon."""
+    builder = backbones.get(cfg.backbone.name)
+    options = {key: value for key, value in OmegaConf.to_container(cfg.backbone).items() if key != "name"}
+    if "max_horizon" in options_of(builder) and options.get("max_horizon") is None:
+        options["max_horizon"] = max(1, episode_attribute(env, "horizon") or cfg.train.n_steps or 1000)
+    try:
+        core = builder(in_features, **options)
+    except ValueError as error:
+        raise ConfigError(f"backbone: {error}") from None
+    return MemorylessCore(core) if cfg.train.recurrent_mode == "none" else core
+
+
+def build_agent(cfg: DictConfig, env: EnvBase) -> PPOAgent:
+    """Builds the agent that fits an environment; seeded by train.seed."""
+    batch_dims = len(env.batch_size)
+    try:
+        encoder = build_encoder(env.observation_spec, batch_dims=batch_dims, **OmegaConf.to_container(cfg.encoder))
+    except ValueError as error:
+        raise ConfigError(f"encoder: {error}") from None
+    core = build_core(cfg, cfg.encoder.features, env)
+    agent = PPOAgent(encoder, Backbone(core), env.action_spec, batch_dims=batch_dims)
+    return agent.to(resolve_device(cfg.train.device))
+
+
+def episode_attribute(env: EnvBase, name: str) -> int | None:
+    """`horizon` or `max_episode_steps` of an environment, if it has one."""
+    while env is not None:
+        value = getattr(env, name, None)
+        if isinstance(value, int):
+            return value
+        env = getattr(env, "base_env", None)
+    return None
+
+
+def rollout_length(cfg: DictConfig, env: EnvBase) -> int:
+    """Steps of each environment in a rollout, checked against seq_len and the minibatches.
+
+    Raises:
+        ConfigError: if there is none, or seq_len or the minibatches do not fit it.
+    """
+    train = cfg.train
+    steps = train.n_steps or episode_attribute(env, "max_episode_steps")
+    if steps is None:
+        raise ConfigError(f"train.n_steps must be given: environment '{cfg.env.name}' does not say how long it lasts.")
+    if train.seq_len is not None and steps % train.seq_len:
+        divisors = [d for d in range(1, steps + 1) if steps % d == 0]
+        nearest = min(divisors, key=lambda d: abs(d - train.seq_len))
+        raise ConfigError(
+            f"train.seq_len = {train.seq_len} does not divide the rollout of {steps} steps; the nearest that does is {nearest}."
+        )
+    num_envs = env.batch_size.numel()
+    rows = num_envs * steps // _row_length(cfg, steps)
+    if train.num_minibatches > rows:
+        raise ConfigError(
+            f"train.num_minibatches = {train.num_minibatches}, but a rollout has only {rows} sequences to split; use {rows} or fewer."
+        )
+    return steps
+
+
+def build_buffer(cfg: DictConfig, num_envs: int, steps: int) -> RolloutBuffer | RecurrentRolloutBuffer:
+    """Builds the buffer that the recurrent mode needs."""
+    row = _row_length(cfg, steps)
+    batch_size = -(-num_envs * steps // row // cfg.train.num_minibatches)
+    if cfg.train.recurrent_mode == "none":
+        return RolloutBuffer(num_envs * steps, batch_size)
+    return RecurrentRolloutBuffer(num_envs * steps, row, batch_size)
+
+
+def build_collector(cfg: DictConfig, env: EnvBase, agent: PPOAgent, steps: int) -> Collector | MultiSyncCollector:
+    """Builds TorchRL's collector; it adds the primers of the memory state to the environment by itself."""
+    num_envs = env.batch_size.numel()
+    frames = num_envs * steps
+    options = {
+        "frames_per_batch": frames,
+        "total_frames": frames * max(1, cfg.train.total_timesteps // frames),
+        "auto_register_policy_transforms": True,
+    }
+    if cfg.collector.name == "single":
+        collector = Collector(env, agent, **options)
+    else:
+        workers = cfg.collector.num_workers
+        if num_envs % workers:
+            raise ConfigError(f"collector.num_workers = {workers} does not divide env.num_envs = {num_envs}.")
+        makers = [partial(build_env, cfg, num_envs=num_envs // workers, seed=cfg.train.seed + i) for i in range(workers)]
+        collector = MultiSyncCollector(makers, agent, cat_results=0, **options)
+    collector.set_seed(cfg.train.seed)
+    return collector
+
+
+def build_loss(cfg: DictConfig, agent: PPOAgent) -> RecurrentClipPPOLoss:
+    """Builds the objective."""
+    train = cfg.train
+    return RecurrentClipPPOLoss(
+        agent,
+        clip_epsilon=train.clip_range,
+        clip_value=train.clip_range_vf,
+        critic_coeff=train.vf_coef,
+        entropy_coeff=train.ent_coef,
+        entropy_bonus=train.ent_coef != 0.0,
+        loss_critic_type="l2",
+        normalize_advantage=train.normalize_advantage,
+        log_explained_variance=False,
+    )
+
+
+def build_trainer(
+    cfg: DictConfig, on_progress: Callable[[float], None] = lambda share: None
+) -> tuple[PPOTrainer, PPOAgent]:
+    """Builds everything that a training run needs. Returns the trainer and the agent that it trains."""
+    prepare_process(cfg)
+    env = build_env(cfg)
+    agent = build_agent(cfg, env)
+    steps = rollout_length(cfg, env)
+    num_envs = env.batch_size.numel()
+    trainer = PPOTrainer(
+        collector=build_collector(cfg, env, agent, steps),
+        loss=build_loss(cfg, agent),
+        value_operator=agent.get_value_operator(),
+        buffer=build_buffer(cfg, num_envs, steps),
+        config=cfg.train,
+        on_progress=on_progress,
+    )
+    return trainer, agent
+
+
+def _row_length(cfg: DictConfig, steps: int) -> int:
+    if cfg.train.recurrent_mode == "none":
+        return 1
+    return cfg.train.seq_len or steps

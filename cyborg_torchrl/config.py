@@ -1,0 +1,309 @@
+"""Configuration: dataclasses own the defaults, YAML lists differences, wrong input ends in one clear line.
+
+The options of a backbone or an environment are the keyword parameters of its registered builder; their typed nodes
+are made from its signature.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from cyborg_torchrl.registry import Registry, backbones, did_you_mean, environments
+
+WIRED = ("in_features", "device", "seed")
+"""Parameters of builders that are passed by the wiring, not by the configuration."""
+RECURRENT_MODES = ("none", "burn_in", "episode")
+
+
+class ConfigError(ValueError):
+    """Configuration that cannot be used; the message is one line that says what is wrong and what would be right."""
+
+
+@dataclass
+class EncoderConfig:
+    """From observations to features."""
+
+    features: int = 64
+    """Width of the embedding."""
+    hidden_sizes: list[int] = field(default_factory=list)
+    """Layers before it."""
+    observation_keys: list[str] | None = None
+    """What to read; null: "pixels" if there are any, else "observation"."""
+
+
+@dataclass
+class TrainConfig:
+    """PPO."""
+
+    total_timesteps: int = 200_000
+    """Environment steps in all; whole rollouts that fit into it are collected, and at least one."""
+    n_steps: int | None = None
+    """Steps of each environment in a rollout; null: one full episode, where the environment knows its length."""
+    recurrent_mode: str = "none"
+    """none: no memory, the control. burn_in: chunks of seq_len from stored states. episode: whole rollout rows."""
+    burn_in: int = 0
+    """Steps replayed without gradient before each chunk (mode burn_in); only 0 so far."""
+    seq_len: int | None = None
+    """Steps in a chunk (mode burn_in), and the reach of the gradient; null: the whole rollout."""
+    n_epochs: int = 15
+    """Passes over each rollout."""
+    num_minibatches: int = 8
+    """Minibatches in a pass; they split environments or chunks, never the order of time."""
+    learning_rate: float = 3e-3
+    lr_schedule: str = "constant"
+    """constant or linear (to zero)."""
+    adam_eps: float = 1e-5
+    gamma: float = 0.999
+    gae_lambda: float = 0.95
+    clip_range: float = 0.2
+    clip_range_vf: float | None = None
+    """Clip of the value's change; null: none."""
+    vf_coef: float = 0.5
+    ent_coef: float = 0.0
+    max_grad_norm: float = 0.5
+    target_kl: float | None = None
+    """An update stops early when an epoch's KL exceeds 1.5 times this; null: never."""
+    normalize_advantage: bool = True
+    seed: int = 0
+    device: str = "cpu"
+    """cpu, cuda, cuda:N, or auto: CUDA where it is."""
+    num_threads: int = 1
+    """CPU threads of torch; small networks are fastest with one."""
+
+
+@dataclass
+class CollectorConfig:
+    """How rollouts are collected."""
+
+    name: str = "single"
+    """single: in this process. multi_sync: env.num_envs split over worker processes."""
+    num_workers: int = 2
+    """Processes of multi_sync."""
+
+
+@dataclass
+class LoggerConfig:
+    """What a run leaves behind."""
+
+    base_dir: str = "runs"
+    """Folder of all runs."""
+    run_name: str | None = None
+    """Folder of this run; null: task, backbone, seed and time."""
+    tensorboard: bool = True
+    progress: bool = True
+    """Show a progress bar on stderr."""
+    eval_episodes: int = 1000
+    """Fresh greedy episodes after training; 0: none."""
+
+
+@dataclass
+class Config:
+    """A whole experiment: one choice of each group."""
+
+    env: Any = MISSING
+    backbone: Any = MISSING
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    collector: CollectorConfig = field(default_factory=CollectorConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+
+
+def options_of(builder: Callable[..., Any]) -> dict[str, Any]:
+    """The parameters of a registered builder that a configuration sets, with their defaults."""
+    parameters = inspect.signature(builder).parameters.values()
+    named = (p for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD))
+    return {p.name: p.default for p in named if p.name not in WIRED}
+
+
+def config_class_of(name: str, builder: Callable[..., Any]) -> type:
+    """Makes the dataclass of a registered builder's options, with the field `name` first."""
+    hints = typing.get_type_hints(builder)
+    options = options_of(builder).items()
+    fields = [
+        (key, hints.get(key, Any), field(default=MISSING if default is inspect.Parameter.empty else default))
+        for key, default in options
+    ]
+    return dataclasses.make_dataclass(f"{name.title().replace('_', '')}Config", [("name", str, field(default=name)), *fields])
+
+
+def config_dir() -> Path:
+    """Folder of the shipped YAML files: inside an installed wheel, or at the top of a checkout."""
+    installed = Path(__file__).parent / "configs"
+    return installed if installed.is_dir() else Path(__file__).parent.parent / "configs"
+
+
+def load_config(config: str = "memory_delayed_cue_recurrent", overrides: Sequence[str] = ()) -> DictConfig:
+    """Composes and checks a configuration.
+
+    Args:
+        config: name of a shipped configuration, or path of a YAML file of yours (the shipped groups are found from
+            there too).
+        overrides: Hydra overrides, such as "backbone=gru", "env.horizon=200".
+
+    Raises:
+        ConfigError: with one line that says what is wrong and what would be right.
+    """
+    _store_nodes()
+    folder, name = _locate(config)
+    GlobalHydra.instance().clear()
+    search = [] if folder == config_dir() else [f"hydra.searchpath=[file://{config_dir()}]"]
+    try:
+        with initialize_config_dir(str(folder), version_base="1.3"):
+            cfg = compose(name, [*overrides, *search])
+            OmegaConf.resolve(cfg)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_explain(error, overrides)) from None
+    validate(cfg)
+    return cfg
+
+
+def validate(cfg: DictConfig) -> None:
+    """Checks what types alone cannot.
+
+    Raises:
+        ConfigError: at the first impossible value.
+    """
+    train: TrainConfig = cfg.train
+    positive = {
+        "train.total_timesteps": train.total_timesteps,
+        "train.n_epochs": train.n_epochs,
+        "train.num_minibatches": train.num_minibatches,
+        "train.learning_rate": train.learning_rate,
+        "train.max_grad_norm": train.max_grad_norm,
+        "train.clip_range": train.clip_range,
+        "train.num_threads": train.num_threads,
+        "env.num_envs": cfg.env.get("num_envs", 1),
+        "encoder.features": cfg.encoder.features,
+        "collector.num_workers": cfg.collector.num_workers,
+    }
+    optional = {"train.n_steps": train.n_steps, "train.seq_len": train.seq_len, "train.target_kl": train.target_kl}
+    for key, value in {**positive, **{k: v for k, v in optional.items() if v is not None}}.items():
+        if value <= 0:
+            raise ConfigError(f"{key} must be greater than 0; got {value}.")
+    for key, value in (("gamma", train.gamma), ("gae_lambda", train.gae_lambda)):
+        if not 0.0 <= value <= 1.0:
+            raise ConfigError(f"train.{key} must lie in [0, 1]; got {value}.")
+    if cfg.logger.eval_episodes < 0:
+        raise ConfigError(f"logger.eval_episodes must be 0 or more; got {cfg.logger.eval_episodes}.")
+    for key, value, known in (
+        ("train.recurrent_mode", train.recurrent_mode, RECURRENT_MODES),
+        ("train.lr_schedule", train.lr_schedule, ("constant", "linear")),
+        ("collector.name", cfg.collector.name, ("single", "multi_sync")),
+    ):
+        if value not in known:
+            raise ConfigError(f"unknown {key} '{value}': {did_you_mean(value, known)}")
+    if train.burn_in:
+        raise ConfigError(f"train.burn_in = {train.burn_in}: only 0 is supported so far (chunks start from stored states).")
+    if train.seq_len is not None and train.recurrent_mode != "burn_in":
+        raise ConfigError(f"train.seq_len belongs to recurrent_mode=burn_in; the mode is '{train.recurrent_mode}'.")
+    resolve_device(train.device)
+
+
+def resolve_device(name: str) -> torch.device:
+    """Turns "cpu", "cuda", "cuda:1" or "auto" into a device that is there.
+
+    Raises:
+        ConfigError: if it is not.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"train.device '{name}' is not a device; use cpu, cuda, cuda:N or auto.") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"train.device is '{name}', but torch sees {torch.cuda.device_count()} CUDA devices here; use cpu or auto."
+        )
+    return device
+
+
+def _store_nodes() -> None:
+    store = ConfigStore.instance()
+    store.store(name="config_schema", node=Config)
+    for group, node in (("train", TrainConfig), ("collector", CollectorConfig), ("logger", LoggerConfig)):
+        store.store(group=group, name=f"{group}_schema", node=node)
+    for group, registry in (("backbone", backbones), ("env", environments)):
+        for name in _registered(registry):
+            node = config_class_of(name, registry.get(name))
+            has_file = (config_dir() / group / f"{name}.yaml").is_file()
+            store.store(group=group, name=f"{name}_schema" if has_file else name, node=node)
+
+
+def _registered(registry: Registry) -> tuple[str, ...]:
+    import cyborg_torchrl.cores
+    import cyborg_torchrl.envs  # noqa: F401  (importing registers the shipped components)
+
+    return registry.names()
+
+
+def _locate(config: str) -> tuple[Path, str]:
+    path = Path(config)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise ConfigError(f"no configuration file '{config}'; shipped: {', '.join(_shipped())}.")
+        return path.resolve().parent, path.stem
+    if config not in _shipped():
+        raise ConfigError(f"no configuration '{config}': {did_you_mean(config, _shipped())}")
+    return config_dir(), config
+
+
+def _shipped() -> list[str]:
+    return sorted(path.stem for path in config_dir().glob("*.yaml"))
+
+
+def _explain(error: Exception, overrides: Sequence[str]) -> str:
+    """Turns Hydra's errors into one line with the nearest right key or value."""
+    text = str(error)
+    if error.__cause__ is not None and "Could not override" in text:
+        text = f"{text} {error.__cause__}"
+    text = " ".join(text.split())
+    missing_choice = re.search(r"Could not find '([\w./]+)'", text) or re.search(r"In '[^']*': Could not find '([\w./]+)'", text)
+    if missing_choice and "/" in missing_choice[1]:
+        group, _, name = missing_choice[1].rpartition("/")
+        registry = {"backbone": backbones, "env": environments}.get(group.split("/")[-1])
+        if registry is not None:
+            return f"unknown {group} '{name}': {did_you_mean(name, registry.names())}"
+    unknown = re.search(r"Could not override '([\w.@]+)'", text) or re.search(r"Key '([\w.]+)' (?:is )?not in", text)
+    if unknown:
+        full = next((o.split("=")[0].lstrip("+~") for o in overrides if o.lstrip("+~").split("=")[0].endswith(unknown[1])), unknown[1])
+        return f"unknown key '{full}': {did_you_mean(full, _all_keys(full, overrides))}"
+    return text.removesuffix(" Set the environment variable HYDRA_FULL_ERROR=1 for a complete stack trace.")
+
+
+def _all_keys(full: str, overrides: Sequence[str]) -> list[str]:
+    """Keys at the level of a mistyped one, in the configuration without it."""
+    groups = [o for o in overrides if o.split("=")[0] in ("backbone", "env")]
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        try:
+            cfg = compose("memory_delayed_cue_recurrent", groups)
+        except HydraException:
+            cfg = OmegaConf.structured(Config)
+    found: list[str] = []
+
+    def walk(node: Any, prefix: str) -> None:
+        for key in node:
+            name = f"{prefix}{key}"
+            child = node._get_node(key)
+            if isinstance(child, DictConfig) and not child._is_missing() and not child._is_none():
+                walk(child, f"{name}.")
+            found.append(name)
+
+    walk(cfg, "")
+    level = full.rpartition(".")[0]
+    return [key for key in found if key.rpartition(".")[0] == level] or found

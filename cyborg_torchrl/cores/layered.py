@@ -1,0 +1,170 @@
+"""Layers of one kind, one on top of the other, as a core."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from cyborg_torchrl.cores.abstract import Core, InitialState, State
+from cyborg_torchrl.cores.timescale import build_readout
+
+
+class RecurrentLayer(nn.Module, ABC):
+    """One recurrent layer. Its state is a tuple of [B, H] tensors, in the order of `state_names`."""
+
+    state_names: tuple[str, ...]
+    features: int
+
+    @abstractmethod
+    def step(self, x: Float[Tensor, "B F"], state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """One step. Returns the output [B, H] and the next state."""
+
+    @abstractmethod
+    def forward(
+        self,
+        x: Float[Tensor, "T B F"],
+        state: tuple[Tensor, ...],
+        is_init: Bool[Tensor, "T B"],
+        initial: tuple[Tensor, ...],
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """A sequence, time first. Returns the outputs [T, B, H] and the last state."""
+
+
+class LayeredCore(Core):
+    """Stacks layers; each layer's read-out is normalised by time-scale and feeds the next.
+
+    Args:
+        layers: layers of one kind, the first of which sees the input.
+        in_features: F, features of the input.
+        readout: "timescale_norm" or "none", after each layer.
+        readout_groups: groups of the time-scale norm.
+        learn_initial_state: make the initial state a parameter.
+
+    State: for each name of the layers, [B, layers, H].
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[RecurrentLayer],
+        in_features: int,
+        *,
+        readout: str = "timescale_norm",
+        readout_groups: int = 16,
+        learn_initial_state: bool = False,
+    ) -> None:
+        super().__init__()
+        hidden_size = layers[0].features
+        self.in_features, self.out_features = in_features, hidden_size
+        self.layers = nn.ModuleList(layers)
+        self.readouts = nn.ModuleList(build_readout(readout, hidden_size, readout_groups) for _ in layers)
+        self.state_names = layers[0].state_names
+        self.state_shapes: Mapping[str, tuple[int, ...]] = {
+            name: (len(layers), hidden_size) for name in self.state_names
+        }
+        self._initial = InitialState(self.state_shapes, learn_initial_state)
+
+    def initial_state(self, batch: int) -> State:
+        """Returns {name: [batch, layers, H]}."""
+        return self._initial(batch)
+
+    def step(self, x: Float[Tensor, "B F"], state: State) -> tuple[Float[Tensor, "B D"], State]:
+        """One step through all layers."""
+
+        def run(layer: RecurrentLayer, y: Tensor, state_l: tuple[Tensor, ...], _: int):
+            return layer.step(y, state_l)
+
+        return self._through_layers(x, state, run)
+
+    def forward(
+        self, x: Float[Tensor, "B T F"], state: State, is_init: Bool[Tensor, "B T"]
+    ) -> tuple[Float[Tensor, "B T D"], State]:
+        """A sequence, layer after layer."""
+        is_init = is_init.transpose(0, 1).contiguous()
+        initial = self._by_layer(self.initial_state(x.shape[0]))
+
+        def run(layer: RecurrentLayer, y: Tensor, state_l: tuple[Tensor, ...], index: int):
+            return layer(y, state_l, is_init, initial[index])
+
+        y, state = self._through_layers(x.transpose(0, 1).contiguous(), state, run)
+        return y.transpose(0, 1), state
+
+    def _by_layer(self, state: State) -> list[tuple[Tensor, ...]]:
+        return list(zip(*(state[name].unbind(1) for name in self.state_names), strict=True))
+
+    def _through_layers(
+        self, y: Tensor, state: State, run: Callable[[RecurrentLayer, Tensor, tuple[Tensor, ...], int], tuple]
+    ) -> tuple[Tensor, State]:
+        next_states: list[tuple[Tensor, ...]] = []
+        for index, state_l in enumerate(self._by_layer(state)):
+            y, next_l = run(self.layers[index], y, state_l, index)  # pyright: ignore[reportArgumentType]
+            y = self.readouts[index](y)
+            next_states.append(next_l)
+        columns = zip(*next_states, strict=True)
+        return y, {
+            name: torch.stack(column, 1) for name, column in zip(self.state_names, columns, strict=True)
+        }
+
+
+class LayeredCoreBuilder(Protocol):
+    """Builder of a layered core; its options are the configuration of the backbone."""
+
+    def __call__(
+        self,
+        in_features: int,
+        *,
+        hidden_size: int = 64,
+        num_layers: int = 1,
+        max_horizon: int | None = None,
+        readout: str = "timescale_norm",
+        readout_groups: int = 16,
+        learn_initial_state: bool = False,
+    ) -> LayeredCore: ...
+
+
+def layered_core_builder(layer: Callable[[int, int, float], RecurrentLayer]) -> LayeredCoreBuilder:
+    """Makes the builder of a core from the builder of its layers, `layer(in_features, hidden_size, max_horizon)`."""
+
+    def build(
+        in_features: int,
+        *,
+        hidden_size: int = 64,
+        num_layers: int = 1,
+        max_horizon: int | None = None,
+        readout: str = "timescale_norm",
+        readout_groups: int = 16,
+        learn_initial_state: bool = False,
+    ) -> LayeredCore:
+        """Builds the core.
+
+        Args:
+            in_features: F, features of the input.
+            hidden_size: H, channels of each layer.
+            num_layers: number of layers.
+            max_horizon: steps that memory should bridge; its time-scales reach to ten times that. None: 1000, or
+                the environment's own horizon where a configuration names one.
+            readout: "timescale_norm" or "none".
+            readout_groups: groups of the time-scale norm.
+            learn_initial_state: make the initial state a parameter; otherwise it is zero.
+
+        Raises:
+            ValueError: if a size is below 1, or the readout is unknown.
+        """
+        horizon = 1000 if max_horizon is None else max_horizon
+        for name, value in (("hidden_size", hidden_size), ("num_layers", num_layers), ("max_horizon", horizon)):
+            if value < 1:
+                raise ValueError(f"{name} must be >= 1; got {value}.")
+        widths = [in_features, *[hidden_size] * (num_layers - 1)]
+        return LayeredCore(
+            [layer(width, hidden_size, horizon) for width in widths],
+            in_features,
+            readout=readout,
+            readout_groups=readout_groups,
+            learn_initial_state=learn_initial_state,
+        )
+
+    return build

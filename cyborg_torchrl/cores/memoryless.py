@@ -1,0 +1,46 @@
+"""The control arm: a core whose memory is emptied before every step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from cyborg_torchrl.cores.abstract import Core, State
+
+
+class MemorylessCore(Core):
+    """Runs another core from its initial state at every step, in acting and in training alike.
+
+    Same parameters, same computation, no memory: `recurrent_mode: none`. It has no state to store.
+
+    Args:
+        core: the core that is wrapped.
+    """
+
+    def __init__(self, core: Core) -> None:
+        super().__init__()
+        self.core = core
+        self.in_features, self.out_features = core.in_features, core.out_features
+        self.state_shapes: Mapping[str, tuple[int, ...]] = {}
+
+    def initial_state(self, batch: int) -> State:
+        """Returns {}: nothing is remembered."""
+        del batch
+        return {}
+
+    def step(self, x: Float[Tensor, "B F"], state: State) -> tuple[Float[Tensor, "B D"], State]:
+        """One step from the initial state of the wrapped core."""
+        del state
+        y, _ = self.core.step(x, self.core.initial_state(x.shape[0]))
+        return y, {}
+
+    def forward(
+        self, x: Float[Tensor, "B T F"], state: State, is_init: Bool[Tensor, "B T"]
+    ) -> tuple[Float[Tensor, "B T D"], State]:
+        """All steps at once: each is a sequence of its own."""
+        del is_init
+        y, state = self.step(x.flatten(0, 1), state)
+        return y.unflatten(0, x.shape[:2]), state

@@ -1,0 +1,64 @@
+"""Advantages of a rollout, from the values that were recorded while it was collected."""
+
+from __future__ import annotations
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor
+from torchrl.modules import set_recurrent_mode
+
+from cyborg_torchrl import keys
+from cyborg_torchrl.objectives.functional import generalized_advantage
+
+
+@torch.no_grad()
+def add_advantages(
+    rollout: TensorDictBase, value_operator: TensorDictModuleBase, *, gamma: float, gae_lambda: float
+) -> TensorDictBase:
+    """Writes "advantage" and "value_target" into a rollout [N, T].
+
+    V(s_{t+1}) is the value recorded at the next step. Where there is none (an episode that was cut off, the end of
+    the rollout) the critic is asked about the last observation, with the memory state that had been reached: memory
+    is not restarted for it.
+
+    Args:
+        rollout: as a collector yields it, [N, T].
+        value_operator: from an observation and a memory state to "state_value". If no values were recorded, it runs
+            over the whole rollout first.
+        gamma: discount.
+        gae_lambda: lambda of the estimator.
+
+    Raises:
+        ValueError: if the rollout is not [N, T].
+    """
+    if rollout.ndim != 2:
+        raise ValueError(f"a rollout has batch size [N, T]; got {list(rollout.batch_size)}.")
+    if keys.VALUE not in rollout.keys():
+        with set_recurrent_mode(True):
+            rollout.set(keys.VALUE, value_operator(rollout.copy()).get(keys.VALUE))
+    value_t = rollout.get(keys.VALUE).squeeze(-1)
+    reward, done, terminated = (
+        rollout.get((keys.NEXT, key)).squeeze(-1) for key in (keys.REWARD, keys.DONE, keys.TERMINATED)
+    )
+    value_tp1 = torch.cat([value_t[:, 1:], torch.zeros_like(value_t[:, :1])], 1)
+    is_cut = done & ~terminated
+    is_cut[:, -1] = ~terminated[:, -1]
+    if bool(is_cut.any()):
+        value_tp1[is_cut] = _values_of_last_observations(rollout, value_operator, is_cut)
+    advantage, target = generalized_advantage(
+        reward.to(value_t.dtype), value_t, value_tp1, terminated, done, gamma, gae_lambda
+    )
+    rollout.set(keys.ADVANTAGE, advantage.unsqueeze(-1))
+    rollout.set(keys.VALUE_TARGET, target.unsqueeze(-1))
+    return rollout
+
+
+def _values_of_last_observations(
+    rollout: TensorDictBase, value_operator: TensorDictModuleBase, is_cut: Tensor
+) -> Tensor:
+    read = [key for key in value_operator.in_keys if key != keys.IS_INIT]
+    last = rollout.get(keys.NEXT).select(*read, strict=False)[is_cut]
+    last.set(keys.IS_INIT, torch.zeros(*last.batch_size, 1, dtype=torch.bool, device=is_cut.device))
+    with set_recurrent_mode(False):
+        return value_operator(last).get(keys.VALUE).squeeze(-1)

@@ -1,0 +1,68 @@
+"""ClipPPOLoss for agents with memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor
+from torchrl.objectives import ClipPPOLoss
+
+from cyborg_torchrl import keys
+from cyborg_torchrl.modules import PPOAgent
+from cyborg_torchrl.objectives.functional import masked_standardize
+
+
+class RecurrentClipPPOLoss(ClipPPOLoss):
+    """PPO's clipped objective over sequences [B, T], from the memory state that was there when the agent acted.
+
+    It takes the sequences of `RecurrentRolloutBuffer`: each begins with its stored state, and the agent (or any
+    TorchRL recurrent policy) runs once over it, actor and critic together, so gradients reach back to its first
+    step. Keys, options and `loss_*` names are those of TorchRL's `ClipPPOLoss`. Differences: advantages are
+    normalised over the trained steps alone (those where ("collector", "mask") is true, if there is such a mask),
+    and `ratio_error` is logged: the largest |log ratio|, which is zero before the first optimiser step if and only
+    if the update sees what the rollout saw.
+
+    Args:
+        actor_network: a `PPOAgent`, or a TorchRL probabilistic policy.
+        critic_network: None for a `PPOAgent`, which brings its own. Otherwise the critic; a head that reads what
+            the actor writes saves the second backbone pass.
+        functional: as in TorchRL; False by default, since nothing here needs detached parameters.
+        **options: those of `ClipPPOLoss`.
+    """
+
+    def __init__(
+        self,
+        actor_network: TensorDictModuleBase,
+        critic_network: TensorDictModuleBase | None = None,
+        *,
+        functional: bool = False,
+        **options: Any,
+    ) -> None:
+        if isinstance(actor_network, PPOAgent) and critic_network is None:
+            critic_network = actor_network.get_value_head()
+            if functional:
+                actor_network = actor_network.get_policy_operator()
+        super().__init__(actor_network, critic_network, functional=functional, **options)
+        self._ratio_error: Tensor | None = None
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Returns the losses and figures of a batch of sequences, [B, T]."""
+        losses = super().forward(tensordict)
+        losses.set("ratio_error", self._ratio_error)
+        return losses
+
+    def _log_weight(self, tensordict: TensorDictBase, adv_shape: torch.Size) -> tuple[Any, ...]:
+        result = super()._log_weight(tensordict, adv_shape)
+        log_ratio = result[0].detach().abs()
+        mask = tensordict.get(keys.TRAIN_MASK, None)
+        if mask is not None:
+            log_ratio = log_ratio * mask.reshape(log_ratio.shape)
+        self._ratio_error = log_ratio.max()
+        return result
+
+    def _standardize_advantage(self, advantage: Tensor, tensordict: TensorDictBase) -> Tensor:
+        mask = tensordict.get(keys.TRAIN_MASK, None)
+        return masked_standardize(advantage, None if mask is None else mask.reshape(advantage.shape))

@@ -1,0 +1,97 @@
+"""Named components: register them in-process or from an installed package, and find them by name.
+
+A component is a callable. Its keyword parameters, with their defaults, are its configuration: nothing is written
+down a second time.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable
+from importlib.metadata import entry_points
+from typing import Any, TypeVar
+
+Component = TypeVar("Component", bound=Callable[..., Any])
+
+
+class UnknownNameError(ValueError):
+    """A name that nothing is registered under; the message names the nearest that is."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Returns a sentence that helps whoever mistyped `name`, from the names that exist."""
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f"did you mean '{near[0]}'? " if near else ""
+    return f"{hint}known: {', '.join(names) or '(none)'}"
+
+
+class Registry:
+    """A table of named components of one kind.
+
+    Args:
+        kind: what the components are, for messages ("backbone").
+        entry_point_group: group that installed packages use to add theirs, loaded at first need.
+    """
+
+    def __init__(self, kind: str, entry_point_group: str) -> None:
+        self.kind = kind
+        self.entry_point_group = entry_point_group
+        self._components: dict[str, Callable[..., Any]] = {}
+
+    def register(self, name: str) -> Callable[[Component], Component]:
+        """Decorator that registers a component.
+
+        Raises:
+            ValueError: if the name is taken by another component.
+        """
+
+        def add(component: Component) -> Component:
+            taken = self._components.get(name)
+            if taken is not None and taken is not component:
+                raise ValueError(
+                    f"{self.kind} '{name}' is registered already, by {taken!r}; choose another name."
+                )
+            self._components[name] = component
+            return component
+
+        return add
+
+    def names(self) -> tuple[str, ...]:
+        """All names, sorted: those registered in this process and those that installed packages offer."""
+        return tuple(sorted({*self._components, *(e.name for e in self._entry_points())}))
+
+    def get(self, name: str) -> Callable[..., Any]:
+        """Returns the component called `name`.
+
+        Raises:
+            UnknownNameError: with the nearest known name.
+        """
+        if name not in self._components:
+            for entry_point in self._entry_points():
+                if entry_point.name == name:
+                    self._components[name] = entry_point.load()
+        if name not in self._components:
+            raise UnknownNameError(f"unknown {self.kind} '{name}': {did_you_mean(name, self.names())}")
+        return self._components[name]
+
+    def _entry_points(self) -> Iterable[Any]:
+        return entry_points(group=self.entry_point_group)
+
+
+backbones = Registry("backbone", "cyborg_torchrl.backbones")
+environments = Registry("environment", "cyborg_torchrl.environments")
+
+
+def register_backbone(name: str) -> Callable[[Component], Component]:
+    """Registers a builder of cores, `builder(in_features: int, **options) -> Core`, as a backbone.
+
+    The options with their defaults become the typed configuration group `backbone=<name>`. An option called
+    `max_horizon` that is left at None is filled with the environment's horizon.
+    """
+    return backbones.register(name)
+
+
+def register_environment(name: str) -> Callable[[Component], Component]:
+    """Registers a builder of TorchRL environments, `builder(num_envs: int, device, seed, **options) -> EnvBase`."""
+    return environments.register(name)

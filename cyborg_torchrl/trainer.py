@@ -1,0 +1,146 @@
+"""PPOTrainer: recurrent PPO on any TorchRL collector."""
+
+from __future__ import annotations
+
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torch import nn
+
+from cyborg_torchrl import keys
+from cyborg_torchrl.config import TrainConfig
+from cyborg_torchrl.data import RecurrentRolloutBuffer, RolloutBuffer
+from cyborg_torchrl.objectives import RecurrentClipPPOLoss, add_advantages, explained_variance
+
+Metrics = dict[str, float]
+LOGGED = ("loss_objective", "loss_critic", "loss_entropy", "entropy", "kl_approx", "clip_fraction")
+DISHONEST_RATIO_ERROR = 1e-3
+
+
+class PPOTrainer:
+    """Collects rollouts, computes advantages for each environment by itself, and updates from the stored states.
+
+    Args:
+        collector: yields rollouts [N, T]; any TorchRL collector, or any iterable of such tensordicts.
+        loss: the objective; its parameters are trained.
+        value_operator: from an observation and a memory state to "state_value", for bootstrapping.
+        buffer: where rollouts are kept for the update.
+        config: hyperparameters.
+        on_progress: called with the share of the present update that is done, in (0, 1].
+
+    Examples: see `examples/compose_with_torchrl.py`.
+    """
+
+    def __init__(
+        self,
+        collector: Iterable[TensorDictBase],
+        loss: RecurrentClipPPOLoss,
+        value_operator: TensorDictModuleBase,
+        buffer: RolloutBuffer | RecurrentRolloutBuffer,
+        config: TrainConfig,
+        on_progress: Callable[[float], None] = lambda share: None,
+    ) -> None:
+        self.collector, self.loss, self.buffer, self.config = collector, loss, buffer, config
+        self.value_operator, self.on_progress = value_operator, on_progress
+        self.parameters = [p for p in loss.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.Adam(self.parameters, lr=config.learning_rate, eps=config.adam_eps)
+        self.num_updates = 0
+        self.num_steps = 0
+        self._total_updates = max(1, config.total_timesteps // buffer.num_steps)
+
+    def run(self) -> Iterator[Metrics]:
+        """Yields the metrics of each update, until the collector ends."""
+        for rollout in self.collector:
+            yield self.update(rollout)
+            sync = getattr(self.collector, "update_policy_weights_", None)
+            if sync is not None:
+                sync()
+
+    def update(self, rollout: TensorDictBase) -> Metrics:
+        """Trains on one rollout [N, T]. Returns what happened, as numbers."""
+        config = self.config
+        self._set_learning_rate()
+        add_advantages(rollout, self.value_operator, gamma=config.gamma, gae_lambda=config.gae_lambda)
+        metrics = _rollout_metrics(rollout)
+        self.buffer.store(rollout)
+        self.num_steps += rollout.numel()
+        figures: dict[str, list[torch.Tensor]] = defaultdict(list)
+        epochs = 0
+        for epoch in range(config.n_epochs):
+            kl_before = len(figures["kl_approx"])
+            for batch in self.buffer:
+                for name, value in self._step(batch).items():
+                    figures[name].append(value)
+            epochs = epoch + 1
+            self.on_progress(epochs / config.n_epochs)
+            kl = torch.stack(figures["kl_approx"][kl_before:]).mean()
+            if config.target_kl is not None and kl > 1.5 * config.target_kl:
+                self.on_progress(1.0)
+                break
+        self.num_updates += 1
+        metrics |= {name: float(torch.stack(values).mean()) for name, values in figures.items()}
+        # the very first minibatch is evaluated before any optimiser step
+        metrics["ratio_error"] = float(figures["ratio_error"][0])
+        metrics |= {"epochs": epochs, "learning_rate": self.optimizer.param_groups[0]["lr"]}
+        self._check_honesty(metrics["ratio_error"])
+        return metrics
+
+    def state_dict(self) -> dict[str, Any]:
+        """Parameters, optimiser and counters."""
+        return {
+            "loss": self.loss.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "num_updates": self.num_updates,
+            "num_steps": self.num_steps,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what `state_dict` returned."""
+        self.loss.load_state_dict(state["loss"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.num_updates, self.num_steps = state["num_updates"], state["num_steps"]
+
+    def _step(self, batch: TensorDictBase) -> dict[str, torch.Tensor]:
+        losses = self.loss(batch)
+        terms = [value for name, value in losses.items() if name.startswith("loss_")]
+        self.optimizer.zero_grad()
+        torch.stack(terms).sum().backward()
+        grad_norm = nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+        self.optimizer.step()
+        figures = {name: losses[name].detach() for name in (*LOGGED, "ratio_error") if name in losses.keys()}
+        return figures | {"grad_norm": grad_norm.detach()}
+
+    def _set_learning_rate(self) -> None:
+        left = 1.0 - self.num_updates / self._total_updates if self.config.lr_schedule == "linear" else 1.0
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.learning_rate * max(left, 0.0)
+
+    def _check_honesty(self, ratio_error: float) -> None:
+        if ratio_error > DISHONEST_RATIO_ERROR:
+            warnings.warn(
+                f"before the first optimiser step the update's log-probs differ from the rollout's by up to "
+                f"{ratio_error:.2g} (expected < {DISHONEST_RATIO_ERROR:g}): the update does not see the memory states "
+                "that the agent acted with. Is the primer on the environment, and are the state keys the buffer's?",
+                stacklevel=3,
+            )
+
+
+def _rollout_metrics(rollout: TensorDictBase) -> Metrics:
+    """Episodes that ended in the rollout: how many, their return, and their success where the task reports it."""
+    after = rollout.get(keys.NEXT)
+    done = after.get(keys.DONE)
+    metrics = {
+        "episodes": float(done.sum()),
+        "reward_per_step": float(after.get(keys.REWARD).to(torch.float32).mean()),
+        "explained_variance": float(explained_variance(rollout.get(keys.VALUE), rollout.get(keys.VALUE_TARGET))),
+    }
+    for key, name in ((keys.EPISODE_REWARD, "mean_reward"), (keys.SUCCESS, "success_rate")):
+        value = after.get(key, None)
+        if value is not None and metrics["episodes"]:
+            metrics[name] = float(value[done].to(torch.float32).mean())
+    return metrics
