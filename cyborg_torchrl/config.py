@@ -7,6 +7,7 @@ are made from its signature.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import inspect
 import re
 import typing
@@ -166,7 +167,7 @@ def load_config(config: str = "memory_delayed_cue_recurrent", overrides: Sequenc
         with initialize_config_dir(str(folder), version_base="1.3"):
             cfg = compose(name, [*overrides, *search])
             OmegaConf.resolve(cfg)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise ConfigError(_explain(error, overrides)) from None
     validate(cfg)
     return cfg
@@ -269,41 +270,42 @@ def _shipped() -> list[str]:
 
 def _explain(error: Exception, overrides: Sequence[str]) -> str:
     """Turns Hydra's errors into one line with the nearest right key or value."""
-    text = str(error)
-    if error.__cause__ is not None and "Could not override" in text:
-        text = f"{text} {error.__cause__}"
-    text = " ".join(text.split())
-    missing_choice = re.search(r"Could not find '([\w./]+)'", text) or re.search(r"In '[^']*': Could not find '([\w./]+)'", text)
-    if missing_choice and "/" in missing_choice[1]:
-        group, _, name = missing_choice[1].rpartition("/")
-        registry = {"backbone": backbones, "env": environments}.get(group.split("/")[-1])
-        if registry is not None:
-            return f"unknown {group} '{name}': {did_you_mean(name, registry.names())}"
+    text = " ".join(str(error).split())
+    cause = " ".join(str(error.__cause__ or "").split())
+    choice = re.search(r"Could not find '([\w./-]+)/([\w.-]+)'", text)
+    if choice:
+        group, name = choice.groups()
+        return f"unknown {group} '{name}': {did_you_mean(name, _choices(group))}"
     unknown = re.search(r"Could not override '([\w.@]+)'", text) or re.search(r"Key '([\w.]+)' (?:is )?not in", text)
     if unknown:
-        full = next((o.split("=")[0].lstrip("+~") for o in overrides if o.lstrip("+~").split("=")[0].endswith(unknown[1])), unknown[1])
-        return f"unknown key '{full}': {did_you_mean(full, _all_keys(full, overrides))}"
-    return text.removesuffix(" Set the environment variable HYDRA_FULL_ERROR=1 for a complete stack trace.")
+        given = (override.split("=")[0].lstrip("+~") for override in overrides)
+        full = next((key for key in given if key.endswith(unknown[1])), unknown[1])
+        return f"unknown key '{full}': {did_you_mean(full, _sibling_keys(full, overrides))}"
+    bad_value = re.search(r"Error merging override (\S*)", text)
+    if bad_value:
+        return f"impossible value in '{bad_value[1]}': {cause.split(' full_key:')[0] or 'wrong type'}"
+    bad_override = re.search(r"Error parsing override '([^']*)'", text)
+    if bad_override or not text.startswith(("In '", "Could not")):
+        return f"cannot read '{bad_override[1] if bad_override else ' '.join(overrides)}': overrides look like key=value ({text})"
+    return text
 
 
-def _all_keys(full: str, overrides: Sequence[str]) -> list[str]:
-    """Keys at the level of a mistyped one, in the configuration without it."""
-    groups = [o for o in overrides if o.split("=")[0] in ("backbone", "env")]
-    with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        try:
+def _choices(group: str) -> list[str]:
+    registry = {"backbone": backbones, "env": environments}.get(group)
+    shipped = [path.stem for path in (config_dir() / group).glob("*.yaml")]
+    return sorted({*shipped, *(registry.names() if registry else ())})
+
+
+def _sibling_keys(full: str, overrides: Sequence[str]) -> list[str]:
+    """The keys that stand where a mistyped one was given; top-level keys if even its parent does not exist."""
+    groups = [override for override in overrides if override.split("=")[0] in ("backbone", "env")]
+    try:
+        with initialize_config_dir(str(config_dir()), version_base="1.3"):
             cfg = compose("memory_delayed_cue_recurrent", groups)
-        except HydraException:
-            cfg = OmegaConf.structured(Config)
-    found: list[str] = []
-
-    def walk(node: Any, prefix: str) -> None:
-        for key in node:
-            name = f"{prefix}{key}"
-            child = node._get_node(key)
-            if isinstance(child, DictConfig) and not child._is_missing() and not child._is_none():
-                walk(child, f"{name}.")
-            found.append(name)
-
-    walk(cfg, "")
-    level = full.rpartition(".")[0]
-    return [key for key in found if key.rpartition(".")[0] == level] or found
+    except HydraException:
+        cfg = OmegaConf.structured(Config)
+    parent, _, _ = full.rpartition(".")
+    nearest = difflib.get_close_matches(parent, [str(key) for key in cfg], n=1)
+    node = cfg[nearest[0]] if nearest else cfg
+    prefix = f"{nearest[0]}." if nearest else ""
+    return [f"{prefix}{key}" for key in node]

@@ -19,11 +19,10 @@ class UnknownNameError(ValueError):
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Returns a sentence that helps whoever mistyped `name`, from the names that exist."""
+    """Returns what helps whoever mistyped `name`: the nearest name that exists, or all of them if none is near."""
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    hint = f"did you mean '{near[0]}'? " if near else ""
-    return f"{hint}known: {', '.join(names) or '(none)'}"
+    return f"did you mean '{near[0]}'?" if near else f"known: {', '.join(names) or '(none)'}."
 
 
 class Registry:

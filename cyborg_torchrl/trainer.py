@@ -51,7 +51,7 @@ class PPOTrainer:
         self.optimizer = torch.optim.Adam(self.parameters, lr=config.learning_rate, eps=config.adam_eps)
         self.num_updates = 0
         self.num_steps = 0
-        self._total_updates = max(1, config.total_timesteps // buffer.num_steps)
+        self.total_updates = max(1, config.total_timesteps // buffer.num_steps)
 
     def run(self) -> Iterator[Metrics]:
         """Yields the metrics of each update, until the collector ends."""
@@ -90,6 +90,12 @@ class PPOTrainer:
         self._check_honesty(metrics["ratio_error"])
         return metrics
 
+    def close(self) -> None:
+        """Shuts the collector down, if it needs to be."""
+        shutdown = getattr(self.collector, "shutdown", None)
+        if shutdown is not None:
+            shutdown()
+
     def state_dict(self) -> dict[str, Any]:
         """Parameters, optimiser and counters."""
         return {
@@ -116,7 +122,7 @@ class PPOTrainer:
         return figures | {"grad_norm": grad_norm.detach()}
 
     def _set_learning_rate(self) -> None:
-        left = 1.0 - self.num_updates / self._total_updates if self.config.lr_schedule == "linear" else 1.0
+        left = 1.0 - self.num_updates / self.total_updates if self.config.lr_schedule == "linear" else 1.0
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.learning_rate * max(left, 0.0)
 

@@ -1,0 +1,53 @@
+"""What the commands share: one clear line and exit code 2 for wrong input, the summary as the last line of stdout."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+
+from cyborg_torchrl.config import ConfigError, load_config
+from cyborg_torchrl.experiment import run_experiment
+
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+
+
+def overrides_parser(description: str | None, default_config: str) -> argparse.ArgumentParser:
+    """A parser with --config and key=value overrides."""
+    parser = argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="overrides: key=value, as in backbone=gru env.horizon=200 train.seed=3 train.learning_rate=1e-3; "
+        "the keys with their defaults are in configs/ and printed by --print-config.",
+    )
+    parser.add_argument("--config", default=default_config, help="shipped configuration, or a YAML file (%(default)s)")
+    parser.add_argument("--print-config", action="store_true", help="print the composed configuration and exit")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the configuration")
+    return parser
+
+
+def run_command(config: str, overrides: Sequence[str], *, is_print_only: bool = False) -> int:
+    """Composes a configuration, trains, and prints the summary as one JSON object. Returns the exit code."""
+    logging.getLogger("torchrl").setLevel(logging.WARNING)
+    try:
+        cfg = load_config(config, overrides)
+        if is_print_only:
+            from omegaconf import OmegaConf
+
+            print(OmegaConf.to_yaml(cfg), end="")
+            return 0
+        summary = run_experiment(cfg)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    print(json.dumps(summary))
+    return EXIT_INTERRUPTED if summary["is_interrupted"] else 0
+
+
+def main(argv: Sequence[str] | None = None, *, description: str | None = None, default_config: str) -> int:
+    """The command of an example: --config, --print-config and overrides. Returns the exit code."""
+    arguments = overrides_parser(description, default_config).parse_intermixed_args(argv)
+    return run_command(arguments.config, arguments.overrides, is_print_only=arguments.print_config)

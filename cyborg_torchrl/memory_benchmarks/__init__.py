@@ -1,0 +1,1 @@
+"""Commands that train, sweep and measure on memory tasks."""

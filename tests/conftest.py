@@ -1,0 +1,216 @@
+"""What several test modules share: a small environment, and every registered core in its variants."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+from torchrl.data import Binary, Categorical, Composite, TensorSpec, Unbounded
+from torchrl.envs import Compose, EnvBase, InitTracker, TransformedEnv
+
+import cyborg_torchrl.cores  # noqa: F401  (registers the shipped cores)
+from cyborg_torchrl.cores import Core, InitialState, State, unroll
+from cyborg_torchrl.modules import Backbone, PPOAgent, build_encoder
+from cyborg_torchrl.registry import backbones
+
+try:  # worker processes cannot import this file: its environment travels by value
+    import cloudpickle
+
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+except ImportError:
+    pass
+
+OBSERVATION_SIZE = 3
+NUM_ACTIONS = 3
+
+
+class CoreCase(NamedTuple):
+    """One variant of a registered core."""
+
+    name: str
+    is_learned: bool
+    num_layers: int
+
+    def __str__(self) -> str:
+        return f"{self.name}-{'learned' if self.is_learned else 'zero'}-{self.num_layers}"
+
+
+def core_cases() -> list[CoreCase]:
+    """Every registered backbone with zero and learned initial state and one and two layers, where it offers them."""
+    cases = []
+    for name in backbones.names():
+        options = inspect.signature(backbones.get(name)).parameters
+        for is_learned in (False, True) if "learn_initial_state" in options else (False,):
+            for num_layers in (1, 2) if "num_layers" in options else (1,):
+                cases.append(CoreCase(name, is_learned, num_layers))
+    return cases
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Registers the markers used here."""
+    config.addinivalue_line("markers", "slow: takes seconds; deselect with -m 'not slow'")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test that asks for `core_case` runs over every variant of every core."""
+    if "core_case" in metafunc.fixturenames:
+        metafunc.parametrize("core_case", core_cases(), ids=str)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+def build_case(case: CoreCase, in_features: int, **options: object) -> Core:
+    """Builds a small core; all parameters are moved off their symmetric starting values."""
+    builder = backbones.get(case.name)
+    known = inspect.signature(builder).parameters
+    wanted = {
+        "hidden_size": 16,
+        "num_layers": case.num_layers,
+        "max_horizon": 200,
+        "learn_initial_state": case.is_learned,
+        **options,
+    }
+    core = builder(in_features, **{name: value for name, value in wanted.items() if name in known})
+    with torch.no_grad():
+        for parameter in core.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+        for module in core.modules():
+            if isinstance(module, InitialState) and module.is_learned:
+                for parameter in module.parameters():
+                    parameter.normal_()
+    if case.is_learned:
+        assert all(value.abs().min() > 0 for value in core.initial_state(1).values())
+    return core
+
+
+@pytest.fixture
+def build_core(core_case: CoreCase) -> Callable[..., Core]:
+    """Builder of the core of the case, `build(in_features, **options)`."""
+
+    def build(in_features: int = OBSERVATION_SIZE, **options: object) -> Core:
+        return build_case(core_case, in_features, **options)
+
+    return build
+
+
+@pytest.fixture
+def stored_state() -> Callable[[Core, int], State]:
+    """Maker of a state that a core really reaches, another for each row; detached leaves."""
+
+    @torch.no_grad()
+    def make(core: Core, batch: int) -> State:
+        like = next(core.parameters())
+        x = torch.randn(batch, 7, core.in_features, dtype=like.dtype)
+        _, state = unroll(core, x, core.initial_state(batch), torch.zeros(batch, 7, dtype=torch.bool))
+        return {name: value.clone() for name, value in state.items()}
+
+    return make
+
+
+@pytest.fixture
+def random_resets() -> Callable[..., Tensor]:
+    """Maker of flags [B, T] of which about a quarter are set."""
+
+    def make(batch: int, steps: int, share: float = 0.25) -> Tensor:
+        return torch.rand(batch, steps) < share
+
+    return make
+
+
+class RandomEpisodesEnv(EnvBase):
+    """Noise to observe; episodes of random length, some terminated and some truncated, without regard to the action.
+
+    All randomness of environment i comes from a generator of its own.
+    """
+
+    def __init__(self, num_envs: int, *, p_terminated: float = 0.1, p_truncated: float = 0.1, seed: int = 0) -> None:
+        super().__init__(device="cpu", batch_size=torch.Size([num_envs]))
+        self.p_terminated, self.p_truncated = p_terminated, p_truncated
+        batch = (num_envs,)
+        self.observation_spec = Composite(observation=Unbounded((*batch, OBSERVATION_SIZE)), shape=batch)
+        self.action_spec = Categorical(NUM_ACTIONS, shape=batch)
+        self.reward_spec = Unbounded((*batch, 1))
+        flags = {name: Binary(1, (*batch, 1), dtype=torch.bool) for name in ("done", "terminated", "truncated")}
+        self.done_spec = Composite(flags, shape=batch)
+        self._set_seed(seed)
+
+    def _set_seed(self, seed: int | None) -> None:
+        first = 0 if seed is None else seed
+        self._generators = [torch.Generator().manual_seed(1000 * first + i) for i in range(self.batch_size[0])]
+
+    def _draw(self) -> Tensor:
+        return torch.stack([torch.rand(OBSERVATION_SIZE + 2, generator=g) for g in self._generators])
+
+    def _reset(self, tensordict: TensorDictBase | None = None, **_: object) -> TensorDict:
+        observation = 2 * self._draw()[:, :OBSERVATION_SIZE] - 1
+        flags = {name: torch.zeros(*self.batch_size, 1, dtype=torch.bool) for name in self.done_spec.keys()}
+        return TensorDict({"observation": observation, **flags}, self.batch_size)
+
+    def _step(self, tensordict: TensorDictBase) -> TensorDict:
+        draw = self._draw()
+        terminated = draw[:, -1:] < self.p_terminated
+        truncated = draw[:, -2:-1] < self.p_truncated
+        observation = 2 * draw[:, :OBSERVATION_SIZE] - 1
+        reward = observation.sum(-1, keepdim=True) + tensordict["action"].unsqueeze(-1)
+        return TensorDict(
+            {
+                "observation": observation,
+                "reward": reward,
+                "terminated": terminated,
+                "truncated": truncated,
+                "done": terminated | truncated,
+            },
+            self.batch_size,
+        )
+
+
+def tracked_env(num_envs: int, seed: int = 0, **options: float) -> TransformedEnv:
+    """The environment with `is_init`."""
+    return TransformedEnv(RandomEpisodesEnv(num_envs, seed=seed, **options), Compose(InitTracker()))
+
+
+@pytest.fixture
+def make_env() -> Callable[..., TransformedEnv]:
+    """Maker of environments, `make(num_envs, seed, p_terminated=, p_truncated=)`."""
+    return tracked_env
+
+
+def agent_on(core: Core, action_spec: TensorSpec | None = None, **options: float) -> PPOAgent:
+    """An agent for `RandomEpisodesEnv`, whose policy depends clearly on memory."""
+    spec = Composite(observation=Unbounded((OBSERVATION_SIZE,)))
+    encoder = build_encoder(spec, batch_dims=0, features=core.in_features)
+    action_spec = Categorical(NUM_ACTIONS) if action_spec is None else action_spec
+    return PPOAgent(encoder, Backbone(core), action_spec, **{"policy_scale": 2.0, "value_scale": 2.0, **options})
+
+
+@pytest.fixture
+def make_agent() -> Callable[..., PPOAgent]:
+    """Maker of an agent around a core."""
+    return agent_on
+
+
+@pytest.fixture
+def collect() -> Callable[..., TensorDictBase]:
+    """Hand-written rollout of a policy: reset, then policy, step and `step_mdp`, stacked to [N, T]."""
+
+    @torch.no_grad()
+    def run(policy: PPOAgent, env: EnvBase, steps: int) -> TensorDictBase:
+        env = TransformedEnv(env, policy.backbone.make_tensordict_primer())
+        tensordict = env.reset()
+        rows = []
+        for _ in range(steps):
+            tensordict, following = env.step_and_maybe_reset(policy(tensordict))
+            rows.append(tensordict.clone())
+            tensordict = following
+        return torch.stack(rows, 1)
+
+    return run
