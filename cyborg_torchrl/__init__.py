@@ -1,0 +1,32 @@
+"""TorchRL components for reinforcement learning with memory."""
+
+from cyborg_torchrl import keys
+from cyborg_torchrl.config import ConfigError, load_config
+from cyborg_torchrl.data import RecurrentRolloutBuffer, RolloutBuffer
+from cyborg_torchrl.envs import DelayedCueEnv
+from cyborg_torchrl.evaluation import Evaluation, evaluate
+from cyborg_torchrl.modules import Backbone, PPOAgent, build_encoder
+from cyborg_torchrl.objectives import RecurrentClipPPOLoss, add_advantages
+from cyborg_torchrl.registry import register_backbone, register_environment
+from cyborg_torchrl.trainer import PPOTrainer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Backbone",
+    "ConfigError",
+    "DelayedCueEnv",
+    "Evaluation",
+    "PPOAgent",
+    "PPOTrainer",
+    "RecurrentClipPPOLoss",
+    "RecurrentRolloutBuffer",
+    "RolloutBuffer",
+    "add_advantages",
+    "build_encoder",
+    "evaluate",
+    "keys",
+    "load_config",
+    "register_backbone",
+    "register_environment",
+]

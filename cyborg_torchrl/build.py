@@ -134,7 +134,9 @@ def build_collector(cfg: DictConfig, env: EnvBase, agent: PPOAgent, steps: int) 
         workers = cfg.collector.num_workers
         if num_envs % workers:
             raise ConfigError(f"collector.num_workers = {workers} does not divide env.num_envs = {num_envs}.")
-        makers = [partial(build_env, cfg, num_envs=num_envs // workers, seed=cfg.train.seed + i) for i in range(workers)]
+        makers = [
+            partial(build_env, cfg, num_envs=num_envs // workers, seed=cfg.train.seed + i) for i in range(workers)
+        ]
         collector = MultiSyncCollector(makers, agent, cat_results=0, **options)
     collector.set_seed(cfg.train.seed)
     return collector

@@ -26,7 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from cyborg_torchrl.registry import Registry, backbones, did_you_mean, environments
 
-WIRED = ("in_features", "device", "seed")
+WIRED = ("self", "in_features", "device", "seed")
 """Parameters of builders that are passed by the wiring, not by the configuration."""
 RECURRENT_MODES = ("none", "burn_in", "episode")
 
@@ -112,6 +112,9 @@ class LoggerConfig:
     """Fresh greedy episodes after training; 0: none."""
 
 
+NODES = {"encoder": EncoderConfig, "train": TrainConfig, "collector": CollectorConfig, "logger": LoggerConfig}
+
+
 @dataclass
 class Config:
     """A whole experiment: one choice of each group."""
@@ -126,20 +129,27 @@ class Config:
 
 def options_of(builder: Callable[..., Any]) -> dict[str, Any]:
     """The parameters of a registered builder that a configuration sets, with their defaults."""
-    parameters = inspect.signature(builder).parameters.values()
+    parameters = inspect.signature(_function(builder)).parameters.values()
     named = (p for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD))
     return {p.name: p.default for p in named if p.name not in WIRED}
 
 
+def _function(builder: Callable[..., Any]) -> Callable[..., Any]:
+    """What carries the signature; a class with a metaclass of its own hides it."""
+    return builder.__init__ if inspect.isclass(builder) else builder
+
+
 def config_class_of(name: str, builder: Callable[..., Any]) -> type:
     """Makes the dataclass of a registered builder's options, with the field `name` first."""
-    hints = typing.get_type_hints(builder)
+    hints = typing.get_type_hints(_function(builder))
     options = options_of(builder).items()
     fields = [
         (key, hints.get(key, Any), field(default=MISSING if default is inspect.Parameter.empty else default))
         for key, default in options
     ]
-    return dataclasses.make_dataclass(f"{name.title().replace('_', '')}Config", [("name", str, field(default=name)), *fields])
+    return dataclasses.make_dataclass(
+        f"{name.title().replace('_', '')}Config", [("name", str, field(default=name)), *fields]
+    )
 
 
 def config_dir() -> Path:
@@ -179,6 +189,7 @@ def validate(cfg: DictConfig) -> None:
     Raises:
         ConfigError: at the first impossible value.
     """
+    _check_keys(cfg)
     train: TrainConfig = cfg.train
     positive = {
         "train.total_timesteps": train.total_timesteps,
@@ -209,10 +220,23 @@ def validate(cfg: DictConfig) -> None:
         if value not in known:
             raise ConfigError(f"unknown {key} '{value}': {did_you_mean(value, known)}")
     if train.burn_in:
-        raise ConfigError(f"train.burn_in = {train.burn_in}: only 0 is supported so far (chunks start from stored states).")
+        raise ConfigError(
+            f"train.burn_in = {train.burn_in}: only 0 is supported so far (chunks start from stored states)."
+        )
     if train.seq_len is not None and train.recurrent_mode != "burn_in":
         raise ConfigError(f"train.seq_len belongs to recurrent_mode=burn_in; the mode is '{train.recurrent_mode}'.")
     resolve_device(train.device)
+
+
+def _check_keys(cfg: DictConfig) -> None:
+    """Hydra's + and ~ can add and remove keys behind the schema's back; nothing reads them, so they are mistakes."""
+    known = {group: [f.name for f in dataclasses.fields(node)] for group, node in NODES.items()}
+    for group, registry in (("backbone", backbones), ("env", environments)):
+        known[group] = ["name", *options_of(registry.get(cfg[group].name))]
+    for group, names in known.items():
+        for key in cfg[group]:
+            if key not in names:
+                raise ConfigError(f"unknown key '{group}.{key}': {did_you_mean(str(key), names)}")
 
 
 def resolve_device(name: str) -> torch.device:
@@ -237,7 +261,7 @@ def resolve_device(name: str) -> torch.device:
 def _store_nodes() -> None:
     store = ConfigStore.instance()
     store.store(name="config_schema", node=Config)
-    for group, node in (("train", TrainConfig), ("collector", CollectorConfig), ("logger", LoggerConfig)):
+    for group, node in NODES.items():
         store.store(group=group, name=f"{group}_schema", node=node)
     for group, registry in (("backbone", backbones), ("env", environments)):
         for name in _registered(registry):

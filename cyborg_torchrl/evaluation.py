@@ -25,9 +25,7 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(
-    policy: TensorDictModuleBase, env: EnvBase, episodes: int, *, is_deterministic: bool = True
-) -> Evaluation:
+def evaluate(policy: TensorDictModuleBase, env: EnvBase, episodes: int, *, is_deterministic: bool = True) -> Evaluation:
     """Plays episodes and averages over them.
 
     Every environment of the batch contributes the same number of episodes, its first ones, so that short episodes

@@ -49,7 +49,9 @@ class Progress:
         """Ends an update: prints its line."""
         self._updates = int(metrics["update"])
         score = "success_rate" if "success_rate" in metrics else "mean_reward"
-        figures = f"{metrics['steps_per_second']:,.0f} steps/s  {score.split('_')[0]} {metrics.get(score, float('nan')):.3f}"
+        figures = (
+            f"{metrics['steps_per_second']:,.0f} steps/s  {score.split('_')[0]} {metrics.get(score, float('nan')):.3f}"
+        )
         self.bar.update(self._task, figures=figures)
         self.advance(0.0)
         self.console.print(

@@ -48,9 +48,7 @@ class Registry:
         def add(component: Component) -> Component:
             taken = self._components.get(name)
             if taken is not None and taken is not component:
-                raise ValueError(
-                    f"{self.kind} '{name}' is registered already, by {taken!r}; choose another name."
-                )
+                raise ValueError(f"{self.kind} '{name}' is registered already, by {taken!r}; choose another name.")
             self._components[name] = component
             return component
 

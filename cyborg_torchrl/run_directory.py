@@ -9,7 +9,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Mapping
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,7 @@ class RunDirectory:
 
 def default_run_name(cfg: DictConfig) -> str:
     """Task, backbone, seed and time."""
-    stamp = datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S-%f")
+    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S-%f")
     return f"{cfg.env.name}-{cfg.backbone.name}-s{cfg.train.seed}-{stamp}"
 
 
@@ -93,7 +93,7 @@ def manifest(cfg: DictConfig) -> dict[str, Any]:
     packages = ("cyborg-torchrl", "torch", "torchrl", "tensordict", "hydra-core")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
-        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": sys.argv,
         "seed": cfg.train.seed,
         "commit": _commit(),

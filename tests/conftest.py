@@ -103,6 +103,12 @@ def build_core(core_case: CoreCase) -> Callable[..., Core]:
 
 
 @pytest.fixture
+def build_gru_case() -> Callable[..., Core]:
+    """Builder of the fullest variant of one core, where one core is enough."""
+    return lambda in_features, **options: build_case(CoreCase("gru", True, 2), in_features, **options)
+
+
+@pytest.fixture
 def stored_state() -> Callable[[Core, int], State]:
     """Maker of a state that a core really reaches, another for each row; detached leaves."""
 
@@ -203,8 +209,8 @@ def collect() -> Callable[..., TensorDictBase]:
     """Hand-written rollout of a policy: reset, then policy, step and `step_mdp`, stacked to [N, T]."""
 
     @torch.no_grad()
-    def run(policy: PPOAgent, env: EnvBase, steps: int) -> TensorDictBase:
-        env = TransformedEnv(env, policy.backbone.make_tensordict_primer())
+    def run(policy: PPOAgent, env: TransformedEnv, steps: int) -> TensorDictBase:
+        env.append_transform(policy.backbone.make_tensordict_primer())
         tensordict = env.reset()
         rows = []
         for _ in range(steps):

@@ -60,9 +60,7 @@ class _GRURecurrence(torch.autograd.Function):
         r, z = reset_update.split(size, -1)
         # d(pre-activations)/d(h_t), for all steps at once; the loop only multiplies
         slope_n = (1 - z) * (1 - n * n)
-        slopes = torch.empty_like(grad_states, memory_format=torch.contiguous_format).new_empty(
-            steps, batch, 3, size
-        )
+        slopes = torch.empty_like(grad_states, memory_format=torch.contiguous_format).new_empty(steps, batch, 3, size)
         torch.mul(slope_n * candidate_h, r * (1 - r), out=slopes[:, :, 0])
         torch.mul(previous - n, z * (1 - z), out=slopes[:, :, 1])
         torch.mul(slope_n, r, out=slopes[:, :, 2])

@@ -105,9 +105,7 @@ class LayeredCore(Core):
             y = self.readouts[index](y)
             next_states.append(next_l)
         columns = zip(*next_states, strict=True)
-        return y, {
-            name: torch.stack(column, 1) for name, column in zip(self.state_names, columns, strict=True)
-        }
+        return y, {name: torch.stack(column, 1) for name, column in zip(self.state_names, columns, strict=True)}
 
 
 class LayeredCoreBuilder(Protocol):

@@ -122,7 +122,11 @@ class RecurrentRolloutBuffer(ReplayBuffer):
         """Bytes that the stored states take."""
         rows = self[:]
         states = (rows.get(key, None) for key in self.state_keys)
-        return sum(state.bytes() if isinstance(state, TensorDictBase) else state.nbytes for state in states if state is not None)
+        return sum(
+            state.bytes() if isinstance(state, TensorDictBase) else state.nbytes
+            for state in states
+            if state is not None
+        )
 
     def _to_rows(self, rollout: TensorDictBase) -> TensorDict:
         chunks = rollout.exclude(keys.NEXT).reshape(-1, self.seq_len)

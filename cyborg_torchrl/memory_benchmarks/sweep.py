@@ -90,11 +90,25 @@ def table(rows: Iterable[dict[str, Any]], target: float) -> Table:
         key = (row["task"], row["backbone"], int(row["horizon"]), int(row["total_timesteps"]), row["overrides"])
         groups[key].append(row)
     result = Table(title=f"greedy success on fresh episodes (solved: >= {target})")
-    for column in ("task", "backbone", "horizon", "budget", "options", "solved", "mean", "min", "seeds", "s/run", "MiB"):
+    for column in (
+        "task",
+        "backbone",
+        "horizon",
+        "budget",
+        "options",
+        "solved",
+        "mean",
+        "min",
+        "seeds",
+        "s/run",
+        "MiB",
+    ):
         result.add_column(column, justify="left" if column in ("task", "backbone", "options", "seeds") else "right")
     for (task, backbone, horizon, budget, options), cells in sorted(groups.items()):
         cells = sorted(cells, key=lambda row: int(row["seed"]))
-        scores = [float(row["success_rate"]) for row in cells if not row["error"] and row["success_rate"] not in ("", None)]
+        scores = [
+            float(row["success_rate"]) for row in cells if not row["error"] and row["success_rate"] not in ("", None)
+        ]
         done = [row for row in cells if not row["error"]]
         result.add_row(
             task, backbone, f"{horizon:,}", f"{budget:,}", options,
@@ -150,7 +164,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 rows.append(row)
                 progress.advance(task)
                 figure = row["error"] or f"success {row['success_rate']}"
-                progress.console.print(f"{row['task']} {row['backbone']} h{row['horizon']} seed {row['seed']}: {figure}")
+                progress.console.print(
+                    f"{row['task']} {row['backbone']} h{row['horizon']} seed {row['seed']}: {figure}"
+                )
         except KeyboardInterrupt:
             pool.shutdown(cancel_futures=True)
             console.print(f"interrupted: {len(rows)} of {len(cells)} runs are in {arguments.output}")

@@ -72,7 +72,9 @@ class ActionHead:
     distribution_kwargs: dict[str, Any] = field(default_factory=dict)
 
 
-def build_action_head(action_spec: TensorSpec, in_features: int, *, scale: float = 0.01, batch_dims: int = 0) -> ActionHead:
+def build_action_head(
+    action_spec: TensorSpec, in_features: int, *, scale: float = 0.01, batch_dims: int = 0
+) -> ActionHead:
     """Builds the head that fits an action spec: categorical, one-hot, multi-categorical, or continuous (normal).
 
     Args:

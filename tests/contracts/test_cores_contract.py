@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cyborg_torchrl.cores import Core, MemorylessCore, State, restart, unroll
 
-BATCH, STEPS, FEATURES = 4, 24, 3
+BATCH, STEPS, FEATURES = 4, 14, 3
 
 BuildCore = Callable[..., Core]
 StoredState = Callable[[Core, int], State]
@@ -55,18 +55,40 @@ def test_shapes_and_dtypes_are_as_declared(build_core: BuildCore) -> None:
     assert {ys.dtype, y.dtype, *(value.dtype for value in (*state.values(), *last.values()))} == {torch.float64}
 
 
+@pytest.mark.parametrize(
+    ("options", "tolerance"), [({"readout": "none"}, 1e-6), ({"readout_groups": 4}, 1e-5)], ids=["bare", "normed"]
+)
 def test_sequence_equals_steps(
-    build_core: BuildCore, stored_state: StoredState, random_resets: RandomResets
+    build_core: BuildCore, stored_state: StoredState, random_resets: RandomResets, options: dict, tolerance: float
 ) -> None:
-    core = build_core(FEATURES)
+    # a norm over time-scales magnifies the rounding of slow channels, which are small: hence two tolerances
+    core = build_core(FEATURES, **options)
     x, is_init = torch.randn(BATCH, STEPS, FEATURES), random_resets(BATCH, STEPS)
     is_init[0], is_init[1, 0] = False, True
     state = stored_state(core, BATCH)
     with torch.no_grad():
         y, last = core(x, state, is_init)
         expected, expected_last = steps_by_hand(core, x, state, is_init)
-    assert (y - expected).abs().max() <= 1e-6
+    assert (y - expected).abs().max() <= tolerance
     assert largest_difference(last, expected_last) <= 1e-6
+
+
+@pytest.mark.parametrize("horizon", [200, 10_000])
+def test_sequence_and_steps_are_accurate_from_the_first_step_on(
+    build_core: BuildCore, random_resets: RandomResets, horizon: int
+) -> None:
+    # early in an episode slow channels hold next to nothing, and what they hold must be right to rounding all the same
+    core = build_core(FEATURES, max_horizon=horizon, hidden_size=32, readout_groups=4)
+    x, is_init = torch.randn(BATCH, STEPS, FEATURES), random_resets(BATCH, STEPS)
+    is_init[:, 0] = True
+    with torch.no_grad():
+        by_sequence = core(x, core.initial_state(BATCH), is_init)[0]
+        by_step = unroll(core, x, core.initial_state(BATCH), is_init)[0]
+        core = copy.deepcopy(core).double()
+        exact = unroll(core, x.double(), core.initial_state(BATCH), is_init)[0]
+    assert (by_step - exact).abs().max() <= 2e-5
+    assert (by_sequence - exact).abs().max() <= 2e-5
+    assert (by_sequence - by_step).abs().max() <= 1e-5
 
 
 def test_unroll_equals_steps_by_hand(
@@ -143,9 +165,7 @@ def test_a_reset_forgets_even_a_broken_state(build_core: BuildCore, garbage: flo
     torch.testing.assert_close(stepped, expected[:, 0], rtol=0, atol=1e-6)
 
 
-def test_environments_do_not_mix(
-    build_core: BuildCore, stored_state: StoredState, random_resets: RandomResets
-) -> None:
+def test_environments_do_not_mix(build_core: BuildCore, stored_state: StoredState, random_resets: RandomResets) -> None:
     core = build_core(FEATURES)
     x, is_init = torch.randn(BATCH, STEPS, FEATURES), random_resets(BATCH, STEPS)
     state = stored_state(core, BATCH)
@@ -154,7 +174,7 @@ def test_environments_do_not_mix(
         for row in range(BATCH):
             one = slice(row, row + 1)
             y_one, last_one = core(x[one], {name: v[one] for name, v in state.items()}, is_init[one])
-            torch.testing.assert_close(y_one, y[one], rtol=0, atol=1e-6)
+            torch.testing.assert_close(y_one, y[one], rtol=0, atol=1e-5)
             assert largest_difference(last_one, {name: v[one] for name, v in last.items()}) <= 1e-6
     x.requires_grad_()
     (grad,) = torch.autograd.grad(core(x, state, is_init)[0][1].square().sum(), x)
@@ -175,9 +195,8 @@ def test_gradients_equal_the_unrolled(
 
     def gradients(run: Callable[..., tuple[Tensor, State]]) -> dict[str, Tensor]:
         y, last = run(x, state, is_init)
-        torch.manual_seed(1)
-        loss = (y * torch.randn_like(y)).sum()
-        loss = loss + sum((value * torch.randn_like(value)).sum() for value in last.values())
+        generator = torch.Generator().manual_seed(1)
+        loss = sum((v * torch.randn(v.shape, generator=generator)).sum() for v in (y, *last.values()))
         return dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
 
     ours, reference = gradients(core), gradients(lambda *arguments: unroll(core, *arguments))
@@ -207,38 +226,32 @@ def test_learned_initial_state_gets_its_gradient_at_every_reset(build_core: Buil
         assert grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("from_stored_state", [False, True], ids=["initial", "stored"])
 def test_gradient_from_query_to_cue_equals_the_full_unroll(
-    build_core: BuildCore,
-    stored_state: StoredState,
-    make_agent: Callable,
-    from_stored_state: bool,
-    horizon: int = 200,
+    build_core: BuildCore, stored_state: StoredState, make_agent: Callable, horizon: int = 200
 ) -> None:
     core = build_core(5)
     agent = make_agent(core).double()
-    obs = torch.zeros(2, horizon + 2, 3, dtype=torch.float64)
-    obs[:, 0] = torch.randn(2, 3)
-    obs[:, 1:] = 0.1 * torch.randn(2, horizon + 1, 3)
+    obs = 0.1 * torch.randn(2, horizon + 2, 3, dtype=torch.float64)
     actions = torch.randint(3, (2, horizon + 2))
-    state = stored_state(core, 2) if from_stored_state else None
+    state = stored_state(core, 2)
+    is_init = torch.zeros(2, horizon + 2, dtype=torch.bool)
+    is_init[1, 0] = True  # one row goes on from a stored state, the other begins an episode
 
-    cue = obs[:, 0].clone().requires_grad_()
+    cue = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
     seen = torch.cat([cue.unsqueeze(1), obs[:, 1:]], 1)
-    evaluation = agent.evaluate_actions(seen, actions, state)
+    evaluation = agent.evaluate_actions(seen, actions, state, is_init)
     (grad,) = torch.autograd.grad(evaluation.log_prob[:, -1].sum(), cue)
 
-    features = agent.encoder.module(seen)
-    start = core.initial_state(2) if state is None else state
-    memory, last = unroll(core, features, start, torch.zeros(2, horizon + 2, dtype=torch.bool))
-    logits = agent.policy_head.module(agent.fusion.module(features, memory))
+    memory, last = unroll(core, agent.encoder.module(seen), state, is_init)
+    logits = agent.policy_head.module(agent.fusion.module(agent.encoder.module(seen), memory))
     reference = logits.log_softmax(-1).gather(-1, actions.unsqueeze(-1)).squeeze(-1)
     (expected,) = torch.autograd.grad(reference[:, -1].sum(), cue)
 
     torch.testing.assert_close(evaluation.log_prob, reference, rtol=0, atol=1e-10)
     assert largest_difference(evaluation.state, last) <= 1e-10
     assert (expected.abs().sum(-1) > 0).all()
-    assert (grad - expected).norm() <= 1e-6 * expected.norm()
+    for row in range(2):
+        assert (grad[row] - expected[row]).norm() <= 1e-6 * expected[row].norm()
 
 
 def test_arguments_are_left_alone(build_core: BuildCore, stored_state: StoredState) -> None:

@@ -1,0 +1,37 @@
+# Each target sets up .venv by itself. The same by hand:
+#   python3 -m venv .venv
+#   .venv/bin/pip install -c constraints.txt -e ".[dev]"
+#   .venv/bin/python examples/delayed_cue.py      (make demo)
+#   scripts/check && scripts/test                 (make test)
+PYTHON ?= python3
+BIN := .venv/bin
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help install demo test check learn clean
+
+help:  ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt torch numpy
+	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e ".[dev]"
+	touch $@
+
+install: .venv/installed  ## .venv with the package and its tools, from the pinned lock
+
+demo: install  ## train on delayed cue at horizon 1000
+	$(BIN)/python examples/delayed_cue.py
+
+test: install  ## linters and tests
+	scripts/check
+	scripts/test
+
+check: install  ## linters alone
+	scripts/check
+
+learn: install  ## full learning runs: about an hour
+	scripts/test -m learning
+
+clean:  ## remove .venv and caches (not runs/)
+	rm -rf .venv .pytest_cache .ruff_cache dist

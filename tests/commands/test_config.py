@@ -1,0 +1,117 @@
+"""Wrong input ends in one clear line; right input composes."""
+
+import pytest
+
+from cyborg_torchrl import register_backbone
+from cyborg_torchrl.build import build_agent, build_core, build_env, rollout_length
+from cyborg_torchrl.config import ConfigError, load_config, options_of
+from cyborg_torchrl.cores import LayeredCore, MemorylessCore, build_gru
+from cyborg_torchrl.registry import backbones
+
+
+def test_overrides_swap_parts():
+    cfg = load_config(overrides=["backbone=gru", "env.horizon=200", "train.seed=3", "backbone.hidden_size=32"])
+    assert cfg.backbone.name == "gru"
+    assert cfg.backbone.hidden_size == 32
+    assert cfg.env.horizon == 200
+    assert cfg.train.seed == 3
+    env = build_env(cfg)
+    core = build_core(cfg, 64, env)
+    assert isinstance(core, LayeredCore)
+    assert core.out_features == 32
+    # max_horizon: null became the environment's: the slowest unit keeps for ten horizons
+    assert core.layers[0].bias_hh[32:64].exp().max().item() == pytest.approx(2000, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["lru", "gru", "lstm"])
+def test_defaults_of_the_builder_are_the_defaults_of_the_configuration(name):
+    cfg = load_config(overrides=[f"backbone={name}"])
+    assert {key: cfg.backbone[key] for key in cfg.backbone if key != "name"} == options_of(backbones.get(name))
+
+
+def test_mode_none_has_no_state():
+    cfg = load_config(overrides=["train=none", "env.horizon=3"])
+    agent = build_agent(cfg, build_env(cfg))
+    assert isinstance(agent.backbone.core, MemorylessCore)
+    assert not agent.backbone.state_keys
+
+
+def test_schema_default_mode_is_none():
+    from cyborg_torchrl.config import TrainConfig
+
+    assert TrainConfig().recurrent_mode == "none"
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("backbone=gruu", "did you mean 'gru'"),
+        ("env=delaid_cue", "did you mean 'delayed_cue'"),
+        ("train=episod", "did you mean 'episode'"),
+        ("backbone.hiden_size=3", "did you mean 'backbone.hidden_size'"),
+        ("trian.seed=3", "did you mean 'train.seed'"),
+        ("+train.sed=3", "did you mean 'seed'"),
+        ("train.recurrent_mode=burnin", "did you mean 'burn_in'"),
+        ("train.n_epochs=abc", "train.n_epochs=abc"),
+        ("train.n_epochs=0", "train.n_epochs must be greater than 0"),
+        ("train.gamma=1.5", "[0, 1]"),
+        ("train.device=cuda:99", "cuda:99"),
+        ("train.device=gpu", "cpu, cuda, cuda:N or auto"),
+        ("train.burn_in=4", "train.burn_in = 4"),
+        ("train.seq_len=6", "recurrent_mode=burn_in"),
+        ("nonsense", "key=value"),
+        ("=3", "key=value"),
+    ],
+)
+def test_bad_overrides(override, expected):
+    with pytest.raises(ConfigError) as error:
+        load_config(overrides=[override])
+    assert expected in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["env.horizon=-1"], "horizon must be >= 0; got -1"),
+        (["env.cues=1"], "cues must be >= 2"),
+        (["train=burn_in", "train.seq_len=7"], "nearest that does is 6"),
+        (["env.num_envs=4"], "use 4 or fewer"),
+        (["backbone.readout=loud"], "timescale_norm, none"),
+        (["backbone.hidden_size=0"], "hidden_size must be >= 1"),
+        (["encoder.observation_keys=[sound]"], "observation, success"),
+    ],
+)
+def test_values_that_do_not_fit(overrides, expected):
+    cfg = load_config(overrides=overrides)
+    with pytest.raises(ConfigError) as error:
+        env = build_env(cfg)
+        build_agent(cfg, env)
+        rollout_length(cfg, env)
+    assert expected in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_of_ones_own(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "defaults:\n  - config_schema\n  - env: delayed_cue\n  - backbone: gru\n  - train: burn_in\n  - _self_\n"
+        "train:\n  seq_len: 6\n  seed: 5\n"
+    )
+    cfg = load_config(str(path), ["env.horizon=10"])
+    assert (cfg.backbone.name, cfg.train.recurrent_mode, cfg.train.seed) == ("gru", "burn_in", 5)
+    with pytest.raises(ConfigError, match="no configuration file"):
+        load_config(str(tmp_path / "other.yaml"))
+    with pytest.raises(ConfigError, match="did you mean 'memory_delayed_cue_recurrent'"):
+        load_config("memory_delayed_cue_recurent")
+
+
+def test_a_registered_backbone_is_configurable_without_yaml():
+    @register_backbone("test_config_backbone")
+    def build(in_features: int, *, width: int = 8):
+        return build_gru(in_features, hidden_size=width)
+
+    cfg = load_config(overrides=["backbone=test_config_backbone", "backbone.width=12"])
+    assert build_core(cfg, 4, build_env(cfg)).out_features == 12
+    with pytest.raises(ConfigError, match=r"did you mean 'backbone\.width'"):
+        load_config(overrides=["backbone=test_config_backbone", "backbone.widht=12"])

@@ -1,0 +1,158 @@
+"""Whole runs: what they print, what they leave, how they end."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from cyborg_torchrl.checkpoint import load_checkpoint, save_checkpoint
+from cyborg_torchrl.config import load_config
+from cyborg_torchrl.experiment import run_experiment
+from cyborg_torchrl.memory_benchmarks import pseudo_mamba_memory_suite, sweep
+
+ROOT = Path(__file__).parents[2]
+SMALL = ["env.horizon=5", "train.total_timesteps=1000", "logger.eval_episodes=64", "train.n_epochs=2"]
+SUMMARY = {
+    "task", "backbone", "horizon", "num_envs", "total_timesteps", "seed", "success_rate", "mean_reward",
+    "steps_per_second", "total_updates", "total_seconds", "peak_rss_mb",
+}  # fmt: skip
+
+
+def example(*arguments: str, **options):
+    command = [sys.executable, str(ROOT / "examples" / "delayed_cue.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, **options)
+
+
+def test_the_example_leaves_what_it_promises(tmp_path):
+    result = example(*SMALL, f"logger.base_dir={tmp_path}", "logger.run_name=run")
+    assert result.returncode == 0, result.stderr
+    summary = json.loads(result.stdout.splitlines()[-1])
+    assert summary.keys() >= SUMMARY
+    assert summary["total_updates"] == 2
+    assert summary["total_timesteps"] == 2 * 64 * 7
+    assert summary == json.loads((tmp_path / "run" / "summary.json").read_text())
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert {"versions", "commit", "seed", "machine"} <= manifest.keys()
+    assert manifest["versions"]["torch"] == torch.__version__.split("+")[0] or manifest["versions"]["torch"]
+    with (tmp_path / "run" / "logs" / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["steps"]) for row in rows] == [448, 896]
+    assert all(float(row["ratio_error"]) <= 1e-5 for row in rows)
+    assert list((tmp_path / "run" / "logs").glob("events.out.tfevents.*"))
+    assert load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")["trainer"]["num_steps"] == 896
+    assert (tmp_path / "run" / "checkpoints" / "best.pt").exists()
+    # the configuration that was used can be used again
+    again = load_config(str(tmp_path / "run" / "config.yaml"))
+    assert again.env.horizon == 5
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["backbone=gruu", "env.horizon=-1", "train.device=cuda:99", "train.seq_len=7", "train.sed=1", "env.cues=x"],
+)
+def test_bad_input_ends_in_one_line(override):
+    result = example(override)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ")
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert not result.stdout
+
+
+def test_a_taken_run_name_is_refused(tmp_path):
+    options = [*SMALL, f"logger.base_dir={tmp_path}", "logger.run_name=run", "logger.progress=false"]
+    run_experiment(load_config(overrides=options))
+    with pytest.raises(ValueError, match="choose another run name"):
+        run_experiment(load_config(overrides=options))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_saves_what_was_learned(tmp_path, number):
+    command = [sys.executable, "examples/delayed_cue.py", "env.horizon=50", "train.total_timesteps=100000000"]
+    command += [f"logger.base_dir={tmp_path}", "logger.run_name=run"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    checkpoint = tmp_path / "run" / "checkpoints" / "last.pt"
+    deadline = time.monotonic() + 60
+    while not checkpoint.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    summary = json.loads(out.splitlines()[-1])
+    assert summary["is_interrupted"]
+    assert summary["total_updates"] >= 1
+    assert load_checkpoint(checkpoint)["agent"]
+
+
+def test_the_same_seed_gives_the_same_parameters_bit_for_bit(tmp_path):
+    states = []
+    for name in ("one", "two", "other"):
+        seed = 1 if name == "other" else 0
+        options = [*SMALL, f"logger.base_dir={tmp_path}", f"logger.run_name={name}", f"train.seed={seed}"]
+        run_experiment(load_config(overrides=[*options, "logger.progress=false"]))
+        states.append(load_checkpoint(tmp_path / name / "checkpoints" / "last.pt")["agent"])
+    one, two, other = states
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    assert any(not torch.equal(one[key], other[key]) for key in one)
+
+
+def test_the_suite_maps_the_flags(tmp_path, capsys):
+    flags = "--task delayed_cue --backbone gru --horizon 4 --num-envs 16 --total-timesteps 300 --device auto --seed 2"
+    more = f"--run-name r --base-dir {tmp_path} --eval-episodes 32 train.n_epochs=1 logger.progress=false"
+    assert pseudo_mamba_memory_suite.main([*flags.split(), *more.split()]) == 0
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+    figures = {key: summary[key] for key in ("task", "backbone", "horizon", "num_envs", "seed", "eval_episodes")}
+    assert figures == {
+        "task": "delayed_cue",
+        "backbone": "gru",
+        "horizon": 4,
+        "num_envs": 16,
+        "seed": 2,
+        "eval_episodes": 32,
+    }
+    assert summary["total_timesteps"] == 3 * 16 * 6
+    assert (tmp_path / "r" / "summary.json").exists()
+
+
+def test_the_sweep_writes_a_table_and_skips_what_is_done(tmp_path, capfd):
+    arguments = ["--horizons", "4", "--seeds", "2", "--total-timesteps", "100", "--base-dir", str(tmp_path / "runs")]
+    arguments += [
+        "--output",
+        str(tmp_path / "results.csv"),
+        "--jobs",
+        "2",
+        "train.n_epochs=1",
+        "logger.eval_episodes=16",
+    ]
+    assert sweep.main(arguments) == 0
+    rows = (tmp_path / "results.csv").read_text().splitlines()
+    assert len(rows) == 3
+    assert "delayed_cue" in capfd.readouterr().out
+    started = time.monotonic()
+    assert sweep.main(arguments) == 0
+    assert time.monotonic() - started < 3
+    assert (tmp_path / "results.csv").read_text().splitlines() == rows
+
+
+def test_checkpoints_are_whole_or_refused(tmp_path):
+    path = tmp_path / "x.pt"
+    save_checkpoint(path, {"agent": {"w": torch.ones(3)}})
+    assert torch.equal(load_checkpoint(path)["agent"]["w"], torch.ones(3))
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="not a readable checkpoint"):
+        load_checkpoint(path)
+    torch.save({"something": 1}, path)
+    with pytest.raises(ValueError, match="not a checkpoint of cyborg_torchrl"):
+        load_checkpoint(path)
+    torch.save({"format": "cyborg_torchrl.checkpoint", "version": 99}, path)
+    with pytest.raises(ValueError, match="version 99"):
+        load_checkpoint(path)
+    assert os.listdir(tmp_path) == ["x.pt"]

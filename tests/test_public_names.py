@@ -1,0 +1,12 @@
+"""What the package offers is listed, sorted, and there."""
+
+import importlib
+
+import pytest
+
+
+@pytest.mark.parametrize("name", ["", ".cores", ".modules", ".objectives", ".data", ".envs"])
+def test_all_is_sorted_and_true(name):
+    module = importlib.import_module(f"cyborg_torchrl{name}")
+    assert list(module.__all__) == sorted(module.__all__)
+    assert all(hasattr(module, item) for item in module.__all__)
