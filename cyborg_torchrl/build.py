@@ -1,9 +1,12 @@
+# pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# (tensordict's and torchrl's annotations are narrower than what they take)
 """From configuration to objects: the sole wiring."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -40,7 +43,7 @@ def build_env(cfg: DictConfig, *, num_envs: int | None = None, seed: int | None 
     Raises:
         ConfigError: if the environment refuses its options.
     """
-    options = {key: value for key, value in OmegaConf.to_container(cfg.env).items() if key != "name"}
+    options = _options(cfg.env)
     options["num_envs"] = options.get("num_envs", 1) if num_envs is None else num_envs
     seed = cfg.train.seed if seed is None else seed
     try:
@@ -53,7 +56,7 @@ def build_env(cfg: DictConfig, *, num_envs: int | None = None, seed: int | None 
 def build_core(cfg: DictConfig, in_features: int, env: EnvBase) -> Core:
     """Builds the core of a configuration; `max_horizon: null` becomes the environment's horizon."""
     builder = backbones.get(cfg.backbone.name)
-    options = {key: value for key, value in OmegaConf.to_container(cfg.backbone).items() if key != "name"}
+    options = _options(cfg.backbone)
     if "max_horizon" in options_of(builder) and options.get("max_horizon") is None:
         options["max_horizon"] = max(1, episode_attribute(env, "horizon") or cfg.train.n_steps or 1000)
     try:
@@ -75,7 +78,7 @@ def build_agent(cfg: DictConfig, env: EnvBase) -> PPOAgent:
     return agent.to(resolve_device(cfg.train.device))
 
 
-def episode_attribute(env: EnvBase, name: str) -> int | None:
+def episode_attribute(env: EnvBase | None, name: str) -> int | None:
     """`horizon` or `max_episode_steps` of an environment, if it has one."""
     while env is not None:
         value = getattr(env, name, None)
@@ -99,13 +102,15 @@ def rollout_length(cfg: DictConfig, env: EnvBase) -> int:
         divisors = [d for d in range(1, steps + 1) if steps % d == 0]
         nearest = min(divisors, key=lambda d: abs(d - train.seq_len))
         raise ConfigError(
-            f"train.seq_len = {train.seq_len} does not divide the rollout of {steps} steps; the nearest that does is {nearest}."
+            f"train.seq_len = {train.seq_len} does not divide the rollout of {steps} steps; the nearest that does is "
+            f"{nearest}."
         )
     num_envs = env.batch_size.numel()
     rows = num_envs * steps // _row_length(cfg, steps)
     if train.num_minibatches > rows:
         raise ConfigError(
-            f"train.num_minibatches = {train.num_minibatches}, but a rollout has only {rows} sequences to split; use {rows} or fewer."
+            f"train.num_minibatches = {train.num_minibatches}, but a rollout has only {rows} sequences to split; use "
+            f"{rows} or fewer."
         )
     return steps
 
@@ -176,6 +181,11 @@ def build_trainer(
         on_progress=on_progress,
     )
     return trainer, agent
+
+
+def _options(node: DictConfig) -> dict[str, Any]:
+    """The keyword arguments of a registered builder."""
+    return {str(key): value for key, value in OmegaConf.to_container(node).items() if key != "name"}  # pyright: ignore
 
 
 def _row_length(cfg: DictConfig, steps: int) -> int:

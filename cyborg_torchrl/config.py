@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib
 import inspect
 import re
 import typing
@@ -271,9 +272,8 @@ def _store_nodes() -> None:
 
 
 def _registered(registry: Registry) -> tuple[str, ...]:
-    import cyborg_torchrl.cores
-    import cyborg_torchrl.envs  # noqa: F401  (importing registers the shipped components)
-
+    for package in ("cores", "envs"):  # importing them registers the shipped components
+        importlib.import_module(f"cyborg_torchrl.{package}")
     return registry.names()
 
 
@@ -302,15 +302,16 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
         return f"unknown {group} '{name}': {did_you_mean(name, _choices(group))}"
     unknown = re.search(r"Could not override '([\w.@]+)'", text) or re.search(r"Key '([\w.]+)' (?:is )?not in", text)
     if unknown:
-        given = (override.split("=")[0].lstrip("+~") for override in overrides)
-        full = next((key for key in given if key.endswith(unknown[1])), unknown[1])
+        keys_given = (override.split("=")[0].lstrip("+~") for override in overrides)
+        full = next((key for key in keys_given if key.endswith(unknown[1])), unknown[1])
         return f"unknown key '{full}': {did_you_mean(full, _sibling_keys(full, overrides))}"
     bad_value = re.search(r"Error merging override (\S*)", text)
     if bad_value:
         return f"impossible value in '{bad_value[1]}': {cause.split(' full_key:')[0] or 'wrong type'}"
     bad_override = re.search(r"Error parsing override '([^']*)'", text)
     if bad_override or not text.startswith(("In '", "Could not")):
-        return f"cannot read '{bad_override[1] if bad_override else ' '.join(overrides)}': overrides look like key=value ({text})"
+        given = bad_override[1] if bad_override else " ".join(overrides)
+        return f"cannot read '{given}': overrides look like key=value ({text})"
     return text
 
 

@@ -1,3 +1,5 @@
+# pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# (tensordict's and torchrl's annotations are narrower than what they take)
 """One training run from a configuration to a summary."""
 
 from __future__ import annotations
@@ -6,7 +8,7 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -113,7 +115,7 @@ def _content(agent: PPOAgent, trainer: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
+def _sigterm_as_interrupt() -> Generator[None]:
     """Ends a run that is told to terminate as Ctrl-C would."""
 
     def interrupt(signum: int, frame: Any) -> None:

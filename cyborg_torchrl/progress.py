@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -34,7 +34,7 @@ class Progress:
         self._updates = 0
 
     @contextmanager
-    def over(self, total_updates: int, steps_per_update: int) -> Iterator[None]:
+    def over(self, total_updates: int, steps_per_update: int) -> Generator[None]:
         """Shows the bar while the context lasts."""
         self._steps_per_update = steps_per_update
         self.bar.update(self._task, total=total_updates * steps_per_update)

@@ -20,7 +20,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from cyborg_torchrl.checkpoint import save_checkpoint
 
-COLUMNS = (
+COLUMNS: tuple[str, ...] = (
     "update", "steps", "seconds", "steps_per_second", "episodes", "success_rate", "mean_reward", "reward_per_step",
     "explained_variance", "loss_objective", "loss_critic", "loss_entropy", "entropy", "kl_approx", "clip_fraction",
     "grad_norm", "ratio_error", "epochs", "learning_rate",

@@ -1,3 +1,5 @@
+# pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# (tensordict's and torchrl's annotations are narrower than what they take)
 """PPOTrainer: recurrent PPO on any TorchRL collector."""
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from cyborg_torchrl.data import RecurrentRolloutBuffer, RolloutBuffer
 from cyborg_torchrl.objectives import RecurrentClipPPOLoss, add_advantages, explained_variance
 
 Metrics = dict[str, float]
-LOGGED = ("loss_objective", "loss_critic", "loss_entropy", "entropy", "kl_approx", "clip_fraction")
+LOGGED = ("loss_objective", "loss_critic", "loss_entropy", "entropy", "kl_approx", "clip_fraction", "ratio_error")
 DISHONEST_RATIO_ERROR = 1e-3
 
 
@@ -118,7 +120,7 @@ class PPOTrainer:
         torch.stack(terms).sum().backward()
         grad_norm = nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
         self.optimizer.step()
-        figures = {name: losses[name].detach() for name in (*LOGGED, "ratio_error") if name in losses.keys()}
+        figures = {name: value.detach() for name, value in losses.items() if name in LOGGED}
         return figures | {"grad_norm": grad_norm.detach()}
 
     def _set_learning_rate(self) -> None:

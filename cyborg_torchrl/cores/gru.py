@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from cyborg_torchrl.cores.layered import RecurrentLayer, layered_core_builder
+from cyborg_torchrl.cores.layered import LayerState, RecurrentLayer, layered_core_builder
 from cyborg_torchrl.cores.resets import reset_steps
 from cyborg_torchrl.cores.timescale import log_spaced_timescales
 from cyborg_torchrl.registry import register_backbone
@@ -17,7 +17,7 @@ class _GRURecurrence(torch.autograd.Function):
     """h_t from the input's part of the gates. One matrix product and seven small operations a step each way."""
 
     @staticmethod
-    def forward(
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: FunctionCtx,
         gates_x: Tensor,
         weight_hh: Tensor,
@@ -54,7 +54,9 @@ class _GRURecurrence(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad_states: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: FunctionCtx, grad_states: Tensor
+    ) -> tuple[Tensor | None, ...]:
         weight_hh, previous, reset_update, n, candidate_h, is_init = ctx.saved_tensors  # pyright: ignore
         steps, batch, size = n.shape
         r, z = reset_update.split(size, -1)
@@ -104,8 +106,8 @@ class GRULayer(RecurrentLayer):
         super().__init__()
         self.state_names = ("hidden",)
         self.features = hidden_size
-        reference = nn.GRU(in_features, hidden_size)
-        self.weight_ih = nn.Parameter(reference.weight_ih_l0.detach().clone())
+        bound = hidden_size**-0.5  # torch's own
+        self.weight_ih = nn.Parameter(torch.empty(3 * hidden_size, in_features).uniform_(-bound, bound))
         self.weight_hh = nn.Parameter(nn.init.orthogonal_(torch.empty(3 * hidden_size, hidden_size)))
         self.bias_ih = nn.Parameter(torch.zeros(3 * hidden_size))
         self.bias_hh = nn.Parameter(torch.zeros(3 * hidden_size))
@@ -114,7 +116,7 @@ class GRULayer(RecurrentLayer):
             self.weight_hh[update] *= 0.1
             self.bias_hh[update] = log_spaced_timescales(hidden_size, max_horizon).log()
 
-    def step(self, x: Float[Tensor, "B F"], state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def step(self, x: Float[Tensor, "B F"], state: LayerState) -> tuple[Tensor, LayerState]:
         """One step."""
         hidden = torch.gru_cell(x, state[0], self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
         return hidden, (hidden,)
@@ -122,13 +124,13 @@ class GRULayer(RecurrentLayer):
     def forward(
         self,
         x: Float[Tensor, "T B F"],
-        state: tuple[Tensor, ...],
+        state: LayerState,
         is_init: Bool[Tensor, "T B"],
-        initial: tuple[Tensor, ...],
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        initial: LayerState,
+    ) -> tuple[Tensor, LayerState]:
         """A sequence."""
         gates_x = nn.functional.linear(x, self.weight_ih, self.bias_ih)
-        hidden: Tensor = _GRURecurrence.apply(  # pyright: ignore[reportAssignmentType]
+        hidden: Tensor = _GRURecurrence.apply(  # pyright: ignore[reportAssignmentType, reportCallIssue]
             gates_x, self.weight_hh, self.bias_hh, state[0], is_init, initial[0]
         )
         return hidden, (hidden[-1],)

@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from cyborg_torchrl.cores.abstract import Core, InitialState, State
 from cyborg_torchrl.cores.timescale import build_readout
 
+LayerState = tuple[Tensor, ...]
+"""State of one layer: [B, H] tensors."""
+
 
 class RecurrentLayer(nn.Module, ABC):
     """One recurrent layer. Its state is a tuple of [B, H] tensors, in the order of `state_names`."""
@@ -21,17 +24,17 @@ class RecurrentLayer(nn.Module, ABC):
     features: int
 
     @abstractmethod
-    def step(self, x: Float[Tensor, "B F"], state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def step(self, x: Float[Tensor, "B F"], state: LayerState) -> tuple[Tensor, LayerState]:
         """One step. Returns the output [B, H] and the next state."""
 
     @abstractmethod
     def forward(
         self,
         x: Float[Tensor, "T B F"],
-        state: tuple[Tensor, ...],
+        state: LayerState,
         is_init: Bool[Tensor, "T B"],
-        initial: tuple[Tensor, ...],
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        initial: LayerState,
+    ) -> tuple[Tensor, LayerState]:
         """A sequence, time first. Returns the outputs [T, B, H] and the last state."""
 
 
@@ -75,7 +78,7 @@ class LayeredCore(Core):
     def step(self, x: Float[Tensor, "B F"], state: State) -> tuple[Float[Tensor, "B D"], State]:
         """One step through all layers."""
 
-        def run(layer: RecurrentLayer, y: Tensor, state_l: tuple[Tensor, ...], _: int):
+        def run(layer: RecurrentLayer, y: Tensor, state_l: LayerState, _: int):
             return layer.step(y, state_l)
 
         return self._through_layers(x, state, run)
@@ -87,19 +90,22 @@ class LayeredCore(Core):
         is_init = is_init.transpose(0, 1).contiguous()
         initial = self._by_layer(self.initial_state(x.shape[0]))
 
-        def run(layer: RecurrentLayer, y: Tensor, state_l: tuple[Tensor, ...], index: int):
+        def run(layer: RecurrentLayer, y: Tensor, state_l: LayerState, index: int):
             return layer(y, state_l, is_init, initial[index])
 
         y, state = self._through_layers(x.transpose(0, 1).contiguous(), state, run)
         return y.transpose(0, 1), state
 
-    def _by_layer(self, state: State) -> list[tuple[Tensor, ...]]:
+    def _by_layer(self, state: State) -> list[LayerState]:
         return list(zip(*(state[name].unbind(1) for name in self.state_names), strict=True))
 
     def _through_layers(
-        self, y: Tensor, state: State, run: Callable[[RecurrentLayer, Tensor, tuple[Tensor, ...], int], tuple]
+        self,
+        y: Tensor,
+        state: State,
+        run: Callable[[RecurrentLayer, Tensor, LayerState, int], tuple[Tensor, LayerState]],
     ) -> tuple[Tensor, State]:
-        next_states: list[tuple[Tensor, ...]] = []
+        next_states: list[LayerState] = []
         for index, state_l in enumerate(self._by_layer(state)):
             y, next_l = run(self.layers[index], y, state_l, index)  # pyright: ignore[reportArgumentType]
             y = self.readouts[index](y)
@@ -121,7 +127,9 @@ class LayeredCoreBuilder(Protocol):
         readout: str = "timescale_norm",
         readout_groups: int = 16,
         learn_initial_state: bool = False,
-    ) -> LayeredCore: ...
+    ) -> LayeredCore:
+        """Builds the core; see `layered_core_builder` for the options."""
+        ...
 
 
 def layered_core_builder(layer: Callable[[int, int, float], RecurrentLayer]) -> LayeredCoreBuilder:

@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cyborg_torchrl.cores.layered import RecurrentLayer, layered_core_builder
+from cyborg_torchrl.cores.layered import LayerState, RecurrentLayer, layered_core_builder
 from cyborg_torchrl.cores.scan import gated_linear_scan
 from cyborg_torchrl.cores.timescale import log_spaced_timescales
 from cyborg_torchrl.registry import register_backbone
@@ -37,7 +37,7 @@ class LRULayer(RecurrentLayer):
         rate = 1.0 / log_spaced_timescales(hidden_size, max_horizon)
         self.rate = nn.Parameter(torch.log(torch.expm1(rate)))
 
-    def step(self, x: Float[Tensor, "B F"], state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def step(self, x: Float[Tensor, "B F"], state: LayerState) -> tuple[Tensor, LayerState]:
         """One step."""
         decay, drive = self._gates(x)
         hidden = torch.addcmul(drive, decay, state[0])
@@ -46,10 +46,10 @@ class LRULayer(RecurrentLayer):
     def forward(
         self,
         x: Float[Tensor, "T B F"],
-        state: tuple[Tensor, ...],
+        state: LayerState,
         is_init: Bool[Tensor, "T B"],
-        initial: tuple[Tensor, ...],
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        initial: LayerState,
+    ) -> tuple[Tensor, LayerState]:
         """A sequence."""
         decay, drive = self._gates(x)
         hidden = gated_linear_scan(decay, drive, state[0], is_init, initial[0])

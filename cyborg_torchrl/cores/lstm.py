@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from cyborg_torchrl.cores.layered import RecurrentLayer, layered_core_builder
+from cyborg_torchrl.cores.layered import LayerState, RecurrentLayer, layered_core_builder
 from cyborg_torchrl.cores.resets import reset_steps
 from cyborg_torchrl.cores.timescale import log_spaced_timescales
 from cyborg_torchrl.registry import register_backbone
@@ -17,7 +17,7 @@ class _LSTMRecurrence(torch.autograd.Function):
     """h_t and c_t from the input's part of the gates."""
 
     @staticmethod
-    def forward(
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: FunctionCtx,
         gates_x: Tensor,
         weight_hh: Tensor,
@@ -55,7 +55,9 @@ class _LSTMRecurrence(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad_hidden: Tensor, grad_cell: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: FunctionCtx, grad_hidden: Tensor, grad_cell: Tensor
+    ) -> tuple[Tensor | None, ...]:
         weight_hh, gates, cell_tanh, previous_h, previous_c, is_init = ctx.saved_tensors  # pyright: ignore
         steps, batch, size = cell_tanh.shape
         i, f, g, o = gates.chunk(4, -1)
@@ -109,8 +111,8 @@ class LSTMLayer(RecurrentLayer):
         super().__init__()
         self.state_names = ("hidden", "cell")
         self.features = hidden_size
-        reference = nn.LSTM(in_features, hidden_size)
-        self.weight_ih = nn.Parameter(reference.weight_ih_l0.detach().clone())
+        bound = hidden_size**-0.5  # torch's own
+        self.weight_ih = nn.Parameter(torch.empty(4 * hidden_size, in_features).uniform_(-bound, bound))
         self.weight_hh = nn.Parameter(nn.init.orthogonal_(torch.empty(4 * hidden_size, hidden_size)) * 0.1)
         self.bias_ih = nn.Parameter(torch.zeros(4 * hidden_size))
         self.bias_hh = nn.Parameter(torch.zeros(4 * hidden_size))
@@ -119,7 +121,7 @@ class LSTMLayer(RecurrentLayer):
             self.bias_hh[:hidden_size] = -log_timescales
             self.bias_hh[hidden_size : 2 * hidden_size] = log_timescales
 
-    def step(self, x: Float[Tensor, "B F"], state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def step(self, x: Float[Tensor, "B F"], state: LayerState) -> tuple[Tensor, LayerState]:
         """One step."""
         hidden, cell = torch.lstm_cell(x, state, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
         return hidden, (hidden, cell)
@@ -127,10 +129,10 @@ class LSTMLayer(RecurrentLayer):
     def forward(
         self,
         x: Float[Tensor, "T B F"],
-        state: tuple[Tensor, ...],
+        state: LayerState,
         is_init: Bool[Tensor, "T B"],
-        initial: tuple[Tensor, ...],
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        initial: LayerState,
+    ) -> tuple[Tensor, LayerState]:
         """A sequence."""
         gates_x = nn.functional.linear(x, self.weight_ih, self.bias_ih + self.bias_hh)
         hidden, cell = _LSTMRecurrence.apply(  # pyright: ignore[reportGeneralTypeIssues]

@@ -15,7 +15,9 @@ class _LinearRecurrence(torch.autograd.Function):
     """h_t = a_t h_{t-1} + b_t. Indexing inside a loop under autograd would cost O(T^2) backward; this is O(T)."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, decay: Tensor, drive: Tensor, h_0: Tensor) -> Tensor:
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: FunctionCtx, decay: Tensor, drive: Tensor, h_0: Tensor
+    ) -> Tensor:
         states = torch.empty_like(drive)
         h_t = h_0
         for a_t, b_t, out_t in zip(decay.unbind(0), drive.unbind(0), states.unbind(0), strict=True):
@@ -25,7 +27,9 @@ class _LinearRecurrence(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: FunctionCtx, grad_states: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         decay, states, h_0 = ctx.saved_tensors  # pyright: ignore[reportAttributeAccessIssue]
         grad_drive = torch.empty_like(grad_states)
         grad_t = torch.zeros_like(h_0)

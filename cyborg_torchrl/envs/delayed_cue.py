@@ -1,3 +1,5 @@
+# pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# (tensordict's and torchrl's annotations are narrower than what they take)
 """`delayed_cue`: see a cue, wait, and name it when asked."""
 
 from __future__ import annotations

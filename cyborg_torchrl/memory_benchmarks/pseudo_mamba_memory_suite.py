@@ -1,6 +1,6 @@
-"""Trains and evaluates one agent on one memory task.
+r"""Trains and evaluates one agent on one memory task.
 
-python -m cyborg_torchrl.memory_benchmarks.pseudo_mamba_memory_suite \\
+python -m cyborg_torchrl.memory_benchmarks.pseudo_mamba_memory_suite \
     --task delayed_cue --backbone lru --horizon 1000 --num-envs 64 --total-timesteps 200000 --device cpu
 
 The last line of stdout is the summary as one JSON object.

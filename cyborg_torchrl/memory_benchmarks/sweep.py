@@ -1,6 +1,6 @@
-"""Runs tasks x backbones x horizons x seeds, each in a process of its own, and prints one table.
+r"""Runs tasks x backbones x horizons x seeds, each in a process of its own, and prints one table.
 
-python -m cyborg_torchrl.memory_benchmarks.sweep \\
+python -m cyborg_torchrl.memory_benchmarks.sweep \
     --tasks delayed_cue --backbones lru gru --horizons 1000 --seeds 10 --jobs 2 --output results.csv
 
 Finished cells are written to the output at once, and skipped when the sweep is started again.
@@ -27,7 +27,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 SUITE = "cyborg_torchrl.memory_benchmarks.pseudo_mamba_memory_suite"
-COLUMNS = (
+COLUMNS: tuple[str, ...] = (
     "task", "backbone", "horizon", "seed", "total_timesteps", "overrides", "success_rate", "mean_reward",
     "env_steps", "total_updates", "steps_per_second", "total_seconds", "peak_rss_mb", "error",
 )  # fmt: skip

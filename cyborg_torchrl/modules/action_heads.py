@@ -1,14 +1,17 @@
+# pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# (tensordict's and torchrl's annotations are narrower than what they take)
 """Action heads: from features to the parameters of a distribution that fits an action spec."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, distributions, nn
 from torchrl.data import Bounded, Categorical, MultiCategorical, OneHot, TensorSpec, Unbounded
+from torchrl.data.tensor_specs import ContinuousBox
 from torchrl.modules import IndependentNormal, OneHotCategorical
 
 
@@ -53,6 +56,8 @@ class NormalHead(nn.Module):
         self.mean = nn.Linear(in_features, low.numel())
         self.log_std = nn.Parameter(torch.zeros(low.numel()))
         is_finite = torch.isfinite(low) & torch.isfinite(high)
+        self.centre: Tensor
+        self.half_range: Tensor
         self.register_buffer("centre", torch.where(is_finite, (low + high) / 2, torch.zeros_like(low)))
         self.register_buffer("half_range", torch.where(is_finite, (high - low) / 2, torch.ones_like(low)))
 
@@ -97,8 +102,8 @@ def build_action_head(
         linear = nn.Linear(in_features, int(action_spec.space.n))
         head = ActionHead(linear, ["logits"], OneHotCategorical)
     elif isinstance(action_spec, (Bounded, Unbounded)) and len(action_spec.shape) == batch_dims + 1:
-        bounds = (action_spec.space.low, action_spec.space.high)
-        low, high = (bound.reshape(-1, action_spec.shape[-1])[0] for bound in bounds)
+        box = cast("ContinuousBox", action_spec.space)
+        low, high = (bound.reshape(-1, action_spec.shape[-1])[0] for bound in (box.low, box.high))
         network = NormalHead(in_features, low, high)
         head = ActionHead(network, ["loc", "scale"], IndependentNormal)
         linear = network.mean

@@ -1,3 +1,5 @@
+# pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# (tensordict's and torchrl's annotations are narrower than what they take)
 """The one TensorDict wrapper of a core."""
 
 from __future__ import annotations
@@ -152,5 +154,5 @@ class Backbone(TensorDictModuleBase):
         return next((p.dtype for p in self.core.parameters()), torch.get_default_dtype())
 
     @staticmethod
-    def _next(key: NestedKey) -> tuple[str, ...]:
-        return (keys.NEXT, *((key,) if isinstance(key, str) else key))
+    def _next(key: NestedKey) -> NestedKey:
+        return unravel_key((keys.NEXT, key))

@@ -1,3 +1,5 @@
+# pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# (tensordict's and torchrl's annotations are narrower than what they take)
 """Encoders: from what the environment shows to features."""
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ class VectorEncoder(nn.Module):
 
     def forward(self, *observations: Float[Tensor, "*B _"]) -> Float[Tensor, "*B F"]:
         """Concatenates the observations and embeds them."""
-        return self.network(torch.cat(observations, -1) if len(observations) > 1 else observations[0])
+        return self.network(torch.cat(observations, -1))
 
 
 class PixelEncoder(nn.Module):
@@ -100,12 +102,12 @@ def build_encoder(
     Raises:
         ValueError: if a key is missing, or observations are of a kind that no encoder reads.
     """
+    known = sorted(map(str, observation_spec.keys()))
     if observation_keys is None:
-        observation_keys = [key for key in (keys.PIXELS, keys.OBSERVATION) if key in observation_spec.keys()][:1]
-    present = sorted(map(str, observation_spec.keys()))
-    missing = [key for key in observation_keys if key not in observation_spec.keys()]
+        observation_keys = [key for key in (keys.PIXELS, keys.OBSERVATION) if key in known][:1]
+    missing = [key for key in observation_keys if key not in known]
     if missing or not observation_keys:
-        raise ValueError(f"no observation {missing or 'to read'} in the environment; it has: {', '.join(present)}.")
+        raise ValueError(f"no observation {missing or 'to read'} in the environment; it has: {', '.join(known)}.")
     specs = [observation_spec[key] for key in observation_keys]
     shapes = [spec.shape[batch_dims:] for spec in specs]
     if all(len(shape) == 1 and spec.dtype.is_floating_point for shape, spec in zip(shapes, specs, strict=True)):

@@ -1,3 +1,5 @@
+# pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# (tensordict's and torchrl's annotations are narrower than what they take)
 """Advantages of a rollout, from the values that were recorded while it was collected."""
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ def add_advantages(
     """
     if rollout.ndim != 2:
         raise ValueError(f"a rollout has batch size [N, T]; got {list(rollout.batch_size)}.")
-    if keys.VALUE not in rollout.keys():
+    if rollout.get(keys.VALUE, None) is None:
         with set_recurrent_mode(True):
             rollout.set(keys.VALUE, value_operator(rollout.copy()).get(keys.VALUE))
     value_t = rollout.get(keys.VALUE).squeeze(-1)

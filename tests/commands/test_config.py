@@ -84,10 +84,14 @@ def test_bad_overrides(override, expected):
 )
 def test_values_that_do_not_fit(overrides, expected):
     cfg = load_config(overrides=overrides)
-    with pytest.raises(ConfigError) as error:
+
+    def build():
         env = build_env(cfg)
         build_agent(cfg, env)
         rollout_length(cfg, env)
+
+    with pytest.raises(ConfigError) as error:
+        build()
     assert expected in str(error.value)
     assert "\n" not in str(error.value)
 
