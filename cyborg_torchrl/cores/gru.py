@@ -14,7 +14,10 @@ from cyborg_torchrl.registry import register_backbone
 
 
 class _GRURecurrence(torch.autograd.Function):
-    """h_t from the input's part of the gates. One matrix product and seven small operations a step each way."""
+    """h_t from the input's part of the gates, (r, u, n); u is the update, 1 - z.
+
+    One matrix product and seven small operations a step each way.
+    """
 
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -48,7 +51,7 @@ class _GRURecurrence(torch.autograd.Function):
             torch.add(x_t[:, : 2 * size], gates_h[:, : 2 * size], out=ru_t).sigmoid_()
             nh_t.copy_(gates_h[:, 2 * size :])
             torch.addcmul(x_t[:, 2 * size :], ru_t[:, :size], nh_t, out=n_t).tanh_()
-            h_t = torch.lerp(n_t, h_t, ru_t[:, size:], out=out_t)
+            h_t = torch.lerp(h_t, n_t, ru_t[:, size:], out=out_t)
         ctx.save_for_backward(weight_hh, previous, reset_update, candidate, candidate_h, is_init)
         return states
 
@@ -59,14 +62,14 @@ class _GRURecurrence(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         weight_hh, previous, reset_update, n, candidate_h, is_init = ctx.saved_tensors  # pyright: ignore
         steps, batch, size = n.shape
-        r, z = reset_update.split(size, -1)
+        r, u = reset_update.split(size, -1)
         # d(pre-activations)/d(h_t), for all steps at once; the loop only multiplies
-        slope_n = (1 - z) * (1 - n * n)
+        slope_n = u * (1 - n * n)
         slopes = torch.empty_like(grad_states, memory_format=torch.contiguous_format).new_empty(steps, batch, 3, size)
         torch.mul(slope_n * candidate_h, r * (1 - r), out=slopes[:, :, 0])
-        torch.mul(previous - n, z * (1 - z), out=slopes[:, :, 1])
+        torch.mul(n - previous, u * (1 - u), out=slopes[:, :, 1])
         torch.mul(slope_n, r, out=slopes[:, :, 2])
-        keep = z.contiguous()
+        keep = 1 - u
         grads = torch.empty_like(grad_states, memory_format=torch.contiguous_format)
         grad_gates_h = torch.empty_like(slopes)
         resets = reset_steps(is_init)
@@ -79,7 +82,7 @@ class _GRURecurrence(torch.autograd.Function):
             carry = torch.addmm(grad_t * keep_t, gates_t.view(batch, -1), weight_hh)
             if resets[t]:
                 mask = is_init[t].unsqueeze(-1)
-                grad_initial += carry * mask
+                grad_initial += carry.masked_fill(~mask, 0.0)
                 carry = carry.masked_fill(mask, 0.0)
         flat = grad_gates_h.view(steps * batch, 3 * size)
         grad_weight = flat.t() @ previous.view(steps * batch, size)
@@ -93,7 +96,10 @@ class GRULayer(RecurrentLayer):
 
         r_t, z_t = sigmoid(W_x x_t + b_x + W_h h_{t-1} + b_h)
         n_t      = tanh(W_xn x_t + b_xn + r_t * (W_hn h_{t-1} + b_hn))
-        h_t      = (1 - z_t) n_t + z_t h_{t-1}
+        h_t      = h_{t-1} + (1 - z_t) (n_t - h_{t-1})
+
+    with 1 - z_t computed as sigmoid(-...): slow units move by little, and z n + (1 - z) h, or 1 - z by subtraction, would
+    round that little away (torch's own cell does: relative errors of 1e-3 in units that keep for 10,000 steps).
 
     The bias of the update gate starts at the logarithm of the time constants, spread log-uniformly from 1 step to
     ten horizons; all other biases start at zero, so that blank steps write little.
@@ -102,7 +108,7 @@ class GRULayer(RecurrentLayer):
     and ordered instead of drawn at random.
     """
 
-    def __init__(self, in_features: int, hidden_size: int, max_horizon: float) -> None:
+    def __init__(self, in_features: int, hidden_size: int, max_horizon: int) -> None:
         super().__init__()
         self.state_names = ("hidden",)
         self.features = hidden_size
@@ -118,7 +124,13 @@ class GRULayer(RecurrentLayer):
 
     def step(self, x: Float[Tensor, "B F"], state: LayerState) -> tuple[Tensor, LayerState]:
         """One step."""
-        hidden = torch.gru_cell(x, state[0], self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+        size = self.features
+        gates_x = nn.functional.linear(x, self.weight_ih, self.bias_ih)
+        gates_h = nn.functional.linear(state[0], self.weight_hh, self.bias_hh)
+        reset = torch.sigmoid(gates_x[:, :size] + gates_h[:, :size])
+        update = torch.sigmoid(-(gates_x[:, size : 2 * size] + gates_h[:, size : 2 * size]))
+        candidate = torch.tanh(torch.addcmul(gates_x[:, 2 * size :], reset, gates_h[:, 2 * size :]))
+        hidden = torch.lerp(state[0], candidate, update)
         return hidden, (hidden,)
 
     def forward(
@@ -129,9 +141,11 @@ class GRULayer(RecurrentLayer):
         initial: LayerState,
     ) -> tuple[Tensor, LayerState]:
         """A sequence."""
-        gates_x = nn.functional.linear(x, self.weight_ih, self.bias_ih)
+        sign = torch.ones_like(self.bias_ih)
+        sign[self.features : 2 * self.features] = -1.0  # from z to 1 - z
+        gates_x = nn.functional.linear(x, self.weight_ih * sign.unsqueeze(-1), self.bias_ih * sign)
         hidden: Tensor = _GRURecurrence.apply(  # pyright: ignore[reportAssignmentType, reportCallIssue]
-            gates_x, self.weight_hh, self.bias_hh, state[0], is_init, initial[0]
+            gates_x, self.weight_hh * sign.unsqueeze(-1), self.bias_hh * sign, state[0], is_init, initial[0]
         )
         return hidden, (hidden[-1],)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
 
 import torch
 from jaxtyping import Bool, Float
@@ -114,25 +113,7 @@ class LayeredCore(Core):
         return y, {name: torch.stack(column, 1) for name, column in zip(self.state_names, columns, strict=True)}
 
 
-class LayeredCoreBuilder(Protocol):
-    """Builder of a layered core; its options are the configuration of the backbone."""
-
-    def __call__(
-        self,
-        in_features: int,
-        *,
-        hidden_size: int = 64,
-        num_layers: int = 1,
-        max_horizon: int | None = None,
-        readout: str = "timescale_norm",
-        readout_groups: int = 16,
-        learn_initial_state: bool = False,
-    ) -> LayeredCore:
-        """Builds the core; see `layered_core_builder` for the options."""
-        ...
-
-
-def layered_core_builder(layer: Callable[[int, int, float], RecurrentLayer]) -> LayeredCoreBuilder:
+def layered_core_builder(layer: Callable[[int, int, int], RecurrentLayer]) -> Callable[..., LayeredCore]:
     """Makes the builder of a core from the builder of its layers, `layer(in_features, hidden_size, max_horizon)`."""
 
     def build(

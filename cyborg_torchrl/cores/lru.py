@@ -27,7 +27,7 @@ class LRULayer(RecurrentLayer):
     constants (theirs: a^8 uniform in [.9, .999]) and in the factor 2 (theirs: 8).
     """
 
-    def __init__(self, in_features: int, hidden_size: int, max_horizon: float) -> None:
+    def __init__(self, in_features: int, hidden_size: int, max_horizon: int) -> None:
         super().__init__()
         self.state_names = ("hidden",)
         self.features = hidden_size

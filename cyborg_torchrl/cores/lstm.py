@@ -85,8 +85,8 @@ class _LSTMRecurrence(torch.autograd.Function):
             carry_c = grad_c * keep_t
             if resets[t]:
                 mask = is_init[t].unsqueeze(-1)
-                grad_initial_h = grad_initial_h + carry_h * mask
-                grad_initial_c = grad_initial_c + carry_c * mask
+                grad_initial_h = grad_initial_h + carry_h.masked_fill(~mask, 0.0)
+                grad_initial_c = grad_initial_c + carry_c.masked_fill(~mask, 0.0)
                 carry_h, carry_c = carry_h.masked_fill(mask, 0.0), carry_c.masked_fill(mask, 0.0)
         grad_weight = grad_gates.view(steps * batch, -1).t() @ previous_h.reshape(steps * batch, size)
         grad_gates_x = grad_gates.view(steps, batch, -1)
@@ -107,7 +107,7 @@ class LSTMLayer(RecurrentLayer):
     evenly and ordered instead of drawn at random.
     """
 
-    def __init__(self, in_features: int, hidden_size: int, max_horizon: float) -> None:
+    def __init__(self, in_features: int, hidden_size: int, max_horizon: int) -> None:
         super().__init__()
         self.state_names = ("hidden", "cell")
         self.features = hidden_size

@@ -10,38 +10,48 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from cyborg_torchrl.cores.resets import reset_steps
+
 
 class _LinearRecurrence(torch.autograd.Function):
     """h_t = a_t h_{t-1} + b_t. Indexing inside a loop under autograd would cost O(T^2) backward; this is O(T)."""
 
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: FunctionCtx, decay: Tensor, drive: Tensor, h_0: Tensor
+        ctx: FunctionCtx, decay: Tensor, drive: Tensor, h_0: Tensor, is_init: Tensor, initial: Tensor
     ) -> Tensor:
         states = torch.empty_like(drive)
+        resets = reset_steps(is_init)
         h_t = h_0
-        for a_t, b_t, out_t in zip(decay.unbind(0), drive.unbind(0), states.unbind(0), strict=True):
+        rows = zip(decay.unbind(0), drive.unbind(0), states.unbind(0), strict=True)
+        for t, (a_t, b_t, out_t) in enumerate(rows):
+            if resets[t]:
+                h_t = torch.where(is_init[t].unsqueeze(-1), initial, h_t)
             h_t = torch.addcmul(b_t, a_t, h_t, out=out_t)
-        ctx.save_for_backward(decay, states, h_0)
+        ctx.save_for_backward(decay, states, h_0, is_init, initial)
         return states
 
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: FunctionCtx, grad_states: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        decay, states, h_0 = ctx.saved_tensors  # pyright: ignore[reportAttributeAccessIssue]
-        grad_drive = torch.empty_like(grad_states)
-        grad_t = torch.zeros_like(h_0)
-        steps = zip(decay.unbind(0), grad_states.unbind(0), grad_drive.unbind(0), strict=True)
-        a_tp1 = torch.zeros_like(h_0)
-        for a_t, g_t, out_t in reversed(list(steps)):
+    ) -> tuple[Tensor | None, ...]:
+        decay, states, h_0, is_init, initial = ctx.saved_tensors  # pyright: ignore[reportAttributeAccessIssue]
+        resets = reset_steps(is_init)
+        grad_drive = torch.empty_like(states)
+        grad_initial, grad_t, a_tp1 = torch.zeros_like(h_0), torch.zeros_like(h_0), torch.zeros_like(h_0)
+        rows = zip(decay.unbind(0), grad_states.unbind(0), grad_drive.unbind(0), strict=True)
+        for t, (a_t, g_t, out_t) in reversed(list(enumerate(rows))):
             grad_t = torch.addcmul(g_t, a_tp1, grad_t, out=out_t)
             a_tp1 = a_t
-        grad_decay = torch.empty_like(grad_drive)
-        torch.mul(grad_drive[1:], states[:-1], out=grad_decay[1:])
-        torch.mul(grad_drive[0], h_0, out=grad_decay[0])
-        return grad_decay, grad_drive, decay[0] * grad_drive[0]
+            if resets[t]:
+                mask = is_init[t].unsqueeze(-1)
+                grad_initial += (a_t * grad_t).masked_fill(~mask, 0.0)
+                a_tp1 = a_t.masked_fill(mask, 0.0)
+        previous = torch.cat([h_0.unsqueeze(0), states[:-1]])
+        if any(resets):
+            previous = torch.where(is_init.unsqueeze(-1), initial, previous)
+        return previous.mul_(grad_drive), grad_drive, a_tp1 * grad_t, None, grad_initial
 
 
 def gated_linear_scan(
@@ -59,7 +69,7 @@ def gated_linear_scan(
         decay: a_t, in [0, 1].
         drive: b_t.
         h_0: the state before the first step.
-        is_init: where an episode begins.
+        is_init: where an episode begins; whatever was before it, NaN too, is forgotten.
         initial: the state that episodes begin from.
 
     Returns:
@@ -72,8 +82,6 @@ def gated_linear_scan(
     """
     if decay.shape[0] == 0:
         raise ValueError("gated_linear_scan needs at least one step; got T == 0.")
-    if decay.is_cuda or bool(is_init.any()):  # on CUDA the branch would wait for the device
-        mask = is_init.unsqueeze(-1)
-        drive = torch.where(mask, torch.addcmul(drive, decay, initial.unsqueeze(0)), drive)
-        decay = decay.masked_fill(mask, 0.0)
-    return _LinearRecurrence.apply(decay.contiguous(), drive.contiguous(), h_0)  # pyright: ignore[reportReturnType]
+    return _LinearRecurrence.apply(  # pyright: ignore[reportReturnType]
+        decay.contiguous(), drive.contiguous(), h_0, is_init, initial
+    )

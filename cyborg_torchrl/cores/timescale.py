@@ -11,7 +11,7 @@ from torch import Tensor, nn
 READOUTS = ("timescale_norm", "none")
 
 
-def log_spaced_timescales(channels: int, max_horizon: float, reach: float = 10.0) -> Float[Tensor, " D"]:
+def log_spaced_timescales(channels: int, max_horizon: int, reach: float = 10.0) -> Float[Tensor, " D"]:
     """Time constants in steps, log-uniform from 1 to `reach * max_horizon`, in ascending order, [channels].
 
     Raises:

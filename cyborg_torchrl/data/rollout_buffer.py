@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,9 @@ from torchrl.data import LazyTensorStorage, ReplayBuffer
 from torchrl.data.replay_buffers.samplers import SamplerWithoutReplacement
 
 from cyborg_torchrl import keys
+
+STEPS, KEYFRAME = "steps", "keyframe"
+"""Entries of a stored row: those of each step, and the state before the first."""
 
 
 class RolloutBuffer(ReplayBuffer):
@@ -46,6 +49,11 @@ class RolloutBuffer(ReplayBuffer):
         )
         self.num_steps = num_steps
         self.state_keys = [unravel_key(key) for key in state_keys]
+
+    def __iter__(self) -> Iterator[TensorDictBase]:
+        """One epoch, from its beginning even if the one before was broken off."""
+        self.sampler._empty()
+        return super().__iter__()
 
     def store(self, rollout: TensorDictBase) -> None:
         """Stores a rollout [N, T], in place of the one before.
@@ -101,6 +109,11 @@ class RecurrentRolloutBuffer(ReplayBuffer):
         self.num_steps, self.seq_len = num_steps, seq_len
         self.state_keys = [unravel_key(key) for key in state_keys]
 
+    def __iter__(self) -> Iterator[TensorDictBase]:
+        """One epoch, from its beginning even if the one before was broken off."""
+        self.sampler._empty()
+        return super().__iter__()
+
     def store(self, rollout: TensorDictBase) -> None:
         """Stores a rollout [N, T], in place of the one before.
 
@@ -122,25 +135,15 @@ class RecurrentRolloutBuffer(ReplayBuffer):
 
     def state_bytes(self) -> int:
         """Bytes that the stored states take."""
-        rows = self[:]
-        states = (rows.get(key, None) for key in self.state_keys)
-        return sum(
-            state.bytes() if isinstance(state, TensorDictBase) else state.nbytes
-            for state in states
-            if state is not None
-        )
+        return self[:].get(KEYFRAME).bytes()
 
     def _to_rows(self, rollout: TensorDictBase) -> TensorDict:
         chunks = rollout.exclude(keys.NEXT).reshape(-1, self.seq_len)
         keyframes = chunks.select(*self.state_keys, strict=False)[:, 0]
-        rows = chunks.exclude(*self.state_keys)
-        rows.batch_size = rows.batch_size[:1]
-        return rows.update(keyframes)
+        return TensorDict({STEPS: chunks.exclude(*self.state_keys), KEYFRAME: keyframes}, chunks.batch_size[:1])
 
     def _to_sequences(self, rows: TensorDictBase) -> TensorDictBase:
-        keyframes = rows.select(*self.state_keys, strict=False)
-        sequences = rows.exclude(*self.state_keys)
-        sequences.batch_size = [*rows.batch_size, self.seq_len]
+        sequences, keyframes = rows.get(STEPS), rows.get(KEYFRAME)
         is_init = sequences.get(keys.IS_INIT).squeeze(-1)
         is_later_episode = is_init[:, 1:].cumsum(1) > 0
         has_resets = bool(is_later_episode.any())
@@ -160,6 +163,11 @@ class RecurrentRolloutBuffer(ReplayBuffer):
 def _check_rollout(rollout: TensorDictBase, num_steps: int) -> None:
     if rollout.ndim != 2:
         raise ValueError(f"a rollout has batch size [N, T]; got {list(rollout.batch_size)}.")
+    if rollout.get(keys.IS_INIT, None) is None:
+        raise KeyError(
+            f"the rollout has no {keys.IS_INIT!r}, which says where episodes begin: add torchrl.envs.InitTracker() to "
+            "the environment."
+        )
     if rollout.numel() != num_steps:
         raise ValueError(
             f"the buffer was made for rollouts of {num_steps} steps; got {rollout.shape[0]} x {rollout.shape[1]}."

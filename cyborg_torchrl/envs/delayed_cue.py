@@ -4,11 +4,12 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
-from tensordict.nn import TensorDictModuleBase
+from tensordict.nn import TensorDictModule, TensorDictModuleBase
 from torch import Tensor
 from torchrl.data import Binary, Bounded, Categorical, Composite, Unbounded
 from torchrl.envs import EnvBase
@@ -39,7 +40,7 @@ class DelayedCueEnv(EnvBase):
         seed: seed of the cues; None draws one from torch's generator.
 
     Raises:
-        ValueError: if a parameter is out of range.
+        ValueError: if a number is out of range or no integer.
     """
 
     def __init__(
@@ -52,6 +53,8 @@ class DelayedCueEnv(EnvBase):
         seed: int | None = None,
     ) -> None:
         for name, value, least in (("num_envs", num_envs, 1), ("cues", cues, 2), ("horizon", horizon, 0)):
+            if not isinstance(value, Integral):
+                raise ValueError(f"{name} must be an integer; got {value!r}.")
             if value < least:
                 raise ValueError(f"{name} must be >= {least}; got {value}.")
         super().__init__(device=device, batch_size=[num_envs])
@@ -91,7 +94,9 @@ class DelayedCueEnv(EnvBase):
             is_reset = is_reset.reshape(self.num_envs)
             self._cue = torch.where(is_reset, cue, self._cue)
             self._time = self._time.masked_fill(is_reset, 0)
-        return self._observe({keys.SUCCESS: self._false, keys.DONE: self._false, keys.TERMINATED: self._false})
+        # clones: whoever writes into what a reset returned must not write into the environment
+        ends = (keys.SUCCESS, keys.DONE, keys.TERMINATED)
+        return self._observe({key: self._false.clone() for key in ends})
 
     def _step(self, tensordict: TensorDictBase) -> TensorDict:
         is_query = self._time == self.horizon + 1
@@ -117,12 +122,12 @@ class DelayedCueEnv(EnvBase):
             self._generator.manual_seed(seed)
 
 
-class _Answer(TensorDictModuleBase):
-    """A policy that answers by rule; subclasses are avoided: `remembers` decides what it may know."""
+class _Oracle(TensorDictModuleBase):
+    """Names the cue last seen by each environment; knows the observations alone."""
 
-    def __init__(self, cues: int, remembers: bool) -> None:
+    def __init__(self, cues: int) -> None:
         super().__init__()
-        self.cues, self.remembers = cues, remembers
+        self.cues = cues
         self.in_keys, self.out_keys = [keys.OBSERVATION], [keys.ACTION]
         self._cue: Tensor | None = None
 
@@ -131,16 +136,22 @@ class _Answer(TensorDictModuleBase):
         seen = observation[..., : self.cues].argmax(-1)
         if self._cue is None or self._cue.shape != seen.shape:
             self._cue = torch.zeros_like(seen)
-        if self.remembers:
-            self._cue = torch.where(observation[..., -2] > 0, seen, self._cue)
-        return tensordict.set(keys.ACTION, self._cue)
+        self._cue = torch.where(observation[..., -2] > 0, seen, self._cue)
+        return tensordict.set(keys.ACTION, self._cue.clone())
+
+
+def _name_first_cue(observation: Tensor) -> Tensor:
+    return observation.new_zeros(observation.shape[:-1], dtype=torch.long)
 
 
 def oracle_policy(env: DelayedCueEnv) -> TensorDictModuleBase:
     """The policy that remembers the cue it saw: it always succeeds."""
-    return _Answer(env.cues, remembers=True)
+    return _Oracle(env.cues)
 
 
 def memoryless_policy(env: DelayedCueEnv) -> TensorDictModuleBase:
-    """The best that can be done from the present observation alone: one fixed answer, right by chance."""
-    return _Answer(env.cues, remembers=False)
+    """The best that can be done from the present observation alone: one fixed answer, right by chance, 1 / env.cues.
+
+    With a horizon of 0 too: the query does not show the cue.
+    """
+    return TensorDictModule(_name_first_cue, in_keys=[keys.OBSERVATION], out_keys=[keys.ACTION])

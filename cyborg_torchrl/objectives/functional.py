@@ -13,8 +13,8 @@ def generalized_advantage(
     value_tp1: Float[Tensor, "N T"],
     is_terminated_t: Bool[Tensor, "N T"],
     is_done_t: Bool[Tensor, "N T"],
-    gamma: float,
-    gae_lambda: float,
+    gamma: int | float,
+    gae_lambda: int | float,
 ) -> tuple[Float[Tensor, "N T"], Float[Tensor, "N T"]]:
     """Generalised advantage estimation, for each environment by itself.
 
@@ -49,7 +49,7 @@ def generalized_advantage(
 
 
 def masked_standardize(
-    x: Float[Tensor, "*B"], mask: Bool[Tensor, "*B"] | None = None, min_std: float = 1e-6
+    x: Float[Tensor, "*B"], mask: Bool[Tensor, "*B"] | None = None, min_std: int | float = 1e-6
 ) -> Float[Tensor, "*B"]:
     """Shifts and scales to mean 0 and standard deviation 1 over the entries where `mask` is true (all, if None).
 

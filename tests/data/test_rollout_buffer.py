@@ -48,11 +48,14 @@ def covered(buffer: RolloutBuffer | RecurrentRolloutBuffer) -> list[int]:
 ALL_STEPS = list(range(NUM_ENVS * STEPS))
 RECURRENT = pytest.param(lambda size: RecurrentRolloutBuffer(NUM_ENVS * STEPS, SEQ_LEN, size), id="recurrent")
 FLAT = pytest.param(lambda size: RolloutBuffer(NUM_ENVS * STEPS, size), id="flat")
+PREFETCHING = pytest.param(
+    lambda size: RecurrentRolloutBuffer(NUM_ENVS * STEPS, SEQ_LEN, size, prefetch=2), id="prefetching"
+)
 MakeBuffer = Callable[[int], RolloutBuffer | RecurrentRolloutBuffer]
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 5, 7, 16, 1000])
-@pytest.mark.parametrize("make_buffer", [RECURRENT, FLAT])
+@pytest.mark.parametrize("make_buffer", [RECURRENT, FLAT, PREFETCHING])
 def test_an_epoch_covers_every_step_once(make_buffer: MakeBuffer, batch_size: int) -> None:
     buffer = make_buffer(batch_size)
     buffer.store(make_rollout())
@@ -64,7 +67,7 @@ def test_an_epoch_covers_every_step_once(make_buffer: MakeBuffer, batch_size: in
     assert orders[0] != orders[1], "an epoch is shuffled anew"
 
 
-@pytest.mark.parametrize("make_buffer", [RECURRENT, FLAT])
+@pytest.mark.parametrize("make_buffer", [RECURRENT, FLAT, PREFETCHING])
 def test_an_epoch_that_was_broken_off_leaves_the_next_one_whole(make_buffer: MakeBuffer) -> None:
     buffer = make_buffer(4)
     buffer.store(make_rollout())
@@ -74,7 +77,7 @@ def test_an_epoch_that_was_broken_off_leaves_the_next_one_whole(make_buffer: Mak
     assert covered(buffer) == ALL_STEPS
 
 
-@pytest.mark.parametrize("make_buffer", [RECURRENT, FLAT])
+@pytest.mark.parametrize("make_buffer", [RECURRENT, FLAT, PREFETCHING])
 def test_storing_replaces(make_buffer: MakeBuffer) -> None:
     buffer = make_buffer(4)
     for offset in (0, 1000, 2000):
@@ -221,7 +224,7 @@ def test_seq_len_must_divide_the_number_of_steps(seq_len: int) -> None:
         RecurrentRolloutBuffer(48, seq_len, 2)
 
 
-@pytest.mark.parametrize("make_buffer", [RECURRENT, FLAT])
+@pytest.mark.parametrize("make_buffer", [RECURRENT, FLAT, PREFETCHING])
 def test_refusals(make_buffer: MakeBuffer) -> None:
     buffer = make_buffer(2)
     with pytest.raises(ValueError, match=r"\[N, T\]; got \[48\]"):
@@ -236,7 +239,12 @@ def test_a_chunk_must_not_reach_across_environments() -> None:
         buffer.store(make_rollout())
 
 
+def store_and_sample(buffer: RecurrentRolloutBuffer, rollout: TensorDict) -> TensorDict:
+    buffer.store(rollout)
+    return buffer.sample()
+
+
 def test_missing_is_init_names_the_cure() -> None:
     buffer = RecurrentRolloutBuffer(NUM_ENVS * STEPS, SEQ_LEN, 2)
     with pytest.raises(KeyError, match="InitTracker"):
-        buffer.store(make_rollout().exclude("is_init")) or buffer.sample()
+        store_and_sample(buffer, make_rollout().exclude("is_init"))
