@@ -158,7 +158,7 @@ def build_loss(cfg: DictConfig, agent: PPOAgent) -> RecurrentClipPPOLoss:
         entropy_coeff=train.ent_coef,
         entropy_bonus=train.ent_coef != 0.0,
         loss_critic_type="l2",
-        normalize_advantage=train.normalize_advantage,
+        normalize_advantage=train.normalize_advantage == "minibatch",
         log_explained_variance=False,
     )
 

@@ -7,10 +7,8 @@ are made from its signature.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib
 import inspect
-import re
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +23,7 @@ from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from cyborg_torchrl.config_errors import explain
 from cyborg_torchrl.registry import Registry, backbones, did_you_mean, environments
 
 WIRED = ("self", "in_features", "device", "seed")
@@ -80,7 +79,8 @@ class TrainConfig:
     max_grad_norm: float = 0.5
     target_kl: float | None = None
     """An update stops early when an epoch's KL exceeds 1.5 times this; null: never."""
-    normalize_advantage: bool = True
+    normalize_advantage: str = "rollout"
+    """Over what advantages get mean 0 and standard deviation 1: rollout, minibatch, or none (not at all)."""
     seed: int = 0
     device: str = "cpu"
     """cpu, cuda, cuda:N, or auto: CUDA where it is."""
@@ -179,7 +179,7 @@ def load_config(config: str = "memory_delayed_cue_recurrent", overrides: Sequenc
             cfg = compose(name, [*overrides, *search])
             OmegaConf.resolve(cfg)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
-        raise ConfigError(_explain(error, overrides)) from None
+        raise ConfigError(explain(error, overrides, _choices, _recompose)) from None
     validate(cfg)
     return cfg
 
@@ -215,6 +215,7 @@ def validate(cfg: DictConfig) -> None:
         raise ConfigError(f"logger.eval_episodes must be 0 or more; got {cfg.logger.eval_episodes}.")
     for key, value, known in (
         ("train.recurrent_mode", train.recurrent_mode, RECURRENT_MODES),
+        ("train.normalize_advantage", train.normalize_advantage, ("rollout", "minibatch", "none")),
         ("train.lr_schedule", train.lr_schedule, ("constant", "linear")),
         ("collector.name", cfg.collector.name, ("single", "multi_sync")),
     ):
@@ -292,45 +293,12 @@ def _shipped() -> list[str]:
     return sorted(path.stem for path in config_dir().glob("*.yaml"))
 
 
-def _explain(error: Exception, overrides: Sequence[str]) -> str:
-    """Turns Hydra's errors into one line with the nearest right key or value."""
-    text = " ".join(str(error).split())
-    cause = " ".join(str(error.__cause__ or "").split())
-    choice = re.search(r"Could not find '([\w./-]+)/([\w.-]+)'", text)
-    if choice:
-        group, name = choice.groups()
-        return f"unknown {group} '{name}': {did_you_mean(name, _choices(group))}"
-    unknown = re.search(r"Could not override '([\w.@]+)'", text) or re.search(r"Key '([\w.]+)' (?:is )?not in", text)
-    if unknown:
-        keys_given = (override.split("=")[0].lstrip("+~") for override in overrides)
-        full = next((key for key in keys_given if key.endswith(unknown[1])), unknown[1])
-        return f"unknown key '{full}': {did_you_mean(full, _sibling_keys(full, overrides))}"
-    bad_value = re.search(r"Error merging override (\S*)", text)
-    if bad_value:
-        return f"impossible value in '{bad_value[1]}': {cause.split(' full_key:')[0] or 'wrong type'}"
-    bad_override = re.search(r"Error parsing override '([^']*)'", text)
-    if bad_override or not text.startswith(("In '", "Could not")):
-        given = bad_override[1] if bad_override else " ".join(overrides)
-        return f"cannot read '{given}': overrides look like key=value ({text})"
-    return text
-
-
 def _choices(group: str) -> list[str]:
     registry = {"backbone": backbones, "env": environments}.get(group)
     shipped = [path.stem for path in (config_dir() / group).glob("*.yaml")]
     return sorted({*shipped, *(registry.names() if registry else ())})
 
 
-def _sibling_keys(full: str, overrides: Sequence[str]) -> list[str]:
-    """The keys that stand where a mistyped one was given; top-level keys if even its parent does not exist."""
-    groups = [override for override in overrides if override.split("=")[0] in ("backbone", "env")]
-    try:
-        with initialize_config_dir(str(config_dir()), version_base="1.3"):
-            cfg = compose("memory_delayed_cue_recurrent", groups)
-    except HydraException:
-        cfg = OmegaConf.structured(Config)
-    parent, _, _ = full.rpartition(".")
-    nearest = difflib.get_close_matches(parent, [str(key) for key in cfg], n=1)
-    node = cfg[nearest[0]] if nearest else cfg
-    prefix = f"{nearest[0]}." if nearest else ""
-    return [f"{prefix}{key}" for key in node]
+def _recompose(overrides: Sequence[str]) -> DictConfig:
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        return compose("memory_delayed_cue_recurrent", list(overrides))

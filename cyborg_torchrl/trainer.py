@@ -17,7 +17,7 @@ from torch import nn
 from cyborg_torchrl import keys
 from cyborg_torchrl.config import TrainConfig
 from cyborg_torchrl.data import RecurrentRolloutBuffer, RolloutBuffer
-from cyborg_torchrl.objectives import RecurrentClipPPOLoss, add_advantages, explained_variance
+from cyborg_torchrl.objectives import RecurrentClipPPOLoss, add_advantages, explained_variance, masked_standardize
 
 Metrics = dict[str, float]
 LOGGED = ("loss_objective", "loss_critic", "loss_entropy", "entropy", "kl_approx", "clip_fraction", "ratio_error")
@@ -69,6 +69,8 @@ class PPOTrainer:
         self._set_learning_rate()
         add_advantages(rollout, self.value_operator, gamma=config.gamma, gae_lambda=config.gae_lambda)
         metrics = _rollout_metrics(rollout)
+        if config.normalize_advantage == "rollout":
+            rollout.set(keys.ADVANTAGE, masked_standardize(rollout.get(keys.ADVANTAGE)))
         self.buffer.store(rollout)
         self.num_steps += rollout.numel()
         figures: dict[str, list[torch.Tensor]] = defaultdict(list)

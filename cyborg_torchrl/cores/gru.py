@@ -98,8 +98,8 @@ class GRULayer(RecurrentLayer):
         n_t      = tanh(W_xn x_t + b_xn + r_t * (W_hn h_{t-1} + b_hn))
         h_t      = h_{t-1} + (1 - z_t) (n_t - h_{t-1})
 
-    with 1 - z_t computed as sigmoid(-...): slow units move by little, and z n + (1 - z) h, or 1 - z by subtraction, would
-    round that little away (torch's own cell does: relative errors of 1e-3 in units that keep for 10,000 steps).
+    with 1 - z_t computed as sigmoid(-...). Slow units move by little; (1 - z) n + z h, or 1 - z by subtraction, would
+    round that little away (torch's own cell does: relative errors near 1e-3 in units that keep for 10,000 steps).
 
     The bias of the update gate starts at the logarithm of the time constants, spread log-uniformly from 1 step to
     ten horizons; all other biases start at zero, so that blank steps write little.

@@ -11,10 +11,12 @@ import torch
 from tensordict import TensorDictBase
 from torchrl.collectors import Collector, MultiSyncCollector
 
+from cyborg_torchrl.config import TrainConfig
 from cyborg_torchrl.cores import Core, MemorylessCore
 from cyborg_torchrl.data import RecurrentRolloutBuffer, RolloutBuffer
 from cyborg_torchrl.modules import PPOAgent
 from cyborg_torchrl.objectives import RecurrentClipPPOLoss, add_advantages
+from cyborg_torchrl.trainer import PPOTrainer
 
 NUM_ENVS, STEPS = 4, 18
 SEQ_LENS = {"whole": STEPS, "divisor": 6, "one": 1}
@@ -95,12 +97,11 @@ def test_the_update_sees_what_the_rollout_saw(
         check_honesty(agent, rollout, seq_len)
 
 
-@pytest.mark.parametrize("kind", ["collector", "by_hand"])
 def test_without_memory_single_steps_are_enough(
-    build_core: Callable[..., Core], make_agent: Callable, rollout_of: Callable, kind: str
+    build_core: Callable[..., Core], make_agent: Callable, rollout_of: Callable
 ) -> None:
     agent = make_agent(MemorylessCore(build_core(5)))
-    rollout = rollout_of(kind, agent)
+    rollout = rollout_of("collector", agent)
     assert "memory_state" not in rollout.keys()
     assert "memory_state" not in rollout["next"].keys()
     add_advantages(rollout, agent.get_value_operator(), gamma=0.99, gae_lambda=0.95)
@@ -125,7 +126,7 @@ def test_states_are_those_of_each_environment_alone(
     rollout = rollout_of("collector", agent)
     with torch.no_grad():
         features = agent.encoder.module(rollout["observation"])
-        for row in range(NUM_ENVS):
+        for row in (0, NUM_ENVS - 1):
             state = {name: value[row : row + 1, 0] for name, value in rollout["memory_state"].items()}
             for t in range(STEPS):
                 if rollout["is_init"][row, t]:
@@ -173,22 +174,30 @@ def test_an_update_shows_in_the_ratio(
 
 
 @pytest.mark.slow
-def test_worker_processes(make_env: Callable, make_agent: Callable, build_gru_case: Callable[..., Core]) -> None:
+def test_worker_processes_act_with_the_parameters_of_the_last_update(
+    make_env: Callable, make_agent: Callable, build_gru_case: Callable[..., Core]
+) -> None:
     agent = make_agent(build_gru_case(5))
-    frames = NUM_ENVS * STEPS
+    frames, updates = NUM_ENVS * STEPS, 3
     collector = MultiSyncCollector(
         [partial(make_env, NUM_ENVS // 2, seed) for seed in (1, 2)],
         agent,
         frames_per_batch=frames,
-        total_frames=2 * frames,
+        total_frames=updates * frames,
         cat_results=0,
         auto_register_policy_transforms=True,
     )
+    config = TrainConfig(n_epochs=1, total_timesteps=updates * frames, learning_rate=1e-2)
+    buffer = RecurrentRolloutBuffer(frames, 6, 4)
+    trainer = PPOTrainer(collector, RecurrentClipPPOLoss(agent), agent.get_value_operator(), buffer, config)
     try:
-        rollouts = [rollout.clone() for rollout in collector]
+        for rollout in collector:
+            assert rollout.shape == (NUM_ENVS, STEPS)
+            check_there_is_something_to_see(rollout)
+            for seq_len in SEQ_LENS.values():
+                check_honesty(agent, rollout.clone(), seq_len)
+            assert trainer.update(rollout)["ratio_error"] <= TOLERANCE
+            collector.update_policy_weights_()
     finally:
         collector.shutdown()
-    assert rollouts[1].shape == (NUM_ENVS, STEPS)
-    check_there_is_something_to_see(rollouts[1])
-    for seq_len in SEQ_LENS.values():
-        check_honesty(agent, rollouts[1], seq_len)
+    assert trainer.num_updates == updates

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cyborg_torchrl.cores import Core, MemorylessCore, State, restart, unroll
+from cyborg_torchrl.cores import Core, InitialState, MemorylessCore, State, restart, unroll
 
 BATCH, STEPS, FEATURES = 4, 14, 3
 
@@ -95,7 +95,7 @@ def test_unroll_equals_steps_by_hand(
     build_core: BuildCore, stored_state: StoredState, random_resets: RandomResets
 ) -> None:
     core = build_core(FEATURES).double()
-    x, is_init = torch.randn(BATCH, STEPS, FEATURES).double(), random_resets(BATCH, STEPS)
+    x, is_init = torch.randn(BATCH, 6, FEATURES).double(), random_resets(BATCH, 6)
     state = stored_state(core, BATCH)
     y, last = unroll(core, x, state, is_init)
     expected, expected_last = steps_by_hand(core, x, state, is_init)
@@ -218,7 +218,7 @@ def test_learned_initial_state_gets_its_gradient_at_every_reset(build_core: Buil
     is_init = torch.zeros(1, STEPS, dtype=torch.bool)
     is_init[:, 10] = True
     state = {name: torch.randn_like(value) for name, value in initial.items()}
-    learned = [p for module in core.modules() if type(module).__name__ == "InitialState" for p in module.parameters()]
+    learned = [p for module in core.modules() if isinstance(module, InitialState) for p in module.parameters()]
     ours = torch.autograd.grad(core(x, state, is_init)[0].square().sum(), learned)
     part = unroll(core, x[:, 10:], core.initial_state(1), torch.zeros_like(is_init[:, 10:]))[0]
     for grad, expected in zip(ours, torch.autograd.grad(part.square().sum(), learned), strict=True):
@@ -227,8 +227,9 @@ def test_learned_initial_state_gets_its_gradient_at_every_reset(build_core: Buil
 
 
 def test_gradient_from_query_to_cue_equals_the_full_unroll(
-    build_core: BuildCore, stored_state: StoredState, make_agent: Callable, horizon: int = 200
+    build_core: BuildCore, stored_state: StoredState, make_agent: Callable
 ) -> None:
+    horizon = 200
     core = build_core(5)
     agent = make_agent(core).double()
     obs = 0.1 * torch.randn(2, horizon + 2, 3, dtype=torch.float64)

@@ -45,7 +45,7 @@ def test_the_same_component_may_register_twice_another_may_not() -> None:
     registry = Registry("thing", "some.group")
     registry.register("one")(build_thing)
     registry.register("one")(build_thing)
-    with pytest.raises(ValueError, match="thing 'one' is registered already, by .*build_thing"):
+    with pytest.raises(ValueError, match=r"thing 'one' is registered already, by .*build_thing"):
         registry.register("one")(lambda: None)
     assert registry.get("one") is build_thing
 
