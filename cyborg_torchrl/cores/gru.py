@@ -102,13 +102,14 @@ class GRULayer(RecurrentLayer):
     round that little away (torch's own cell does: relative errors near 1e-3 in units that keep for 10,000 steps).
 
     The bias of the update gate starts at the logarithm of the time constants, spread log-uniformly from 1 step to
-    ten horizons; all other biases start at zero, so that blank steps write little.
+    ten horizons. b_xn and b_hn are held at zero unless `input_bias`: with them each blank step writes the same into
+    the slow units, and a thousand blank steps bury the cue.
 
     Source: Cho et al. (2014); the bias is the "chrono" initialisation of Tallec and Ollivier (2018), spread evenly
     and ordered instead of drawn at random.
     """
 
-    def __init__(self, in_features: int, hidden_size: int, max_horizon: int) -> None:
+    def __init__(self, in_features: int, hidden_size: int, max_horizon: int, input_bias: bool = False) -> None:
         super().__init__()
         self.state_names = ("hidden",)
         self.features = hidden_size
@@ -117,6 +118,10 @@ class GRULayer(RecurrentLayer):
         self.weight_hh = nn.Parameter(nn.init.orthogonal_(torch.empty(3 * hidden_size, hidden_size)))
         self.bias_ih = nn.Parameter(torch.zeros(3 * hidden_size))
         self.bias_hh = nn.Parameter(torch.zeros(3 * hidden_size))
+        bias_mask = torch.ones(3 * hidden_size)
+        bias_mask[2 * hidden_size :] = float(input_bias)
+        self.bias_mask: Tensor
+        self.register_buffer("bias_mask", bias_mask, persistent=False)
         update = slice(hidden_size, 2 * hidden_size)
         with torch.no_grad():
             self.weight_hh[update] *= 0.1
@@ -125,8 +130,8 @@ class GRULayer(RecurrentLayer):
     def step(self, x: Float[Tensor, "B F"], state: LayerState) -> tuple[Tensor, LayerState]:
         """One step."""
         size = self.features
-        gates_x = nn.functional.linear(x, self.weight_ih, self.bias_ih)
-        gates_h = nn.functional.linear(state[0], self.weight_hh, self.bias_hh)
+        gates_x = nn.functional.linear(x, self.weight_ih, self.bias_ih * self.bias_mask)
+        gates_h = nn.functional.linear(state[0], self.weight_hh, self.bias_hh * self.bias_mask)
         reset = torch.sigmoid(gates_x[:, :size] + gates_h[:, :size])
         update = torch.sigmoid(-(gates_x[:, size : 2 * size] + gates_h[:, size : 2 * size]))
         candidate = torch.tanh(torch.addcmul(gates_x[:, 2 * size :], reset, gates_h[:, 2 * size :]))
@@ -143,9 +148,10 @@ class GRULayer(RecurrentLayer):
         """A sequence."""
         sign = torch.ones_like(self.bias_ih)
         sign[self.features : 2 * self.features] = -1.0  # from z to 1 - z
-        gates_x = nn.functional.linear(x, self.weight_ih * sign.unsqueeze(-1), self.bias_ih * sign)
+        bias_sign = sign * self.bias_mask
+        gates_x = nn.functional.linear(x, self.weight_ih * sign.unsqueeze(-1), self.bias_ih * bias_sign)
         hidden: Tensor = _GRURecurrence.apply(  # pyright: ignore[reportAssignmentType, reportCallIssue]
-            gates_x, self.weight_hh * sign.unsqueeze(-1), self.bias_hh * sign, state[0], is_init, initial[0]
+            gates_x, self.weight_hh * sign.unsqueeze(-1), self.bias_hh * bias_sign, state[0], is_init, initial[0]
         )
         return hidden, (hidden[-1],)
 

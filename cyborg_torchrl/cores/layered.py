@@ -113,8 +113,10 @@ class LayeredCore(Core):
         return y, {name: torch.stack(column, 1) for name, column in zip(self.state_names, columns, strict=True)}
 
 
-def layered_core_builder(layer: Callable[[int, int, int], RecurrentLayer]) -> Callable[..., LayeredCore]:
-    """Makes the builder of a core from the builder of its layers, `layer(in_features, hidden_size, max_horizon)`."""
+def layered_core_builder(layer: Callable[[int, int, int, bool], RecurrentLayer]) -> Callable[..., LayeredCore]:
+    """Makes the builder of a core from the builder of its layers,
+    `layer(in_features, hidden_size, max_horizon, input_bias)`.
+    """
 
     def build(
         in_features: int,
@@ -122,6 +124,7 @@ def layered_core_builder(layer: Callable[[int, int, int], RecurrentLayer]) -> Ca
         hidden_size: int = 64,
         num_layers: int = 1,
         max_horizon: int | None = None,
+        input_bias: bool = False,
         readout: str = "timescale_norm",
         readout_groups: int = 16,
         learn_initial_state: bool = False,
@@ -134,6 +137,7 @@ def layered_core_builder(layer: Callable[[int, int, int], RecurrentLayer]) -> Ca
             num_layers: number of layers.
             max_horizon: steps that memory should bridge; its time-scales reach to ten times that. None: 1000, or
                 the environment's own horizon where a configuration names one.
+            input_bias: a bias in what is written into memory. Off, since a blank step should write nothing.
             readout: "timescale_norm" or "none".
             readout_groups: groups of the time-scale norm.
             learn_initial_state: make the initial state a parameter; otherwise it is zero.
@@ -147,7 +151,7 @@ def layered_core_builder(layer: Callable[[int, int, int], RecurrentLayer]) -> Ca
                 raise ValueError(f"{name} must be >= 1; got {value}.")
         widths = [in_features, *[hidden_size] * (num_layers - 1)]
         return LayeredCore(
-            [layer(width, hidden_size, horizon) for width in widths],
+            [layer(width, hidden_size, horizon, input_bias) for width in widths],
             in_features,
             readout=readout,
             readout_groups=readout_groups,

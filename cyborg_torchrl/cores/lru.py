@@ -21,19 +21,19 @@ class LRULayer(RecurrentLayer):
         h_t     = a_t * h_{t-1} + b_t
 
     The rates start at one over time constants spread log-uniformly from 1 step to ten horizons. The input has no
-    bias, so a blank step writes nothing.
+    bias unless `input_bias`, so a blank step writes nothing.
 
     Source: De et al. (2024), "Griffin", section 2.4 (RG-LRU), after Orvieto et al. (2023). We differ in the time
     constants (theirs: a^8 uniform in [.9, .999]) and in the factor 2 (theirs: 8).
     """
 
-    def __init__(self, in_features: int, hidden_size: int, max_horizon: int) -> None:
+    def __init__(self, in_features: int, hidden_size: int, max_horizon: int, input_bias: bool = False) -> None:
         super().__init__()
         self.state_names = ("hidden",)
         self.features = hidden_size
         self.decay_gate = nn.Linear(in_features, hidden_size)
         self.input_gate = nn.Linear(in_features, hidden_size)
-        self.input = nn.Linear(in_features, hidden_size, bias=False)
+        self.input = nn.Linear(in_features, hidden_size, bias=input_bias)
         rate = 1.0 / log_spaced_timescales(hidden_size, max_horizon)
         self.rate = nn.Parameter(torch.log(torch.expm1(rate)))
 

@@ -100,14 +100,15 @@ class LSTMLayer(RecurrentLayer):
         c_t = f_t c_{t-1} + i_t g_t;   h_t = o_t tanh(c_t)
 
     The forget bias starts at b and the input bias at -b, with b the logarithm of time constants spread
-    log-uniformly from 1 step to ten horizons (the forget bias alone does not learn at horizon 1000); all other
-    biases start at zero.
+    log-uniformly from 1 step to ten horizons (the forget bias alone does not learn at horizon 1000). The biases of
+    g_t are held at zero unless `input_bias`: with them each blank step writes the same into the slow units, and a
+    thousand blank steps bury the cue.
 
     Source: Hochreiter and Schmidhuber (1997), Gers et al. (2000); biases after Tallec and Ollivier (2018), spread
     evenly and ordered instead of drawn at random.
     """
 
-    def __init__(self, in_features: int, hidden_size: int, max_horizon: int) -> None:
+    def __init__(self, in_features: int, hidden_size: int, max_horizon: int, input_bias: bool = False) -> None:
         super().__init__()
         self.state_names = ("hidden", "cell")
         self.features = hidden_size
@@ -116,6 +117,10 @@ class LSTMLayer(RecurrentLayer):
         self.weight_hh = nn.Parameter(nn.init.orthogonal_(torch.empty(4 * hidden_size, hidden_size)) * 0.1)
         self.bias_ih = nn.Parameter(torch.zeros(4 * hidden_size))
         self.bias_hh = nn.Parameter(torch.zeros(4 * hidden_size))
+        bias_mask = torch.ones(4 * hidden_size)
+        bias_mask[2 * hidden_size : 3 * hidden_size] = float(input_bias)
+        self.bias_mask: Tensor
+        self.register_buffer("bias_mask", bias_mask, persistent=False)
         log_timescales = log_spaced_timescales(hidden_size, max_horizon).log()
         with torch.no_grad():
             self.bias_hh[:hidden_size] = -log_timescales
@@ -123,7 +128,8 @@ class LSTMLayer(RecurrentLayer):
 
     def step(self, x: Float[Tensor, "B F"], state: LayerState) -> tuple[Tensor, LayerState]:
         """One step."""
-        hidden, cell = torch.lstm_cell(x, state, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+        bias_ih, bias_hh = self.bias_ih * self.bias_mask, self.bias_hh * self.bias_mask
+        hidden, cell = torch.lstm_cell(x, state, self.weight_ih, self.weight_hh, bias_ih, bias_hh)
         return hidden, (hidden, cell)
 
     def forward(
@@ -134,7 +140,7 @@ class LSTMLayer(RecurrentLayer):
         initial: LayerState,
     ) -> tuple[Tensor, LayerState]:
         """A sequence."""
-        gates_x = nn.functional.linear(x, self.weight_ih, self.bias_ih + self.bias_hh)
+        gates_x = nn.functional.linear(x, self.weight_ih, (self.bias_ih + self.bias_hh) * self.bias_mask)
         hidden, cell = _LSTMRecurrence.apply(  # pyright: ignore[reportGeneralTypeIssues]
             gates_x, self.weight_hh, *state, is_init, *initial
         )

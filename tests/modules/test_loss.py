@@ -221,7 +221,7 @@ def test_trains_a_policy_that_is_torchrls_own(kind: str, make_env: Callable) -> 
         RecurrentClipPPOLoss(policy.actor, policy.head),
         policy.critic,
         RecurrentRolloutBuffer(frames, SEQ_LEN, 5, state_keys=policy.state_keys),
-        TrainConfig(n_epochs=2, total_timesteps=3 * frames, normalize_advantage=False),
+        TrainConfig(n_epochs=2, total_timesteps=3 * frames),
     )
     before = copy.deepcopy(policy.state_dict())
     metrics = list(trainer.run())

@@ -108,7 +108,7 @@ def test_advantages_equal_a_recomputation_step_by_step(
     build_core: Callable[..., Core], make_agent: Callable, make_env: Callable, collect: Callable
 ) -> None:
     agent = make_agent(build_core(5))
-    rollout = collect(agent, make_env(2), 14)[:, 2:].contiguous()
+    rollout = collect(agent, make_env(2, p_terminated=0.2, p_truncated=0.2), 14)[:, 2:].contiguous()
     expected, bootstrapped = advantages_by_hand(agent, rollout)
     assert bootstrapped >= 3
     assert rollout["next", "terminated"].any()
