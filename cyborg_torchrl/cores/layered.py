@@ -114,9 +114,7 @@ class LayeredCore(Core):
 
 
 def layered_core_builder(layer: Callable[[int, int, int, bool], RecurrentLayer]) -> Callable[..., LayeredCore]:
-    """Makes the builder of a core from the builder of its layers,
-    `layer(in_features, hidden_size, max_horizon, input_bias)`.
-    """
+    """Makes the builder of a core from that of its layers: layer(in_features, hidden_size, max_horizon, input_bias)."""
 
     def build(
         in_features: int,

@@ -52,7 +52,7 @@ class RolloutBuffer(ReplayBuffer):
 
     def __iter__(self) -> Iterator[TensorDictBase]:
         """One epoch, from its beginning even if the one before was broken off."""
-        self.sampler._empty()
+        _forget_epoch(self)
         return super().__iter__()
 
     def store(self, rollout: TensorDictBase) -> None:
@@ -62,6 +62,7 @@ class RolloutBuffer(ReplayBuffer):
             ValueError: if it is not [N, T], or has another number of steps than the buffer was made for.
         """
         _check_rollout(rollout, self.num_steps)
+        _forget_epoch(self)
         self.empty()
         self.extend(rollout.exclude(keys.NEXT, *self.state_keys).reshape(-1))
 
@@ -111,7 +112,7 @@ class RecurrentRolloutBuffer(ReplayBuffer):
 
     def __iter__(self) -> Iterator[TensorDictBase]:
         """One epoch, from its beginning even if the one before was broken off."""
-        self.sampler._empty()
+        _forget_epoch(self)
         return super().__iter__()
 
     def store(self, rollout: TensorDictBase) -> None:
@@ -124,6 +125,7 @@ class RecurrentRolloutBuffer(ReplayBuffer):
         _check_rollout(rollout, self.num_steps)
         if rollout.shape[1] % self.seq_len:
             raise ValueError(f"seq_len = {self.seq_len} does not divide the rollout's length {rollout.shape[1]}.")
+        _forget_epoch(self)
         self.empty()
         self.extend(self._to_rows(rollout))
 
@@ -158,6 +160,14 @@ class RecurrentRolloutBuffer(ReplayBuffer):
         for key in keyframes.keys(include_nested=True, leaves_only=True):
             sequences.set(key, spread(keyframes.get(key)))
         return sequences
+
+
+def _forget_epoch(buffer: ReplayBuffer) -> None:
+    """Drops what is left of an epoch that was broken off, prefetched batches included."""
+    buffer.sampler._empty()
+    if buffer._prefetch:
+        with buffer._futures_lock:
+            buffer._clear_prefetch_queue_locked()
 
 
 def _check_rollout(rollout: TensorDictBase, num_steps: int) -> None:

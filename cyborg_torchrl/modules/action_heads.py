@@ -43,6 +43,11 @@ class MultiDiscrete(distributions.Distribution):
         return torch.stack([choice.entropy() for choice in self.choices], -1).sum(-1)
 
     @property
+    def deterministic_sample(self) -> Tensor:
+        """What TorchRL asks for in deterministic exploration: the mode."""
+        return self.mode
+
+    @property
     def mode(self) -> Tensor:
         """The likeliest action, [*B, choices]."""
         return torch.stack([choice.mode for choice in self.choices], -1)
@@ -55,7 +60,7 @@ class NormalHead(nn.Module):
         super().__init__()
         self.mean = nn.Linear(in_features, low.numel())
         self.log_std = nn.Parameter(torch.zeros(low.numel()))
-        is_finite = torch.isfinite(low) & torch.isfinite(high)
+        is_finite = torch.isfinite(high - low)  # TorchRL's unbounded reaches from -max to max
         self.centre: Tensor
         self.half_range: Tensor
         self.register_buffer("centre", torch.where(is_finite, (low + high) / 2, torch.zeros_like(low)))
@@ -91,17 +96,18 @@ def build_action_head(
     Raises:
         ValueError: if no head fits the spec.
     """
-    if isinstance(action_spec, MultiCategorical):
+    event_dims = len(action_spec.shape) - batch_dims
+    if isinstance(action_spec, MultiCategorical) and event_dims == 1:
         sizes = [int(n) for n in action_spec.nvec.reshape(-1, action_spec.nvec.shape[-1])[0]]
         linear = nn.Linear(in_features, sum(sizes))
         head = ActionHead(linear, ["logits"], MultiDiscrete, {"sizes": sizes})
-    elif isinstance(action_spec, Categorical):
+    elif type(action_spec) is Categorical and event_dims == 0:
         linear = nn.Linear(in_features, int(action_spec.space.n))
         head = ActionHead(linear, ["logits"], distributions.Categorical)
-    elif isinstance(action_spec, OneHot):
+    elif type(action_spec) is OneHot and event_dims == 1:
         linear = nn.Linear(in_features, int(action_spec.space.n))
         head = ActionHead(linear, ["logits"], OneHotCategorical)
-    elif isinstance(action_spec, (Bounded, Unbounded)) and len(action_spec.shape) == batch_dims + 1:
+    elif isinstance(action_spec, (Bounded, Unbounded)) and event_dims == 1 and action_spec.dtype.is_floating_point:
         box = cast("ContinuousBox", action_spec.space)
         low, high = (bound.reshape(-1, action_spec.shape[-1])[0] for bound in (box.low, box.high))
         network = NormalHead(in_features, low, high)

@@ -155,6 +155,9 @@ class PPOAgent(TensorDictModuleBase):
         tensordict.set(self.backbone.is_init_key, flags)
         for name, key in self.backbone.state_keys.items():
             value = state[name]
+            expected = (batch[0], *self.backbone.core.state_shapes[name])
+            if value.shape != expected:
+                raise ValueError(f"state '{name}' must have shape {expected}; got {tuple(value.shape)}.")
             tensordict.set(key, value.unsqueeze(1).expand(batch[0], batch[1], *value.shape[1:]))
         with set_recurrent_mode(True):
             dist, last = self._pass(tensordict)

@@ -112,7 +112,7 @@ def test_layer_gradients_equal_its_steps(layer_class: Callable[..., RecurrentLay
 @pytest.mark.parametrize(("build", "network"), [(build_gru, nn.GRU), (build_lstm, nn.LSTM)], ids=["gru", "lstm"])
 @pytest.mark.parametrize("num_layers", [1, 2])
 def test_equals_torch(build: Callable, network: type[nn.RNNBase], num_layers: int) -> None:
-    core = build(FEATURES, hidden_size=HIDDEN, num_layers=num_layers, readout="none").double()
+    core = build(FEATURES, hidden_size=HIDDEN, num_layers=num_layers, readout="none", input_bias=True).double()
     reference = network(FEATURES, HIDDEN, num_layers, batch_first=True).double()
     for index, layer in enumerate(core.layers):
         weights = {

@@ -28,7 +28,7 @@ class Pair(NamedTuple):
 
 def pair(kind: str, num_layers: int) -> Pair:
     build: Callable = build_gru if kind == "gru" else build_lstm
-    core = build(FEATURES, hidden_size=HIDDEN, num_layers=num_layers, readout="none")
+    core = build(FEATURES, hidden_size=HIDDEN, num_layers=num_layers, readout="none", input_bias=True)
     names = {"hidden": "recurrent_state"} if kind == "gru" else {"hidden": "state_h", "cell": "state_c"}
     module_class = GRUModule if kind == "gru" else LSTMModule
     theirs = module_class(
