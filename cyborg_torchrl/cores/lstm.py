@@ -128,8 +128,12 @@ class LSTMLayer(RecurrentLayer):
 
     def step(self, x: Float[Tensor, "B F"], state: LayerState) -> tuple[Tensor, LayerState]:
         """One step."""
-        bias_ih, bias_hh = self.bias_ih * self.bias_mask, self.bias_hh * self.bias_mask
-        hidden, cell = torch.lstm_cell(x, state, self.weight_ih, self.weight_hh, bias_ih, bias_hh)
+        hidden, cell = state
+        # the same operations as in a sequence, in the same order: the read-out's norm magnifies rounding
+        gates = torch.addmm(self._gates_x(x), hidden, self.weight_hh.t())
+        i, f, g, o = gates.chunk(4, -1)
+        cell = torch.addcmul(torch.sigmoid(f) * cell, torch.sigmoid(i), torch.tanh(g))
+        hidden = torch.sigmoid(o) * torch.tanh(cell)
         return hidden, (hidden, cell)
 
     def forward(
@@ -140,11 +144,13 @@ class LSTMLayer(RecurrentLayer):
         initial: LayerState,
     ) -> tuple[Tensor, LayerState]:
         """A sequence."""
-        gates_x = nn.functional.linear(x, self.weight_ih, (self.bias_ih + self.bias_hh) * self.bias_mask)
         hidden, cell = _LSTMRecurrence.apply(  # pyright: ignore[reportGeneralTypeIssues]
-            gates_x, self.weight_hh, *state, is_init, *initial
+            self._gates_x(x), self.weight_hh, *state, is_init, *initial
         )
         return hidden, (hidden[-1], cell[-1])
+
+    def _gates_x(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight_ih, (self.bias_ih + self.bias_hh) * self.bias_mask)
 
 
 build_lstm = register_backbone("lstm")(layered_core_builder(LSTMLayer))

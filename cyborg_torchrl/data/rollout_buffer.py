@@ -164,10 +164,10 @@ class RecurrentRolloutBuffer(ReplayBuffer):
 
 def _forget_epoch(buffer: ReplayBuffer) -> None:
     """Drops what is left of an epoch that was broken off, prefetched batches included."""
-    buffer.sampler._empty()
     if buffer._prefetch:
-        with buffer._futures_lock:
+        with buffer._futures_lock:  # first, since what is being prefetched moves the sampler
             buffer._clear_prefetch_queue_locked()
+    buffer.sampler._empty()
 
 
 def _check_rollout(rollout: TensorDictBase, num_steps: int) -> None:
