@@ -29,7 +29,7 @@ class TimescaleNorm(nn.Module):
 
     Slow channels write little at each step. Under one norm over all channels the present drowns the past; here
     every band of time-scales is equally loud. Channels must be ordered by time-scale. No parameters. A memory that
-    is exactly zero stays zero.
+    is exactly zero stays zero and gets no gradient there, where the slope would be 1 / sqrt(eps).
 
     Args:
         features: channels of the read-out, D.
@@ -51,7 +51,8 @@ class TimescaleNorm(nn.Module):
     def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
         """Returns the normalised read-out, of the same shape."""
         grouped = x.unflatten(-1, (self.groups, -1))
-        scale = torch.rsqrt(grouped.square().mean(-1, keepdim=True) + self.eps)
+        mean_square = grouped.square().mean(-1, keepdim=True)
+        scale = torch.rsqrt(mean_square + self.eps).masked_fill(mean_square == 0.0, 0.0)
         return (grouped * scale).flatten(-2)
 
     def extra_repr(self) -> str:

@@ -42,7 +42,7 @@ class RolloutBuffer(ReplayBuffer):
         **options: Any,
     ) -> None:
         super().__init__(
-            storage=LazyTensorStorage(num_steps) if storage is None else storage,
+            storage=_storage(storage, num_steps),
             sampler=SamplerWithoutReplacement(),
             batch_size=batch_size,
             **options,
@@ -86,7 +86,7 @@ class RecurrentRolloutBuffer(ReplayBuffer):
     Iterating over the buffer is one epoch: every step exactly once. Storing a rollout replaces the one before.
 
     Raises:
-        ValueError: if seq_len does not divide num_steps.
+        ValueError: if seq_len does not divide num_steps, or the storage is too small for a rollout.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class RecurrentRolloutBuffer(ReplayBuffer):
         if seq_len < 1 or num_steps % seq_len:
             raise ValueError(f"seq_len must be >= 1 and divide num_steps = {num_steps}; got {seq_len}.")
         super().__init__(
-            storage=LazyTensorStorage(num_steps // seq_len) if storage is None else storage,
+            storage=_storage(storage, num_steps // seq_len),
             sampler=SamplerWithoutReplacement(),
             batch_size=batch_size,
             **options,
@@ -160,6 +160,12 @@ class RecurrentRolloutBuffer(ReplayBuffer):
         for key in keyframes.keys(include_nested=True, leaves_only=True):
             sequences.set(key, spread(keyframes.get(key)))
         return sequences
+
+
+def _storage(storage: LazyTensorStorage | None, rows: int) -> LazyTensorStorage:
+    if storage is not None and storage.max_size < rows:
+        raise ValueError(f"the storage holds {storage.max_size} rows; a rollout has {rows}.")
+    return LazyTensorStorage(rows) if storage is None else storage
 
 
 def _forget_epoch(buffer: ReplayBuffer) -> None:

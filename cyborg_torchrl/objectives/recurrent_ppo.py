@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from tensordict import TensorDictBase
-from tensordict.nn import TensorDictModuleBase
+from tensordict.nn import TensorDictModuleBase, dispatch
 from torch import Tensor
 from torchrl.objectives import ClipPPOLoss
 
@@ -50,6 +50,7 @@ class RecurrentClipPPOLoss(ClipPPOLoss):
         super().__init__(actor_network, critic_network, functional=functional, **options)
         self._ratio_error: Tensor | None = None
 
+    @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Returns the losses and figures of a batch of sequences, [B, T]."""
         losses = super().forward(tensordict)
@@ -67,4 +68,8 @@ class RecurrentClipPPOLoss(ClipPPOLoss):
 
     def _standardize_advantage(self, advantage: Tensor, tensordict: TensorDictBase) -> Tensor:
         mask = tensordict.get(keys.TRAIN_MASK, None)
-        return masked_standardize(advantage, None if mask is None else mask.reshape(advantage.shape))
+        if mask is None:
+            return super()._standardize_advantage(advantage, tensordict)
+        if self.normalize_advantage_exclude_dims:
+            raise ValueError("normalize_advantage_exclude_dims does not go together with a mask of trained steps.")
+        return masked_standardize(advantage, mask.reshape(advantage.shape))

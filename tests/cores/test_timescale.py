@@ -63,3 +63,13 @@ def test_log_spaced_timescales() -> None:
 def test_timescales_refuse_nothing(channels: int, horizon: int) -> None:
     with pytest.raises(ValueError, match=f"must be >= 1; got {channels} and {horizon}"):
         log_spaced_timescales(channels, horizon)
+
+
+def test_a_memory_that_is_exactly_zero_gets_no_gradient() -> None:
+    x = torch.tensor([[0.0, 0.0, 3.0, 4.0]], requires_grad=True)
+    y = TimescaleNorm(4, 2)(x)
+    y.sum().backward()
+    assert y[0, :2].tolist() == [0.0, 0.0]
+    assert x.grad is not None
+    assert x.grad[0, :2].tolist() == [0.0, 0.0]
+    assert x.grad[0, 2:].abs().min() > 0

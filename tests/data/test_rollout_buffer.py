@@ -248,3 +248,10 @@ def test_missing_is_init_names_the_cure() -> None:
     buffer = RecurrentRolloutBuffer(NUM_ENVS * STEPS, SEQ_LEN, 2)
     with pytest.raises(KeyError, match="InitTracker"):
         store_and_sample(buffer, make_rollout().exclude("is_init"))
+
+
+def test_a_storage_that_is_too_small_is_refused() -> None:
+    from torchrl.data import LazyTensorStorage
+
+    with pytest.raises(ValueError, match="holds 5 rows; a rollout has 16"):
+        RecurrentRolloutBuffer(48, 3, 4, storage=LazyTensorStorage(5))
