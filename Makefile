@@ -34,4 +34,4 @@ learn: install  ## full learning runs: about an hour
 	scripts/test -m learning
 
 clean:  ## remove .venv and caches (not runs/)
-	rm -rf .venv .pytest_cache .ruff_cache dist
+	rm -rf .venv .pytest_cache .ruff_cache .import_linter_cache dist

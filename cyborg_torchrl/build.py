@@ -6,14 +6,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torchrl.collectors import Collector, MultiSyncCollector
 from torchrl.envs import Compose, EnvBase, InitTracker, RewardSum, TransformedEnv
 
-from cyborg_torchrl.config import ConfigError, options_of, resolve_device
+from cyborg_torchrl.config import ConfigError, TrainConfig, options_of, resolve_device
 from cyborg_torchrl.cores import Core, MemorylessCore
 from cyborg_torchrl.data import RecurrentRolloutBuffer, RolloutBuffer
 from cyborg_torchrl.modules import Backbone, PPOAgent, build_encoder
@@ -177,7 +177,7 @@ def build_trainer(
         loss=build_loss(cfg, agent),
         value_operator=agent.get_value_operator(),
         buffer=build_buffer(cfg, num_envs, steps),
-        config=cfg.train,
+        config=cast("TrainConfig", OmegaConf.to_object(cfg.train)),
         on_progress=on_progress,
     )
     return trainer, agent
