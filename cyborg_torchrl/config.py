@@ -66,8 +66,8 @@ class TrainConfig:
     num_minibatches: int = 8
     """Minibatches in a pass; they split environments or chunks, never the order of time."""
     learning_rate: float = 3e-3
-    lr_schedule: str = "constant"
-    """constant or linear (to zero)."""
+    lr_schedule: str = "linear"
+    """linear (to zero over the run; a solved task stays solved) or constant."""
     adam_eps: float = 1e-5
     gamma: float = 0.999
     gae_lambda: float = 0.95
