@@ -132,7 +132,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time (%(default)s)")
     parser.add_argument("--target", type=float, default=0.95, help="success that counts as solved (%(default)s)")
     parser.add_argument("--base-dir", default="runs/sweep", help="folder of the runs (%(default)s)")
-    parser.add_argument("--output", type=Path, default=Path("results.csv"), help="one row a run (%(default)s)")
+    parser.add_argument(
+        "--output", type=Path, help="one row a run; runs in it are not run again (BASE_DIR/results.csv)"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the configuration of every run")
     return parser
 
@@ -140,17 +142,20 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the sweep. Returns 0, 1 if a run failed, 130 if interrupted."""
     arguments = build_parser().parse_intermixed_args(argv)
+    output: Path = arguments.output or Path(arguments.base_dir) / "results.csv"
     grid = itertools.product(arguments.tasks, arguments.backbones, arguments.horizons, range(arguments.seeds))
     overrides = " ".join(arguments.overrides)
     cells = [Cell(*choice, arguments.total_timesteps, overrides) for choice in grid]
-    finished = read_rows(arguments.output)
+    finished = read_rows(output)
     open_cells = [cell for cell in cells if cell not in finished]
     console = Console(stderr=True)
     rows = [finished[cell] for cell in cells if cell in finished]
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    is_new = not arguments.output.exists()
+    if rows:
+        console.print(f"{len(rows)} of {len(cells)} runs are taken from {output}; remove it to run them again")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    is_new = not output.exists()
     pool = ThreadPoolExecutor(max(1, arguments.jobs))
-    with arguments.output.open("a", newline="") as file, Progress(console=console) as progress:
+    with output.open("a", newline="") as file, Progress(console=console) as progress:
         writer = csv.DictWriter(file, COLUMNS, restval="")
         if is_new:
             writer.writeheader()
@@ -169,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 )
         except KeyboardInterrupt:
             pool.shutdown(cancel_futures=True)
-            console.print(f"interrupted: {len(rows)} of {len(cells)} runs are in {arguments.output}")
+            console.print(f"interrupted: {len(rows)} of {len(cells)} runs are in {output}")
             return 130
     Console(width=200).print(table(rows, arguments.target))
     return 1 if any(row["error"] for row in rows) else 0
