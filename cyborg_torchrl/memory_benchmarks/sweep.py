@@ -132,9 +132,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time (%(default)s)")
     parser.add_argument("--target", type=float, default=0.95, help="success that counts as solved (%(default)s)")
     parser.add_argument("--base-dir", default="runs/sweep", help="folder of the runs (%(default)s)")
-    parser.add_argument(
-        "--output", type=Path, help="one row a run; runs in it are not run again (BASE_DIR/results.csv)"
-    )
+    parser.add_argument("--output", type=Path, help="a row a run; runs in it are not run again (BASE_DIR/results.csv)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the configuration of every run")
     return parser
 
