@@ -51,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.chance is not None:
         axes.axhline(arguments.chance, color="grey", linestyle=":", label="chance")
     axes.set(xlabel="environment steps", ylabel=arguments.column.replace("_", " "), title=arguments.title)
+    axes.set_xlim(left=0)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:.0f}k")
     if arguments.column == "success_rate":
         axes.set_ylim(0, 1.03)

@@ -47,6 +47,7 @@ class Cell:
     def command(self, base_dir: str) -> list[str]:
         """The suite's command line."""
         name = f"{self.task}-{self.backbone}-h{self.horizon}-t{self.total_timesteps}-s{self.seed}"
+        name = "-".join([name, *self.overrides.replace("/", "_").split()])
         flags = {
             "task": self.task,
             "backbone": self.backbone,
