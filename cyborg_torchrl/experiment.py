@@ -49,6 +49,8 @@ def run_experiment(cfg: DictConfig) -> dict[str, Any]:
         run = RunDirectory(path, cfg)
     except FileExistsError as error:
         raise ConfigError(f"logger.run_name: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"logger.base_dir: cannot write to '{path}' ({error.strerror}).") from None
     is_interrupted = False
     result: Evaluation | None = None
     metrics: dict[str, float] = {}

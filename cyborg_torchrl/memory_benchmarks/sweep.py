@@ -12,6 +12,7 @@ import argparse
 import csv
 import itertools
 import json
+import re
 import subprocess
 import sys
 from collections import defaultdict
@@ -47,7 +48,7 @@ class Cell:
     def command(self, base_dir: str) -> list[str]:
         """The suite's command line."""
         name = f"{self.task}-{self.backbone}-h{self.horizon}-t{self.total_timesteps}-s{self.seed}"
-        name = "-".join([name, *self.overrides.replace("/", "_").split()])
+        name += re.sub(r"[^\w.-]+", "_", f" {self.overrides}" if self.overrides else "")
         flags = {
             "task": self.task,
             "backbone": self.backbone,

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from cyborg_torchrl.checkpoint import load_checkpoint, save_checkpoint
-from cyborg_torchrl.config import load_config
+from cyborg_torchrl.config import ConfigError, load_config
 from cyborg_torchrl.experiment import run_experiment
 from cyborg_torchrl.memory_benchmarks import pseudo_mamba_memory_suite, sweep
 
@@ -63,6 +63,13 @@ def test_bad_input_ends_in_one_line(override):
     assert result.stderr.startswith("error: ")
     assert len(result.stderr.strip().splitlines()) == 1
     assert not result.stdout
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    options = [*SMALL, f"logger.base_dir={tmp_path}/file", "logger.progress=false"]
+    with pytest.raises(ConfigError, match=r"logger.base_dir: cannot write to '.*file/.*' \(Not a directory\)"):
+        run_experiment(load_config(overrides=options))
 
 
 def test_a_taken_run_name_is_refused(tmp_path):
