@@ -18,17 +18,14 @@ from cyborg_torchrl.cores import Core, MemorylessCore
 from cyborg_torchrl.data import RecurrentRolloutBuffer, RolloutBuffer
 from cyborg_torchrl.modules import Backbone, PPOAgent, build_encoder
 from cyborg_torchrl.objectives import RecurrentClipPPOLoss
-from cyborg_torchrl.registry import backbones, environments
+from cyborg_torchrl.process import prepare_cpu
+from cyborg_torchrl.registry import Registry, backbones, environments, memories
 from cyborg_torchrl.trainer import PPOTrainer
 
 
 def prepare_process(cfg: DictConfig) -> None:
-    """Sets threads, denormals and seeds of this process.
-
-    Decayed memory states become denormal numbers, which a CPU handles ten times slower: they are flushed to zero.
-    """
-    torch.set_num_threads(cfg.train.num_threads)
-    torch.set_flush_denormal(True)
+    """Sets threads, denormals, allocator and seeds of this process."""
+    prepare_cpu(cfg.train.num_threads)
     torch.manual_seed(cfg.train.seed)
 
 
@@ -55,14 +52,18 @@ def build_env(cfg: DictConfig, *, num_envs: int | None = None, seed: int | None 
 
 def build_core(cfg: DictConfig, in_features: int, env: EnvBase) -> Core:
     """Builds the core of a configuration; `max_horizon: null` becomes the environment's horizon."""
-    builder = backbones.get(cfg.backbone.name)
-    options = _options(cfg.backbone)
-    if "max_horizon" in options_of(builder) and options.get("max_horizon") is None:
-        options["max_horizon"] = max(1, episode_attribute(env, "horizon") or cfg.train.n_steps or 1000)
-    try:
-        core = builder(in_features, **options)
-    except ValueError as error:
-        raise ConfigError(f"backbone: {error}") from None
+    horizon = max(1, episode_attribute(env, "horizon") or cfg.train.n_steps or 1000)
+
+    def build(node: DictConfig, registry: Registry, first: Any, group: str) -> Core:
+        builder, options = registry.get(node.name), _options(node)
+        if "max_horizon" in options_of(builder) and options.get("max_horizon") is None:
+            options["max_horizon"] = horizon
+        try:
+            return builder(first, **options)
+        except ValueError as error:
+            raise ConfigError(f"{group}: {error}") from None
+
+    core = build(cfg.memory, memories, build(cfg.backbone, backbones, in_features, "backbone"), "memory")
     return MemorylessCore(core) if cfg.train.recurrent_mode == "none" else core
 
 

@@ -24,9 +24,9 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from cyborg_torchrl.config_errors import explain
-from cyborg_torchrl.registry import Registry, backbones, did_you_mean, environments
+from cyborg_torchrl.registry import Registry, backbones, did_you_mean, environments, memories
 
-WIRED = ("self", "in_features", "device", "seed")
+WIRED = ("self", "in_features", "core", "device", "seed")
 """Parameters of builders that are passed by the wiring, not by the configuration."""
 RECURRENT_MODES = ("none", "burn_in", "episode")
 
@@ -113,6 +113,8 @@ class LoggerConfig:
     """Fresh greedy episodes after training; 0: none."""
 
 
+GROUPS = {"backbone": backbones, "memory": memories, "env": environments}
+"""Groups whose choices are registered components."""
 NODES = {"encoder": EncoderConfig, "train": TrainConfig, "collector": CollectorConfig, "logger": LoggerConfig}
 
 
@@ -122,6 +124,8 @@ class Config:
 
     env: Any = MISSING
     backbone: Any = MISSING
+    memory: Any = field(default_factory=lambda: {"name": "none"})
+    """An external memory around the backbone: none or pmm."""
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     collector: CollectorConfig = field(default_factory=CollectorConfig)
@@ -144,13 +148,24 @@ def config_class_of(name: str, builder: Callable[..., Any]) -> type:
     """Makes the dataclass of a registered builder's options, with the field `name` first."""
     hints = typing.get_type_hints(_function(builder))
     options = options_of(builder).items()
-    fields = [
-        (key, hints.get(key, Any), field(default=MISSING if default is inspect.Parameter.empty else default))
-        for key, default in options
-    ]
+    fields = [(key, _node_type(hints.get(key, Any)), _node_default(default)) for key, default in options]
     return dataclasses.make_dataclass(
         f"{name.title().replace('_', '')}Config", [("name", str, field(default=name)), *fields]
     )
+
+
+def _node_type(hint: Any) -> Any:
+    """The annotation that OmegaConf knows: sequences are lists."""
+    origin = typing.get_origin(hint)
+    return list[typing.get_args(hint)[0]] if origin in (Sequence, tuple) else hint  # pyright: ignore
+
+
+def _node_default(default: Any) -> Any:
+    if default is inspect.Parameter.empty:
+        return field(default=MISSING)
+    if isinstance(default, (list, tuple)):
+        return field(default_factory=lambda: list(default))  # pyright: ignore[reportUnknownLambdaType]
+    return field(default=default)
 
 
 def config_dir() -> Path:
@@ -233,7 +248,7 @@ def validate(cfg: DictConfig) -> None:
 def _check_keys(cfg: DictConfig) -> None:
     """Hydra's + and ~ can add and remove keys behind the schema's back; nothing reads them, so they are mistakes."""
     known = {group: [f.name for f in dataclasses.fields(node)] for group, node in NODES.items()}
-    for group, registry in (("backbone", backbones), ("env", environments)):
+    for group, registry in GROUPS.items():
         known[group] = ["name", *options_of(registry.get(cfg[group].name))]
     for group, names in known.items():
         for key in cfg[group]:
@@ -265,7 +280,7 @@ def _store_nodes() -> None:
     store.store(name="config_schema", node=Config)
     for group, node in NODES.items():
         store.store(group=group, name=f"{group}_schema", node=node)
-    for group, registry in (("backbone", backbones), ("env", environments)):
+    for group, registry in GROUPS.items():
         for name in _registered(registry):
             node = config_class_of(name, registry.get(name))
             has_file = (config_dir() / group / f"{name}.yaml").is_file()
@@ -294,7 +309,7 @@ def _shipped() -> list[str]:
 
 
 def _choices(group: str) -> list[str]:
-    registry = {"backbone": backbones, "env": environments}.get(group)
+    registry = GROUPS.get(group)
     shipped = [path.stem for path in (config_dir() / group).glob("*.yaml")]
     return sorted({*shipped, *(registry.names() if registry else ())})
 

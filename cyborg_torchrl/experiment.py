@@ -77,6 +77,7 @@ def run_experiment(cfg: DictConfig) -> dict[str, Any]:
     summary = {
         "task": cfg.env.name,
         "backbone": cfg.backbone.name,
+        "memory": cfg.memory.name,
         "horizon": cfg.env.get("horizon"),
         "recurrent_mode": cfg.train.recurrent_mode,
         "num_envs": cfg.env.get("num_envs"),

@@ -26,6 +26,8 @@ JOINT_FEATURES: Final = "joint_features"
 """Past and present, normalised apart and added: what the heads read."""
 MEMORY_STATE: Final = "memory_state"
 """The nested TensorDict of memory states, batch first: (MEMORY_STATE, "hidden"), ..."""
+MEMORY_TERMS: Final = "memory_terms"
+"""Figures of each step that a core reports, [*B, T, 1]: (MEMORY_TERMS, "write_rate"), ..."""
 
 VALUE: Final = "state_value"
 ADVANTAGE: Final = "advantage"

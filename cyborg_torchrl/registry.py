@@ -77,6 +77,7 @@ class Registry:
 
 
 backbones = Registry("backbone", "cyborg_torchrl.backbones")
+memories = Registry("memory", "cyborg_torchrl.memories")
 environments = Registry("environment", "cyborg_torchrl.environments")
 
 
@@ -87,6 +88,14 @@ def register_backbone(name: str) -> Callable[[Component], Component]:
     `max_horizon` that is left at None is filled with the environment's horizon.
     """
     return backbones.register(name)
+
+
+def register_memory(name: str) -> Callable[[Component], Component]:
+    """Registers an augmentation, `builder(core: Core, **options) -> Core`, as a choice of `memory=<name>`.
+
+    It gets the core of the backbone and returns the core that is used in its place.
+    """
+    return memories.register(name)
 
 
 def register_environment(name: str) -> Callable[[Component], Component]:

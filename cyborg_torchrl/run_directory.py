@@ -50,13 +50,16 @@ class RunDirectory:
         (path / "config.yaml").write_text(OmegaConf.to_yaml(cfg))
         self.write_json("manifest.json", manifest(cfg))
         self._file = (path / "logs" / "metrics.csv").open("w", newline="")
-        self._writer = csv.DictWriter(self._file, COLUMNS, restval="", extrasaction="ignore")
-        self._writer.writeheader()
+        self._writer: csv.DictWriter[str] | None = None
         self._tensorboard = SummaryWriter(str(path / "logs")) if cfg.logger.tensorboard else None
         self._best = float("-inf")
 
     def log(self, metrics: Mapping[str, float]) -> None:
-        """Appends a row to metrics.csv and points to TensorBoard."""
+        """Appends a row to metrics.csv, whose columns are those of the first row, and points to TensorBoard."""
+        if self._writer is None:
+            columns = [*COLUMNS, *(name for name in metrics if name not in COLUMNS)]
+            self._writer = csv.DictWriter(self._file, columns, restval="", extrasaction="ignore")
+            self._writer.writeheader()
         self._writer.writerow(metrics)
         self._file.flush()
         if self._tensorboard is not None:

@@ -122,7 +122,7 @@ class PPOTrainer:
         torch.stack(terms).sum().backward()
         grad_norm = nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
         self.optimizer.step()
-        figures = {name: value.detach() for name, value in losses.items() if name in LOGGED}
+        figures = {name: value.detach() for name, value in losses.items() if name in LOGGED or "memory_" in name}
         return figures | {"grad_norm": grad_norm.detach()}
 
     def _set_learning_rate(self) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import inspect
 import sys
 from collections.abc import Callable
+from types import ModuleType, SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -88,7 +91,9 @@ def build_case(case: CoreCase, in_features: int, **options: object) -> Core:
                 for parameter in module.parameters():
                     parameter.normal_()
     if case.is_learned:
-        assert all(value.abs().min() > 0 for value in core.initial_state(1).values())
+        learned = [value for value in core.initial_state(1).values() if value.requires_grad]
+        assert learned
+        assert all(value.abs().min() > 0 for value in learned)
     return core
 
 
@@ -220,3 +225,73 @@ def collect() -> Callable[..., TensorDictBase]:
         return torch.stack(rows, 1)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def mamba_ssm() -> SimpleNamespace:
+    """The pure-PyTorch code of the official package, which cannot be imported as shipped where there is no CUDA.
+
+    Stubs stand where it imports its kernels; nothing of what is used here calls them.
+    """
+    spec = importlib.util.find_spec("mamba_ssm")
+    if spec is None or spec.submodule_search_locations is None:
+        pytest.skip("mamba-ssm is not installed; `make install` does it")
+    package = ModuleType("mamba_ssm")
+    package.__path__ = list(spec.submodule_search_locations)
+
+    class Hub:
+        """Stands for huggingface_hub's mixin."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a kernel was called")
+
+    def module(name: str, **entries: object) -> ModuleType:
+        stub = ModuleType(name)
+        vars(stub).update(entries)
+        return stub
+
+    triton = "mamba_ssm.ops.triton"
+    stubs = {
+        "mamba_ssm": package,
+        "selective_scan_cuda": ModuleType("selective_scan_cuda"),
+        "huggingface_hub": module("huggingface_hub", PyTorchModelHubMixin=Hub),
+        f"{triton}.selective_state_update": module("", selective_state_update=None),
+        f"{triton}.layer_norm": module("", RMSNorm=None, layer_norm_fn=None, rms_norm_fn=None, _layer_norm_fwd=refuse),
+        f"{triton}.layernorm_gated": module("", RMSNorm=GatedRMSNorm),
+        f"{triton}.ssd_combined": module("", mamba_chunk_scan_combined=refuse, mamba_split_conv1d_scan_combined=refuse),
+    }
+    before = {name: sys.modules.get(name) for name in stubs}
+    sys.modules.update(stubs)
+    try:
+        interface = importlib.import_module("mamba_ssm.ops.selective_scan_interface")
+        simple = importlib.import_module("mamba_ssm.modules.mamba_simple")
+        mamba2 = importlib.import_module("mamba_ssm.modules.mamba2")
+        minimal = importlib.import_module("mamba_ssm.modules.ssd_minimal")
+    finally:
+        for name, was in before.items():
+            if was is None:
+                sys.modules.pop(name, None)
+            else:
+                sys.modules[name] = was
+    vars(simple).update(selective_scan_fn=interface.selective_scan_ref, selective_state_update=None)
+    vars(simple).update(causal_conv1d_fn=None, causal_conv1d_update=None)
+    vars(mamba2).update(selective_state_update=None, causal_conv1d_fn=None, causal_conv1d_update=None)
+    return SimpleNamespace(
+        selective_scan_ref=interface.selective_scan_ref,
+        ssd_minimal_discrete=minimal.ssd_minimal_discrete,
+        Mamba=simple.Mamba,
+        Mamba2=mamba2.Mamba2,
+    )
+
+
+class GatedRMSNorm(torch.nn.Module):
+    """What the official block's Triton norm computes: the norm of the gated input."""
+
+    def __init__(self, size: int, eps: float = 1e-5, **_: object) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(size))
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        gated = x * torch.nn.functional.silu(z)
+        return gated * torch.rsqrt(gated.square().mean(-1, keepdim=True) + self.eps) * self.weight

@@ -13,6 +13,10 @@ State = dict[str, Tensor]
 """A memory state: named tensors, batch first, [B, *shape]."""
 
 
+Terms = dict[str, Tensor]
+"""Figures of each step, {name: [B, T]}: diagnostics, and what a core wants to be regularised by."""
+
+
 class Core(nn.Module, ABC):
     """A recurrent network that knows only tensors. Third parties implement it; nothing else is needed.
 
@@ -25,6 +29,8 @@ class Core(nn.Module, ABC):
     out_features: int
     state_shapes: Mapping[str, tuple[int, ...]]
     """Shape of each named tensor of the state, without the batch dimension."""
+    term_names: tuple[str, ...] = ()
+    """Names of the terms that `forward_with_terms` returns; most cores have none."""
 
     @abstractmethod
     def initial_state(self, batch: int) -> State:
@@ -40,24 +46,43 @@ class Core(nn.Module, ABC):
     ) -> tuple[Float[Tensor, "B T D"], State]:
         """A sequence. Returns the features of each step and the state after the last."""
 
+    def forward_with_terms(
+        self, x: Float[Tensor, "B T F"], state: State, is_init: Bool[Tensor, "B T"]
+    ) -> tuple[Float[Tensor, "B T D"], State, Terms]:
+        """As `forward`, with the figures of each step named in `term_names`, [B, T]."""
+        return *self(x, state, is_init), {}
+
+    def regularize(self, terms: Terms) -> dict[str, Tensor]:
+        """From the terms of the trained steps, {name: [M]}, the weighted losses that are added to the objective."""
+        del terms
+        return {}
+
 
 class InitialState(nn.Module):
     """The state that memory starts from; call it with a batch size.
 
     Args:
         shapes: shape of each named tensor, without the batch dimension.
-        is_learned: make the initial state a parameter (it starts at zero); otherwise it is zero for ever.
+        is_learned: make the initial state a parameter; otherwise it stays what it is.
+        start: what each tensor is at first; zero where it is not named.
     """
 
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]], is_learned: bool = False) -> None:
+    def __init__(
+        self,
+        shapes: Mapping[str, tuple[int, ...]],
+        is_learned: bool = False,
+        start: Mapping[str, Tensor] | None = None,
+    ) -> None:
         super().__init__()
         self.is_learned = is_learned
         self.names = tuple(shapes)
+        start = start or {}
         for name, shape in shapes.items():
+            value = start.get(name, torch.zeros(shape))
             if is_learned:
-                self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
+                self.register_parameter(name, nn.Parameter(value))
             else:
-                self.register_buffer(name, torch.zeros(shape), persistent=False)
+                self.register_buffer(name, value, persistent=name in start)
 
     def forward(self, batch: int) -> State:
         """Returns {name: [batch, *shape]}, views of one stored tensor each."""

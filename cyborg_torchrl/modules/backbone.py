@@ -26,7 +26,8 @@ class Backbone(TensorDictModuleBase):
     [*B, *shape], and writes the memory features [*B, D] and the next state under "next". In TorchRL's recurrent mode
     (`set_recurrent_mode(True)`, and inside its losses) the last batch dimension is time: it reads [*B, T, F], starts
     from the state of the first step, restarts from the initial state wherever `is_init`, and writes the memory
-    features; states within a sequence are not written, since nothing reads them.
+    features; states within a sequence are not written, since nothing reads them. The terms of a core that has some
+    (write rates, prediction errors) are written under "memory_terms", for the loss.
 
     Where an episode begins, the core's own initial state (zero or learned) is used, never the stored one: collection
     and training agree, and a learned initial state gets its gradient.
@@ -94,10 +95,14 @@ class Backbone(TensorDictModuleBase):
         batch = x[..., 0, 0].numel()
         state = self._state(tensordict, is_init, first_step=True)
         state = {
-            name: value.reshape(batch, *self.core.state_shapes[name]) for name, value in state.items()
+            name: value.reshape(batch, *self.core.state_shapes[name]).to(self._dtype()) for name, value in state.items()
         } or self.core.initial_state(batch)
-        y, last = self.core(x.reshape(batch, steps, features), state, is_init.reshape(batch, steps))
+        y, last, terms = self.core.forward_with_terms(
+            x.reshape(batch, steps, features), state, is_init.reshape(batch, steps)
+        )
         tensordict.set(self.out_key, y.reshape(*batch_shape, steps, -1))
+        for name, value in terms.items():
+            tensordict.set((keys.MEMORY_TERMS, name), value.reshape(*batch_shape, steps, 1))
         return {name: value.reshape(*batch_shape, *value.shape[1:]) for name, value in last.items()}
 
     def _run_step(self, tensordict: TensorDictBase) -> State:
@@ -107,7 +112,8 @@ class Backbone(TensorDictModuleBase):
         flags = is_init.reshape(batch)
         initial = self.core.initial_state(batch)
         state = self._state(tensordict, is_init, first_step=False)
-        state = {name: v.reshape(batch, *self.core.state_shapes[name]) for name, v in state.items()} or initial
+        dtype = self._dtype()  # states may be stored in another precision
+        state = {n: v.reshape(batch, *self.core.state_shapes[n]).to(dtype) for n, v in state.items()} or initial
         y, state = self.core.step(x.reshape(batch, -1), restart(state, initial, flags))
         tensordict.set(self.out_key, y.reshape(*batch_shape, -1))
         state = {name: value.reshape(*batch_shape, *value.shape[1:]) for name, value in state.items()}

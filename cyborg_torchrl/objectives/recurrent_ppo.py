@@ -13,7 +13,7 @@ from torch import Tensor
 from torchrl.objectives import ClipPPOLoss
 
 from cyborg_torchrl import keys
-from cyborg_torchrl.modules import PPOAgent
+from cyborg_torchrl.modules import Backbone, PPOAgent
 from cyborg_torchrl.objectives.functional import masked_standardize
 
 
@@ -25,7 +25,8 @@ class RecurrentClipPPOLoss(ClipPPOLoss):
     step. Keys, options and `loss_*` names are those of TorchRL's `ClipPPOLoss`. Differences: advantages are
     normalised over the trained steps alone (those where ("collector", "mask") is true, if there is such a mask),
     and `ratio_error` is logged: the largest |log ratio|, which is zero before the first optimiser step if and only
-    if the update sees what the rollout saw.
+    if the update sees what the rollout saw. The regularisers of a core that has some are added as
+    `loss_memory_<name>`, and its figures logged as `memory_<name>`, over the trained steps alone.
 
     Args:
         actor_network: a `PPOAgent`, or a TorchRL probabilistic policy.
@@ -49,12 +50,20 @@ class RecurrentClipPPOLoss(ClipPPOLoss):
                 actor_network = actor_network.get_policy_operator()
         super().__init__(actor_network, critic_network, functional=functional, **options)
         self._ratio_error: Tensor | None = None
+        self._terms: dict[str, Tensor] = {}
+        backbones = [module for module in actor_network.modules() if isinstance(module, Backbone)]
+        self._regularize = backbones[0].core.regularize if backbones else None
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Returns the losses and figures of a batch of sequences, [B, T]."""
         losses = super().forward(tensordict)
         losses.set("ratio_error", self._ratio_error)
+        if self._terms and self._regularize is not None:
+            for name, value in self._regularize(self._terms).items():
+                losses.set(f"loss_memory_{name}", value)
+            for name, value in self._terms.items():
+                losses.set(f"memory_{name}", value.detach().mean())
         return losses
 
     def _log_weight(self, tensordict: TensorDictBase, adv_shape: torch.Size) -> tuple[Any, ...]:
@@ -64,6 +73,9 @@ class RecurrentClipPPOLoss(ClipPPOLoss):
         if mask is not None:
             log_ratio = log_ratio * mask.reshape(log_ratio.shape)
         self._ratio_error = log_ratio.max()
+        terms = tensordict.get(keys.MEMORY_TERMS, None)
+        is_trained = slice(None) if mask is None else mask.reshape(-1)
+        self._terms = {} if terms is None else {name: value.reshape(-1)[is_trained] for name, value in terms.items()}
         return result
 
     def _standardize_advantage(self, advantage: Tensor, tensordict: TensorDictBase) -> Tensor:

@@ -24,6 +24,12 @@ def largest_difference(a: State, b: State) -> float:
     return max(((a[name] - b[name]).abs().max().item() for name in a), default=0.0)
 
 
+def relative_difference(a: State, b: State) -> float:
+    """Largest difference, in units of the largest entry of each tensor, or of one."""
+    assert a.keys() == b.keys()
+    return max(((a[n] - b[n]).abs().max() / max(1.0, b[n].abs().max()) for n in a), default=torch.zeros(())).item()
+
+
 def steps_by_hand(core: Core, x: Tensor, state: State, is_init: Tensor) -> tuple[Tensor, State]:
     """The slow way: row by row, step by step, with the reset written out."""
     rows = []
@@ -69,8 +75,8 @@ def test_sequence_equals_steps(
     with torch.no_grad():
         y, last = core(x, state, is_init)
         expected, expected_last = steps_by_hand(core, x, state, is_init)
-    assert (y - expected).abs().max() <= tolerance
-    assert largest_difference(last, expected_last) <= 1e-6
+    assert (y - expected).abs().max() <= tolerance * max(1.0, expected.abs().max())
+    assert relative_difference(last, expected_last) <= 1e-6
 
 
 @pytest.mark.parametrize("horizon", [200, 10_000])
@@ -212,8 +218,8 @@ def test_learned_initial_state_gets_its_gradient_at_every_reset(build_core: Buil
     core = build_core(FEATURES).double()
     initial = core.initial_state(1)
     if not any(value.requires_grad for value in initial.values()):
-        assert all((value == 0).all() for value in initial.values())
-        pytest.skip("the initial state is fixed at zero")
+        assert all((value == 0).all() for name, value in initial.items() if name != "memory")
+        pytest.skip("the initial state is fixed")
     x = torch.randn(1, STEPS, FEATURES).double()
     is_init = torch.zeros(1, STEPS, dtype=torch.bool)
     is_init[:, 10] = True

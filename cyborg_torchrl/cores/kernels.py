@@ -1,0 +1,183 @@
+"""mamba-ssm's CUDA kernels behind our scans' signatures: stored states, resets and initial states included.
+
+The package's operations are wrapped, not its modules, which expose none of these. Nothing is imported until a kernel
+is asked for.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from cyborg_torchrl.registry import did_you_mean
+
+KERNELS = ("auto", "torch", "cuda")
+LOGGER = logging.getLogger(__name__)
+TINY_STEP = 1e-9
+"""Step size of the virtual inputs that put a stored state into a kernel that starts from zero."""
+FORGET = 110.0
+"""exp(-110) is zero in float32."""
+
+
+class Kernel:
+    """Which scan a Mamba core runs.
+
+    Args:
+        name: "torch"; "cuda", mamba-ssm's kernels; or "auto": those where the package and a CUDA tensor are there.
+
+    Raises:
+        ValueError: for another name.
+    """
+
+    def __init__(self, name: str) -> None:
+        if name not in KERNELS:
+            raise ValueError(f"unknown kernel '{name}': {did_you_mean(name, KERNELS)}")
+        self.name = name
+
+    def is_cuda_on(self, device: torch.device) -> bool:
+        """Whether sequences on that device go to the CUDA kernels. Logs the choice once.
+
+        Raises:
+            RuntimeError: if "cuda" was asked for and cannot be had.
+        """
+        if self.name == "torch" or (self.name == "auto" and device.type != "cuda"):
+            return False
+        reason = _why_not() if device.type == "cuda" else f"the tensors are on {device}"
+        if self.name == "cuda" and reason:
+            raise RuntimeError(f"kernel 'cuda' cannot be used: {reason}; use kernel 'auto' or 'torch'.")
+        _log_once("mamba-ssm's CUDA kernels" if not reason else f"the torch path ({reason})")
+        return not reason
+
+
+def selective_scan_cuda(
+    u: Float[Tensor, "T B D"],
+    delta: Float[Tensor, "T B D"],
+    a: Float[Tensor, "D N"],
+    b: Float[Tensor, "T B N"],
+    c: Float[Tensor, "T B N"],
+    h_0: Float[Tensor, "B D N"],
+    is_init: Bool[Tensor, "T B"],
+    initial: Float[Tensor, "B D N"],
+    operation: Callable[..., Any] | None = None,
+) -> tuple[Float[Tensor, "T B D"], Float[Tensor, "B D N"]]:
+    """`selective_scan` by mamba-ssm's `selective_scan_fn`, whose kernel starts from zero and knows no resets.
+
+    The stored state goes in as N virtual inputs with a tiny step, the k-th written to the k-th number of state, and
+    the last state comes out the same way. A reset is a step so long that nothing is left, with an input scaled down
+    so that it writes what it would have. Where the initial state is not zero, its part, which decays from each reset
+    on, is added in torch.
+
+    Args:
+        u: and all up to `initial`: as in `selective_scan`.
+        operation: in place of `selective_scan_fn`; the package's pure-torch reference, for tests.
+    """
+    scan = operation or _operations()["selective_scan_fn"]
+    steps, batch, _ = u.shape
+    numbers = a.shape[1]
+    h_0 = torch.where(is_init[0, :, None, None], torch.zeros_like(h_0), h_0)
+    long = delta + is_init.unsqueeze(-1) * (FORGET / (-a.detach()).min())
+    # N virtual steps before write the stored state, N after read the last one: the kernel itself gives no gradient
+    # to the state that it returns
+    tiny = torch.full_like(h_0, TINY_STEP).movedim(-1, 0)
+    u_all = torch.cat([h_0.movedim(-1, 0) / TINY_STEP, u * (delta / long), torch.zeros_like(tiny)])
+    delta_all = torch.cat([tiny, long, tiny])
+    unit = torch.eye(numbers, dtype=b.dtype, device=b.device).unsqueeze(1).expand(numbers, batch, numbers)
+    nothing = torch.zeros_like(unit)
+    b_all, c_all = torch.cat([unit, b, nothing]), torch.cat([nothing, c, unit])
+    # the kernel wants [B, channels, T]
+    y = scan(*(x.permute(1, 2, 0).contiguous() for x in (u_all, delta_all)), a,
+             *(x.permute(1, 2, 0).contiguous() for x in (b_all, c_all)))  # fmt: skip
+    y, last = y.permute(2, 0, 1).split([numbers + steps, numbers])
+    y, last = y[numbers:], last.movedim(0, -1)
+    if _is_zero(initial):
+        return y, last
+    since, has_begun = _since_reset(delta, is_init)
+    share = torch.exp(since.unsqueeze(-1) * a).masked_fill(~has_begun[..., None, None], 0.0)
+    y = y + torch.einsum("tbdn,tbn,bdn->tbd", share, c, initial)
+    return y, last + share[steps - 1] * initial
+
+
+def ssd_scan_cuda(
+    x: Float[Tensor, "T B H P"],
+    log_decay: Float[Tensor, "T B H"],
+    b: Float[Tensor, "T B N"],
+    c: Float[Tensor, "T B N"],
+    h_0: Float[Tensor, "B H P N"],
+    is_init: Bool[Tensor, "T B"],
+    initial: Float[Tensor, "B H P N"],
+    operation: Callable[..., Any] | None = None,
+) -> tuple[Float[Tensor, "T B H P"], Float[Tensor, "B H P N"]]:
+    """`ssd_scan` by mamba-ssm's `mamba_chunk_scan_combined`, which takes stored states and sequence numbers.
+
+    The stored state belongs to sequence 0; a row that begins with a reset begins with sequence 1. Where the initial
+    state is not zero, its part is added in torch.
+
+    Args:
+        x: and all up to `initial`: as in `ssd_scan`.
+        operation: in place of `mamba_chunk_scan_combined`, for tests.
+    """
+    scan = operation or _operations()["mamba_chunk_scan_combined"]
+    h_0 = torch.where(is_init[0, :, None, None, None], torch.zeros_like(h_0), h_0)
+    # the kernel's decay is exp(dt A) and its input dt x: with A = -1, dt is minus our log decay
+    dt = (-log_decay).clamp_min(torch.finfo(log_decay.dtype).tiny)
+    y, last = scan(
+        (x / dt.unsqueeze(-1)).transpose(0, 1).contiguous(),
+        dt.transpose(0, 1).contiguous(),
+        x.new_full((x.shape[2],), -1.0),
+        b.transpose(0, 1).unsqueeze(2).contiguous(),
+        c.transpose(0, 1).unsqueeze(2).contiguous(),
+        chunk_size=64,
+        initial_states=h_0.contiguous(),
+        seq_idx=is_init.t().cumsum(1).to(torch.int32).contiguous(),
+        return_final_states=True,
+    )
+    y = y.transpose(0, 1)
+    if _is_zero(initial):
+        return y, last
+    since, has_begun = _since_reset(log_decay, is_init)
+    share = torch.exp(since).masked_fill(~has_begun.unsqueeze(-1), 0.0)
+    y = y + torch.einsum("tbh,tbn,bhpn->tbhp", share, c, initial)
+    return y, last + share[-1, ..., None, None] * initial
+
+
+def _is_zero(initial: Tensor) -> bool:
+    return not initial.requires_grad and not bool(initial.any())
+
+
+def _since_reset(values: Float[Tensor, "T B *C"], is_init: Bool[Tensor, "T B"]) -> tuple[Tensor, Tensor]:
+    """Sums from the last reset up to and with each step, and where there was a reset."""
+    total = values.cumsum(0)
+    index = torch.arange(values.shape[0], device=values.device).unsqueeze(1)
+    last = torch.where(is_init, index, -1).cummax(0).values
+    picked = last.clamp_min(0).unsqueeze(-1).expand_as(values)
+    return total - (total - values).gather(0, picked), last >= 0
+
+
+@cache
+def _operations() -> dict[str, Callable[..., Any]]:
+    """mamba-ssm's operations. Raises ImportError where the package is missing, or was built without its kernels."""
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn  # pyright: ignore
+    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined  # pyright: ignore
+
+    return {"selective_scan_fn": selective_scan_fn, "mamba_chunk_scan_combined": mamba_chunk_scan_combined}
+
+
+@cache
+def _why_not() -> str:
+    """Why the kernels cannot be used; empty if they can."""
+    try:
+        _operations()
+    except ImportError as error:
+        return f"mamba-ssm is not usable here ({error}); see docs/backbones/mamba.md"
+    return ""
+
+
+@cache
+def _log_once(choice: str) -> None:
+    LOGGER.info("Mamba runs on %s.", choice)

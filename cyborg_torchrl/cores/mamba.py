@@ -1,0 +1,126 @@
+"""`mamba`: the Mamba-1 block as a core that streams."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cyborg_torchrl.cores.abstract import Core, InitialState, State
+from cyborg_torchrl.cores.causal_conv import causal_conv, causal_conv_step
+from cyborg_torchrl.cores.kernels import Kernel, selective_scan_cuda
+from cyborg_torchrl.cores.selective_scan import LOG2_E, selective_scan
+from cyborg_torchrl.cores.timescale import build_readout, rms_normalize, step_size_bias, step_sizes
+
+
+class MambaBlock(Core):
+    """Mamba-1 with an explicit state.
+
+        u_t, z_t = W_in x_t;    u_t := silu(conv(u)_t)
+        dt_t, B_t, C_t = W_x u_t;    delta_t = softplus(W_dt dt_t + b_dt)
+        h_t = exp(delta_t A) h_{t-1} + delta_t u_t B_t
+        y_t = W_out ((readout(C_t h_t) + D u_t) * silu(z_t))
+
+    Parameters have the names and shapes of the official block, so its weights load with `strict=True`; build it with
+    `official=True` to compute what the official block computes. What we change otherwise: dt, B and C are
+    RMS-normalised (as in Jamba and Falcon-Mamba); step sizes are spread log-uniformly from a tenth of the horizon's
+    inverse to .3 and ordered by channel; what is read out is normalised in groups of time-scales, before the skip
+    D u_t, which starts at 0; and the convolution has no bias, so that a blank step writes nothing.
+
+    State: `mamba_conv` [B, d_inner, d_conv], the last inputs of the convolution; `mamba_ssm` [B, d_inner, d_state].
+
+    Args:
+        d_model: width of input and output.
+        d_state: N, numbers that each channel keeps.
+        d_conv: W, width of the convolution.
+        expand: d_inner / d_model.
+        max_horizon: steps that memory should bridge.
+        readout: "timescale_norm" or "none".
+        readout_groups: groups of the time-scale norm.
+        official: compute what the official block computes (no norms, biases trained, D starting at 1).
+        learn_initial_state: make the initial state a parameter.
+        kernel: "torch", "cuda" (mamba-ssm's), or "auto": CUDA's where the package and a CUDA tensor are there.
+
+    Source: Gu and Dao (2023), "Mamba"; norms: Lieber et al. (2024), "Jamba".
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: int = 2,
+        max_horizon: int = 1000,
+        readout: str = "timescale_norm",
+        readout_groups: int = 16,
+        official: bool = False,
+        learn_initial_state: bool = False,
+        kernel: str = "auto",
+    ) -> None:
+        super().__init__()
+        d_inner, self.dt_rank, self.d_state = expand * d_model, math.ceil(d_model / 16), d_state
+        self.in_features = self.out_features = d_model
+        self.official = official
+        self.state_shapes = {"mamba_conv": (d_inner, d_conv), "mamba_ssm": (d_inner, d_state)}
+        self.in_proj = nn.Linear(d_model, 2 * d_inner, bias=False)
+        self.conv1d = nn.Conv1d(d_inner, d_inner, d_conv, groups=d_inner, bias=official)
+        self.x_proj = nn.Linear(d_inner, self.dt_rank + 2 * d_state, bias=False)
+        self.dt_proj = nn.Linear(self.dt_rank, d_inner)
+        self.A_log = nn.Parameter(torch.arange(1, d_state + 1).log().repeat(d_inner, 1))
+        self.D = nn.Parameter(torch.full((d_inner,), float(official)))
+        self.out_proj = nn.Linear(d_inner, d_model, bias=False)
+        timescales = 1.0 / step_sizes(d_inner, max_horizon)
+        self.readout = build_readout("none" if official else readout, d_inner, readout_groups, timescales)
+        self.initial = InitialState(self.state_shapes, learn_initial_state)
+        self.kernel = Kernel(kernel)
+        with torch.no_grad():
+            bound = self.dt_rank**-0.5
+            self.dt_proj.weight.uniform_(-bound, bound)
+            self.dt_proj.bias.copy_(step_size_bias(d_inner, max_horizon))
+
+    def initial_state(self, batch: int) -> State:
+        """Returns {"mamba_conv": [batch, d_inner, d_conv], "mamba_ssm": [batch, d_inner, d_state]}."""
+        return self.initial(batch)
+
+    def step(self, x: Float[Tensor, "B F"], state: State) -> tuple[Float[Tensor, "B D"], State]:
+        """One step."""
+        u, z = self.in_proj(x).chunk(2, -1)
+        u, conv = causal_conv_step(u, *self._conv_parameters(), state["mamba_conv"])
+        u = F.silu(u)
+        delta, b, c = self._select(u)
+        decay = torch.exp2(delta.unsqueeze(-1) * (-torch.exp(self.A_log) * LOG2_E))  # as in the scan
+        drive = (delta * u).unsqueeze(-1) * b.unsqueeze(1)
+        ssm = torch.addcmul(drive, decay, state["mamba_ssm"])
+        y = torch.matmul(ssm, c.unsqueeze(-1)).squeeze(-1)
+        return self._emit(y, u, z), {"mamba_conv": conv, "mamba_ssm": ssm}
+
+    def forward(
+        self, x: Float[Tensor, "B T F"], state: State, is_init: Bool[Tensor, "B T"]
+    ) -> tuple[Float[Tensor, "B T D"], State]:
+        """A sequence."""
+        x, is_init = x.transpose(0, 1).contiguous(), is_init.transpose(0, 1).contiguous()
+        initial = self.initial_state(x.shape[1])
+        u, z = self.in_proj(x).chunk(2, -1)
+        u, conv = causal_conv(u, *self._conv_parameters(), state["mamba_conv"], is_init, initial["mamba_conv"])
+        u = F.silu(u)
+        delta, b, c = self._select(u)
+        scan = selective_scan_cuda if self.kernel.is_cuda_on(x.device) else selective_scan
+        y, ssm = scan(u, delta, -torch.exp(self.A_log), b, c, state["mamba_ssm"], is_init, initial["mamba_ssm"])
+        return self._emit(y, u, z).transpose(0, 1), {"mamba_conv": conv, "mamba_ssm": ssm}
+
+    def _conv_parameters(self) -> tuple[Tensor, Tensor | None]:
+        return self.conv1d.weight.squeeze(1), self.conv1d.bias
+
+    def _select(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """How much, what and where: delta [..., d_inner], B and C [..., N]."""
+        dt, b, c = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], -1)
+        if not self.official:
+            dt, b, c = 2.0 * rms_normalize(dt), rms_normalize(b), rms_normalize(c)
+        return F.softplus(self.dt_proj(dt)), b, c
+
+    def _emit(self, y: Tensor, u: Tensor, z: Tensor) -> Tensor:
+        return self.out_proj(torch.addcmul(self.readout(y), self.D, u) * F.silu(z))

@@ -1,0 +1,132 @@
+"""`mamba2`: the Mamba-2 block as a core that streams."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cyborg_torchrl.cores.abstract import Core, InitialState, State
+from cyborg_torchrl.cores.causal_conv import causal_conv, causal_conv_step
+from cyborg_torchrl.cores.kernels import Kernel, ssd_scan_cuda
+from cyborg_torchrl.cores.ssd import ssd_scan
+from cyborg_torchrl.cores.timescale import build_readout, rms_normalize, step_size_bias, step_sizes
+
+
+class Mamba2Block(Core):
+    """Mamba-2 (SSD) with an explicit state.
+
+        z_t, (u_t, B_t, C_t), dt_t = W_in x_t;    u, B, C := silu(conv(u, B, C))
+        delta_t = softplus(dt_t + b_dt),  one for each head of P channels
+        h_t = exp(delta_t A) h_{t-1} + delta_t u_t B_t^T
+        y_t = W_out norm((readout(h_t C_t) + D u_t) * silu(z_t))
+
+    Parameters have the names and shapes of the official block (with one group), so its weights load with
+    `strict=True`; build it with `official=True` to compute what the official block computes. What we change
+    otherwise is what `MambaBlock` changes: B and C are RMS-normalised, step sizes are spread by the horizon and
+    ordered by head, with A = -1, what is read out is normalised in groups of time-scales, D starts at 0, and the
+    convolution has no bias; `norm`, an RMSNorm in the official block, is left out, since the read-out is normalised
+    already. Heads are small, so that there are many time-scales.
+
+    State: `mamba_conv` [B, d_inner + 2 d_state, d_conv], the last inputs of the convolution; `mamba_ssm`
+    [B, heads, P, d_state].
+
+    Args:
+        d_model: width of input and output.
+        d_state: N, numbers that each channel keeps.
+        d_conv: W, width of the convolution.
+        expand: d_inner / d_model.
+        headdim: P, channels of a head.
+        max_horizon: steps that memory should bridge.
+        readout: "timescale_norm" or "none".
+        readout_groups: groups of the time-scale norm.
+        official: compute what the official block computes (no added norms, biases trained, D starting at 1).
+        learn_initial_state: make the initial state a parameter.
+        kernel: "torch", "cuda" (mamba-ssm's), or "auto": CUDA's where the package and a CUDA tensor are there.
+
+    Source: Dao and Gu (2024), "Transformers are SSMs".
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: int = 2,
+        headdim: int = 8,
+        max_horizon: int = 1000,
+        readout: str = "timescale_norm",
+        readout_groups: int = 16,
+        official: bool = False,
+        learn_initial_state: bool = False,
+        kernel: str = "auto",
+    ) -> None:
+        super().__init__()
+        d_inner = expand * d_model
+        if d_inner % headdim:
+            raise ValueError(f"headdim must divide d_inner = {d_inner}; got {headdim}.")
+        heads, conv_channels = d_inner // headdim, d_inner + 2 * d_state
+        self.in_features = self.out_features = d_model
+        self.official, self.headdim = official, headdim
+        self.parts = (d_inner, conv_channels, heads)
+        self.conv_parts = (d_inner, d_state, d_state)
+        self.state_shapes = {"mamba_conv": (conv_channels, d_conv), "mamba_ssm": (heads, headdim, d_state)}
+        self.dt_bias = nn.Parameter(step_size_bias(heads, max_horizon))
+        self.A_log = nn.Parameter(torch.zeros(heads))
+        self.D = nn.Parameter(torch.full((heads,), float(official)))
+        self.in_proj = nn.Linear(d_model, sum(self.parts), bias=False)
+        self.conv1d = nn.Conv1d(conv_channels, conv_channels, d_conv, groups=conv_channels, bias=official)
+        self.norm = nn.RMSNorm(d_inner, eps=1e-5) if official else nn.Identity()
+        self.out_proj = nn.Linear(d_inner, d_model, bias=False)
+        timescales = (1.0 / step_sizes(heads, max_horizon)).repeat_interleave(headdim)
+        self.readout = build_readout("none" if official else readout, d_inner, readout_groups, timescales)
+        self.initial = InitialState(self.state_shapes, learn_initial_state)
+        self.kernel = Kernel(kernel)
+        # repeats one number a head for all of its channels; broadcasting over rows of 8 is far slower
+        self.spread: Tensor
+        self.register_buffer("spread", torch.eye(heads).repeat_interleave(headdim, 1), persistent=False)
+
+    def initial_state(self, batch: int) -> State:
+        """Returns {"mamba_conv": [batch, channels, d_conv], "mamba_ssm": [batch, heads, P, d_state]}."""
+        return self.initial(batch)
+
+    def step(self, x: Float[Tensor, "B F"], state: State) -> tuple[Float[Tensor, "B D"], State]:
+        """One step."""
+        z, xbc, dt = self.in_proj(x).split(self.parts, -1)
+        xbc, conv = causal_conv_step(xbc, *self._conv_parameters(), state["mamba_conv"])
+        u, b, c, delta, log_decay = self._select(xbc, dt)
+        drive = (u * torch.matmul(delta, self.spread)).view(*delta.shape, self.headdim, 1) * b[:, None, None]
+        ssm = torch.addcmul(drive, torch.exp(log_decay)[..., None, None], state["mamba_ssm"])
+        y = torch.matmul(ssm.flatten(1, 2), c.unsqueeze(-1)).squeeze(-1)
+        return self._emit(y, u, z), {"mamba_conv": conv, "mamba_ssm": ssm}
+
+    def forward(
+        self, x: Float[Tensor, "B T F"], state: State, is_init: Bool[Tensor, "B T"]
+    ) -> tuple[Float[Tensor, "B T D"], State]:
+        """A sequence."""
+        x, is_init = x.transpose(0, 1).contiguous(), is_init.transpose(0, 1).contiguous()
+        initial = self.initial_state(x.shape[1])
+        z, xbc, dt = self.in_proj(x).split(self.parts, -1)
+        xbc, conv = causal_conv(xbc, *self._conv_parameters(), state["mamba_conv"], is_init, initial["mamba_conv"])
+        u, b, c, delta, log_decay = self._select(xbc, dt)
+        scan = ssd_scan_cuda if self.kernel.is_cuda_on(x.device) else ssd_scan
+        drive = (u * torch.matmul(delta, self.spread)).unflatten(-1, (-1, self.headdim))
+        y, ssm = scan(drive, log_decay, b, c, state["mamba_ssm"], is_init, initial["mamba_ssm"])
+        return self._emit(y.flatten(-2), u, z).transpose(0, 1), {"mamba_conv": conv, "mamba_ssm": ssm}
+
+    def _conv_parameters(self) -> tuple[Tensor, Tensor | None]:
+        return self.conv1d.weight.squeeze(1), self.conv1d.bias
+
+    def _select(self, xbc: Tensor, dt: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """What [..., H P], B and C [..., N], how much [..., H], and the logarithm of what is kept [..., H]."""
+        u, b, c = F.silu(xbc).split(self.conv_parts, -1)
+        if not self.official:
+            b, c = rms_normalize(b), rms_normalize(c)
+        delta = F.softplus(dt + self.dt_bias)
+        return u, b, c, delta, delta * -torch.exp(self.A_log)
+
+    def _emit(self, y: Tensor, u: Tensor, z: Tensor) -> Tensor:
+        y = torch.addcmul(self.readout(y), torch.matmul(self.D, self.spread), u)
+        return self.out_proj(self.norm(y * F.silu(z)))

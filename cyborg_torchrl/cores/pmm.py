@@ -1,0 +1,281 @@
+"""`pmm`: the Predictive Memory Module, an external memory of slots."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cyborg_torchrl.cores.abstract import Core, InitialState, State, Terms, restart
+from cyborg_torchrl.cores.resets import reset_steps
+from cyborg_torchrl.cores.stack import StackCore
+from cyborg_torchrl.registry import register_backbone, register_memory
+
+EPS = 1e-6
+
+
+class PMMCore(Core):
+    """Slots of memory with content-based reads, gated writes that erase, and a prediction of what comes next.
+
+    With M [S, C] the slots, cos the cosine similarity, and all of k, s, v, e, g, m from the input x_t:
+
+        read       w_r = softmax_S(s_r cos(k_r, M_{t-1})),  r_t = (w_1 M_{t-1}, ..., w_R M_{t-1})
+        surprise   d_t = mean((x_t - p_{t-1})^2),  p_t = W_p (r_t, x_t)
+        write      g_t = sigmoid(g(x_t) + kappa d_t),  w = g_t (m alloc(U_{t-1}) + (1 - m) softmax_S(s_w cos(k_w, M)))
+                   M_t = M_{t-1} (1 - w e^T) + w v^T
+        usage      U_t = (1 - 1 / (10 max_horizon)) (U_{t-1} + w - U_{t-1} w)
+        output     y_t = W_o r_t
+
+    alloc(U) puts its weight on the least used slot. The initial memory is random, one vector a slot, so that no two
+    slots are the same to content addressing; learned if wanted. What is predicted is the next input, which is not
+    trained to be predictable: its gradient stops.
+
+    Two regularisers, logged with the diagnostics as `terms`: the prediction error, and the squared relative distance
+    of the mean write rate from its target.
+
+    State: `memory` [B, S, C], `usage` [B, S], and, if predictive, `prediction` [B, F].
+
+    Args:
+        in_features: F, features of the input.
+        hidden_size: D, features of the output; None: F.
+        slots: S.
+        slot_size: C.
+        num_heads: R, read heads.
+        max_horizon: steps that memory should bridge; usage is forgotten over ten times that.
+        predictive: predict the next input; otherwise the write gate sees the input alone.
+        write_rate: target of the mean write gate.
+        write_rate_coef: weight of its regulariser.
+        prediction_coef: weight of the prediction error.
+        learn_initial_state: train the initial memory.
+
+    Source: content addressing, erase and add: Graves et al. (2014), "Neural Turing Machines"; allocation by usage:
+    Graves et al. (2016), "Hybrid computing using a neural network with dynamic external memory". The surprise at the
+    gate and the write-rate target are ours.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        *,
+        hidden_size: int | None = None,
+        slots: int = 16,
+        slot_size: int = 32,
+        num_heads: int = 2,
+        max_horizon: int = 1000,
+        predictive: bool = True,
+        write_rate: float = 0.1,
+        write_rate_coef: float = 0.1,
+        prediction_coef: float = 0.1,
+        learn_initial_state: bool = True,
+    ) -> None:
+        super().__init__()
+        for name, value in (("slots", slots), ("slot_size", slot_size), ("num_heads", num_heads)):
+            if value < 1:
+                raise ValueError(f"{name} must be >= 1; got {value}.")
+        if not 0.0 < write_rate < 1.0:
+            raise ValueError(f"write_rate must lie in (0, 1); got {write_rate}.")
+        self.in_features, self.out_features = in_features, hidden_size or in_features
+        self.slots, self.num_heads, self.is_predictive = slots, num_heads, predictive
+        self.write_rate, self.write_rate_coef, self.prediction_coef = write_rate, write_rate_coef, prediction_coef
+        self.usage_kept = 1.0 - 0.1 / max_horizon
+        self.term_names = ("write_rate", "read_entropy", "slot_variance", "usage")
+        self.state_shapes = {"memory": (slots, slot_size), "usage": (slots,)}
+        if predictive:
+            self.state_shapes["prediction"] = (in_features,)
+            self.term_names = (*self.term_names, "prediction_error")
+        memory = {"memory": torch.randn(slots, slot_size) * slot_size**-0.5}
+        self.initial_memory = InitialState({"memory": (slots, slot_size)}, learn_initial_state, start=memory)
+        self.initial_rest = InitialState({k: v for k, v in self.state_shapes.items() if k != "memory"})
+        # keys and values have no bias: a blank step asks for nothing and writes nothing
+        self.parts = (num_heads * slot_size, slot_size, slot_size)
+        self.keys = nn.Linear(in_features, sum(self.parts), bias=False)
+        self.gate_parts = (num_heads, 1, 1, 1, slot_size)
+        self.gates = nn.Linear(in_features, sum(self.gate_parts))
+        self.output = nn.Linear(num_heads * slot_size, self.out_features, bias=False)
+        with torch.no_grad():
+            strength, _, write, _, erase = self.gates.bias.split(self.gate_parts)
+            strength.fill_(math.log(math.expm1(4.0)))
+            write.fill_(math.log(write_rate / (1.0 - write_rate)))
+            erase.fill_(2.0)
+        if predictive:
+            self.predict_from_read = nn.Linear(num_heads * slot_size, in_features, bias=False)
+            self.predict_from_input = nn.Linear(in_features, in_features)
+            self.surprise_weight = nn.Parameter(torch.tensor(math.log(math.expm1(1.0))))
+
+    def initial_state(self, batch: int) -> State:
+        """Returns {"memory": [batch, S, C], "usage": [batch, S], "prediction": [batch, F]}."""
+        return self.initial_memory(batch) | self.initial_rest(batch)
+
+    def step(self, x: Float[Tensor, "B F"], state: State) -> tuple[Float[Tensor, "B D"], State]:
+        """One step."""
+        read, state, _ = self._advance(x, self._project(x), state, has_terms=False)
+        return self.output(read), state
+
+    def forward(
+        self, x: Float[Tensor, "B T F"], state: State, is_init: Bool[Tensor, "B T"]
+    ) -> tuple[Float[Tensor, "B T D"], State]:
+        """A sequence."""
+        y, state, _ = self._unroll(x, state, is_init, has_terms=False)
+        return y, state
+
+    def forward_with_terms(
+        self, x: Float[Tensor, "B T F"], state: State, is_init: Bool[Tensor, "B T"]
+    ) -> tuple[Float[Tensor, "B T D"], State, Terms]:
+        """A sequence, with the diagnostics of each step."""
+        return self._unroll(x, state, is_init, has_terms=True)
+
+    def regularize(self, terms: Terms) -> dict[str, Tensor]:
+        """Weighted losses of the write rate and the prediction."""
+        distance = terms["write_rate"].mean() / self.write_rate - 1.0
+        losses = {"write_rate": self.write_rate_coef * distance.square()}
+        if self.is_predictive:
+            losses["prediction"] = self.prediction_coef * terms["prediction_error"].mean()
+        return losses
+
+    def _unroll(self, x: Tensor, state: State, is_init: Tensor, *, has_terms: bool) -> tuple[Tensor, State, Terms]:
+        initial = self.initial_state(x.shape[0])
+        # everything that depends on the input alone, for all steps at once
+        projected = zip(*(part.unbind(1) for part in self._project(x)), strict=True)
+        flags, resets = is_init.unbind(1), reset_steps(is_init.t())
+        reads: list[Tensor] = []
+        rows: list[Terms] = []
+        for t, (x_t, projected_t) in enumerate(zip(x.unbind(1), projected, strict=True)):
+            if resets[t]:
+                state = restart(state, initial, flags[t])
+            read_t, state, terms_t = self._advance(x_t, projected_t, state, has_terms=has_terms)
+            reads.append(read_t)
+            rows.append(terms_t)
+        terms = {name: torch.stack([row[name] for row in rows], 1) for name in rows[0]}
+        return self.output(torch.stack(reads, 1)), state, terms
+
+    def _project(self, x: Tensor) -> tuple[Tensor, ...]:
+        read_keys, write_key, value = self.keys(x).split(self.parts, -1)
+        read_strength, write_strength, write, mix, erase = self.gates(x).split(self.gate_parts, -1)
+        heads = read_keys.unflatten(-1, (self.num_heads, -1))
+        wanted = torch.cat([heads, write_key.unsqueeze(-2)], -2)
+        strength = F.softplus(torch.cat([read_strength, write_strength], -1)).unsqueeze(-1)
+        parts = (strength * _unit(wanted), value, write, torch.sigmoid(mix), torch.sigmoid(erase))
+        return (*parts, self.predict_from_input(x)) if self.is_predictive else parts
+
+    def _advance(
+        self, x: Tensor, projected: tuple[Tensor, ...], state: State, *, has_terms: bool
+    ) -> tuple[Tensor, State, Terms]:
+        wanted, value, write, mix, erase, *prediction_of_input = projected
+        memory, usage = state["memory"], state["usage"].clamp(0.0, 1.0)
+        weights = torch.softmax(torch.matmul(wanted, _unit(memory).transpose(1, 2)), -1)
+        read_weights, content = weights[:, :-1], weights[:, -1]
+        read = torch.matmul(read_weights, memory).flatten(1)
+        following: State = {}
+        error: Tensor | None = None
+        if self.is_predictive:
+            error = (x.detach() - state["prediction"]).square().mean(-1)
+            write = write + F.softplus(self.surprise_weight) * error.unsqueeze(-1)
+            following["prediction"] = self.predict_from_read(read) + prediction_of_input[0]
+        gate = torch.sigmoid(write)
+        where = gate * torch.lerp(content, _allocate(usage), mix)
+        where_column = where.unsqueeze(-1)
+        kept = torch.addcmul(memory, where_column * memory, erase.unsqueeze(1), value=-1.0)
+        following["memory"] = torch.addcmul(kept, where_column, value.unsqueeze(1))
+        following["usage"] = self.usage_kept * torch.addcmul(usage + where, usage, where, value=-1.0)
+        if not has_terms:
+            return read, following, {}
+        return read, following, self._terms(gate, read_weights, following, error)
+
+    def _terms(self, gate: Tensor, read_weights: Tensor, state: State, error: Tensor | None) -> Terms:
+        entropy = torch.special.entr(read_weights.detach()).sum(-1).mean(-1) / math.log(max(2, self.slots))
+        terms = {
+            "write_rate": gate.squeeze(-1),
+            "read_entropy": entropy,
+            "slot_variance": state["memory"].detach().var(1, correction=0).mean(-1),
+            "usage": state["usage"].detach().mean(-1),
+        }
+        return terms if error is None else terms | {"prediction_error": error}
+
+
+def _unit(x: Tensor) -> Tensor:
+    """Length one, and zero where there is nothing."""
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + EPS)
+
+
+def _allocate(usage: Float[Tensor, "B S"]) -> Float[Tensor, "B S"]:
+    """Weight on the least used slots: 1 - usage, times the usage of all slots that are used less.
+
+    Source: Graves et al. (2016), equation (1) of the methods.
+    """
+    ascending, order = torch.sort(usage, dim=-1, stable=True)
+    used_less = torch.cumprod(F.pad(ascending[:, :-1], (1, 0), value=1.0), -1)
+    return torch.zeros_like(usage).scatter(-1, order, (1.0 - ascending) * used_less)
+
+
+@register_backbone("pmm")
+def build_pmm(
+    in_features: int,
+    *,
+    hidden_size: int = 64,
+    slots: int = 16,
+    slot_size: int = 32,
+    num_heads: int = 2,
+    max_horizon: int | None = None,
+    predictive: bool = True,
+    write_rate: float = 0.1,
+    write_rate_coef: float = 0.1,
+    prediction_coef: float = 0.1,
+    learn_initial_state: bool = True,
+) -> PMMCore:
+    """Builds the external memory alone as a backbone; see `PMMCore`."""
+    return PMMCore(
+        in_features,
+        hidden_size=hidden_size,
+        slots=slots,
+        slot_size=slot_size,
+        num_heads=num_heads,
+        max_horizon=max_horizon or 1000,
+        predictive=predictive,
+        write_rate=write_rate,
+        write_rate_coef=write_rate_coef,
+        prediction_coef=prediction_coef,
+        learn_initial_state=learn_initial_state,
+    )
+
+
+@register_memory("pmm")
+def augment_with_pmm(
+    core: Core,
+    *,
+    slots: int = 16,
+    slot_size: int = 32,
+    num_heads: int = 2,
+    max_horizon: int | None = None,
+    predictive: bool = True,
+    write_rate: float = 0.1,
+    write_rate_coef: float = 0.1,
+    prediction_coef: float = 0.1,
+    learn_initial_state: bool = True,
+) -> StackCore:
+    """Puts an external memory on top of any core, which becomes its controller; see `PMMCore`.
+
+    The core may bind what lies steps apart; the slots keep it. What both read out is added.
+    """
+    width = core.in_features
+    memory = PMMCore(
+        width,
+        slots=slots,
+        slot_size=slot_size,
+        num_heads=num_heads,
+        max_horizon=max_horizon or 1000,
+        predictive=predictive,
+        write_rate=write_rate,
+        write_rate_coef=write_rate_coef,
+        prediction_coef=prediction_coef,
+        learn_initial_state=learn_initial_state,
+    )
+    return StackCore([core, memory], width, width)
+
+
+@register_memory("none")
+def leave_as_it_is(core: Core) -> Core:
+    """No external memory: the backbone alone."""
+    return core

@@ -1,0 +1,200 @@
+"""Times the cores side by side, in one process on one thread: ratios that can be compared between machines.
+
+python -m cyborg_torchrl.memory_benchmarks.core_speed --repeats 15
+
+Each line times two things alternately and prints both medians and the median of the ratios of neighbours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from statistics import median
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from cyborg_torchrl.cores import Core, Mamba2Block, MambaBlock, build_gru, build_lru, build_lstm, selective_scan
+from cyborg_torchrl.process import prepare_cpu
+
+Run = Callable[[], object]
+
+
+def paired(first: Run, second: Run, repeats: int) -> tuple[float, float, float]:
+    """Medians of both in milliseconds, and the median ratio first / second of neighbouring runs."""
+    for run in (first, second):
+        run()
+    pairs = [(_milliseconds(first), _milliseconds(second)) for _ in range(repeats)]
+    return median(a for a, _ in pairs), median(b for _, b in pairs), median(a / b for a, b in pairs)
+
+
+def _milliseconds(run: Run) -> float:
+    start = time.perf_counter()
+    run()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def training(core: Core, x: Tensor) -> Run:
+    """Forward and backward of a core over a sequence [B, T, F] without resets."""
+    is_init = torch.zeros(x.shape[:2], dtype=torch.bool)
+
+    def run() -> None:
+        y, _ = core(x, core.initial_state(x.shape[0]), is_init)
+        y.sum().backward()
+
+    return run
+
+
+def torch_training(module: nn.GRU | nn.LSTM, x: Tensor) -> Run:
+    """Forward and backward of one of torch's own networks."""
+    return lambda: module(x)[0].sum().backward()
+
+
+def acting(core: Core, x: Tensor, steps: int = 50) -> Run:
+    """Acting steps of a core, each from the state of the one before."""
+
+    @torch.no_grad()
+    def run() -> None:
+        state = core.initial_state(x.shape[0])
+        for _ in range(steps):
+            _, state = core.step(x, state)
+
+    return run
+
+
+def torch_acting(cell: nn.GRUCell, x: Tensor, steps: int = 50) -> Run:
+    """The same of torch's cell."""
+
+    @torch.no_grad()
+    def run() -> None:
+        hidden = x.new_zeros(x.shape[0], cell.hidden_size)
+        for _ in range(steps):
+            hidden = cell(x, hidden)
+
+    return run
+
+
+def loop_scan(
+    u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, h_0: Tensor
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The selective scan as a loop under autograd, `unbind` instead of indexing: linear, and nothing more."""
+    outputs: list[Tensor] = []
+    h_t = h_0
+    rows = zip(u.unbind(1), delta.unbind(1), b.unbind(1), c.unbind(1), strict=True)
+    for u_t, delta_t, b_t, c_t in rows:
+        h_t = torch.exp(delta_t.unsqueeze(-1) * a) * h_t + (delta_t * u_t).unsqueeze(-1) * b_t.unsqueeze(1)
+        outputs.append(torch.einsum("bdn,bn->bd", h_t, c_t))
+    return torch.stack(outputs, 1), h_t
+
+
+def scans(batch: int, steps: int, channels: int, numbers: int) -> tuple[Run, Run]:
+    """Our selective scan, and the loop."""
+    u, delta = torch.randn(2, batch, steps, channels)
+    delta = delta - 3
+    b, c = torch.randn(2, batch, steps, numbers)
+    a, h_0 = -torch.rand(channels, numbers) - 0.1, torch.zeros(batch, channels, numbers)
+    batch_first = [x.requires_grad_() for x in (u, delta.exp(), a, b, c, h_0)]
+    time_first = [x.detach().transpose(0, 1).contiguous() for x in (u, delta.exp(), b, c)]
+    time_first = [time_first[0], time_first[1], a.detach(), *time_first[2:], h_0.detach()]
+    time_first = [x.clone().requires_grad_() for x in time_first]
+    is_init = torch.zeros(steps, batch, dtype=torch.bool)
+
+    def ours() -> None:
+        u, delta, a, b, c, h_0 = time_first
+        y, last = selective_scan(u, delta, a, b, c, h_0, is_init, torch.zeros_like(h_0))
+        (y.sum() + last.sum()).backward()
+
+    def loop() -> None:
+        u, delta, a, b, c, h_0 = batch_first
+        y, last = loop_scan(u, delta, a, b, c, h_0)
+        (y.sum() + last.sum()).backward()
+
+    return ours, loop
+
+
+def comparisons() -> Iterator[tuple[str, str, str, Run, Run]]:
+    """What is timed, against what, the bar, and both."""
+    x = torch.randn(64, 128, 64)
+    for name, core in {
+        "mamba2 block, d_model 64": Mamba2Block(64),
+        "mamba block, d_model 64": MambaBlock(64),
+        "lru 128": build_lru(64, hidden_size=128),
+        "gru 128": build_gru(64, hidden_size=128),
+    }.items():
+        bar = "<= 1" if name.startswith(("mamba2", "lru")) else ""
+        yield (
+            f"{name}, 64 x 128",
+            "nn.GRU 128",
+            bar,
+            training(core, x),
+            torch_training(nn.GRU(64, 128, batch_first=True), x),
+        )
+    yield (
+        "lstm 128, 64 x 128", "nn.LSTM 128", "",
+        training(build_lstm(64, hidden_size=128), x), torch_training(nn.LSTM(64, 128, batch_first=True), x),
+    )  # fmt: skip
+    yield "selective scan, 64 x 128 x 128 x 16", "loop with unbind", "<= 0.5", *scans(64, 128, 128, 16)
+    yield "selective scan, 8 x 1002 x 128 x 16", "loop with unbind", "", *scans(8, 1002, 128, 16)
+    for name, core in {
+        "mamba2 block": Mamba2Block(64),
+        "mamba block": MambaBlock(64),
+        "lru 128": build_lru(64, hidden_size=128),
+        "gru 128": build_gru(64, hidden_size=128),
+    }.items():
+        bar = "<= 4" if name == "mamba2 block" else ""
+        yield (
+            f"{name}, 50 acting steps of 64",
+            "GRUCell 128",
+            bar,
+            acting(core, x[:, 0]),
+            torch_acting(nn.GRUCell(64, 128), x[:, 0]),
+        )
+
+
+def lengths(repeats: int, short: int = 128, long: int = 8192) -> Iterator[tuple[str, float, float, float]]:
+    """Milliseconds a step of a short and a long sequence, and their ratio: 1 where the cost is linear."""
+    for name, core in {
+        "mamba2 block, d_model 64": Mamba2Block(64),
+        "mamba block, d_model 64": MambaBlock(64),
+        "lru 128": build_lru(64, hidden_size=128),
+        "gru 128": build_gru(64, hidden_size=128),
+    }.items():
+        runs = [training(core, torch.randn(32, steps, 64)) for steps in (long, short)]
+        a, b, ratio = paired(runs[0], lambda run=runs[1]: [run() for _ in range(long // short)], max(3, repeats // 5))
+        yield name, a / long, b / long, ratio
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the tables. Returns 0."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=15, help="pairs of runs a line (%(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch (%(default)s)")
+    arguments = parser.parse_args(argv)
+    prepare_cpu(arguments.threads)
+    torch.manual_seed(0)
+    console = Console(width=140)
+    table = Table(
+        "ours", "against", title=f"forward and backward, {arguments.threads} thread(s), medians of {arguments.repeats}"
+    )
+    for column in ("ms", "ms against", "ratio", "bar"):
+        table.add_column(column, justify="right")
+    for name, against, bar, first, second in comparisons():
+        a, b, ratio = paired(first, second, arguments.repeats)
+        table.add_row(name, against, f"{a:.2f}", f"{b:.2f}", f"{ratio:.2f}", bar)
+        print(f"timed: {name}", file=sys.stderr)
+    console.print(table)
+    linear = Table("core, 32 environments", title="cost of a step: sequences of 8192 and of 128 steps")
+    for column in ("ms at 8192", "ms at 128", "ratio", "bar"):
+        linear.add_column(column, justify="right")
+    for name, a, b, ratio in lengths(arguments.repeats):
+        linear.add_row(name, f"{a:.4f}", f"{b:.4f}", f"{ratio:.2f}", "<= 1.2")
+    console.print(linear)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,129 @@
+"""Every scan: numerical gradients in double precision, with resets and stored states, and a plain loop beside it."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from cyborg_torchrl.cores import gated_linear_scan, selective_scan, ssd_scan
+from cyborg_torchrl.cores.causal_conv import causal_conv, causal_conv_step
+
+T, B, D, N = 7, 3, 2, 2
+SHARES = pytest.mark.parametrize("share", [0.0, 0.3, 0.8])
+
+
+def double(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+def positive(*shape: int) -> Tensor:
+    return torch.exp(torch.randn(*shape, dtype=torch.float64) - 1).requires_grad_()
+
+
+def linear_case() -> tuple:
+    decay = torch.rand(T, B, D, dtype=torch.float64, requires_grad=True)
+    return gated_linear_scan, [decay, double(T, B, D), double(B, D)], double(B, D)
+
+
+def selective_case() -> tuple:
+    a = (-positive(D, N).detach()).requires_grad_()
+    return (
+        selective_scan,
+        [double(T, B, D), positive(T, B, D), a, double(T, B, N), double(T, B, N), double(B, D, N)],
+        (double(B, D, N)),
+    )
+
+
+def ssd_case() -> tuple:
+    log_decay = (-positive(T, B, D).detach()).requires_grad_()
+    arguments = [double(T, B, D, 3), log_decay, double(T, B, N), double(T, B, N), double(B, D, 3, N)]
+    return (lambda *a: ssd_scan(*a, chunk=3)), arguments, double(B, D, 3, N)
+
+
+def conv_case() -> tuple:
+    return causal_conv, [double(T, B, D), double(D, 4), double(D), double(B, D, 4)], double(B, D, 4)
+
+
+CASES = pytest.mark.parametrize("case", [linear_case, selective_case, ssd_case, conv_case])
+
+
+@CASES
+@SHARES
+def test_gradients_are_right(case, share: float) -> None:
+    scan, arguments, initial = case()
+    is_init = torch.rand(T, B) < share
+    assert torch.autograd.gradcheck(lambda *floats: scan(*floats[:-1], is_init, floats[-1]), (*arguments, initial))
+
+
+@SHARES
+def test_the_selective_scan_is_a_loop(share: float) -> None:
+    scan, (u, delta, a, b, c, h_0), initial = selective_case()
+    is_init = torch.rand(T, B) < share
+    y, last = scan(u, delta, a, b, c, h_0, is_init, initial)
+    h_t = h_0
+    for t in range(T):
+        h_t = torch.where(is_init[t, :, None, None], initial, h_t)
+        h_t = torch.exp(delta[t, :, :, None] * a) * h_t + (delta[t] * u[t])[:, :, None] * b[t, :, None]
+        torch.testing.assert_close(y[t], (h_t * c[t, :, None]).sum(-1), rtol=0, atol=1e-12)
+    torch.testing.assert_close(last, h_t, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("block_numel", [1, 2 * B * D * N, 5 * B * D * N])
+def test_blocks_of_any_length_compute_the_same(monkeypatch, block_numel: int) -> None:
+    _, arguments, initial = selective_case()
+    is_init = torch.rand(T, B) < 0.3
+    results = []
+    for numel in (2**19, block_numel):
+        monkeypatch.setattr(sys.modules[selective_scan.__module__], "BLOCK_NUMEL", numel)
+        y, last = selective_scan(*arguments, is_init, initial)
+        results.append([y, last, *torch.autograd.grad(y.square().sum() + last.sum(), [*arguments, initial])])
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+
+
+@SHARES
+@pytest.mark.parametrize("chunk", [1, 3, 7, 16])
+def test_the_ssd_scan_is_a_loop(share: float, chunk: int) -> None:
+    _, (x, log_decay, b, c, h_0), initial = ssd_case()
+    is_init = torch.rand(T, B) < share
+    y, last = ssd_scan(x, log_decay, b, c, h_0, is_init, initial, chunk)
+    h_t = h_0
+    for t in range(T):
+        h_t = torch.where(is_init[t, :, None, None, None], initial, h_t)
+        h_t = torch.exp(log_decay[t])[..., None, None] * h_t + x[t].unsqueeze(-1) * b[t, :, None, None]
+        torch.testing.assert_close(y[t], (h_t * c[t, :, None, None]).sum(-1), rtol=0, atol=1e-12)
+    torch.testing.assert_close(last, h_t, rtol=0, atol=1e-12)
+
+
+@SHARES
+@pytest.mark.parametrize("steps", [1, 2, T])
+def test_the_convolution_is_its_steps(share: float, steps: int) -> None:
+    _, (x, weight, bias, history), initial = conv_case()
+    x, is_init = x[:steps], torch.rand(steps, B) < share
+    y, last = causal_conv(x, weight, bias, history, is_init, initial)
+    for t in range(steps):
+        history = torch.where(is_init[t, :, None, None], initial, history)
+        y_t, history = causal_conv_step(x[t], weight, bias, history)
+        torch.testing.assert_close(y[t], y_t, rtol=0, atol=1e-12)
+    torch.testing.assert_close(last, history, rtol=0, atol=0)
+
+
+def test_the_convolution_is_torchs_own_where_nothing_restarts() -> None:
+    conv = torch.nn.Conv1d(D, D, 4, groups=D, padding=3).double()
+    x, zero = double(T, B, D), torch.zeros(B, D, 4, dtype=torch.float64)
+    y, _ = causal_conv(x, conv.weight.squeeze(1), conv.bias, zero, torch.zeros(T, B, dtype=torch.bool), zero)
+    expected = conv(x.permute(1, 2, 0))[..., :T].permute(2, 0, 1)
+    torch.testing.assert_close(y, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("scan", [selective_scan, ssd_scan, gated_linear_scan])
+def test_no_steps_are_refused(scan) -> None:
+    name = scan.__name__
+    case = {"selective_scan": selective_case, "ssd_scan": ssd_case, "gated_linear_scan": linear_case}[name]
+    _, arguments, initial = case()
+    arguments = [x[:0] if x.shape[0] == T else x for x in arguments]
+    with pytest.raises(ValueError, match=f"{name} needs at least one step"):
+        scan(*arguments, torch.zeros(0, B, dtype=torch.bool), initial)
