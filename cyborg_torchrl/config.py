@@ -9,6 +9,9 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+import logging
+import math
+import tempfile
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
@@ -26,6 +30,7 @@ from omegaconf.errors import OmegaConfBaseException
 from cyborg_torchrl.config_errors import explain
 from cyborg_torchrl.registry import Registry, backbones, did_you_mean, environments, memories
 
+LOGGER = logging.getLogger(__name__)
 WIRED = ("self", "in_features", "core", "device", "seed")
 """Parameters of builders that are passed by the wiring, not by the configuration."""
 RECURRENT_MODES = ("none", "burn_in", "episode")
@@ -178,8 +183,9 @@ def load_config(config: str = "memory_delayed_cue_recurrent", overrides: Sequenc
     """Composes and checks a configuration.
 
     Args:
-        config: name of a shipped configuration, or path of a YAML file of yours (the shipped groups are found from
-            there too).
+        config: name of a shipped configuration, or path of a YAML file: with a `defaults` list it is a Hydra
+            configuration of its own (the shipped groups are found from there too); without, it is laid over the
+            default one, so it may hold a few keys, or all of them, as a run's `config.yaml` does.
         overrides: Hydra overrides, such as "backbone=gru", "env.horizon=200".
 
     Raises:
@@ -190,9 +196,15 @@ def load_config(config: str = "memory_delayed_cue_recurrent", overrides: Sequenc
     GlobalHydra.instance().clear()
     search = [] if folder == config_dir() else [f"hydra.searchpath=[file://{config_dir()}]"]
     try:
-        with initialize_config_dir(str(folder), version_base="1.3"):
-            cfg = compose(name, [*overrides, *search])
-            OmegaConf.resolve(cfg)
+        with tempfile.TemporaryDirectory() as scratch:
+            if search and (complete := _lay_over_default(folder / name, overrides)) is not None:
+                folder, name = Path(scratch), "config"
+                OmegaConf.save(complete, folder / "config.yaml")
+            with initialize_config_dir(str(folder), version_base="1.3"):
+                cfg = compose(name, [*overrides, *search])
+                OmegaConf.resolve(cfg)
+    except ConfigError:
+        raise
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise ConfigError(explain(error, overrides, _choices, _recompose)) from None
     validate(cfg)
@@ -207,7 +219,18 @@ def validate(cfg: DictConfig) -> None:
     """
     _check_keys(cfg)
     train: TrainConfig = cfg.train
+    for key, value in cfg.train.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"train.{key} must be a finite number; got {value}.")
+    for key in ("vf_coef", "ent_coef", "burn_in", "seed"):
+        if cfg.train[key] < 0:
+            raise ConfigError(f"train.{key} must be 0 or more; got {cfg.train[key]}.")
+    if train.seed >= 2**63:
+        raise ConfigError(f"train.seed must be less than 2^63; got {train.seed}.")
+    if any(size < 1 for size in cfg.encoder.hidden_sizes):
+        raise ConfigError(f"encoder.hidden_sizes must be greater than 0; got {list(cfg.encoder.hidden_sizes)}.")
     positive = {
+        "train.adam_eps": train.adam_eps,
         "train.total_timesteps": train.total_timesteps,
         "train.n_epochs": train.n_epochs,
         "train.num_minibatches": train.num_minibatches,
@@ -220,6 +243,7 @@ def validate(cfg: DictConfig) -> None:
         "collector.num_workers": cfg.collector.num_workers,
     }
     optional = {"train.n_steps": train.n_steps, "train.seq_len": train.seq_len, "train.target_kl": train.target_kl}
+    optional["train.clip_range_vf"] = train.clip_range_vf
     for key, value in {**positive, **{k: v for k, v in optional.items() if v is not None}}.items():
         if value <= 0:
             raise ConfigError(f"{key} must be greater than 0; got {value}.")
@@ -245,8 +269,40 @@ def validate(cfg: DictConfig) -> None:
     resolve_device(train.device)
 
 
+def _lay_over_default(stem: Path, overrides: Sequence[str]) -> DictConfig | None:
+    """A file without a `defaults` list as the configuration that it stands for; None for one that has such a list.
+
+    Raises:
+        ConfigError: if the file cannot be read as a mapping.
+    """
+    path = next(path for path in (stem.with_suffix(".yaml"), stem.with_suffix(".yml")) if path.is_file())
+    try:
+        content = OmegaConf.load(path)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read '{path}': {' '.join(str(error).split())}") from None
+    if not isinstance(content, DictConfig):
+        raise ConfigError(f"'{path}' must hold keys and values, such as 'train: {{seed: 1}}'.")
+    if "defaults" in content:
+        return None
+    defaults: list[Any] = ["memory_delayed_cue_recurrent"]
+    for override in overrides:
+        content.pop(override.split("=")[0], None)  # a choice of a group, which replaces the file's
+    for group in (*GROUPS, *NODES):
+        chosen: Any = content.get(group)
+        name = chosen.get("name") if group in GROUPS and isinstance(chosen, DictConfig) else chosen
+        if isinstance(name, str):
+            defaults.append({f"override /{group}": name})
+            if isinstance(chosen, str):
+                content.pop(group)
+    return OmegaConf.merge({"defaults": [*defaults, "_self_"]}, content)  # pyright: ignore[reportReturnType]
+
+
 def _check_keys(cfg: DictConfig) -> None:
     """Hydra's + and ~ can add and remove keys behind the schema's back; nothing reads them, so they are mistakes."""
+    for group in (*GROUPS, *NODES):
+        is_there = group in cfg and not OmegaConf.is_missing(cfg, group) and isinstance(cfg[group], DictConfig)
+        if not is_there or (group in GROUPS and "name" not in cfg[group]):
+            raise ConfigError(f"'{group}' is missing from the configuration; it must choose one of its options.")
     known = {group: [f.name for f in dataclasses.fields(node)] for group, node in NODES.items()}
     for group, registry in GROUPS.items():
         known[group] = ["name", *options_of(registry.get(cfg[group].name))]
@@ -268,6 +324,8 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise ConfigError(f"train.device '{name}' is not a device; use cpu, cuda, cuda:N or auto.") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"train.device '{name}' is not supported; use cpu, cuda, cuda:N or auto.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(
             f"train.device is '{name}', but torch sees {torch.cuda.device_count()} CUDA devices here; use cpu or auto."
@@ -282,7 +340,11 @@ def _store_nodes() -> None:
         store.store(group=group, name=f"{group}_schema", node=node)
     for group, registry in GROUPS.items():
         for name in _registered(registry):
-            node = config_class_of(name, registry.get(name))
+            try:
+                node = config_class_of(name, registry.get(name))
+            except Exception as error:  # whatever an installed package does: the other components still work
+                LOGGER.warning("%s '%s' cannot be used: %s: %s", group, name, type(error).__name__, error)
+                continue
             has_file = (config_dir() / group / f"{name}.yaml").is_file()
             store.store(group=group, name=f"{name}_schema" if has_file else name, node=node)
 

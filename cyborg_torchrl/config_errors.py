@@ -34,7 +34,8 @@ def explain(
     unknown = re.search(r"Could not override '([\w.@]+)'", text) or re.search(r"Key '([\w.]+)' (?:is )?not in", text)
     if unknown:
         keys_given = (override.split("=")[0].lstrip("+~") for override in overrides)
-        full = next((key for key in keys_given if key.endswith(unknown[1])), unknown[1])
+        named = re.search(r"full_key: ([\w.]+)", text)
+        full = next((key for key in keys_given if key.endswith(unknown[1])), named[1] if named else unknown[1])
         groups = [override for override in overrides if override.split("=")[0] in ("backbone", "memory", "env")]
         return f"unknown key '{full}': {did_you_mean(full, _sibling_keys(full, recompose(groups)))}"
     bad_value = re.search(r"Error merging override (\S*)", text)

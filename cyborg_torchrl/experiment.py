@@ -87,7 +87,7 @@ def run_experiment(cfg: DictConfig) -> dict[str, Any]:
         "mean_reward": result.mean_reward if result else metrics.get("mean_reward"),
         "eval_episodes": result.episodes if result else 0,
         "train_success_rate": metrics.get("success_rate"),
-        "steps_per_second": round(trainer.num_steps / training_seconds, 1) if training_seconds else None,
+        "steps_per_second": round(metrics["steps_per_second"], 1) if metrics else None,
         "total_updates": trainer.num_updates,
         "total_seconds": round(time.perf_counter() - started, 2),
         "peak_rss_mb": round(peak_rss_mb(), 1),

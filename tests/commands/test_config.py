@@ -1,10 +1,13 @@
 """Wrong input ends in one clear line; right input composes."""
 
+from importlib.metadata import EntryPoint
+
 import pytest
+from omegaconf import OmegaConf
 
 from cyborg_torchrl import register_backbone
 from cyborg_torchrl.build import build_agent, build_core, build_env, rollout_length
-from cyborg_torchrl.config import ConfigError, load_config, options_of
+from cyborg_torchrl.config import ConfigError, TrainConfig, load_config, options_of
 from cyborg_torchrl.cores import LayeredCore, MemorylessCore, build_gru
 from cyborg_torchrl.registry import backbones
 
@@ -119,3 +122,66 @@ def test_a_registered_backbone_is_configurable_without_yaml():
     assert build_core(cfg, 4, build_env(cfg)).out_features == 12
     with pytest.raises(ConfigError, match=r"did you mean 'backbone\.width'"):
         load_config(overrides=["backbone=test_config_backbone", "backbone.widht=12"])
+
+
+def write(tmp_path, text: str) -> str:
+    (tmp_path / "mine.yaml").write_text(text)
+    return str(tmp_path / "mine.yaml")
+
+
+def test_a_plain_file_is_laid_over_the_default(tmp_path):
+    config = write(tmp_path, "env: {horizon: 7}\ntrain: {seed: 5}\nbackbone: gru\n")
+    cfg = load_config(config, ["train.seed=6"])
+    assert (cfg.env.horizon, cfg.train.seed, cfg.backbone.name) == (7, 6, "gru")
+    assert cfg.train.recurrent_mode == "episode"
+    assert load_config(config, ["backbone=lstm"]).backbone.name == "lstm"
+
+
+@pytest.mark.parametrize("backbone", ["lru", "stack", "mamba_gru"])
+def test_a_runs_own_configuration_can_be_used_again(tmp_path, backbone):
+    first = load_config(overrides=[f"backbone={backbone}", "memory=pmm", "env.horizon=9", "backbone.hidden_size=32"])
+    again = load_config(write(tmp_path, OmegaConf.to_yaml(first)))
+    assert again == first
+    assert isinstance(OmegaConf.to_object(again.train), TrainConfig)
+    assert load_config(write(tmp_path, OmegaConf.to_yaml(first)), ["backbone=gru"]).backbone.hidden_size == 64
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("env: {horizon: [20\n", "cannot read '.*mine.yaml': .*line 1"),
+        ("- a\n", "must hold keys and values"),
+        ("env: {horizn: 20}\n", "unknown key 'env.horizn': did you mean 'env.horizon'"),
+        ("backbone: gruu\n", "unknown backbone 'gruu': did you mean 'gru'"),
+    ],
+)
+def test_a_file_with_mistakes_is_one_clear_line(tmp_path, text, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config(write(tmp_path, text))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.vf_coef=nan", "train.vf_coef must be a finite number"),
+        ("train.learning_rate=inf", "train.learning_rate must be a finite number"),
+        ("train.vf_coef=-1", "train.vf_coef must be 0 or more"),
+        ("train.clip_range_vf=-1", "train.clip_range_vf must be greater than 0"),
+        ("train.adam_eps=-1", "train.adam_eps must be greater than 0"),
+        ("train.seed=-1", "train.seed must be 0 or more"),
+        ("train.device=meta", "train.device 'meta' is not supported"),
+        ("encoder.hidden_sizes=[0]", "encoder.hidden_sizes must be greater than 0"),
+        ("~backbone", "'backbone' is missing"),
+    ],
+)
+def test_more_impossible_values(override, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(overrides=[override])
+
+
+def test_a_broken_package_leaves_the_other_backbones_usable(monkeypatch, caplog):
+    broken = EntryPoint("broken", "nowhere_at_all:build", "cyborg_torchrl.backbones")
+    monkeypatch.setattr(backbones, "_entry_points", lambda: [broken])
+    assert load_config(overrides=["backbone=lru"]).backbone.name == "lru"
+    assert "backbone 'broken' cannot be used: ModuleNotFoundError: No module named 'nowhere_at_all'" in caplog.text
