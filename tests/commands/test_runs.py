@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -83,7 +84,15 @@ def test_a_taken_run_name_is_refused(tmp_path):
 def test_an_interrupted_run_saves_what_was_learned(tmp_path, number):
     command = [sys.executable, "examples/delayed_cue.py", "env.horizon=50", "train.total_timesteps=100000000"]
     command += [f"logger.base_dir={tmp_path}", "logger.run_name=run"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # a shell that runs the tests in the background makes its children ignore SIGINT
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    )
     checkpoint = tmp_path / "run" / "checkpoints" / "last.pt"
     deadline = time.monotonic() + 300  # a busy machine imports slowly
     while not checkpoint.exists() and time.monotonic() < deadline:
