@@ -6,6 +6,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.nn import functional as F
+
+from cyborg_torchrl.cores.blocks import blocks
 
 
 def causal_conv_step(
@@ -14,13 +17,13 @@ def causal_conv_step(
     bias: Float[Tensor, " D"] | None,
     history: Float[Tensor, "B D W"],
 ) -> tuple[Float[Tensor, "B D"], Float[Tensor, "B D W"]]:
-    """One step of a depthwise convolution over the last W inputs.
+    """One step of a depthwise convolution over the last W inputs, and its silu.
 
     Returns what it reads, and the next history: the last W inputs, the newest last.
     """
     history = torch.cat([history[:, :, 1:], x.unsqueeze(-1)], -1)
     y = torch.linalg.vecdot(history, weight)
-    return y if bias is None else y + bias, history
+    return F.silu(y if bias is None else y + bias), history
 
 
 def causal_conv(
@@ -31,9 +34,9 @@ def causal_conv(
     is_init: Bool[Tensor, "T B"],
     initial: Float[Tensor, "B D W"],
 ) -> tuple[Float[Tensor, "T B D"], Float[Tensor, "B D W"]]:
-    """Depthwise causal convolution over a sequence, restarted where episodes begin.
+    """Depthwise causal convolution over a sequence, restarted where episodes begin, and its silu.
 
-        y_t = bias + sum_k weight_{W-1-k} x_{t-k},    x before an episode := its initial history
+        y_t = silu(bias + sum_k weight_{W-1-k} x_{t-k}),    x before an episode := its initial history
 
     Args:
         x: inputs.
@@ -57,39 +60,50 @@ def causal_conv(
     taps = [padded[width - 1 - lag : width - 1 - lag + steps] for lag in range(width)]
     taps = [_restart_tap(tap, lag, age, initial) for lag, tap in enumerate(taps)]
     y = sum(tap * weight[:, -1 - lag] for lag, tap in enumerate(taps))  # pyright: ignore[reportAssignmentType]
-    return y if bias is None else y + bias, torch.stack([tap[-1] for tap in reversed(taps)], -1)
+    return F.silu(y if bias is None else y + bias), torch.stack([tap[-1] for tap in reversed(taps)], -1)
 
 
 class _Convolution(torch.autograd.Function):
-    """y_t = bias + sum_k weight_k padded_{t+k}, without a tensor for each product."""
+    """y_t = silu(bias + sum_k weight_k padded_{t+k}), block by block, without a tensor for each product."""
 
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: FunctionCtx, padded: Tensor, weight: Tensor, bias: Tensor | None
     ) -> Tensor:
-        ctx.save_for_backward(padded, weight)
-        ctx.has_bias = bias is not None  # pyright: ignore[reportAttributeAccessIssue]
-        width = weight.shape[-1]
-        steps = padded.shape[0] - width + 1
-        y = padded[:steps] * weight[:, 0]
-        for k in range(1, width):
-            y.addcmul_(padded[k : k + steps], weight[:, k])
-        return y if bias is None else y.add_(bias)
+        taps = weight.t().contiguous()
+        ctx.save_for_backward(padded, taps, bias)
+        steps = padded.shape[0] - taps.shape[0] + 1
+        y = torch.empty_like(padded[:steps])
+        for span in blocks(steps, padded[0].numel()):
+            sums = _weighted_sum(padded, span, taps, bias)
+            torch.mul(sums, torch.sigmoid(sums), out=y[span])
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: FunctionCtx, grad_y: Tensor
     ) -> tuple[Tensor | None, ...]:
-        padded, weight = ctx.saved_tensors  # pyright: ignore[reportAttributeAccessIssue]
-        steps, width = grad_y.shape[0], weight.shape[-1]
-        grad_padded, work = torch.zeros_like(padded), torch.empty_like(grad_y)
-        grad_weight: list[Tensor] = []
-        for k in range(width):
-            grad_padded[k : k + steps].addcmul_(grad_y, weight[:, k])
-            grad_weight.append(torch.mul(grad_y, padded[k : k + steps], out=work).sum((0, 1)))
-        grad_bias = grad_y.sum((0, 1)) if ctx.has_bias else None  # pyright: ignore[reportAttributeAccessIssue]
-        return grad_padded, torch.stack(grad_weight, -1), grad_bias
+        padded, taps, bias = ctx.saved_tensors  # pyright: ignore[reportAttributeAccessIssue]
+        grad_padded, grad_taps = torch.zeros_like(padded), torch.zeros_like(taps)
+        grad_bias = None if bias is None else torch.zeros_like(bias)
+        for span in blocks(grad_y.shape[0], padded[0].numel()):
+            sums = _weighted_sum(padded, span, taps, bias)
+            grad = torch.ops.aten.silu_backward(grad_y[span], sums)
+            for k in range(taps.shape[0]):
+                steps = slice(span.start + k, span.stop + k)
+                grad_padded[steps].addcmul_(grad, taps[k])
+                grad_taps[k] += torch.mul(grad, padded[steps], out=sums).flatten(0, 1).sum(0)
+            if grad_bias is not None:
+                grad_bias += grad.sum((0, 1))
+        return grad_padded, grad_taps.t(), grad_bias
+
+
+def _weighted_sum(padded: Tensor, span: slice, taps: Tensor, bias: Tensor | None) -> Tensor:
+    sums = padded[span] * taps[0]
+    for k in range(1, taps.shape[0]):
+        sums.addcmul_(padded[span.start + k : span.stop + k], taps[k])
+    return sums if bias is None else sums.add_(bias)
 
 
 def _steps_since_reset(is_init: Bool[Tensor, "T B"], never: int) -> Tensor:

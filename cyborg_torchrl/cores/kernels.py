@@ -104,8 +104,9 @@ def selective_scan_cuda(
 
 
 def ssd_scan_cuda(
-    x: Float[Tensor, "T B H P"],
-    log_decay: Float[Tensor, "T B H"],
+    u: Float[Tensor, "T B H P"],
+    delta: Float[Tensor, "T B H"],
+    a: Float[Tensor, " H"],
     b: Float[Tensor, "T B N"],
     c: Float[Tensor, "T B N"],
     h_0: Float[Tensor, "B H P N"],
@@ -119,17 +120,15 @@ def ssd_scan_cuda(
     state is not zero, its part is added in torch.
 
     Args:
-        x: and all up to `initial`: as in `ssd_scan`.
+        u: and all up to `initial`: as in `ssd_scan`.
         operation: in place of `mamba_chunk_scan_combined`, for tests.
     """
     scan = operation or _operations()["mamba_chunk_scan_combined"]
     h_0 = torch.where(is_init[0, :, None, None, None], torch.zeros_like(h_0), h_0)
-    # the kernel's decay is exp(dt A) and its input dt x: with A = -1, dt is minus our log decay
-    dt = (-log_decay).clamp_min(torch.finfo(log_decay.dtype).tiny)
     y, last = scan(
-        (x / dt.unsqueeze(-1)).transpose(0, 1).contiguous(),
-        dt.transpose(0, 1).contiguous(),
-        x.new_full((x.shape[2],), -1.0),
+        u.transpose(0, 1).contiguous(),
+        delta.transpose(0, 1).contiguous(),
+        a,
         b.transpose(0, 1).unsqueeze(2).contiguous(),
         c.transpose(0, 1).unsqueeze(2).contiguous(),
         chunk_size=64,
@@ -140,8 +139,8 @@ def ssd_scan_cuda(
     y = y.transpose(0, 1)
     if _is_zero(initial):
         return y, last
-    since, has_begun = _since_reset(log_decay, is_init)
-    share = torch.exp(since).masked_fill(~has_begun.unsqueeze(-1), 0.0)
+    since, has_begun = _since_reset(delta, is_init)
+    share = torch.exp(since * a).masked_fill(~has_begun.unsqueeze(-1), 0.0)
     y = y + torch.einsum("tbh,tbn,bhpn->tbhp", share, c, initial)
     return y, last + share[-1, ..., None, None] * initial
 

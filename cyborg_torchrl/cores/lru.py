@@ -2,15 +2,114 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional as F
 
+from cyborg_torchrl.cores.blocks import blocks
 from cyborg_torchrl.cores.layered import LayerState, RecurrentLayer, layered_core_builder
-from cyborg_torchrl.cores.scan import gated_linear_scan
+from cyborg_torchrl.cores.resets import reset_steps
 from cyborg_torchrl.cores.timescale import log_spaced_timescales
 from cyborg_torchrl.registry import register_backbone
+
+
+class _Gates(NamedTuple):
+    """What the gates let through, and what it is made of."""
+
+    decay: Tensor
+    """a_t."""
+    drive: Tensor
+    """b_t."""
+    opening: Tensor
+    """sigmoid of the decay's gate."""
+    power: Tensor
+    """sqrt(1 - a_t^2)."""
+    gate: Tensor
+    """sigmoid of the input's gate."""
+
+
+def _gates(decay_gate: Tensor, input_gate: Tensor, x: Tensor, rate: Tensor) -> _Gates:
+    opening, gate = torch.sigmoid(decay_gate), torch.sigmoid(input_gate)
+    log_decay = opening * (-2.0 * rate)
+    # expm1 keeps 1 - a^2 exact for time constants far beyond 1/eps steps
+    power = torch.sqrt(-torch.expm1(2.0 * log_decay))
+    return _Gates(torch.exp(log_decay), power * gate * x, opening, power, gate)
+
+
+class _GatedRecurrence(torch.autograd.Function):
+    """The layer from its gates' inputs on, block by block; the gates are computed again backward."""
+
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: FunctionCtx,
+        decay_gate: Tensor,
+        input_gate: Tensor,
+        x: Tensor,
+        rate: Tensor,
+        h_0: Tensor,
+        is_init: Tensor,
+        initial: Tensor,
+    ) -> Tensor:
+        states = torch.empty_like(x)
+        resets = reset_steps(is_init)
+        h_t = h_0
+        for span in blocks(x.shape[0], h_0.numel()):
+            gates = _gates(decay_gate[span], input_gate[span], x[span], rate)
+            rows = zip(gates.decay.unbind(0), gates.drive.unbind(0), states[span].unbind(0), strict=True)
+            for t, (a_t, b_t, out_t) in enumerate(rows, span.start):
+                if resets[t]:
+                    h_t = torch.where(is_init[t].unsqueeze(-1), initial, h_t)
+                h_t = torch.addcmul(b_t, a_t, h_t, out=out_t)
+        ctx.save_for_backward(decay_gate, input_gate, x, rate, states, h_0, is_init, initial)
+        return states
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: FunctionCtx, grad_states: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        decay_gate, input_gate, x, rate, states, h_0, is_init, initial = ctx.saved_tensors  # pyright: ignore
+        resets = reset_steps(is_init)
+        grads = torch.empty_like(decay_gate), torch.empty_like(input_gate), torch.empty_like(x)
+        grad_rate, grad_initial, grad_t = torch.zeros_like(rate), torch.zeros_like(h_0), torch.zeros_like(h_0)
+        for span in reversed(blocks(x.shape[0], h_0.numel())):
+            gates = _gates(decay_gate[span], input_gate[span], x[span], rate)
+            # grad_drive_t = grad_states_t + a_{t+1} grad_drive_{t+1}; `grad_t` carries the product across blocks
+            grad_drive = torch.empty_like(gates.drive)
+            previous = torch.empty_like(gates.drive)
+            previous[0] = states[span.start - 1] if span.start else h_0
+            previous[1:] = states[span][:-1]
+            rows = list(zip(gates.decay.unbind(0), grad_states[span].unbind(0), grad_drive.unbind(0), strict=True))
+            for i, (a_t, g_t, out_t) in reversed(list(enumerate(rows))):
+                t = span.start + i
+                grad_t = torch.mul(a_t, torch.add(g_t, grad_t, out=out_t))
+                if resets[t]:
+                    mask = is_init[t].unsqueeze(-1)
+                    grad_initial += grad_t.masked_fill(~mask, 0.0)
+                    grad_t = grad_t.masked_fill(mask, 0.0)
+                    previous[i] = torch.where(mask, initial, previous[i])
+            grad_rate += _gates_backward(gates, x[span], rate, grad_drive, previous, [grad[span] for grad in grads])
+        return *grads, grad_rate, grad_t, None, grad_initial
+
+
+def _gates_backward(
+    gates: _Gates, x: Tensor, rate: Tensor, grad_drive: Tensor, previous: Tensor, out: list[Tensor]
+) -> Tensor:
+    """Writes the gradients of the gates' inputs to `out`. Returns that of the rates."""
+    decay, _, opening, power, gate = gates
+    grad_decay_gate, grad_input_gate, grad_x = out
+    grad_power = torch.mul(grad_drive, gate)
+    torch.mul(grad_power, power, out=grad_x)
+    torch.mul(grad_x, x, out=grad_input_gate).mul_(1.0 - gate)  # d sigmoid = s (1 - s), and s is in it already
+    # a d/da (h a + sqrt(1 - a^2) v) = a h - a^2 v / sqrt(1 - a^2)
+    slope = torch.mul(decay, grad_power.mul_(x)).div_(power.clamp_min(1e-18))
+    grad_log = torch.mul(grad_drive, previous).sub_(slope).mul_(decay).mul_(opening)
+    torch.mul(grad_log, 1.0 - opening, out=grad_decay_gate).mul_(-2.0 * rate)
+    return -2.0 * grad_log.sum((0, 1))
 
 
 class LRULayer(RecurrentLayer):
@@ -39,8 +138,8 @@ class LRULayer(RecurrentLayer):
 
     def step(self, x: Float[Tensor, "B F"], state: LayerState) -> tuple[Tensor, LayerState]:
         """One step."""
-        decay, drive = self._gates(x)
-        hidden = torch.addcmul(drive, decay, state[0])
+        gates = _gates(*self._inputs(x))
+        hidden = torch.addcmul(gates.drive, gates.decay, state[0])
         return hidden, (hidden,)
 
     def forward(
@@ -51,15 +150,13 @@ class LRULayer(RecurrentLayer):
         initial: LayerState,
     ) -> tuple[Tensor, LayerState]:
         """A sequence."""
-        decay, drive = self._gates(x)
-        hidden = gated_linear_scan(decay, drive, state[0], is_init, initial[0])
+        hidden: Tensor = _GatedRecurrence.apply(  # pyright: ignore[reportAssignmentType, reportCallIssue]
+            *self._inputs(x), state[0], is_init, initial[0]
+        )
         return hidden, (hidden[-1],)
 
-    def _gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        log_decay = -2.0 * torch.sigmoid(self.decay_gate(x)) * F.softplus(self.rate)
-        # expm1 keeps 1 - a^2 exact for time constants far beyond 1/eps steps
-        power = torch.sqrt(-torch.expm1(2.0 * log_decay))
-        return torch.exp(log_decay), power * torch.sigmoid(self.input_gate(x)) * self.input(x)
+    def _inputs(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.decay_gate(x), self.input_gate(x), self.input(x), F.softplus(self.rate)
 
 
 build_lru = register_backbone("lru")(layered_core_builder(LRULayer))

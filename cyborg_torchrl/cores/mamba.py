@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from cyborg_torchrl.cores.abstract import Core, InitialState, State
 from cyborg_torchrl.cores.causal_conv import causal_conv, causal_conv_step
+from cyborg_torchrl.cores.gated_readout import gated_readout
 from cyborg_torchrl.cores.kernels import Kernel, selective_scan_cuda
 from cyborg_torchrl.cores.selective_scan import LOG2_E, selective_scan
 from cyborg_torchrl.cores.timescale import build_readout, rms_normalize, step_size_bias, step_sizes
@@ -90,7 +91,6 @@ class MambaBlock(Core):
         """One step."""
         u, z = self.in_proj(x).chunk(2, -1)
         u, conv = causal_conv_step(u, *self._conv_parameters(), state["mamba_conv"])
-        u = F.silu(u)
         delta, b, c = self._select(u)
         decay = torch.exp2(delta.unsqueeze(-1) * (-torch.exp(self.A_log) * LOG2_E))  # as in the scan
         drive = (delta * u).unsqueeze(-1) * b.unsqueeze(1)
@@ -106,11 +106,11 @@ class MambaBlock(Core):
         initial = self.initial_state(x.shape[1])
         u, z = self.in_proj(x).chunk(2, -1)
         u, conv = causal_conv(u, *self._conv_parameters(), state["mamba_conv"], is_init, initial["mamba_conv"])
-        u = F.silu(u)
         delta, b, c = self._select(u)
         scan = selective_scan_cuda if self.kernel.is_cuda_on(x.device) else selective_scan
         y, ssm = scan(u, delta, -torch.exp(self.A_log), b, c, state["mamba_ssm"], is_init, initial["mamba_ssm"])
-        return self._emit(y, u, z).transpose(0, 1), {"mamba_conv": conv, "mamba_ssm": ssm}
+        y = self.out_proj(gated_readout(y, u, z, self.D, self.readout))
+        return y.transpose(0, 1), {"mamba_conv": conv, "mamba_ssm": ssm}
 
     def _conv_parameters(self) -> tuple[Tensor, Tensor | None]:
         return self.conv1d.weight.squeeze(1), self.conv1d.bias

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from cyborg_torchrl.cores.abstract import Core, InitialState, State
 from cyborg_torchrl.cores.causal_conv import causal_conv, causal_conv_step
+from cyborg_torchrl.cores.gated_readout import gated_readout
 from cyborg_torchrl.cores.kernels import Kernel, ssd_scan_cuda
 from cyborg_torchrl.cores.ssd import ssd_scan
 from cyborg_torchrl.cores.timescale import build_readout, rms_normalize, step_size_bias, step_sizes
@@ -96,9 +97,9 @@ class Mamba2Block(Core):
         """One step."""
         z, xbc, dt = self.in_proj(x).split(self.parts, -1)
         xbc, conv = causal_conv_step(xbc, *self._conv_parameters(), state["mamba_conv"])
-        u, b, c, delta, log_decay = self._select(xbc, dt)
+        u, b, c, delta, a = self._select(xbc, dt)
         drive = (u * torch.matmul(delta, self.spread)).view(*delta.shape, self.headdim, 1) * b[:, None, None]
-        ssm = torch.addcmul(drive, torch.exp(log_decay)[..., None, None], state["mamba_ssm"])
+        ssm = torch.addcmul(drive, torch.exp(delta * a)[..., None, None], state["mamba_ssm"])
         y = torch.matmul(ssm.flatten(1, 2), c.unsqueeze(-1)).squeeze(-1)
         return self._emit(y, u, z), {"mamba_conv": conv, "mamba_ssm": ssm}
 
@@ -110,22 +111,22 @@ class Mamba2Block(Core):
         initial = self.initial_state(x.shape[1])
         z, xbc, dt = self.in_proj(x).split(self.parts, -1)
         xbc, conv = causal_conv(xbc, *self._conv_parameters(), state["mamba_conv"], is_init, initial["mamba_conv"])
-        u, b, c, delta, log_decay = self._select(xbc, dt)
+        u, b, c, delta, a = self._select(xbc, dt)
         scan = ssd_scan_cuda if self.kernel.is_cuda_on(x.device) else ssd_scan
-        drive = (u * torch.matmul(delta, self.spread)).unflatten(-1, (-1, self.headdim))
-        y, ssm = scan(drive, log_decay, b, c, state["mamba_ssm"], is_init, initial["mamba_ssm"])
-        return self._emit(y.flatten(-2), u, z).transpose(0, 1), {"mamba_conv": conv, "mamba_ssm": ssm}
+        heads = u.unflatten(-1, (-1, self.headdim))
+        y, ssm = scan(heads, delta, a, b, c, state["mamba_ssm"], is_init, initial["mamba_ssm"])
+        y = gated_readout(y.flatten(-2), u, z, torch.matmul(self.D, self.spread), self.readout)
+        return self.out_proj(self.norm(y)).transpose(0, 1), {"mamba_conv": conv, "mamba_ssm": ssm}
 
     def _conv_parameters(self) -> tuple[Tensor, Tensor | None]:
         return self.conv1d.weight.squeeze(1), self.conv1d.bias
 
     def _select(self, xbc: Tensor, dt: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """What [..., H P], B and C [..., N], how much [..., H], and the logarithm of what is kept [..., H]."""
-        u, b, c = F.silu(xbc).split(self.conv_parts, -1)
+        """What [..., H P], B and C [..., N], how much [..., H], and the state matrix A [H]."""
+        u, b, c = xbc.split(self.conv_parts, -1)
         if not self.official:
             b, c = rms_normalize(b), rms_normalize(c)
-        delta = F.softplus(dt + self.dt_bias)
-        return u, b, c, delta, delta * -torch.exp(self.A_log)
+        return u, b, c, F.softplus(dt + self.dt_bias), -torch.exp(self.A_log)
 
     def _emit(self, y: Tensor, u: Tensor, z: Tensor) -> Tensor:
         y = torch.addcmul(self.readout(y), torch.matmul(self.D, self.spread), u)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cyborg_torchrl.cores.abstract import Core, InitialState, State
+from cyborg_torchrl.cores.gated_readout import gated_readout
 from cyborg_torchrl.cores.scan import gated_linear_scan
 from cyborg_torchrl.cores.timescale import build_readout, step_size_bias, step_sizes
 
@@ -74,7 +75,8 @@ class PseudoMambaBlock(Core):
         initial = self.initial_state(x.shape[0])["mamba_ssm"]
         is_init = is_init.transpose(0, 1).contiguous()
         hidden = gated_linear_scan(decay, drive, state["mamba_ssm"], is_init, initial)
-        return self._emit(hidden, u, z).transpose(0, 1), {"mamba_ssm": hidden[-1]}
+        y = self.out_proj(gated_readout(hidden, u, z, self.D, self.readout))
+        return y.transpose(0, 1), {"mamba_ssm": hidden[-1]}
 
     def _gates(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         u, z, dt = self.in_proj(x).chunk(3, -1)

@@ -1,6 +1,13 @@
-"""The scan of Mamba-2 (state space duality): matrix products within chunks of steps, a recurrence between them."""
+"""The scan of Mamba-2 (state space duality): matrix products within chunks of steps, a recurrence between them.
+
+Chunks are computed some at a time, as many as a processor's cache holds; the backward pass computes them again from
+the state that each began with. Within them time comes last, so that a head's channels are one matrix.
+"""
 
 from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -8,100 +15,235 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional as F
 
+from cyborg_torchrl.cores.blocks import blocks
+from cyborg_torchrl.cores.selective_scan import LOG2_E
+
 CHUNK = 16
 """Steps of a chunk. The work within grows with it, the number of steps of the recurrence between shrinks."""
+NEVER = -1e4
+"""Logarithm of a decay that is zero: exp(NEVER) is exactly 0 in single and in double precision."""
 
 
-class _WithinChunks(torch.autograd.Function):
-    """What chunks do by themselves: reads of their own writes, what they add to the state, and their decays.
+@lru_cache(maxsize=16)
+def _between(length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[L, L L]: 1 where j < k <= i, for k and (i, j): a product with it sums the steps between j and i.
 
-        D_ij = prod_{j < k <= i} a_k,  a_k = 0 where k restarts, so that nothing crosses a restart, exactly
-        y_i = sum_{j <= i} D_ij (c_i b_j) x_j;    added = sum_j D_{L-1,j} x_j b_j^T
-        from_start_i = prod_{k <= i} a_k;    since_reset_i = product from the last restart on; 0 where there was none
-
-    Shapes, after any number of batch dimensions: c, b [L, N]; x, y [L, H P]; log_decay, from_start, since_reset
-    [H, L]; added [H P, N]; is_init [L]; spread [H, H P], the matrix that repeats a number for all channels of a head.
+    Sums, and not differences of cumulative sums, which lose digits and cannot leave out a restart.
     """
+    k = torch.arange(length, device=device)
+    is_between = (k[None, None, :] < k[:, None, None]) & (k[:, None, None] <= k[None, :, None])
+    return is_between.to(dtype).flatten(1)
+
+
+class _Chunks(NamedTuple):
+    """Inputs of G chunks, time last, and the gradient's way back out of them."""
+
+    u: Tensor
+    """[G, B, H, P, L]."""
+    delta: Tensor
+    """[G, B, H, L]."""
+    a: Tensor
+    """[H]."""
+    x: Tensor
+    """delta u, what is written."""
+    b: Tensor
+    """[G, B, N, L]."""
+    c: Tensor
+    """[G, B, N, L]."""
+    is_init: Tensor | None
+    """[G, B, L]; None where no episode begins."""
+
+    @staticmethod
+    def of(span: slice, u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, is_init: Tensor | None) -> _Chunks:
+        """Cuts them out of sequences [K, L, B, ...]."""
+        u, delta = _time_last(u[span]).unflatten(2, (a.shape[0], -1)), _time_last(delta[span])
+        resets = None if is_init is None or not bool(is_init[span].any()) else is_init[span].transpose(1, 2)
+        return _Chunks(u, delta, a, u * delta.unsqueeze(3), _time_last(b[span]), _time_last(c[span]), resets)
+
+
+def _time_last(sequences: Tensor) -> Tensor:
+    """[G, L, B, D] -> [G, B, D, L]; two copies of which each is fast take less time than one."""
+    return sequences.transpose(1, 2).contiguous().transpose(2, 3).contiguous()
+
+
+class _Weights(NamedTuple):
+    """How steps act on each other within a chunk.
+
+    decay_ij = prod_{j < k <= i} a_k, for j <= i, with a_k = 0 where k restarts: nothing crosses a restart, exactly
+    weight_ij = decay_ij (c_i b_j), for j <= i;    to_end_j = decay_{L-1, j}
+    from_start_i = prod_{k <= i} a_k;    since_reset_i = product from the last restart on, 0 where there was none
+    """
+
+    decay: Tensor
+    """[G, B, H, L, L]; anything above the diagonal."""
+    weight: Tensor
+    """[G, B, H, L, L]."""
+    to_end: Tensor
+    """[G, B, H, L]."""
+    from_start: Tensor
+    """[G, B, H, L]."""
+    restarted: Tensor | None
+    """[G, B, H, L], a_j where j restarts, else 0."""
+    since_reset: Tensor | None
+    """[G, B, H, L]."""
+
+    @staticmethod
+    def of(chunks: _Chunks) -> _Weights:
+        """Computes them."""
+        length = chunks.x.shape[-1]
+        log2_decay = chunks.delta * (chunks.a * LOG2_E).unsqueeze(
+            -1
+        )  # torch's exp2 is several times faster than its exp on a CPU
+        cut = log2_decay if chunks.is_init is None else log2_decay.masked_fill(chunks.is_init.unsqueeze(2), NEVER)
+        between = _between(length, cut.dtype, cut.device)
+        decay = torch.matmul(cut.flatten(0, -2), between).exp2_().view(*cut.shape, length)
+        scores = torch.matmul(chunks.c.transpose(-1, -2), chunks.b).tril_()
+        from_start = decay[..., 0] * torch.exp2(cut[..., :1])
+        restarted = since_reset = None
+        if chunks.is_init is not None:
+            restarted = torch.exp2(log2_decay) * chunks.is_init.unsqueeze(2)
+            since_reset = torch.matmul(decay.tril(), restarted.unsqueeze(-1)).squeeze(-1)
+        return _Weights(decay, scores.unsqueeze(2) * decay, decay[..., -1, :], from_start, restarted, since_reset)
+
+
+def _channels(x: Tensor) -> Tensor:
+    """[G, B, H, P, L] -> [G, B, H P, L]."""
+    return x.flatten(2, 3)
+
+
+class _SSD(torch.autograd.Function):
+    """The scan over u [K, L, B, H P]; delta [K, L, B, H]; a [H]; b, c [K, L, B, N]; states [B, H P, N]."""
 
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: FunctionCtx,
-        c: Tensor,
+        u: Tensor,
+        delta: Tensor,
+        a: Tensor,
         b: Tensor,
-        x: Tensor,
-        log_decay: Tensor,
-        is_init: Tensor,
-        spread: Tensor,
-        has_reset: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        single = log_decay.exp()
-        cut = single.masked_fill(is_init.unsqueeze(-2), 0.0) if has_reset else single
-        # row by row, as the recurrence itself would: no differences of sums, which lose digits
-        decay = torch.zeros(*cut.shape, cut.shape[-1], dtype=cut.dtype, device=cut.device)
-        decay.diagonal(dim1=-2, dim2=-1).fill_(1.0)
-        for i in range(1, cut.shape[-1]):
-            torch.mul(decay[..., i - 1, :i], cut[..., i, None], out=decay[..., i, :i])
-        weight = torch.matmul(c, b.transpose(-1, -2)).unsqueeze(-3) * decay
-        heads = _by_head(x, cut.shape[-2])
-        y = _all_heads(torch.matmul(weight, heads))
-        to_end = torch.matmul(decay[..., -1, :].transpose(-1, -2), spread)
-        added = torch.matmul((x * to_end).transpose(-1, -2), b)
-        from_start = decay[..., 0] * cut[..., :1]
-        restarted = single * is_init.unsqueeze(-2)
-        since_reset = torch.matmul(decay, restarted.unsqueeze(-1)).squeeze(-1) if has_reset else torch.zeros_like(cut)
-        ctx.save_for_backward(c, b, x, heads, to_end, single, cut, decay, weight, is_init, spread)
-        ctx.has_reset = has_reset  # pyright: ignore[reportAttributeAccessIssue]
-        return y, added, from_start, since_reset
+        c: Tensor,
+        h_0: Tensor,
+        is_init: Tensor | None,
+        initial: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        y = torch.empty_like(u)
+        before = u.new_empty(u.shape[0], *h_0.shape)  # the state that each chunk began with
+        h_t = h_0
+        for span in blocks(u.shape[0], 2 * u[0].numel()):
+            chunks = _Chunks.of(span, u, delta, a, b, c, is_init)
+            weights = _Weights.of(chunks)
+            added = torch.matmul(_channels(chunks.x * weights.to_end.unsqueeze(3)), chunks.b.transpose(-1, -2))
+            h_t = _states(h_t, added, weights, chunks, initial, before[span])
+            read = torch.matmul(before[span], chunks.c).view_as(chunks.x)
+            y_k = torch.matmul(chunks.x, weights.weight.transpose(-1, -2))
+            if weights.since_reset is not None:
+                read.masked_fill_((weights.from_start == 0.0).unsqueeze(3), 0.0)  # and NaN, which times 0 is NaN
+                afresh = torch.matmul(initial, chunks.c).view_as(chunks.x)
+                y_k.addcmul_(afresh, weights.since_reset.unsqueeze(3))
+            y_k.addcmul_(read, weights.from_start.unsqueeze(3))
+            y[span] = _channels(y_k).permute(0, 3, 1, 2)
+        ctx.save_for_backward(u, delta, a, b, c, is_init, initial, before)
+        return y, h_t
 
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: FunctionCtx, grad_y: Tensor, grad_added: Tensor, grad_from_start: Tensor, grad_since: Tensor
+        ctx: FunctionCtx, grad_y: Tensor, grad_last: Tensor
     ) -> tuple[Tensor | None, ...]:
-        saved: tuple[Tensor, ...] = ctx.saved_tensors  # pyright: ignore[reportAttributeAccessIssue]
-        c, b, x, heads, to_end, single, cut, decay, weight, is_init, spread = saved
-        has_reset: bool = ctx.has_reset  # pyright: ignore[reportAttributeAccessIssue]
-        grad_heads = _by_head(grad_y, heads.shape[-3])
-        grad_weight = torch.matmul(grad_heads, heads.transpose(-1, -2))
-        grad_product = (grad_weight * decay).sum(-3)
-        grad_scaled = torch.matmul(b, grad_added.transpose(-1, -2))
-        grad_x = _all_heads(torch.matmul(weight.transpose(-1, -2), grad_heads)).addcmul_(grad_scaled, to_end)
-        grad_b = torch.matmul(grad_product.transpose(-1, -2), c) + torch.matmul(x * to_end, grad_added)
-        # share_ij: gradient to the logarithm of D_ij, which is a sum of log decays over j < k <= i
-        share = grad_weight.mul_(weight)
-        share[..., -1, :] += torch.matmul(grad_scaled * x, spread.t()).transpose(-1, -2) * decay[..., -1, :]
-        grad_start = grad_from_start * decay[..., 0]  # from_start_i = D_i0 a_0
-        share[..., 0] += grad_start * cut[..., :1]
-        grad_log = torch.zeros_like(cut)
-        grad_log[..., 0] = grad_start.sum(-1) * cut[..., 0]
-        if has_reset:
-            of_since = grad_since.unsqueeze(-1) * decay * (single * is_init.unsqueeze(-2)).unsqueeze(-2)
-            share += of_since
-            grad_log += of_since.sum(-2)
-        difference = share.sum(-1) - share.sum(-2)
-        if has_reset:
-            # sums within an episode alone: not even rounding crosses a restart
-            episode = is_init.cumsum(-1)
-            is_same = (episode.unsqueeze(-1) == episode.unsqueeze(-2)).tril().to(cut.dtype)
-            grad_log += torch.matmul(difference, is_same)
-        else:
-            grad_log += difference.flip(-1).cumsum(-1).flip(-1)
-        return torch.matmul(grad_product, b), grad_b, grad_x, grad_log, None, None, None
+        u, delta, a, b, c, is_init, initial, before = ctx.saved_tensors  # pyright: ignore
+        grads = torch.empty_like(u), torch.empty_like(delta), torch.empty_like(b), torch.empty_like(c)
+        grad_a, grad_initial = torch.zeros_like(a), torch.zeros_like(initial)
+        grad_h = grad_last
+        for span in reversed(blocks(u.shape[0], 2 * u[0].numel())):
+            chunks = _Chunks.of(span, u, delta, a, b, c, is_init)
+            grad_y_k = _time_last(grad_y[span]).view_as(chunks.x)
+            grad_x, grad_log, grad_b, grad_c, grad_h = _block_backward(
+                chunks, grad_y_k, grad_h, before[span], initial, grad_initial
+            )
+            grad_delta = torch.addcmul((grad_x * chunks.u).sum(3), grad_log, a.unsqueeze(-1))
+            grad_a += (grad_log * chunks.delta).sum((0, 1, 3))
+            grad_u = _channels(grad_x.mul_(chunks.delta.unsqueeze(3)))
+            for grad, of_span in zip(grads, (grad_u, grad_delta, grad_b, grad_c), strict=True):
+                grad[span] = of_span.permute(0, 3, 1, 2)
+        return grads[0], grads[1], grad_a, grads[2], grads[3], grad_h, None, grad_initial
 
 
-def _by_head(x: Tensor, heads: int) -> Tensor:
-    """[..., L, H P] -> [..., H, L, P]."""
-    return x.unflatten(-1, (heads, -1)).transpose(-2, -3).contiguous()
+def _states(h_t: Tensor, added: Tensor, weights: _Weights, chunks: _Chunks, initial: Tensor, before: Tensor) -> Tensor:
+    """The recurrence between chunks: writes the state before each to `before`, returns the last."""
+    width = chunks.x.shape[3]
+    kept = weights.from_start[..., -1].repeat_interleave(width, -1).unsqueeze(-1)
+    for k, (added_k, kept_k, before_k) in enumerate(zip(added, kept, before, strict=True)):
+        before_k.copy_(h_t)
+        if chunks.is_init is not None and weights.since_reset is not None:
+            h_t = h_t.masked_fill(chunks.is_init[k].any(-1)[:, None, None], 0.0)
+            share = weights.since_reset[k, ..., -1].repeat_interleave(width, -1)
+            added_k.addcmul_(share.unsqueeze(-1), initial)
+        h_t = torch.addcmul(added_k, kept_k, h_t)
+    return h_t
 
 
-def _all_heads(x: Tensor) -> Tensor:
-    """[..., H, L, P] -> [..., L, H P]."""
-    return x.transpose(-2, -3).flatten(-2)
+def _block_backward(
+    chunks: _Chunks, grad_y: Tensor, grad_h: Tensor, before: Tensor, initial: Tensor, grad_initial: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, log decays, b, c, time last, and of the state before the block; adds to `grad_initial`."""
+    x, b, c, is_init = chunks.x, chunks.b, chunks.c, chunks.is_init
+    weights = _Weights.of(chunks)
+    decay, weight, to_end, from_start, restarted, since_reset = weights
+    heads, width = x.shape[2:4]
+    if is_init is not None:  # what no step of the chunk reads: NaN times 0 is NaN
+        before = before.masked_fill(is_init[..., 0, None, None], 0.0)
+    # what is read of the state before the chunk
+    grad_read = _channels(grad_y * from_start.unsqueeze(3))
+    grad_c = torch.matmul(before.transpose(-1, -2), grad_read)
+    grad_before = torch.matmul(grad_read, c.transpose(-1, -2))
+    grad_start = torch.matmul(before, c).view_as(x).mul_(grad_y).sum(3)
+    grad_since = None
+    if since_reset is not None:
+        of_initial = _channels(grad_y * since_reset.unsqueeze(3))
+        grad_c += torch.matmul(initial.transpose(-1, -2), of_initial)
+        grad_initial += torch.matmul(of_initial, c.transpose(-1, -2)).sum(0)
+        grad_since = torch.matmul(initial, c).view_as(x).mul_(grad_y).sum(3)
+    # the recurrence between chunks
+    kept = from_start[..., -1].repeat_interleave(width, -1).unsqueeze(-1)
+    grad_added = torch.empty_like(before)
+    for k in reversed(range(x.shape[0])):
+        grad_added[k] = grad_h
+        if since_reset is not None:
+            grad_initial += grad_h * since_reset[k, ..., -1].repeat_interleave(width, -1).unsqueeze(-1)
+        grad_h = torch.addcmul(grad_before[k], kept[k], grad_h)
+    grad_start[..., -1] += (grad_added * before).sum(-1).unflatten(-1, (heads, width)).sum(-1)
+    if grad_since is not None:
+        grad_since[..., -1] += (grad_added * initial).sum(-1).unflatten(-1, (heads, width)).sum(-1)
+    # what chunks add to the state
+    grad_scaled = torch.matmul(grad_added, b).view_as(x)
+    grad_b = torch.matmul(grad_added.transpose(-1, -2), _channels(x * to_end.unsqueeze(3)))
+    grad_end = (grad_scaled * x).sum(3)
+    # what chunks read of their own writes
+    grad_x = torch.matmul(grad_y, weight).addcmul_(grad_scaled, to_end.unsqueeze(3))
+    grad_weight = torch.matmul(grad_y.transpose(-1, -2), x)
+    grad_scores = torch.mul(grad_weight, decay).sum(2).tril_()  # [i, j]
+    grad_c += torch.matmul(b, grad_scores.transpose(-1, -2))
+    grad_b += torch.matmul(c, grad_scores)
+    # share_ij: gradient of the logarithm of decay_ij, which is a sum of log decays over j < k <= i
+    share = grad_weight.mul_(weight)
+    share[..., -1, :] += grad_end * to_end
+    of_start = grad_start * from_start
+    share[..., 0] += of_start
+    grad_log = torch.zeros_like(from_start)
+    if grad_since is not None and restarted is not None:
+        of_since = grad_since.unsqueeze(-1) * decay.tril() * restarted.unsqueeze(-2)
+        share += of_since
+        grad_log += of_since.sum(-2)
+    between = _between(x.shape[-1], x.dtype, x.device)
+    grad_log += torch.matmul(share.flatten(0, 2).flatten(1), between.t()).view_as(grad_log)
+    grad_log[..., 0] += of_start.sum(-1)
+    return grad_x, grad_log, grad_b, grad_c, grad_h
 
 
 def ssd_scan(
-    x: Float[Tensor, "T B H P"],
-    log_decay: Float[Tensor, "T B H"],
+    u: Float[Tensor, "T B H P"],
+    delta: Float[Tensor, "T B H"],
+    a: Float[Tensor, " H"],
     b: Float[Tensor, "T B N"],
     c: Float[Tensor, "T B N"],
     h_0: Float[Tensor, "B H P N"],
@@ -111,16 +253,17 @@ def ssd_scan(
 ) -> tuple[Float[Tensor, "T B H P"], Float[Tensor, "B H P N"]]:
     """State space model with one decay a head over a sequence, restarted where episodes begin.
 
-        h_t = exp(log_decay_t) h_{t-1} + x_t B_t^T,   h_{t-1} := initial where is_init_t
+        h_t = exp(delta_t A) h_{t-1} + delta_t u_t B_t^T,   h_{t-1} := initial where is_init_t
         y_t = h_t C_t
 
     Args:
-        x: input, already times the step size.
-        log_decay: logarithm of what is kept, at most 0.
+        u: input.
+        delta: step sizes, positive.
+        a: the state matrix, a negative number a head.
         b: how the input is written; the same for all heads.
         c: how the state is read.
         h_0: the state before the first step.
-        is_init: where an episode begins; whatever was before it, NaN too, is forgotten.
+        is_init: where an episode begins; whatever state was before it, NaN too, is forgotten.
         initial: the state that episodes begin from.
         chunk: steps that are computed at once, as matrix products.
 
@@ -131,46 +274,24 @@ def ssd_scan(
     Raises:
         ValueError: if there is no step.
 
-    Cost: O(T B H (chunk (chunk + P) / chunk + P N)) time and O(T B H (chunk + P)) memory; first derivatives only.
+    Cost: O(T B H (chunk + P) (P + N)) time; memory for the gradient: the inputs, and one state a chunk. First
+    derivatives only.
 
     Source: Dao and Gu (2024), "Transformers are SSMs", section 6; resets and stored states are ours.
     """
-    steps, _, heads, width = x.shape
+    steps, _, heads, width = u.shape
     if steps == 0:
         raise ValueError("ssd_scan needs at least one step; got T == 0.")
     chunk = min(chunk, steps)
     padding = -steps % chunk
-    x = x.flatten(2)
-    if padding:  # steps that keep everything and write nothing
-        x, log_decay, b, c, is_init = (
-            F.pad(tensor, (0, 0) * (tensor.ndim - 1) + (0, padding)) for tensor in (x, log_decay, b, c, is_init)
-        )
-    x, log_decay, b, c, is_init = (
-        tensor.unflatten(0, (-1, chunk)).transpose(1, 2).contiguous() for tensor in (x, log_decay, b, c, is_init)
-    )  # [K, B, L, ...]
-    has_reset = bool(is_init.any())
-    spread = torch.eye(heads, dtype=x.dtype, device=x.device).repeat_interleave(width, 1)
-    y, added, from_start, since_reset = _WithinChunks.apply(  # pyright: ignore[reportGeneralTypeIssues]
-        c, b, x, log_decay.transpose(-1, -2), is_init, spread, has_reset
+    sequences = [u.flatten(2), delta, b, c]
+    resets = is_init if bool(is_init.any()) else None
+    if padding:  # steps of size 0: they keep everything and write nothing
+        sequences = [F.pad(tensor, (0, 0, 0, 0, 0, padding)) for tensor in sequences]
+        resets = None if resets is None else F.pad(resets, (0, 0, 0, padding))
+    u, delta, b, c = (tensor.unflatten(0, (-1, chunk)) for tensor in sequences)
+    resets = None if resets is None else resets.unflatten(0, (-1, chunk))
+    y, last = _SSD.apply(  # pyright: ignore[reportGeneralTypeIssues]
+        u, delta, a, b, c, h_0.flatten(1, 2), resets, initial.flatten(1, 2)
     )
-    from_start = torch.matmul(from_start.transpose(-1, -2), spread)  # [K, B, L, H P]
-    since_reset = torch.matmul(since_reset.transpose(-1, -2), spread) if has_reset else since_reset
-    initial = initial.flatten(1, 2)
-    if has_reset:
-        added = added + since_reset[..., -1, :, None] * initial
-    kept = from_start[..., -1, :, None]
-    before: list[Tensor] = []
-    h_t = h_0.flatten(1, 2)
-    for kept_k, added_k, restarts in zip(kept.unbind(0), added.unbind(0), is_init.any(-1).unbind(0), strict=True):
-        before.append(h_t)
-        if has_reset:
-            h_t = h_t.masked_fill(restarts[:, None, None], 0.0)
-        h_t = torch.addcmul(added_k, kept_k, h_t)
-    state = torch.stack(before)  # [K, B, H P, N]
-    if has_reset:
-        state = state.masked_fill(is_init[..., 0, None, None], 0.0)
-    y = torch.addcmul(y, from_start, torch.matmul(c, state.transpose(-1, -2)))
-    if has_reset:
-        y = torch.addcmul(y, since_reset, torch.matmul(c, initial.transpose(-1, -2)))
-    y = y.transpose(1, 2).flatten(0, 1)
-    return y[:steps].unflatten(-1, (heads, width)), h_t.unflatten(1, (heads, width))
+    return y.flatten(0, 1)[:steps].unflatten(-1, (heads, width)), last.unflatten(1, (heads, width))

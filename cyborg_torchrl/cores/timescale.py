@@ -9,6 +9,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from cyborg_torchrl.cores.blocks import blocks
+
 READOUTS = ("timescale_norm", "none")
 
 
@@ -23,23 +25,19 @@ def log_spaced_timescales(channels: int, max_horizon: int, reach: float = 10.0) 
     return torch.logspace(0.0, math.log10(reach * max_horizon), channels)
 
 
-def _inverse_rms(x: Tensor, average: Tensor, eps: float) -> Tensor:
-    """1 / sqrt(mean square + eps) of each channel's group, and zero where all of it is zero."""
-    mean_square = torch.matmul(x.square(), average.to(x.dtype))
-    scale = torch.rsqrt(mean_square + eps).masked_fill_(mean_square == 0.0, 0.0)
-    return torch.matmul(scale, (average > 0).to(x.dtype).t())
-
-
 class _GroupNorm(torch.autograd.Function):
-    """y = x r with r = 1 / sqrt(mean_g x^2 + eps), whose gradient is r (g - y mean_g(g y))."""
+    """The norm over a whole sequence, block by block."""
 
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: FunctionCtx, x: Tensor, average: Tensor, eps: float
+        ctx: FunctionCtx, x: Tensor, norm: TimescaleNorm
     ) -> Tensor:
-        scale = _inverse_rms(x, average, eps)
-        y = x * scale
-        ctx.save_for_backward(y, scale, average)
+        y = torch.empty_like(x)
+        scale = x.new_empty(*x.shape[:-1], norm.groups)
+        for span in blocks(x.shape[0], x[0].numel()):
+            y[span], scale[span] = norm.normalize(x[span])
+        ctx.save_for_backward(y, scale)
+        ctx.norm = norm  # pyright: ignore[reportAttributeAccessIssue]
         return y
 
     @staticmethod
@@ -47,9 +45,12 @@ class _GroupNorm(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: FunctionCtx, grad_y: Tensor
     ) -> tuple[Tensor | None, ...]:
-        y, scale, average = ctx.saved_tensors  # pyright: ignore[reportAttributeAccessIssue]
-        mean = torch.matmul(torch.matmul(grad_y * y, average.to(y.dtype)), (average > 0).to(y.dtype).t())
-        return torch.addcmul(grad_y, y, mean, value=-1.0).mul_(scale), None, None
+        y, scale = ctx.saved_tensors  # pyright: ignore[reportAttributeAccessIssue]
+        norm: TimescaleNorm = ctx.norm  # pyright: ignore[reportAttributeAccessIssue]
+        grad_x = torch.empty_like(y)
+        for span in blocks(y.shape[0], y[0].numel()):
+            norm.normalize_backward(grad_y[span], y[span], scale[span], out=grad_x[span])
+        return grad_x, None
 
 
 class TimescaleNorm(nn.Module):
@@ -84,18 +85,37 @@ class TimescaleNorm(nn.Module):
         self.eps = eps
         self.timescales: Tensor | None
         self.register_buffer("timescales", timescales, persistent=False)
-        # the mean over each group as a matrix product: far faster than a reduction over a few numbers at a time
-        average = torch.eye(self.groups).repeat_interleave(features // self.groups, 0) * (self.groups / features)
+        # means over groups, and numbers of groups repeated for their channels, are matrix products: far faster than
+        # reductions over, and broadcasts to, a few numbers at a time
+        group = torch.eye(self.groups).repeat_interleave(features // self.groups, 0)
         self.average: Tensor
-        self.register_buffer("average", average, persistent=False)
+        self.register_buffer("average", group * (self.groups / features), persistent=False)
+        self.spread: Tensor
+        scales = 1.0 if timescales is None else timescales
+        self.register_buffer("spread", group.t().contiguous() * scales, persistent=False)
 
     def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
         """Returns the normalised read-out, of the same shape."""
-        if self.timescales is not None:
-            x = x * self.timescales
-        if torch.is_grad_enabled() and x.requires_grad:
-            return _GroupNorm.apply(x, self.average, self.eps)  # pyright: ignore[reportReturnType]
-        return x * _inverse_rms(x, self.average, self.eps)
+        if torch.is_grad_enabled() and x.requires_grad and x.ndim > 1:
+            return _GroupNorm.apply(x, self)  # pyright: ignore[reportReturnType]
+        return self.normalize(x)[0]
+
+    def normalize(self, x: Float[Tensor, "*B D"]) -> tuple[Float[Tensor, "*B D"], Float[Tensor, "*B G"]]:
+        """Returns the normalised read-out and each group's 1 / sqrt(mean square + eps), without a graph.
+
+        The scale of a group that is exactly zero is zero.
+        """
+        scaled = x if self.timescales is None else x * self.timescales
+        mean_square = torch.matmul(scaled.square(), self.average.to(x.dtype))
+        scale = torch.rsqrt(mean_square + self.eps).masked_fill(mean_square == 0.0, 0.0)
+        return torch.matmul(scale, self.spread.to(x.dtype)).mul_(x), scale
+
+    def normalize_backward(self, grad_y: Tensor, y: Tensor, scale: Tensor, out: Tensor) -> Tensor:
+        """Writes the gradient r (g - y mean_g(g y)), with r the scale times the channel's time-scale, to `out`."""
+        mean = torch.matmul(torch.mul(grad_y, y), self.average.to(y.dtype))
+        share = torch.matmul(mean, (self.average > 0).to(y.dtype).t())
+        torch.addcmul(grad_y, y, share, value=-1.0, out=out)
+        return out.mul_(torch.matmul(scale, self.spread.to(y.dtype)))
 
     def extra_repr(self) -> str:
         """Shows the options."""

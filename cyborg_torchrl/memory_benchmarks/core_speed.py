@@ -155,7 +155,7 @@ def comparisons() -> Iterator[tuple[str, str, str, Run, Run]]:
         )
 
 
-def lengths(repeats: int, short: int = 128, long: int = 8192) -> Iterator[tuple[str, float, float, float]]:
+def lengths(only: str, repeats: int, short: int = 128, long: int = 8192) -> Iterator[tuple[str, float, float, float]]:
     """Milliseconds a step of a short and a long sequence, and their ratio: 1 where the cost is linear."""
     for name, core in {
         "mamba2 block, d_model 64": Mamba2Block(64),
@@ -163,6 +163,8 @@ def lengths(repeats: int, short: int = 128, long: int = 8192) -> Iterator[tuple[
         "lru 128": build_lru(64, hidden_size=128),
         "gru 128": build_gru(64, hidden_size=128),
     }.items():
+        if only not in name:
+            continue
         runs = [training(core, torch.randn(32, steps, 64)) for steps in (long, short)]
         a, b, ratio = paired(runs[0], lambda run=runs[1]: [run() for _ in range(long // short)], max(3, repeats // 5))
         yield name, a / long, b / long, ratio
@@ -172,6 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Prints the tables. Returns 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=15, help="pairs of runs a line (%(default)s)")
+    parser.add_argument("--only", default="", help="lines whose name has this in it (all)")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch (%(default)s)")
     arguments = parser.parse_args(argv)
     prepare_cpu(arguments.threads)
@@ -183,6 +186,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for column in ("ms", "ms against", "ratio", "bar"):
         table.add_column(column, justify="right")
     for name, against, bar, first, second in comparisons():
+        if arguments.only not in name:
+            continue
         a, b, ratio = paired(first, second, arguments.repeats)
         table.add_row(name, against, f"{a:.2f}", f"{b:.2f}", f"{ratio:.2f}", bar)
         print(f"timed: {name}", file=sys.stderr)
@@ -190,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     linear = Table("core, 32 environments", title="cost of a step: sequences of 8192 and of 128 steps")
     for column in ("ms at 8192", "ms at 128", "ratio", "bar"):
         linear.add_column(column, justify="right")
-    for name, a, b, ratio in lengths(arguments.repeats):
+    for name, a, b, ratio in lengths(arguments.only, arguments.repeats):
         linear.add_row(name, f"{a:.4f}", f"{b:.4f}", f"{ratio:.2f}", "<= 1.2")
     console.print(linear)
     return 0

@@ -28,13 +28,14 @@ def mamba1_arguments(dtype: torch.dtype = torch.float32, steps: int = 9, device:
 
 def mamba2_arguments(dtype: torch.dtype = torch.float32, steps: int = 9, device: str = "cpu") -> list[Tensor]:
     batch, heads, width, numbers = 3, 2, 4, 2
-    x = torch.randn(steps, batch, heads, width, dtype=dtype)
-    log_decay = -torch.exp(torch.randn(steps, batch, heads, dtype=dtype) - 1)
+    u = torch.randn(steps, batch, heads, width, dtype=dtype)
+    delta = torch.exp(torch.randn(steps, batch, heads, dtype=dtype) - 1)
+    a = -torch.exp(torch.randn(heads, dtype=dtype))
     b, c = torch.randn(2, steps, batch, numbers, dtype=dtype)
     h_0, initial = torch.randn(2, batch, heads, width, numbers, dtype=dtype)
     is_init = torch.rand(steps, batch) < 0.3
     is_init[0] = torch.tensor([True, False, False])
-    arguments = [x, log_decay, b, c, h_0, is_init, initial]
+    arguments = [u, delta, a, b, c, h_0, is_init, initial]
     return [v.to(device).requires_grad_(v.is_floating_point()) for v in arguments]
 
 

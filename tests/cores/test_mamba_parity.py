@@ -65,13 +65,13 @@ def test_the_scan_of_mamba_1_equals_the_official_reference(mamba_ssm) -> None:
 @pytest.mark.parametrize("chunk", [4, 7, 16])
 def test_the_scan_of_mamba_2_equals_the_official_listing(mamba_ssm, chunk: int) -> None:
     steps, heads, size, numbers = 28, 3, 8, 16
-    x, h_0 = torch.randn(steps, BATCH, heads, size), torch.randn(BATCH, heads, size, numbers)
-    log_decay = -torch.exp(torch.randn(steps, BATCH, heads) - 2)
+    u, h_0 = torch.randn(steps, BATCH, heads, size), torch.randn(BATCH, heads, size, numbers)
+    delta, a = torch.exp(torch.randn(steps, BATCH, heads) - 2), -torch.exp(torch.randn(heads))
     b, c = torch.randn(2, steps, BATCH, numbers)
-    inputs = [v.requires_grad_() for v in (x, log_decay, b, c, h_0)]
+    inputs = [v.requires_grad_() for v in (u, delta, a, b, c, h_0)]
     ours = ssd_scan(*inputs, torch.zeros(steps, BATCH, dtype=torch.bool), torch.zeros_like(h_0), chunk)
-    batch_first = [v.transpose(0, 1) for v in inputs[:2]]
-    for_heads = [v.transpose(0, 1).unsqueeze(2).expand(-1, -1, heads, -1) for v in inputs[2:4]]
+    batch_first = [v.transpose(0, 1) for v in (u * delta.unsqueeze(-1), delta * a)]
+    for_heads = [v.transpose(0, 1).unsqueeze(2).expand(-1, -1, heads, -1) for v in (b, c)]
     y, last = mamba_ssm.ssd_minimal_discrete(*batch_first, *for_heads, 4, h_0.unsqueeze(1))
     theirs = (y.transpose(0, 1), last)
     assert max(map(relative, ours, theirs)) <= OUTPUT
@@ -146,11 +146,11 @@ def test_the_triton_kernels_of_mamba_2_equal_our_scan() -> None:
     from cyborg_torchrl.cores.kernels import ssd_scan_cuda
 
     steps, heads, size, numbers = 70, 2, 16, 16
-    x, h_0 = torch.randn(steps, BATCH, heads, size), torch.randn(BATCH, heads, size, numbers)
-    log_decay = -torch.exp(torch.randn(steps, BATCH, heads) - 2)
+    u, h_0 = torch.randn(steps, BATCH, heads, size), torch.randn(BATCH, heads, size, numbers)
+    delta, a = torch.exp(torch.randn(steps, BATCH, heads) - 2), -torch.exp(torch.randn(heads))
     b, c = torch.randn(2, steps, BATCH, numbers)
     is_init = torch.rand(steps, BATCH) < 0.1
     zero = torch.zeros_like(h_0)
-    ours = ssd_scan(x, log_decay, b, c, h_0, is_init, zero)
-    theirs = ssd_scan_cuda(x, log_decay, b, c, h_0, is_init, zero)
+    ours = ssd_scan(u, delta, a, b, c, h_0, is_init, zero)
+    theirs = ssd_scan_cuda(u, delta, a, b, c, h_0, is_init, zero)
     assert max(map(relative, ours, theirs)) <= 1e-5

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cyborg_torchrl.cores import gated_linear_scan, selective_scan, ssd_scan
+from cyborg_torchrl.cores import blocks, gated_linear_scan, selective_scan, ssd_scan
 from cyborg_torchrl.cores.causal_conv import causal_conv, causal_conv_step
 
 T, B, D, N = 7, 3, 2, 2
@@ -38,8 +38,8 @@ def selective_case() -> tuple:
 
 
 def ssd_case() -> tuple:
-    log_decay = (-positive(T, B, D).detach()).requires_grad_()
-    arguments = [double(T, B, D, 3), log_decay, double(T, B, N), double(T, B, N), double(B, D, 3, N)]
+    a = (-positive(D).detach()).requires_grad_()
+    arguments = [double(T, B, D, 3), positive(T, B, D), a, double(T, B, N), double(T, B, N), double(B, D, 3, N)]
     return (lambda *a: ssd_scan(*a, chunk=3)), arguments, double(B, D, 3, N)
 
 
@@ -72,13 +72,16 @@ def test_the_selective_scan_is_a_loop(share: float) -> None:
 
 
 @pytest.mark.parametrize("block_numel", [1, 2 * B * D * N, 5 * B * D * N])
-def test_blocks_of_any_length_compute_the_same(monkeypatch, block_numel: int) -> None:
-    _, arguments, initial = selective_case()
+@CASES
+def test_blocks_of_any_length_compute_the_same(monkeypatch, case, block_numel: int) -> None:
+    scan, arguments, initial = case()
     is_init = torch.rand(T, B) < 0.3
     results = []
     for numel in (2**19, block_numel):
-        monkeypatch.setattr(sys.modules[selective_scan.__module__], "BLOCK_NUMEL", numel)
-        y, last = selective_scan(*arguments, is_init, initial)
+        for module in (sys.modules[selective_scan.__module__], blocks):
+            monkeypatch.setattr(module, "BLOCK_NUMEL", numel)
+        results_of_scan = scan(*arguments, is_init, initial)
+        y, last = results_of_scan if isinstance(results_of_scan, tuple) else (results_of_scan, results_of_scan)
         results.append([y, last, *torch.autograd.grad(y.square().sum() + last.sum(), [*arguments, initial])])
     for ours, expected in zip(*results, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
@@ -87,13 +90,14 @@ def test_blocks_of_any_length_compute_the_same(monkeypatch, block_numel: int) ->
 @SHARES
 @pytest.mark.parametrize("chunk", [1, 3, 7, 16])
 def test_the_ssd_scan_is_a_loop(share: float, chunk: int) -> None:
-    _, (x, log_decay, b, c, h_0), initial = ssd_case()
+    _, (u, delta, a, b, c, h_0), initial = ssd_case()
     is_init = torch.rand(T, B) < share
-    y, last = ssd_scan(x, log_decay, b, c, h_0, is_init, initial, chunk)
+    y, last = ssd_scan(u, delta, a, b, c, h_0, is_init, initial, chunk)
     h_t = h_0
     for t in range(T):
         h_t = torch.where(is_init[t, :, None, None, None], initial, h_t)
-        h_t = torch.exp(log_decay[t])[..., None, None] * h_t + x[t].unsqueeze(-1) * b[t, :, None, None]
+        drive = (delta[t].unsqueeze(-1) * u[t]).unsqueeze(-1) * b[t, :, None, None]
+        h_t = torch.exp(delta[t] * a)[..., None, None] * h_t + drive
         torch.testing.assert_close(y[t], (h_t * c[t, :, None, None]).sum(-1), rtol=0, atol=1e-12)
     torch.testing.assert_close(last, h_t, rtol=0, atol=1e-12)
 
@@ -115,7 +119,7 @@ def test_the_convolution_is_torchs_own_where_nothing_restarts() -> None:
     conv = torch.nn.Conv1d(D, D, 4, groups=D, padding=3).double()
     x, zero = double(T, B, D), torch.zeros(B, D, 4, dtype=torch.float64)
     y, _ = causal_conv(x, conv.weight.squeeze(1), conv.bias, zero, torch.zeros(T, B, dtype=torch.bool), zero)
-    expected = conv(x.permute(1, 2, 0))[..., :T].permute(2, 0, 1)
+    expected = torch.nn.functional.silu(conv(x.permute(1, 2, 0))[..., :T].permute(2, 0, 1))
     torch.testing.assert_close(y, expected, rtol=0, atol=1e-12)
 
 

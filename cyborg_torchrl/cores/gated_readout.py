@@ -1,0 +1,85 @@
+"""What the Mamba family does with what its memory reads: normalise, add the present, gate."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from cyborg_torchrl.cores.blocks import blocks
+from cyborg_torchrl.cores.timescale import TimescaleNorm
+
+
+class _GatedReadout(torch.autograd.Function):
+    """out = (norm(y) + skip u) z sigmoid(z), block by block, all but the inputs computed again backward."""
+
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: FunctionCtx, y: Tensor, u: Tensor, z: Tensor, skip: Tensor, norm: TimescaleNorm | None
+    ) -> Tensor:
+        out = torch.empty_like(y)
+        for span in blocks(y.shape[0], y[0].numel()):
+            normed = y[span] if norm is None else norm.normalize(y[span])[0]
+            total = torch.addcmul(normed, u[span], skip)
+            torch.mul(z[span], torch.sigmoid(z[span]), out=out[span]).mul_(total)
+        ctx.save_for_backward(y, u, z, skip)
+        ctx.norm = norm  # pyright: ignore[reportAttributeAccessIssue]
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: FunctionCtx, grad_out: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        y, u, z, skip = ctx.saved_tensors  # pyright: ignore[reportAttributeAccessIssue]
+        norm: TimescaleNorm | None = ctx.norm  # pyright: ignore[reportAttributeAccessIssue]
+        grad_y, grad_u, grad_z = torch.empty_like(y), torch.empty_like(y), torch.empty_like(y)
+        grad_skip = torch.zeros_like(skip)
+        for span in blocks(y.shape[0], y[0].numel()):
+            normed, scale = (y[span], None) if norm is None else norm.normalize(y[span])
+            z_k, u_k, grad_k = z[span], u[span], grad_out[span]
+            gate = torch.sigmoid(z_k)
+            total = torch.addcmul(normed, u_k, skip)
+            grad_total = torch.mul(z_k, gate).mul_(grad_k)
+            # d(z s)/dz = s (1 + z (1 - s)) = s + z s - s z s
+            slope = torch.addcmul(gate, z_k, gate).addcmul_(torch.mul(z_k, gate), gate, value=-1.0)
+            torch.mul(slope, total, out=grad_z[span]).mul_(grad_k)
+            torch.mul(grad_total, skip, out=grad_u[span])
+            grad_skip += torch.mul(grad_total, u_k).sum((0, 1))
+            if norm is None or scale is None:
+                grad_y[span] = grad_total
+            else:
+                norm.normalize_backward(grad_total, normed, scale, out=grad_y[span])
+        return grad_y, grad_u, grad_z, grad_skip, None
+
+
+def gated_readout(
+    y: Float[Tensor, "T B D"],
+    u: Float[Tensor, "T B D"],
+    z: Float[Tensor, "T B D"],
+    skip: Float[Tensor, " D"],
+    readout: nn.Module,
+) -> Float[Tensor, "T B D"]:
+    """Normalises what memory reads, adds the present past it, and gates both.
+
+        out_t = (readout(y_t) + skip u_t) * silu(z_t)
+
+    Past and present are normalised apart: under one norm the present would drown the past.
+
+    Args:
+        y: what was read.
+        u: the present input of the memory.
+        z: before the gate.
+        skip: weight of the present.
+        readout: a `TimescaleNorm`, or any other module, which then runs by itself.
+
+    Returns:
+        The output, with gradients to every argument; first derivatives only.
+
+    Cost: O(T B D) time; memory for the gradient: the three inputs.
+    """
+    norm = readout if isinstance(readout, TimescaleNorm) else None
+    if norm is None:
+        y = readout(y)
+    return _GatedReadout.apply(y, u, z, skip, norm)  # pyright: ignore[reportReturnType]
