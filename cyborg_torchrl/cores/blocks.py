@@ -7,7 +7,7 @@ length of the sequence.
 
 from __future__ import annotations
 
-BLOCK_NUMEL = 2**16
+BLOCK_NUMEL = 2**17
 """Numbers in a block of one tensor: a handful of such tensors fit into the cache of one core."""
 
 

@@ -20,9 +20,9 @@ class _GatedReadout(torch.autograd.Function):
     ) -> Tensor:
         out = torch.empty_like(y)
         for span in blocks(y.shape[0], y[0].numel()):
-            normed = y[span] if norm is None else norm.normalize(y[span])[0]
-            total = torch.addcmul(normed, u[span], skip)
-            torch.mul(z[span], torch.sigmoid(z[span]), out=out[span]).mul_(total)
+            total, _ = _normalize(y[span], norm)
+            total = torch.addcmul(total, u[span], skip)
+            torch.mul(torch.nn.functional.silu(z[span]), total, out=out[span])
         ctx.save_for_backward(y, u, z, skip)
         ctx.norm = norm  # pyright: ignore[reportAttributeAccessIssue]
         return out
@@ -37,21 +37,25 @@ class _GatedReadout(torch.autograd.Function):
         grad_y, grad_u, grad_z = torch.empty_like(y), torch.empty_like(y), torch.empty_like(y)
         grad_skip = torch.zeros_like(skip)
         for span in blocks(y.shape[0], y[0].numel()):
-            normed, scale = (y[span], None) if norm is None else norm.normalize(y[span])
+            normed, factors = _normalize(y[span], norm)
             z_k, u_k, grad_k = z[span], u[span], grad_out[span]
-            gate = torch.sigmoid(z_k)
             total = torch.addcmul(normed, u_k, skip)
-            grad_total = torch.mul(z_k, gate).mul_(grad_k)
-            # d(z s)/dz = s (1 + z (1 - s)) = s + z s - s z s
-            slope = torch.addcmul(gate, z_k, gate).addcmul_(torch.mul(z_k, gate), gate, value=-1.0)
-            torch.mul(slope, total, out=grad_z[span]).mul_(grad_k)
+            torch.ops.aten.silu_backward.grad_input(total.mul_(grad_k), z_k, grad_input=grad_z[span])
+            grad_total = torch.nn.functional.silu(z_k).mul_(grad_k)
             torch.mul(grad_total, skip, out=grad_u[span])
-            grad_skip += torch.mul(grad_total, u_k).sum((0, 1))
-            if norm is None or scale is None:
+            grad_skip += torch.mul(grad_total, u_k, out=total).sum((0, 1))
+            if norm is None or factors is None:
                 grad_y[span] = grad_total
             else:
-                norm.normalize_backward(grad_total, normed, scale, out=grad_y[span])
+                norm.backward(grad_total, normed, factors, out=grad_y[span])
         return grad_y, grad_u, grad_z, grad_skip, None
+
+
+def _normalize(y: Tensor, norm: TimescaleNorm | None) -> tuple[Tensor, Tensor | None]:
+    if norm is None:
+        return y, None
+    factors = norm.factors(y)
+    return y * factors, factors
 
 
 def gated_readout(

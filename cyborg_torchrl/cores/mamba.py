@@ -104,7 +104,8 @@ class MambaBlock(Core):
         """A sequence."""
         x, is_init = x.transpose(0, 1).contiguous(), is_init.transpose(0, 1).contiguous()
         initial = self.initial_state(x.shape[1])
-        u, z = self.in_proj(x).chunk(2, -1)
+        # the weight is split, and not what it makes: each part is contiguous, and no gradient is put together
+        u, z = (F.linear(x, weight) for weight in self.in_proj.weight.chunk(2))
         u, conv = causal_conv(u, *self._conv_parameters(), state["mamba_conv"], is_init, initial["mamba_conv"])
         delta, b, c = self._select(u)
         scan = selective_scan_cuda if self.kernel.is_cuda_on(x.device) else selective_scan

@@ -109,7 +109,8 @@ class Mamba2Block(Core):
         """A sequence."""
         x, is_init = x.transpose(0, 1).contiguous(), is_init.transpose(0, 1).contiguous()
         initial = self.initial_state(x.shape[1])
-        z, xbc, dt = self.in_proj(x).split(self.parts, -1)
+        # the weight is split, and not what it makes: each part is contiguous, and no gradient is put together
+        z, xbc, dt = (F.linear(x, weight) for weight in self.in_proj.weight.split(self.parts))
         xbc, conv = causal_conv(xbc, *self._conv_parameters(), state["mamba_conv"], is_init, initial["mamba_conv"])
         u, b, c, delta, a = self._select(xbc, dt)
         scan = ssd_scan_cuda if self.kernel.is_cuda_on(x.device) else ssd_scan

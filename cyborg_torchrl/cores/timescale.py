@@ -33,10 +33,9 @@ class _GroupNorm(torch.autograd.Function):
         ctx: FunctionCtx, x: Tensor, norm: TimescaleNorm
     ) -> Tensor:
         y = torch.empty_like(x)
-        scale = x.new_empty(*x.shape[:-1], norm.groups)
         for span in blocks(x.shape[0], x[0].numel()):
-            y[span], scale[span] = norm.normalize(x[span])
-        ctx.save_for_backward(y, scale)
+            torch.mul(x[span], norm.factors(x[span]), out=y[span])
+        ctx.save_for_backward(x)
         ctx.norm = norm  # pyright: ignore[reportAttributeAccessIssue]
         return y
 
@@ -45,11 +44,12 @@ class _GroupNorm(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: FunctionCtx, grad_y: Tensor
     ) -> tuple[Tensor | None, ...]:
-        y, scale = ctx.saved_tensors  # pyright: ignore[reportAttributeAccessIssue]
+        (x,) = ctx.saved_tensors  # pyright: ignore[reportAttributeAccessIssue]
         norm: TimescaleNorm = ctx.norm  # pyright: ignore[reportAttributeAccessIssue]
-        grad_x = torch.empty_like(y)
-        for span in blocks(y.shape[0], y[0].numel()):
-            norm.normalize_backward(grad_y[span], y[span], scale[span], out=grad_x[span])
+        grad_x = torch.empty_like(x)
+        for span in blocks(x.shape[0], x[0].numel()):
+            factors = norm.factors(x[span])
+            norm.backward(grad_y[span], x[span] * factors, factors, out=grad_x[span])
         return grad_x, None
 
 
@@ -98,24 +98,23 @@ class TimescaleNorm(nn.Module):
         """Returns the normalised read-out, of the same shape."""
         if torch.is_grad_enabled() and x.requires_grad and x.ndim > 1:
             return _GroupNorm.apply(x, self)  # pyright: ignore[reportReturnType]
-        return self.normalize(x)[0]
+        return x * self.factors(x)
 
-    def normalize(self, x: Float[Tensor, "*B D"]) -> tuple[Float[Tensor, "*B D"], Float[Tensor, "*B G"]]:
-        """Returns the normalised read-out and each group's 1 / sqrt(mean square + eps), without a graph.
+    def factors(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
+        """What each channel is multiplied by: its time-scale over its group's root mean square.
 
-        The scale of a group that is exactly zero is zero.
+        Zero for a group that is exactly zero.
         """
         scaled = x if self.timescales is None else x * self.timescales
         mean_square = torch.matmul(scaled.square(), self.average.to(x.dtype))
         scale = torch.rsqrt(mean_square + self.eps).masked_fill(mean_square == 0.0, 0.0)
-        return torch.matmul(scale, self.spread.to(x.dtype)).mul_(x), scale
+        return torch.matmul(scale, self.spread.to(x.dtype))
 
-    def normalize_backward(self, grad_y: Tensor, y: Tensor, scale: Tensor, out: Tensor) -> Tensor:
-        """Writes the gradient r (g - y mean_g(g y)), with r the scale times the channel's time-scale, to `out`."""
+    def backward(self, grad_y: Tensor, y: Tensor, factors: Tensor, out: Tensor) -> Tensor:
+        """Writes the gradient of x, f (g - y mean_g(g y)), to `out`; without a graph."""
         mean = torch.matmul(torch.mul(grad_y, y), self.average.to(y.dtype))
         share = torch.matmul(mean, (self.average > 0).to(y.dtype).t())
-        torch.addcmul(grad_y, y, share, value=-1.0, out=out)
-        return out.mul_(torch.matmul(scale, self.spread.to(y.dtype)))
+        return torch.addcmul(grad_y, y, share, value=-1.0, out=out).mul_(factors)
 
     def extra_repr(self) -> str:
         """Shows the options."""
