@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -21,9 +23,8 @@ def causal_conv_step(
 
     Returns what it reads, and the next history: the last W inputs, the newest last.
     """
-    history = torch.cat([history[:, :, 1:], x.unsqueeze(-1)], -1)
-    y = torch.linalg.vecdot(history, weight)
-    return F.silu(y if bias is None else y + bias), history
+    window = torch.cat([history[:, :, 1:].permute(2, 0, 1), x.unsqueeze(0)])
+    return _silu_of_sum(window.unbind(0), weight, bias), window.permute(1, 2, 0)
 
 
 def causal_conv(
@@ -57,10 +58,18 @@ def causal_conv(
         y: Tensor = _Convolution.apply(padded, weight, bias)  # pyright: ignore[reportAssignmentType]
         return y, padded[-width:].permute(1, 2, 0)
     age = _steps_since_reset(is_init, never=steps + width)
-    taps = [padded[width - 1 - lag : width - 1 - lag + steps] for lag in range(width)]
-    taps = [_restart_tap(tap, lag, age, initial) for lag, tap in enumerate(taps)]
-    y = sum(tap * weight[:, -1 - lag] for lag, tap in enumerate(taps))  # pyright: ignore[reportAssignmentType]
-    return F.silu(y if bias is None else y + bias), torch.stack([tap[-1] for tap in reversed(taps)], -1)
+    window = [padded[k : k + steps] for k in range(width)]
+    window = [_restart_tap(inputs, width - 1 - k, age, initial) for k, inputs in enumerate(window)]
+    return _silu_of_sum(window, weight, bias), torch.stack([inputs[-1] for inputs in window], -1)
+
+
+def _silu_of_sum(window: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> Tensor:
+    """From the oldest input on, as `_Convolution` does: the same numbers to the last digit."""
+    taps = weight.t().contiguous().unbind(0)
+    y = window[0] * taps[0]
+    for inputs, tap in zip(window[1:], taps[1:], strict=True):
+        y = torch.addcmul(y, inputs, tap)
+    return F.silu(y if bias is None else y + bias)
 
 
 class _Convolution(torch.autograd.Function):
@@ -76,7 +85,7 @@ class _Convolution(torch.autograd.Function):
         y = torch.empty_like(padded[:steps])
         for span in blocks(steps, padded[0].numel()):
             sums = _weighted_sum(padded, span, taps, bias)
-            torch.mul(sums, torch.sigmoid(sums), out=y[span])
+            torch.ops.aten.silu.out(sums, out=y[span])
         return y
 
     @staticmethod

@@ -92,10 +92,12 @@ class MambaBlock(Core):
         u, z = self.in_proj(x).chunk(2, -1)
         u, conv = causal_conv_step(u, *self._conv_parameters(), state["mamba_conv"])
         delta, b, c = self._select(u)
-        decay = torch.exp2(delta.unsqueeze(-1) * (-torch.exp(self.A_log) * LOG2_E))  # as in the scan
-        drive = (delta * u).unsqueeze(-1) * b.unsqueeze(1)
-        ssm = torch.addcmul(drive, decay, state["mamba_ssm"])
-        y = torch.matmul(ssm, c.unsqueeze(-1)).squeeze(-1)
+        # [B, N, D] in memory and in the order of the scan: the same numbers to the last digit
+        decay = torch.exp2(delta.unsqueeze(1) * (-torch.exp(self.A_log).t() * LOG2_E))
+        drive = (delta * u).unsqueeze(1) * b.unsqueeze(2)
+        ssm = torch.addcmul(drive, decay, state["mamba_ssm"].transpose(1, 2))
+        y = (ssm * c.unsqueeze(2)).sum(1)
+        ssm = ssm.transpose(1, 2)
         return self._emit(y, u, z), {"mamba_conv": conv, "mamba_ssm": ssm}
 
     def forward(
