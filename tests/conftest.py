@@ -6,7 +6,8 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from types import ModuleType, SimpleNamespace
 from typing import NamedTuple
 
@@ -227,17 +228,38 @@ def collect() -> Callable[..., TensorDictBase]:
     return run
 
 
-@pytest.fixture(scope="session")
-def mamba_ssm() -> SimpleNamespace:
-    """The pure-PyTorch code of the official package, which cannot be imported as shipped where there is no CUDA.
+def stub(name: str, **entries: object) -> ModuleType:
+    module = ModuleType(name)
+    vars(module).update(entries)
+    return module
 
-    Stubs stand where it imports its kernels; nothing of what is used here calls them.
+
+@contextmanager
+def official_package(**stubs: ModuleType) -> Iterator[None]:
+    """Lets modules of mamba-ssm be imported where there is no CUDA: its own `__init__` cannot be.
+
+    Stubs stand where they import kernels; nothing of what is used here calls them.
     """
     spec = importlib.util.find_spec("mamba_ssm")
     if spec is None or spec.submodule_search_locations is None:
-        pytest.skip("mamba-ssm is not installed; `make install` does it")
-    package = ModuleType("mamba_ssm")
-    package.__path__ = list(spec.submodule_search_locations)
+        pytest.skip("mamba-ssm is not installed; `make test` does it")
+    package = stub("mamba_ssm", __path__=list(spec.submodule_search_locations))
+    stubs = {"mamba_ssm": package, "selective_scan_cuda": stub("selective_scan_cuda"), **stubs}
+    before = {name: sys.modules.get(name) for name in stubs}
+    sys.modules.update(stubs)
+    try:
+        yield
+    finally:
+        for name, was in before.items():
+            if was is None:
+                sys.modules.pop(name, None)
+            else:
+                sys.modules[name] = was
+
+
+@pytest.fixture(scope="session")
+def mamba_ssm() -> SimpleNamespace:
+    """The pure-PyTorch code of the official package."""
 
     class Hub:
         """Stands for huggingface_hub's mixin."""
@@ -245,34 +267,19 @@ def mamba_ssm() -> SimpleNamespace:
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a kernel was called")
 
-    def module(name: str, **entries: object) -> ModuleType:
-        stub = ModuleType(name)
-        vars(stub).update(entries)
-        return stub
-
     triton = "mamba_ssm.ops.triton"
     stubs = {
-        "mamba_ssm": package,
-        "selective_scan_cuda": ModuleType("selective_scan_cuda"),
-        "huggingface_hub": module("huggingface_hub", PyTorchModelHubMixin=Hub),
-        f"{triton}.selective_state_update": module("", selective_state_update=None),
-        f"{triton}.layer_norm": module("", RMSNorm=None, layer_norm_fn=None, rms_norm_fn=None, _layer_norm_fwd=refuse),
-        f"{triton}.layernorm_gated": module("", RMSNorm=GatedRMSNorm),
-        f"{triton}.ssd_combined": module("", mamba_chunk_scan_combined=refuse, mamba_split_conv1d_scan_combined=refuse),
+        "huggingface_hub": stub("huggingface_hub", PyTorchModelHubMixin=Hub),
+        f"{triton}.selective_state_update": stub("", selective_state_update=None),
+        f"{triton}.layer_norm": stub("", RMSNorm=None, layer_norm_fn=None, rms_norm_fn=None, _layer_norm_fwd=refuse),
+        f"{triton}.layernorm_gated": stub("", RMSNorm=GatedRMSNorm),
+        f"{triton}.ssd_combined": stub("", mamba_chunk_scan_combined=refuse, mamba_split_conv1d_scan_combined=refuse),
     }
-    before = {name: sys.modules.get(name) for name in stubs}
-    sys.modules.update(stubs)
-    try:
+    with official_package(**stubs):
         interface = importlib.import_module("mamba_ssm.ops.selective_scan_interface")
         simple = importlib.import_module("mamba_ssm.modules.mamba_simple")
         mamba2 = importlib.import_module("mamba_ssm.modules.mamba2")
         minimal = importlib.import_module("mamba_ssm.modules.ssd_minimal")
-    finally:
-        for name, was in before.items():
-            if was is None:
-                sys.modules.pop(name, None)
-            else:
-                sys.modules[name] = was
     vars(simple).update(selective_scan_fn=interface.selective_scan_ref, selective_state_update=None)
     vars(simple).update(causal_conv1d_fn=None, causal_conv1d_update=None)
     vars(mamba2).update(selective_state_update=None, causal_conv1d_fn=None, causal_conv1d_update=None)
@@ -282,6 +289,19 @@ def mamba_ssm() -> SimpleNamespace:
         Mamba=simple.Mamba,
         Mamba2=mamba2.Mamba2,
     )
+
+
+@pytest.fixture
+def triton_ssd(monkeypatch: pytest.MonkeyPatch) -> Callable:
+    """mamba-ssm's own `mamba_chunk_scan_combined`: its Triton kernels, on a CPU under TRITON_INTERPRET=1."""
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "device", lambda index: nullcontext())
+    one = SimpleNamespace(multi_processor_count=1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: one)
+    tune = triton.autotune  # one configuration each: there is nothing to time
+    monkeypatch.setattr(triton, "autotune", lambda configs, **options: tune(configs=configs[:1], **options))
+    with official_package():
+        return importlib.import_module("mamba_ssm.ops.triton.ssd_combined").mamba_chunk_scan_combined
 
 
 class GatedRMSNorm(torch.nn.Module):

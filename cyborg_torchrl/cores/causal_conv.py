@@ -80,7 +80,7 @@ class _Convolution(torch.autograd.Function):
         ctx: FunctionCtx, padded: Tensor, weight: Tensor, bias: Tensor | None
     ) -> Tensor:
         taps = weight.t().contiguous()
-        ctx.save_for_backward(padded, taps, bias)
+        ctx.save_for_backward(padded, taps, bias)  # pyright: ignore[reportArgumentType]
         steps = padded.shape[0] - taps.shape[0] + 1
         y = torch.empty_like(padded[:steps])
         for span in blocks(steps, padded[0].numel()):

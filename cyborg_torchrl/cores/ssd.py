@@ -142,7 +142,7 @@ class _SSD(torch.autograd.Function):
                 y_k.addcmul_(afresh, weights.since_reset.unsqueeze(3))
             y_k.addcmul_(read, weights.from_start.unsqueeze(3))
             y[span] = _channels(y_k).permute(0, 3, 1, 2)
-        ctx.save_for_backward(u, delta, a, b, c, is_init, initial, before)
+        ctx.save_for_backward(u, delta, a, b, c, is_init, initial, before)  # pyright: ignore[reportArgumentType]
         return y, h_t
 
     @staticmethod

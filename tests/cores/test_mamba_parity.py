@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cyborg_torchrl.cores import Mamba2Block, MambaBlock, selective_scan, ssd_scan
 from cyborg_torchrl.cores.abstract import Core, restart
+from cyborg_torchrl.cores.kernels import ssd_scan_cuda
 
 OUTPUT, GRADIENT = 1e-6, 1e-5
 BATCH, STEPS, WIDTH = 3, 21, 32
@@ -137,20 +138,21 @@ def test_without_official_weights_a_blank_step_writes_and_says_nothing(block: ty
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="opt-in: TRITON_INTERPRET=1, with triton")
-def test_the_triton_kernels_of_mamba_2_equal_our_scan() -> None:
+def test_the_triton_kernels_of_mamba_2_equal_our_scan(triton_ssd: Callable) -> None:
     """The official kernels themselves, run by Triton's interpreter, with a stored state and a reset.
 
     In a process of its own: TRITON_INTERPRET=1 pytest tests/cores/test_mamba_parity.py -m slow -k triton
     """
-    pytest.importorskip("triton")
-    from cyborg_torchrl.cores.kernels import ssd_scan_cuda
-
     steps, heads, size, numbers = 70, 2, 16, 16
     u, h_0 = torch.randn(steps, BATCH, heads, size), torch.randn(BATCH, heads, size, numbers)
     delta, a = torch.exp(torch.randn(steps, BATCH, heads) - 2), -torch.exp(torch.randn(heads))
     b, c = torch.randn(2, steps, BATCH, numbers)
     is_init = torch.rand(steps, BATCH) < 0.1
+    is_init[0] = False
+    is_init[0, 0] = True
     zero = torch.zeros_like(h_0)
-    ours = ssd_scan(u, delta, a, b, c, h_0, is_init, zero)
-    theirs = ssd_scan_cuda(u, delta, a, b, c, h_0, is_init, zero)
-    assert max(map(relative, ours, theirs)) <= 1e-5
+    inputs = [v.requires_grad_() for v in (u, delta, a, b, c, h_0)]
+    ours = ssd_scan(*inputs, is_init, zero)
+    theirs = ssd_scan_cuda(*inputs, is_init, zero, triton_ssd)
+    assert max(map(relative, ours, theirs)) <= 1e-6
+    assert max(map(relative_gradient, gradients(ours, inputs), gradients(theirs, inputs))) <= 1e-5
