@@ -64,8 +64,9 @@ class TimescaleNorm(nn.Module):
 
     Args:
         features: channels of the read-out, D.
-        groups: number of groups; reduced to the largest divisor of D that leaves two channels or more to a group
-            (one channel alone would be normalised to its sign). 1 is plain RMSNorm.
+        groups: number of groups; reduced to the largest divisor of D that leaves four channels or more to a group.
+            One channel alone would be normalised to its sign, and two cross zero together so often that rounding
+            would show. 1 is plain RMSNorm.
         eps: floor of the mean square; small, since slow channels are small.
         timescales: multiplied to the channels before the norm, [D]. Where one write is a slow channel's step size, this
             makes writes alike in all bands, so that `eps` can be large enough to leave numbers alone that cancelled
@@ -81,7 +82,7 @@ class TimescaleNorm(nn.Module):
         super().__init__()
         if groups < 1:
             raise ValueError(f"groups must be >= 1; got {groups}.")
-        self.groups = next(g for g in range(max(1, min(groups, features // 2)), 0, -1) if features % g == 0)
+        self.groups = next(g for g in range(max(1, min(groups, features // 4)), 0, -1) if features % g == 0)
         self.eps = eps
         self.timescales: Tensor | None
         self.register_buffer("timescales", timescales, persistent=False)
