@@ -11,16 +11,20 @@ from typing import Any, cast
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torchrl.collectors import Collector, MultiSyncCollector
+from torchrl.data import LazyMemmapStorage, LazyTensorStorage
 from torchrl.envs import Compose, EnvBase, InitTracker, RewardSum, TransformedEnv
 
+from cyborg_torchrl.collectors import RolloutCollector
 from cyborg_torchrl.config import ConfigError, TrainConfig, options_of, resolve_device
 from cyborg_torchrl.cores import Core, MemorylessCore
-from cyborg_torchrl.data import RecurrentRolloutBuffer, RolloutBuffer
+from cyborg_torchrl.data import EpisodeBuffer, RecurrentRolloutBuffer, RolloutBuffer
 from cyborg_torchrl.modules import Backbone, PPOAgent, build_encoder
 from cyborg_torchrl.objectives import RecurrentClipPPOLoss
 from cyborg_torchrl.process import prepare_cpu
 from cyborg_torchrl.registry import Registry, backbones, environments, memories
 from cyborg_torchrl.trainer import PPOTrainer
+
+Buffer = RolloutBuffer | RecurrentRolloutBuffer | EpisodeBuffer
 
 
 def prepare_process(cfg: DictConfig) -> None:
@@ -90,24 +94,17 @@ def episode_attribute(env: EnvBase | None, name: str) -> int | None:
 
 
 def rollout_length(cfg: DictConfig, env: EnvBase) -> int:
-    """Steps of each environment in a rollout, checked against seq_len and the minibatches.
+    """Steps of each environment in a rollout, checked against the minibatches.
 
     Raises:
-        ConfigError: if there is none, or seq_len or the minibatches do not fit it.
+        ConfigError: if there is none, or it has fewer sequences than there are minibatches.
     """
     train = cfg.train
     steps = train.n_steps or episode_attribute(env, "max_episode_steps")
     if steps is None:
         raise ConfigError(f"train.n_steps must be given: environment '{cfg.env.name}' does not say how long it lasts.")
-    if train.seq_len is not None and steps % train.seq_len:
-        divisors = [d for d in range(1, steps + 1) if steps % d == 0]
-        nearest = min(divisors, key=lambda d: abs(d - train.seq_len))
-        raise ConfigError(
-            f"train.seq_len = {train.seq_len} does not divide the rollout of {steps} steps; the nearest that does is "
-            f"{nearest}."
-        )
     num_envs = env.batch_size.numel()
-    rows = num_envs * steps // _row_length(cfg, steps)
+    rows = num_envs * -(-steps // _row_length(cfg, steps, env))
     if train.num_minibatches > rows:
         raise ConfigError(
             f"train.num_minibatches = {train.num_minibatches}, but a rollout has only {rows} sequences to split; use "
@@ -116,26 +113,52 @@ def rollout_length(cfg: DictConfig, env: EnvBase) -> int:
     return steps
 
 
-def build_buffer(cfg: DictConfig, num_envs: int, steps: int) -> RolloutBuffer | RecurrentRolloutBuffer:
+def build_buffer(cfg: DictConfig, env: EnvBase, steps: int) -> Buffer:
     """Builds the buffer that the recurrent mode needs."""
-    row = _row_length(cfg, steps)
-    batch_size = -(-num_envs * steps // row // cfg.train.num_minibatches)
-    if cfg.train.recurrent_mode == "none":
-        return RolloutBuffer(num_envs * steps, batch_size)
-    return RecurrentRolloutBuffer(num_envs * steps, row, batch_size)
+    train, num_envs = cfg.train, env.batch_size.numel()
+    row = _row_length(cfg, steps, env)
+    batch_size = -(-num_envs * -(-steps // row) // train.num_minibatches)
+    if train.recurrent_mode == "none":
+        return RolloutBuffer(num_envs * steps, batch_size, storage=_storage(cfg, num_envs * steps))
+    if train.recurrent_mode == "episode":
+        rows = num_envs + 2 * -(-num_envs * steps // row)
+        return EpisodeBuffer(num_envs * steps, row, batch_size, num_envs=num_envs, storage=_storage(cfg, rows))
+    stride = train.state_stride or row
+    dtype = None if train.state_dtype == "float32" else getattr(torch, train.state_dtype)
+    return RecurrentRolloutBuffer(
+        num_envs * steps,
+        row,
+        batch_size,
+        num_envs=num_envs,
+        burn_in=train.burn_in,
+        state_stride=stride,
+        state_dtype=dtype,
+        storage=_storage(cfg, num_envs * -(-steps // stride)),
+    )
 
 
-def build_collector(cfg: DictConfig, env: EnvBase, agent: PPOAgent, steps: int) -> Collector | MultiSyncCollector:
-    """Builds TorchRL's collector; it adds the primers of the memory state to the environment by itself."""
+def _storage(cfg: DictConfig, rows: int) -> LazyTensorStorage:
+    if cfg.train.storage == "memmap":
+        return LazyMemmapStorage(rows)
+    return LazyTensorStorage(rows, device=resolve_device(cfg.train.device) if cfg.train.storage == "device" else "cpu")
+
+
+def build_collector(
+    cfg: DictConfig, env: EnvBase, agent: PPOAgent, steps: int, buffer: Buffer
+) -> RolloutCollector | Any:
+    """Builds the collector; it adds the primers of the memory state to the environment by itself."""
     num_envs = env.batch_size.numel()
     frames = num_envs * steps
     options = {
         "frames_per_batch": frames,
         "total_frames": frames * max(1, cfg.train.total_timesteps // frames),
-        "auto_register_policy_transforms": True,
     }
-    if cfg.collector.name == "single":
-        collector = Collector(env, agent, **options)
+    if cfg.collector.name == "rollout":
+        at = None if isinstance(buffer, RolloutBuffer) else buffer.keyframe_steps
+        value_operator = agent.get_value_operator()
+        collector = RolloutCollector(env, agent, value_operator=value_operator, keyframe_steps=at, **options)
+    elif cfg.collector.name == "single":
+        collector = Collector(env, agent, auto_register_policy_transforms=True, **options)
     else:
         workers = cfg.collector.num_workers
         if num_envs % workers:
@@ -143,7 +166,7 @@ def build_collector(cfg: DictConfig, env: EnvBase, agent: PPOAgent, steps: int) 
         makers = [
             partial(build_env, cfg, num_envs=num_envs // workers, seed=cfg.train.seed + i) for i in range(workers)
         ]
-        collector = MultiSyncCollector(makers, agent, cat_results=0, **options)
+        collector = MultiSyncCollector(makers, agent, cat_results=0, auto_register_policy_transforms=True, **options)
     collector.set_seed(cfg.train.seed)
     return collector
 
@@ -172,12 +195,12 @@ def build_trainer(
     env = build_env(cfg)
     agent = build_agent(cfg, env)
     steps = rollout_length(cfg, env)
-    num_envs = env.batch_size.numel()
+    buffer = build_buffer(cfg, env, steps)
     trainer = PPOTrainer(
-        collector=build_collector(cfg, env, agent, steps),
+        collector=build_collector(cfg, env, agent, steps, buffer),
         loss=build_loss(cfg, agent),
         value_operator=agent.get_value_operator(),
-        buffer=build_buffer(cfg, num_envs, steps),
+        buffer=buffer,
         config=cast("TrainConfig", OmegaConf.to_object(cfg.train)),
         on_progress=on_progress,
     )
@@ -189,7 +212,10 @@ def _options(node: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in OmegaConf.to_container(node).items() if key != "name"}  # pyright: ignore
 
 
-def _row_length(cfg: DictConfig, steps: int) -> int:
-    if cfg.train.recurrent_mode == "none":
+def _row_length(cfg: DictConfig, steps: int, env: EnvBase) -> int:
+    mode = cfg.train.recurrent_mode
+    if mode == "none":
         return 1
-    return cfg.train.seq_len or steps
+    if mode == "episode":  # no episode takes more of a rollout than either
+        return min(steps, episode_attribute(env, "max_episode_steps") or steps)
+    return min(steps, cfg.train.seq_len or steps)

@@ -33,7 +33,9 @@ from cyborg_torchrl.registry import Registry, backbones, did_you_mean, environme
 LOGGER = logging.getLogger(__name__)
 WIRED = ("self", "in_features", "core", "device", "seed")
 """Parameters of builders that are passed by the wiring, not by the configuration."""
-RECURRENT_MODES = ("none", "burn_in", "episode")
+RECURRENT_MODES = ("none", "burn_in", "tbptt", "episode")
+STATE_DTYPES = ("float32", "bfloat16", "float16")
+STORAGES = ("ram", "memmap", "device")
 
 
 class ConfigError(ValueError):
@@ -61,11 +63,20 @@ class TrainConfig:
     n_steps: int | None = None
     """Steps of each environment in a rollout; null: one full episode, where the environment knows its length."""
     recurrent_mode: str = "none"
-    """none: no memory, the control. burn_in: chunks of seq_len from stored states. episode: whole rollout rows."""
+    """none: no memory, the control. burn_in: chunks of seq_len from stored states, after burn_in replayed steps.
+    tbptt: the same without replay. episode: whole episodes."""
     burn_in: int = 0
-    """Steps replayed without gradient before each chunk (mode burn_in); only 0 so far."""
+    """Steps replayed without gradient before each chunk (mode burn_in)."""
     seq_len: int | None = None
-    """Steps in a chunk (mode burn_in), and the reach of the gradient; null: the whole rollout."""
+    """Steps in a chunk (modes burn_in and tbptt), and the reach of the gradient; null: the whole rollout."""
+    state_stride: int | None = None
+    """Steps for each stored state, a multiple of seq_len (modes burn_in and tbptt); null: seq_len."""
+    state_dtype: str = "float32"
+    """Precision of stored states: float32, bfloat16 or float16."""
+    refresh_states: bool = False
+    """Recompute the stored states with the present parameters before each epoch but the first."""
+    storage: str = "ram"
+    """Where the rollout is kept: ram, memmap (files in a temporary folder), or device (that of train.device)."""
     n_epochs: int = 15
     """Passes over each rollout."""
     num_minibatches: int = 8
@@ -97,8 +108,9 @@ class TrainConfig:
 class CollectorConfig:
     """How rollouts are collected."""
 
-    name: str = "single"
-    """single: in this process. multi_sync: env.num_envs split over worker processes."""
+    name: str = "rollout"
+    """rollout: in this process, without a memory state for every step. single: TorchRL's in this process. multi_sync:
+    env.num_envs split over worker processes."""
     num_workers: int = 2
     """Processes of multi_sync."""
 
@@ -243,7 +255,7 @@ def validate(cfg: DictConfig) -> None:
         "collector.num_workers": cfg.collector.num_workers,
     }
     optional = {"train.n_steps": train.n_steps, "train.seq_len": train.seq_len, "train.target_kl": train.target_kl}
-    optional["train.clip_range_vf"] = train.clip_range_vf
+    optional |= {"train.clip_range_vf": train.clip_range_vf, "train.state_stride": train.state_stride}
     for key, value in {**positive, **{k: v for k, v in optional.items() if v is not None}}.items():
         if value <= 0:
             raise ConfigError(f"{key} must be greater than 0; got {value}.")
@@ -256,17 +268,38 @@ def validate(cfg: DictConfig) -> None:
         ("train.recurrent_mode", train.recurrent_mode, RECURRENT_MODES),
         ("train.normalize_advantage", train.normalize_advantage, ("rollout", "minibatch", "none")),
         ("train.lr_schedule", train.lr_schedule, ("constant", "linear")),
-        ("collector.name", cfg.collector.name, ("single", "multi_sync")),
+        ("train.state_dtype", train.state_dtype, STATE_DTYPES),
+        ("train.storage", train.storage, STORAGES),
+        ("collector.name", cfg.collector.name, ("rollout", "single", "multi_sync")),
     ):
         if value not in known:
             raise ConfigError(f"unknown {key} '{value}': {did_you_mean(value, known)}")
-    if train.burn_in:
-        raise ConfigError(
-            f"train.burn_in = {train.burn_in}: only 0 is supported so far (chunks start from stored states)."
-        )
-    if train.seq_len is not None and train.recurrent_mode != "burn_in":
-        raise ConfigError(f"train.seq_len belongs to recurrent_mode=burn_in; the mode is '{train.recurrent_mode}'.")
+    _check_mode(train)
     resolve_device(train.device)
+
+
+def _check_mode(train: Any) -> None:
+    """What belongs to another mode than the chosen one is refused, not ignored."""
+    mode = train.recurrent_mode
+    belongs = {
+        "burn_in": (train.burn_in, ("burn_in",)),
+        "seq_len": (train.seq_len, ("burn_in", "tbptt")),
+        "state_stride": (train.state_stride, ("burn_in", "tbptt")),
+        "refresh_states": (train.refresh_states, ("burn_in", "tbptt")),
+    }
+    for key, (value, modes) in belongs.items():
+        if value and mode not in modes:
+            raise ConfigError(f"train.{key} belongs to recurrent_mode={' or '.join(modes)}; the mode is '{mode}'.")
+    if mode == "tbptt" and train.seq_len is None:
+        raise ConfigError("train.seq_len must be given with recurrent_mode=tbptt: how far a gradient reaches back.")
+    if train.state_stride and train.seq_len and train.state_stride % train.seq_len:
+        nearest = max(1, round(train.state_stride / train.seq_len)) * train.seq_len
+        raise ConfigError(
+            f"train.state_stride = {train.state_stride} must be a multiple of train.seq_len = {train.seq_len}; the "
+            f"nearest is {nearest}."
+        )
+    if train.refresh_states and train.state_stride and train.state_stride != train.seq_len:
+        raise ConfigError("train.refresh_states needs a stored state for each chunk: leave train.state_stride out.")
 
 
 def _lay_over_default(stem: Path, overrides: Sequence[str]) -> DictConfig | None:

@@ -34,3 +34,5 @@ ADVANTAGE: Final = "advantage"
 VALUE_TARGET: Final = "value_target"
 TRAIN_MASK: Final = ("collector", "mask")
 """Steps that are trained; the key that TorchRL's losses read by themselves."""
+BURN_IN: Final = ("collector", "burn_in")
+"""Steps that are replayed without gradient before those that are trained."""

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -16,8 +17,15 @@ from torch import nn
 
 from cyborg_torchrl import keys
 from cyborg_torchrl.config import TrainConfig
-from cyborg_torchrl.data import RecurrentRolloutBuffer, RolloutBuffer
-from cyborg_torchrl.objectives import RecurrentClipPPOLoss, add_advantages, explained_variance, masked_standardize
+from cyborg_torchrl.data import EpisodeBuffer, RecurrentRolloutBuffer, Rollout, RolloutBuffer
+from cyborg_torchrl.modules.replay import state_after
+from cyborg_torchrl.objectives import (
+    RecurrentClipPPOLoss,
+    add_advantages,
+    explained_variance,
+    masked_standardize,
+    measure_drift,
+)
 
 Metrics = dict[str, float]
 LOGGED = ("loss_objective", "loss_critic", "loss_entropy", "entropy", "kl_approx", "clip_fraction", "ratio_error")
@@ -28,7 +36,7 @@ class PPOTrainer:
     """Collects rollouts, computes advantages for each environment by itself, and updates from the stored states.
 
     Args:
-        collector: yields rollouts [N, T]; any TorchRL collector, or any iterable of such tensordicts.
+        collector: yields rollouts [N, T]: our `RolloutCollector`, any of TorchRL's, any iterable of such tensordicts.
         loss: the objective; its parameters are trained.
         value_operator: from an observation and a memory state to "state_value", for bootstrapping.
         buffer: where rollouts are kept for the update.
@@ -40,10 +48,10 @@ class PPOTrainer:
 
     def __init__(
         self,
-        collector: Iterable[TensorDictBase],
+        collector: Iterable[TensorDictBase | Rollout],
         loss: RecurrentClipPPOLoss,
         value_operator: TensorDictModuleBase,
-        buffer: RolloutBuffer | RecurrentRolloutBuffer,
+        buffer: RolloutBuffer | RecurrentRolloutBuffer | EpisodeBuffer,
         config: TrainConfig,
         on_progress: Callable[[float], None] = lambda share: None,
     ) -> None:
@@ -63,19 +71,17 @@ class PPOTrainer:
             if sync is not None:
                 sync()
 
-    def update(self, rollout: TensorDictBase) -> Metrics:
+    def update(self, rollout: TensorDictBase | Rollout) -> Metrics:
         """Trains on one rollout [N, T]. Returns what happened, as numbers."""
         config = self.config
         self._set_learning_rate()
-        add_advantages(rollout, self.value_operator, gamma=config.gamma, gae_lambda=config.gae_lambda)
-        metrics = _rollout_metrics(rollout)
-        if config.normalize_advantage == "rollout":
-            rollout.set(keys.ADVANTAGE, masked_standardize(rollout.get(keys.ADVANTAGE)))
-        self.buffer.store(rollout)
-        self.num_steps += rollout.numel()
+        rollout, metrics = self._prepare(rollout)
+        self.num_steps += rollout.steps.numel()
         figures: dict[str, list[torch.Tensor]] = defaultdict(list)
         epochs = 0
         for epoch in range(config.n_epochs):
+            if epoch and config.refresh_states:
+                self._refresh(rollout)
             kl_before = len(figures["kl_approx"])
             for batch in self.buffer:
                 for name, value in self._step(batch).items():
@@ -86,6 +92,7 @@ class PPOTrainer:
             if config.target_kl is not None and kl > 1.5 * config.target_kl:
                 self.on_progress(1.0)
                 break
+        metrics |= self._drift(rollout)
         self.num_updates += 1
         metrics |= {name: float(torch.stack(values).mean()) for name, values in figures.items()}
         # the very first minibatch is evaluated before any optimiser step
@@ -115,8 +122,47 @@ class PPOTrainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.num_updates, self.num_steps = state["num_updates"], state["num_steps"]
 
+    def _prepare(self, rollout: TensorDictBase | Rollout) -> tuple[Rollout, Metrics]:
+        """Adds advantages, keeps the states that are needed, and stores."""
+        config = self.config
+        steps = rollout.steps if isinstance(rollout, Rollout) else rollout
+        add_advantages(steps, self.value_operator, gamma=config.gamma, gae_lambda=config.gae_lambda)
+        metrics = _rollout_metrics(steps)
+        if config.normalize_advantage == "rollout":
+            steps.set(keys.ADVANTAGE, masked_standardize(steps.get(keys.ADVANTAGE)))
+        if not isinstance(rollout, Rollout):
+            at = [0] if isinstance(self.buffer, RolloutBuffer) else self.buffer.keyframe_steps(steps.shape[1])
+            rollout = Rollout.of(rollout, self.loss.state_keys, at)
+        if isinstance(self.buffer, RolloutBuffer):
+            self.buffer.store(rollout)
+        else:
+            self.buffer.store(rollout, self.loss.actor_network)
+        return rollout, metrics
+
+    def _refresh(self, rollout: Rollout) -> None:
+        """Replaces the stored states by those that the present parameters give, from the rollout's first on."""
+        if not isinstance(self.buffer, RecurrentRolloutBuffer) or rollout.keyframes.is_empty():
+            return
+        states = [rollout.keyframes[:, 0]]
+        with self.loss.actor() as actor:
+            for begin, end in itertools.pairwise(rollout.at):
+                states.append(state_after(actor, rollout.steps[:, begin:end], states[-1], self.loss.state_keys))
+        self.buffer.replace_states(Rollout(rollout.steps, torch.stack(states, 1), rollout.at))
+
+    def _drift(self, rollout: Rollout, max_envs: int = 4, max_chunks: int = 4) -> Metrics:
+        """The drift of some chunks of some environments; zero where no stored state is used but the first."""
+        steps, buffer = rollout.steps[:max_envs], self.buffer
+        whole = steps.shape[1] // buffer.seq_len if isinstance(buffer, RecurrentRolloutBuffer) else 1
+        if not isinstance(buffer, RecurrentRolloutBuffer) or whole < 2 or rollout.keyframes.is_empty():
+            return {"state_drift": 0.0}
+        chunks = torch.linspace(1, whole - 1, min(max_chunks, whole - 1)).long().unique()
+        used = buffer.chunks(chunks, steps.shape[0])
+        begin = [int(chunk) * buffer.seq_len for chunk in chunks]
+        figures = measure_drift(self.loss, steps, rollout.keyframes[:max_envs, 0], used, begin)
+        return {name: float(value) for name, value in figures.items()}
+
     def _step(self, batch: TensorDictBase) -> dict[str, torch.Tensor]:
-        losses = self.loss(batch)
+        losses = self.loss(batch.to(self.parameters[0].device))
         terms = [value for name, value in losses.items() if name.startswith("loss_")]
         self.optimizer.zero_grad()
         torch.stack(terms).sum().backward()

@@ -96,9 +96,10 @@ class PMMCore(Core):
         self.gates = nn.Linear(in_features, sum(self.gate_parts))
         self.output = nn.Linear(num_heads * slot_size, self.out_features, bias=False)
         with torch.no_grad():
-            strength, _, write, _, erase = self.gates.bias.split(self.gate_parts)
+            strength, _, write, mix, erase = self.gates.bias.split(self.gate_parts)
             strength.fill_(math.log(math.expm1(4.0)))
             write.fill_(math.log(write_rate / (1.0 - write_rate)))
+            mix.fill_(3.0)  # to unused slots at first: writing by content before it is learned fills a few slots only
             erase.fill_(2.0)
         if predictive:
             self.predict_from_read = nn.Linear(num_heads * slot_size, in_features, bias=False)

@@ -21,8 +21,8 @@ def add_advantages(
     """Writes "advantage" and "value_target" into a rollout [N, T].
 
     V(s_{t+1}) is the value recorded at the next step. Where there is none (an episode that was cut off, the end of
-    the rollout) the critic is asked about the last observation, with the memory state that had been reached: memory
-    is not restarted for it.
+    the rollout) the value recorded under "next" is taken; without one, the critic is asked about the last observation,
+    with the memory state that had been reached: memory is not restarted for it.
 
     Args:
         rollout: as a collector yields it, [N, T].
@@ -47,7 +47,12 @@ def add_advantages(
     is_cut = done & ~terminated
     is_cut[:, -1] = ~terminated[:, -1]
     if bool(is_cut.any()):
-        value_tp1[is_cut] = _values_of_last_observations(rollout, value_operator, is_cut)
+        following = rollout.get(keys.NEXT)
+        recorded = following.get(keys.VALUE, None)
+        if recorded is None:
+            value_tp1[is_cut] = value_after(following[is_cut], value_operator).squeeze(-1)
+        else:
+            value_tp1[is_cut] = recorded.squeeze(-1)[is_cut]
     advantage, target = generalized_advantage(
         reward.to(value_t.dtype), value_t, value_tp1, terminated, done, gamma, gae_lambda
     )
@@ -56,11 +61,16 @@ def add_advantages(
     return rollout
 
 
-def _values_of_last_observations(
-    rollout: TensorDictBase, value_operator: TensorDictModuleBase, is_cut: Tensor
-) -> Tensor:
+@torch.no_grad()
+def value_after(following: TensorDictBase, value_operator: TensorDictModuleBase) -> Tensor:
+    """Values of observations that no step was taken from, [B, 1], with the memory states that had been reached.
+
+    Args:
+        following: what stands under "next" of the last steps, [B]; memory is not restarted for it.
+        value_operator: from an observation and a memory state to "state_value".
+    """
     read = [key for key in value_operator.in_keys if key != keys.IS_INIT]
-    last = rollout.get(keys.NEXT).select(*read, strict=False)[is_cut]
-    last.set(keys.IS_INIT, torch.zeros(*last.batch_size, 1, dtype=torch.bool, device=is_cut.device))
+    last = following.select(*read, strict=False)
+    last.set(keys.IS_INIT, torch.zeros(*last.batch_size, 1, dtype=torch.bool, device=last.device))
     with set_recurrent_mode(False):
-        return value_operator(last).get(keys.VALUE).squeeze(-1)
+        return value_operator(last).get(keys.VALUE)

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from torchrl.objectives import ClipPPOLoss
 
 from cyborg_torchrl import keys
 from cyborg_torchrl.modules import Backbone, PPOAgent
+from cyborg_torchrl.modules.replay import memory_state_keys, state_after, with_states
 from cyborg_torchrl.objectives.functional import masked_standardize
 
 
@@ -26,7 +29,8 @@ class RecurrentClipPPOLoss(ClipPPOLoss):
     normalised over the trained steps alone (those where ("collector", "mask") is true, if there is such a mask),
     and `ratio_error` is logged: the largest |log ratio|, which is zero before the first optimiser step if and only
     if the update sees what the rollout saw. The regularisers of a core that has some are added as
-    `loss_memory_<name>`, and its figures logged as `memory_<name>`, over the trained steps alone.
+    `loss_memory_<name>`, and its figures logged as `memory_<name>`, over the trained steps alone. Steps marked by
+    ("collector", "burn_in") are replayed without gradient first, and get no loss.
 
     Args:
         actor_network: a `PPOAgent`, or a TorchRL probabilistic policy.
@@ -49,6 +53,7 @@ class RecurrentClipPPOLoss(ClipPPOLoss):
             if functional:
                 actor_network = actor_network.get_policy_operator()
         super().__init__(actor_network, critic_network, functional=functional, **options)
+        self.state_keys = memory_state_keys(actor_network)
         self._ratio_error: Tensor | None = None
         self._terms: dict[str, Tensor] = {}
         backbones = [module for module in actor_network.modules() if isinstance(module, Backbone)]
@@ -57,6 +62,7 @@ class RecurrentClipPPOLoss(ClipPPOLoss):
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Returns the losses and figures of a batch of sequences, [B, T]."""
+        tensordict = self.after_burn_in(tensordict)
         losses = super().forward(tensordict)
         losses.set("ratio_error", self._ratio_error)
         if self._terms and self._regularize is not None:
@@ -65,6 +71,36 @@ class RecurrentClipPPOLoss(ClipPPOLoss):
             for name, value in self._terms.items():
                 losses.set(f"memory_{name}", value.detach().mean())
         return losses
+
+    def after_burn_in(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Replays the steps marked for it, without gradient. Returns the rest, from the states that were reached."""
+        is_burn_in = tensordict.get(keys.BURN_IN, None)
+        if is_burn_in is None:
+            return tensordict
+        replayed = is_burn_in.squeeze(-1).sum(1)
+        seq_len = int(tensordict.get(keys.TRAIN_MASK).squeeze(-1).sum(1).max())
+        offsets = torch.arange(seq_len, device=replayed.device)
+        rows = torch.arange(len(replayed), device=replayed.device).unsqueeze(1)
+        trained = tensordict.exclude(*self.state_keys)[rows, (replayed.unsqueeze(1) + offsets)]
+        states = tensordict.select(*self.state_keys, strict=False)[:, 0].clone()
+        with self.actor() as actor:
+            for length in replayed.unique().tolist():
+                if length and not states.is_empty():
+                    mine = replayed == length
+                    states[mine] = state_after(actor, tensordict[mine][:, :length], states[mine], self.state_keys)
+        trained = trained.exclude(keys.BURN_IN)
+        if bool(trained.get(keys.TRAIN_MASK).all()):
+            trained = trained.exclude(keys.TRAIN_MASK)
+        return with_states(trained, states)
+
+    @contextmanager
+    def actor(self) -> Generator[TensorDictModuleBase]:
+        """The actor with its parameters in place."""
+        if not self.functional:
+            yield self.actor_network
+            return
+        with self.actor_network_params.to_module(self.actor_network, preserve_module_state=False):
+            yield self.actor_network
 
     def _log_weight(self, tensordict: TensorDictBase, adv_shape: torch.Size) -> tuple[Any, ...]:
         result = super()._log_weight(tensordict, adv_shape)

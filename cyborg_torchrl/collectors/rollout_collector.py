@@ -1,0 +1,118 @@
+# pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# (tensordict's and torchrl's annotations are narrower than what they take)
+"""Collects rollouts without holding a memory state for every step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from tensordict.utils import unravel_key
+from torchrl.envs import EnvBase
+from torchrl.envs.utils import ExplorationType, set_exploration_type
+from torchrl.modules import set_recurrent_mode
+from torchrl.modules.utils.utils import _maybe_append_env_transforms_from_module as append_transforms
+
+from cyborg_torchrl import keys
+from cyborg_torchrl.data import Rollout
+from cyborg_torchrl.modules.replay import memory_state_keys
+from cyborg_torchrl.objectives import value_after
+
+
+class RolloutCollector:
+    """Steps an environment in this process, and keeps memory states before some steps only.
+
+    TorchRL's collectors hold two states for every step, the one before and the one after, which for a Mamba block is
+    thousands of times what the step itself takes. Here states only pass through; those before `keyframe_steps` are
+    kept. What is otherwise yielded equals the batches of TorchRL's `Collector`, and comes from the same random
+    numbers. Where an episode is cut off, the value of its last observation is taken at once, while the state that
+    belongs to it is there: ("next", "state_value").
+
+    Args:
+        env: batched, or not; `InitTracker` and the policy's primers are added if they are missing.
+        policy: acts; its memory states are found by their names under "next".
+        frames_per_batch: steps of a rollout, all environments together.
+        total_frames: steps in all; whole rollouts.
+        value_operator: from an observation and a memory state to "state_value".
+        keyframe_steps: from T to the steps before which states are kept; None: before the first.
+
+    Raises:
+        ValueError: if frames_per_batch is not a multiple of the number of environments, or total_frames of it.
+    """
+
+    def __init__(
+        self,
+        env: EnvBase,
+        policy: TensorDictModuleBase,
+        *,
+        frames_per_batch: int,
+        total_frames: int,
+        value_operator: TensorDictModuleBase,
+        keyframe_steps: Callable[[int], Sequence[int]] | None = None,
+    ) -> None:
+        num_envs = env.batch_size.numel()
+        if frames_per_batch < 1 or frames_per_batch % num_envs:
+            raise ValueError(
+                f"frames_per_batch must be a multiple of the {num_envs} environments; got {frames_per_batch}."
+            )
+        if total_frames < 1 or total_frames % frames_per_batch:
+            raise ValueError(
+                f"total_frames must be a multiple of frames_per_batch = {frames_per_batch}; got {total_frames}."
+            )
+        self.env = append_transforms(env, policy)  # as TorchRL's collectors do it
+        self.policy, self.value_operator = policy, value_operator
+        self.frames_per_batch, self.total_frames = frames_per_batch, total_frames
+        self.steps = frames_per_batch // num_envs
+        self.at = tuple(keyframe_steps(self.steps)) if keyframe_steps else (0,)
+        self.state_keys = memory_state_keys(policy)
+        self._dropped = [*self.state_keys, *(unravel_key((keys.NEXT, key)) for key in self.state_keys)]
+        self._carried: TensorDictBase | None = None
+
+    def __iter__(self) -> Iterator[Rollout]:
+        """Yields rollouts until `total_frames` steps have been taken."""
+        for _ in range(self.total_frames // self.frames_per_batch):
+            yield self.rollout()
+
+    @torch.no_grad()
+    def rollout(self) -> Rollout:
+        """Takes the steps of one rollout; episodes go on where the last one ended."""
+        rows: list[TensorDictBase] = []
+        states: list[TensorDictBase] = []
+        wanted = set(self.at)
+        with set_exploration_type(ExplorationType.RANDOM), set_recurrent_mode(False):
+            carried = self.env.reset() if self._carried is None else self._carried
+            for t in range(self.steps):
+                if t in wanted:
+                    states.append(carried.select(*self.state_keys, strict=False).clone())
+                played, carried = self.env.step_and_maybe_reset(self.policy(carried))
+                rows.append(self._recorded(played, is_last=t == self.steps - 1))
+        self._carried = carried
+        dim = len(self.env.batch_size)
+        steps, keyframes = torch.stack(rows, dim), torch.stack(states, dim)
+        if dim == 0:
+            steps, keyframes = steps.unsqueeze(0), keyframes.unsqueeze(0)
+        return Rollout(steps, keyframes, self.at)
+
+    def set_seed(self, seed: int) -> int | None:
+        """Seeds the environment. Returns a seed for the next one, as TorchRL does."""
+        return self.env.set_seed(seed)
+
+    def shutdown(self) -> None:
+        """Closes the environment."""
+        if not self.env.is_closed:
+            self.env.close()
+
+    def _recorded(self, played: TensorDictBase, *, is_last: bool) -> TensorDictBase:
+        """A step as it is kept: without states, with the value of an observation that nothing follows."""
+        following = played.get(keys.NEXT)
+        terminated = following.get(keys.TERMINATED)
+        is_cut = ~terminated if is_last else following.get(keys.DONE) & ~terminated
+        value = torch.zeros_like(is_cut, dtype=played.get(keys.VALUE).dtype)
+        if bool(is_cut.any()):
+            mask = is_cut.squeeze(-1)
+            value[mask] = value_after(following[mask], self.value_operator)
+        record = played.exclude(*self._dropped)
+        record.set((keys.NEXT, keys.VALUE), value)
+        return record

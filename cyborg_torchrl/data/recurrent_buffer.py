@@ -1,0 +1,325 @@
+# pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# (tensordict's and torchrl's annotations are narrower than what they take)
+"""Rollout buffers of agents with memory: sequences, each with the one state that it begins with."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from tensordict.utils import NestedKey, unravel_key
+from torch import Tensor
+from torchrl.data import LazyTensorStorage, ReplayBuffer
+from torchrl.data.replay_buffers.samplers import SamplerWithoutReplacement
+
+from cyborg_torchrl import keys
+from cyborg_torchrl.data.chunks import Windows, pack_episodes, window_starts, windows
+from cyborg_torchrl.data.rollout import Rollout
+from cyborg_torchrl.data.rollout_buffer import check_rollout, forget_epoch, make_storage
+from cyborg_torchrl.modules.replay import state_after, with_states
+
+STEPS, KEYFRAME = "steps", "keyframe"
+"""Entries of a stored row: those of each step, and the state before the first that is replayed or trained."""
+
+
+class RecurrentRolloutBuffer(ReplayBuffer):
+    """Chunks of consecutive steps, each with the memory state that it begins with.
+
+    A stored row is a stretch of `state_stride` steps of one environment with one memory state, its keyframe, as
+    TensorDict entries; by default a stretch is a chunk of `seq_len` steps. A sample is a batch of sequences
+    [B, burn_in + seq_len]. In it the state stands under its own key at every step, as a view of the first that takes
+    no memory, and zero from an episode's first step on, so that policies which read the stored state at resets
+    (TorchRL's GRUModule and LSTMModule) are right as well.
+
+    With `burn_in`, each sequence begins with up to that many steps before its chunk, marked by
+    ("collector", "burn_in"): those that the rollout has. An episode that begins among them restarts memory there, as
+    in acting. Where there are steps that are not trained (replayed ones, and what fills up a last chunk that is
+    shorter), ("collector", "mask") is true for those that are; it is the mask that TorchRL's losses read.
+
+    Args:
+        num_steps: steps of one rollout, all environments together.
+        seq_len: L, steps in a chunk.
+        batch_size: chunks in a minibatch.
+        num_envs: N; needed where seq_len (or the stride) does not divide the rollout's length T.
+        burn_in: K, steps before each chunk that are replayed without gradient.
+        state_stride: steps for each stored state, a multiple of seq_len; None: seq_len. States of chunks between
+            are had again by replay from the stored one, with the parameters that the agent acted with, exactly; a
+            minibatch then takes all chunks of a stretch.
+        state_dtype: precision in which states are stored; None: that of the rollout.
+        state_keys: entries that are memory states (or tensordicts of them).
+        storage: default `LazyTensorStorage`, one row a stretch; a memmap or a device are chosen with it.
+
+    Iterating over the buffer is one epoch: every step trained exactly once. Storing a rollout replaces the one before.
+
+    Raises:
+        ValueError: if the numbers do not fit together, or the storage is too small for a rollout.
+    """
+
+    def __init__(
+        self,
+        num_steps: int,
+        seq_len: int,
+        batch_size: int,
+        *,
+        num_envs: int | None = None,
+        burn_in: int = 0,
+        state_stride: int | None = None,
+        state_dtype: torch.dtype | None = None,
+        state_keys: Sequence[NestedKey] = (keys.MEMORY_STATE,),
+        storage: LazyTensorStorage | None = None,
+        **options: Any,
+    ) -> None:
+        stride = seq_len if state_stride is None else state_stride
+        _check_numbers(num_steps, seq_len, num_envs, burn_in, stride)
+        steps_per_env = num_steps // (num_envs or 1)
+        self.stretches = -(-steps_per_env // stride) * (num_envs or 1)
+        super().__init__(
+            storage=make_storage(storage, self.stretches),
+            sampler=SamplerWithoutReplacement(),
+            batch_size=max(1, batch_size * seq_len // stride),
+            **options,
+        )
+        self.num_steps, self.seq_len, self.num_envs = num_steps, seq_len, num_envs
+        self.burn_in, self.state_stride, self.state_dtype = burn_in, stride, state_dtype
+        self.state_keys = [unravel_key(key) for key in state_keys]
+        self.steps_per_env = steps_per_env
+        self._dtypes: dict[NestedKey, torch.dtype] = {}
+        self._behaviour: TensorDictModuleBase | None = None
+
+    def __iter__(self) -> Iterator[TensorDictBase]:
+        """One epoch, from its beginning even if the one before was broken off."""
+        forget_epoch(self)
+        return super().__iter__()
+
+    def keyframe_steps(self, steps: int) -> list[int]:
+        """Steps of a rollout of length T before which a memory state is needed, ascending."""
+        return sorted(set(window_starts(steps, self.burn_in, self.state_stride)))
+
+    def store(self, rollout: TensorDictBase | Rollout, policy: TensorDictModuleBase | None = None) -> None:
+        """Stores a rollout [N, T], in place of the one before.
+
+        Args:
+            rollout: with a state at every step, or a `Rollout` with those of `keyframe_steps`.
+            policy: what acted, unchanged since; needed with a `state_stride` beyond `seq_len`, and copied then.
+
+        Raises:
+            ValueError: if it is not [N, T], has another number of steps than the buffer was made for, or its states
+                are not those that are needed.
+        """
+        steps = rollout.steps if isinstance(rollout, Rollout) else rollout
+        check_rollout(steps, self.num_steps)
+        num_envs, length = steps.shape
+        if self.num_envs not in (None, num_envs):
+            raise ValueError(f"the buffer was made for {self.num_envs} environments; got {num_envs} x {length} steps.")
+        if self.num_envs is None and length % self.state_stride:
+            name = "seq_len" if self.state_stride == self.seq_len else "state_stride"
+            raise ValueError(
+                f"{name} = {self.state_stride} does not divide the rollout's length {length}; make the buffer with "
+                f"num_envs={num_envs}, and the last chunks are shorter."
+            )
+        at = self.keyframe_steps(length)
+        if not isinstance(rollout, Rollout):
+            rollout = Rollout.of(rollout, self.state_keys, at)
+        elif list(rollout.at) != at and not rollout.keyframes.is_empty():
+            raise ValueError(f"the rollout has states before the steps {list(rollout.at)}; needed: {at}.")
+        if self.state_stride > self.seq_len and not rollout.keyframes.is_empty():
+            if policy is None:
+                raise ValueError("with a state_stride beyond seq_len, store(rollout, policy) needs what acted.")
+            self._behaviour = copy.deepcopy(policy).requires_grad_(False)
+        self.steps_per_env = length
+        forget_epoch(self)
+        self.empty()
+        self.extend(self._to_rows(rollout))
+
+    def sample(self, batch_size: int | None = None, return_info: bool = False) -> Any:
+        """Returns sequences [B, burn_in + seq_len] (and TorchRL's info, on request)."""
+        rows, info = super().sample(batch_size, return_info=True)
+        row = torch.as_tensor(info["index"], device=rows.device).reshape(-1)
+        sequences, _ = self._sequences(rows, row)
+        return (sequences, info) if return_info else sequences
+
+    def chunks(self, chunk: Tensor, num_envs: int) -> TensorDictBase:
+        """Returns the sequences of some chunks (numbers within an environment) of the first environments.
+
+        Chunk after chunk, [len(chunk) num_envs, burn_in + seq_len].
+        """
+        per_env = -(-self.steps_per_env // self.state_stride) * (self.state_stride // self.seq_len)
+        wanted = (chunk.unsqueeze(1) + per_env * torch.arange(num_envs)).flatten()
+        row = (wanted * self.seq_len // self.state_stride).unique()
+        sequences, number = self._sequences(self._storage.get(row), row)
+        return sequences[(number == wanted.unsqueeze(1)).to(torch.uint8).argmax(1)]
+
+    def state_bytes(self) -> int:
+        """Bytes that the stored states take."""
+        return self._storage.get(slice(0, len(self))).get(KEYFRAME).bytes()
+
+    def replace_states(self, rollout: Rollout) -> None:
+        """Puts the keyframes of a rollout in the place of the stored ones: those that today's parameters give."""
+        target = self._storage.get(slice(0, len(self))).get(KEYFRAME)
+        keyframes = self._keyframes(rollout)
+        for key in target.keys(include_nested=True, leaves_only=True):
+            target.get(key).copy_(keyframes.get(key))
+
+    def _keyframes(self, rollout: Rollout) -> TensorDictBase:
+        """One state a stored row."""
+        starts = window_starts(rollout.steps.shape[1], self.burn_in, self.state_stride)
+        return rollout.keyframes[:, [rollout.at.index(start) for start in starts]].reshape(-1)
+
+    def _to_rows(self, rollout: Rollout) -> TensorDict:
+        steps = rollout.steps.exclude(keys.NEXT)
+        padding = -steps.shape[1] % self.state_stride
+        if padding:
+            steps = torch.cat([steps, steps[:, -1:].expand(steps.shape[0], padding)], 1)
+        keyframes = self._keyframes(rollout)
+        self._dtypes = {key: keyframes.get(key).dtype for key in keyframes.keys(True, True)}
+        keyframes = keyframes if self.state_dtype is None else keyframes.to(self.state_dtype)
+        rows = steps.reshape(-1, self.state_stride)
+        return TensorDict({STEPS: rows, KEYFRAME: keyframes}, rows.batch_size[:1])
+
+    def _states(self, rows: TensorDictBase) -> TensorDictBase:
+        """The states of rows, in the precision that they came in."""
+        stored = rows.get(KEYFRAME)
+        if self.state_dtype is None:
+            return stored
+        return TensorDict({key: stored.get(key).to(dtype) for key, dtype in self._dtypes.items()}, stored.batch_size)
+
+    def _sequences(self, rows: TensorDictBase, row: Tensor) -> tuple[TensorDictBase, Tensor]:
+        """The sequences of stored rows, and the number of each chunk, counted over all environments."""
+        states, per_stretch = self._states(rows), self.state_stride // self.seq_len
+        if not self.burn_in and per_stretch == 1 and not self.steps_per_env % self.seq_len:
+            return with_states(rows.get(STEPS), states), row
+        # sequences that overlap, are filled up, or lie between stored states
+        flat = self._storage.get(slice(0, len(self))).get(STEPS).reshape(-1)
+        per_env = -(-self.steps_per_env // self.state_stride) * per_stretch
+        parts: list[tuple[TensorDictBase, TensorDictBase, Tensor]] = []
+        at: Windows | None = None
+        for j in range(per_stretch):
+            begun, chunk = at, row * per_stretch + j
+            exists = (chunk % per_env) * self.seq_len < self.steps_per_env
+            row, chunk, states = row[exists], chunk[exists], states[exists]
+            if not len(row):
+                break
+            at = windows(chunk, per_env, self.seq_len, self.burn_in, self.steps_per_env)
+            if begun is not None:
+                states = self._advance(flat, begun.position[exists, 0], at.position[:, 0], states)
+            parts.append((_masked(flat[at.position], at), states, chunk))
+        sequences, stored, chunks = zip(*parts, strict=True)
+        return with_states(torch.cat(sequences), torch.cat(stored)), torch.cat(chunks)
+
+    def _advance(self, flat: TensorDictBase, begin: Tensor, end: Tensor, states: TensorDictBase) -> TensorDictBase:
+        """The states before the steps `end`, from those before the steps `begin`, with what acted."""
+        if self._behaviour is None or states.is_empty():
+            return states
+        states = states.clone()
+        for length in (end - begin).unique().tolist():
+            if length:
+                mine = (end - begin) == length
+                positions = begin[mine].unsqueeze(1) + torch.arange(length, device=begin.device)
+                states[mine] = state_after(self._behaviour, flat[positions], states[mine], self.state_keys)
+        return states
+
+
+class EpisodeBuffer(ReplayBuffer):
+    """Whole episodes of unequal length, laid end to end into rows, longest first.
+
+    A row starts from the stored state of an episode that was carried over from the rollout before, or from the
+    initial state; every other episode in it begins with a reset, so nothing passes from one to the next. The few
+    places that no episode fits into are padding, outside ("collector", "mask").
+
+    Args:
+        num_steps: steps of one rollout, all environments together.
+        row_length: steps of a row; at least the longest stretch of an episode in a rollout.
+        batch_size: rows in a minibatch.
+        num_envs: N.
+        state_keys: entries that are memory states (or tensordicts of them).
+        storage: default `LazyTensorStorage`, one row a row.
+
+    Iterating over the buffer is one epoch: every step trained exactly once. Storing a rollout replaces the one before.
+
+    Raises:
+        ValueError: if the storage is too small for a rollout.
+    """
+
+    def __init__(
+        self,
+        num_steps: int,
+        row_length: int,
+        batch_size: int,
+        *,
+        num_envs: int,
+        state_keys: Sequence[NestedKey] = (keys.MEMORY_STATE,),
+        storage: LazyTensorStorage | None = None,
+        **options: Any,
+    ) -> None:
+        # any two rows hold more than one row's worth of steps, but for those that carried episodes begin
+        super().__init__(
+            storage=make_storage(storage, num_envs + 2 * -(-num_steps // row_length)),
+            sampler=SamplerWithoutReplacement(),
+            batch_size=batch_size,
+            **options,
+        )
+        self.num_steps, self.row_length, self.num_envs = num_steps, row_length, num_envs
+        self.state_keys = [unravel_key(key) for key in state_keys]
+
+    def __iter__(self) -> Iterator[TensorDictBase]:
+        """One epoch, from its beginning even if the one before was broken off."""
+        forget_epoch(self)
+        return super().__iter__()
+
+    def keyframe_steps(self, steps: int) -> list[int]:
+        """Steps of a rollout before which a memory state is stored: the first, for episodes that are carried over."""
+        del steps
+        return [0]
+
+    def store(self, rollout: TensorDictBase | Rollout, policy: TensorDictModuleBase | None = None) -> None:
+        """Stores a rollout [N, T], in place of the one before; `policy` is not needed.
+
+        Raises:
+            ValueError: if it is not [N, T], has another number of steps than the buffer was made for, or an episode
+                does not fit into a row.
+        """
+        del policy
+        steps = rollout.steps if isinstance(rollout, Rollout) else rollout
+        check_rollout(steps, self.num_steps)
+        if not isinstance(rollout, Rollout):
+            rollout = Rollout.of(rollout, self.state_keys, [0])
+        packing = pack_episodes(steps.get(keys.IS_INIT).squeeze(-1), self.row_length)
+        flat = rollout.steps.exclude(keys.NEXT).reshape(-1)
+        rows = flat[packing.position]
+        if not bool(packing.is_step.all()):
+            rows.set(keys.TRAIN_MASK, packing.is_step.unsqueeze(-1))
+        env = packing.position[:, 0] // steps.shape[1]
+        forget_epoch(self)
+        self.empty()
+        self.extend(TensorDict({STEPS: rows, KEYFRAME: rollout.keyframes[:, 0][env]}, rows.batch_size[:1]))
+
+    def sample(self, batch_size: int | None = None, return_info: bool = False) -> Any:
+        """Returns sequences [B, row_length] (and TorchRL's info, on request)."""
+        rows, info = super().sample(batch_size, return_info=True)
+        sequences = with_states(rows.get(STEPS), rows.get(KEYFRAME))
+        return (sequences, info) if return_info else sequences
+
+    def state_bytes(self) -> int:
+        """Bytes that the stored states take."""
+        return self._storage.get(slice(0, len(self))).get(KEYFRAME).bytes()
+
+
+def _check_numbers(num_steps: int, seq_len: int, num_envs: int | None, burn_in: int, stride: int) -> None:
+    if seq_len < 1 or (num_envs is None and num_steps % seq_len):
+        raise ValueError(f"seq_len must be >= 1 and divide num_steps = {num_steps}; got {seq_len}.")
+    if num_envs is not None and (num_envs < 1 or num_steps % num_envs):
+        raise ValueError(f"num_envs must be >= 1 and divide num_steps = {num_steps}; got {num_envs}.")
+    if burn_in < 0:
+        raise ValueError(f"burn_in must be >= 0; got {burn_in}.")
+    if stride < 1 or stride % seq_len:
+        raise ValueError(f"state_stride must be a multiple of seq_len = {seq_len}; got {stride}.")
+
+
+def _masked(sequences: TensorDictBase, at: Windows) -> TensorDictBase:
+    sequences.set(keys.BURN_IN, at.is_burn_in.unsqueeze(-1))
+    sequences.set(keys.TRAIN_MASK, at.is_trained.unsqueeze(-1))
+    return sequences

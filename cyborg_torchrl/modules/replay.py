@@ -1,0 +1,90 @@
+# pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# (tensordict's and torchrl's annotations are narrower than what they take)
+"""Runs a policy again over steps that it has seen, to find the memory state behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from tensordict.utils import NestedKey, unravel_key
+from torch import Tensor
+from torchrl.envs.utils import ExplorationType, set_exploration_type
+from torchrl.modules import set_recurrent_mode
+
+from cyborg_torchrl import keys
+from cyborg_torchrl.modules.actor_critic import PPOAgent
+
+
+@torch.no_grad()
+def state_after(
+    policy: TensorDictModuleBase, steps: TensorDictBase, state: TensorDictBase, state_keys: Sequence[NestedKey]
+) -> TensorDictBase:
+    """The memory state behind a batch of sequences.
+
+    Args:
+        policy: a `PPOAgent`, or any policy that writes its states under "next" (TorchRL's do).
+        steps: observations and `is_init`, [B, T], T >= 1.
+        state: the state before the first step, [B].
+        state_keys: the entries that are memory states.
+
+    Returns:
+        The state after the last step, [B], under the same keys; no gradient.
+    """
+    device, home = next(policy.parameters()).device, state.device
+    steps, state = steps.to(device), state.to(device)
+    work = steps.exclude(*state_keys, keys.NEXT)
+    for key in state.keys(include_nested=True, leaves_only=True):
+        value = state.get(key)
+        work.set(key, value.unsqueeze(1).expand(-1, steps.shape[1], *value.shape[1:]))
+    if isinstance(policy, PPOAgent):
+        with set_recurrent_mode(True):
+            policy.encoder(work)
+            reached = policy.backbone.run(work)
+        entries = {key: reached[name] for name, key in policy.backbone.state_keys.items()}
+        last = TensorDict(entries, steps.batch_size[:1])
+    else:
+        last = _by_steps(policy, work, state_keys)
+    return last if home is None else last.to(home)
+
+
+def memory_state_keys(policy: TensorDictModuleBase) -> list[NestedKey]:
+    """The entries that a policy reads and writes again for the next step: its memory states."""
+    written = {unravel_key(key) for key in policy.out_keys}
+    return [key for key in map(unravel_key, policy.in_keys) if unravel_key((keys.NEXT, key)) in written]
+
+
+def with_states(sequences: TensorDictBase, states: TensorDictBase) -> TensorDictBase:
+    """Sets states [B] at every step of sequences [B, S]: a view; and zero from the first reset after the first step on.
+
+    Our backbone reads the state of the first step alone. TorchRL's modules read it at every reset too, and zero is
+    what their primer puts there.
+    """
+    steps = sequences.shape[1]
+    is_init = sequences.get(keys.IS_INIT).squeeze(-1)
+    is_later_episode = is_init[:, 1:].cumsum(1) > 0
+    has_resets = bool(is_later_episode.any())
+
+    def spread(state: Tensor) -> Tensor:
+        everywhere = state.unsqueeze(1).expand(-1, steps, *state.shape[1:])
+        if not has_resets:
+            return everywhere
+        mask = is_later_episode.view(*is_later_episode.shape, *[1] * (state.ndim - 1))
+        return torch.cat([everywhere[:, :1], everywhere[:, 1:].masked_fill(mask, 0.0)], 1)
+
+    for key in states.keys(include_nested=True, leaves_only=True):
+        sequences.set(key, spread(states.get(key)))
+    return sequences
+
+
+def _by_steps(policy: TensorDictModuleBase, work: TensorDictBase, state_keys: Sequence[NestedKey]) -> TensorDictBase:
+    """Step by step, as in acting: right for whatever policy."""
+    carried = work.select(*state_keys, strict=False)[:, 0]
+    inputs = work.exclude(*state_keys)
+    with set_recurrent_mode(False), set_exploration_type(ExplorationType.DETERMINISTIC):  # draws no random numbers
+        for t in range(work.shape[1]):
+            played = policy(inputs[:, t].update(carried))
+            carried = played.get(keys.NEXT).select(*state_keys, strict=False)
+    return carried.clone()

@@ -1,0 +1,85 @@
+# pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# (tensordict's and torchrl's annotations are narrower than what they take)
+"""How far the states that are used have drifted from what today's parameters would give."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor, distributions
+from torchrl.modules import set_recurrent_mode
+
+from cyborg_torchrl import keys
+from cyborg_torchrl.modules.replay import state_after, with_states
+
+if TYPE_CHECKING:
+    from cyborg_torchrl.objectives.recurrent_ppo import RecurrentClipPPOLoss
+
+
+@torch.no_grad()
+def measure_drift(
+    loss: RecurrentClipPPOLoss, steps: TensorDictBase, start: TensorDictBase, used: TensorDictBase, begin: list[int]
+) -> dict[str, Tensor]:
+    """Compares what is trained on with a replay of the whole rollout under the present parameters.
+
+    Args:
+        loss: whose actor it is.
+        steps: rollouts of n environments, [n, T].
+        start: their states before the first step, [n].
+        used: the sequences that the update sees of them, chunk after chunk, [C n, K + L], burn-in included.
+        begin: the first trained step of each chunk, C of them, ascending; whole chunks of L steps.
+
+    Returns:
+        `state_drift`: |h_used - h_fresh| / |h_fresh| at the first trained step, over all states; and at the first and
+        last trained step `kl_*`, KL(fresh || used) of the policy, and `logits_*`, the largest change of a logit (or
+        location) over the largest logit. Means over chunks and environments.
+
+    Source: the recurrent state staleness of Kapturowski et al. (2019), "R2D2", section 3, whose measure is over
+    Q-values.
+    """
+    used = loss.after_burn_in(used)
+    length, envs = used.shape[1], steps.shape[0]
+    fresh: list[TensorDictBase] = []
+    with loss.actor() as actor:
+        state, reached = start, 0
+        for first in begin:
+            if first > reached:
+                state = state_after(actor, steps[:, reached:first], state, loss.state_keys)
+            reached = first
+            fresh.append(with_states(steps[:, first : first + length].exclude(*loss.state_keys), state))
+        wanted = [*actor.in_keys, keys.ACTION]
+        both = torch.cat([part.select(*wanted, strict=False) for part in (torch.cat(fresh), used)])
+        with set_recurrent_mode(True):
+            dist = actor.get_dist(both.clone(recurse=False))
+    half = envs * len(begin)
+    figures = _distances(dist, half, both.get(keys.ACTION))
+    figures["state_drift"] = _relative(both, half, loss.state_keys)
+    return figures
+
+
+def _distances(dist: distributions.Distribution, half: int, action: Tensor) -> dict[str, Tensor]:
+    log_prob = dist.log_prob(action)
+    ratio = log_prob[half:] - log_prob[:half]
+    kl = torch.expm1(ratio) - ratio  # unbiased, never negative, and defined for every distribution
+    logits = next((value for name in ("logits", "loc") if (value := getattr(dist, name, None)) is not None), None)
+    if isinstance(dist, distributions.Categorical) and logits is not None:
+        log_p, log_q = logits[:half].log_softmax(-1), logits[half:].log_softmax(-1)
+        kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+    figures = {"drift_kl_first": kl[:, 0].mean(), "drift_kl_last": kl[:, -1].mean()}
+    if logits is not None:
+        change = (logits[half:] - logits[:half]).abs().amax(-1) / logits[:half].abs().amax(-1).clamp_min(1e-12)
+        figures |= {"drift_logits_first": change[:, 0].mean(), "drift_logits_last": change[:, -1].mean()}
+    return figures
+
+
+def _relative(both: TensorDictBase, half: int, state_keys: list) -> Tensor:
+    change, size = torch.zeros(half), torch.zeros(half)
+    states = both.select(*state_keys, strict=False)[:, 0]
+    for key in states.keys(include_nested=True, leaves_only=True):
+        value = states.get(key).flatten(1)
+        fresh, used = value[:half], value[half:]
+        change = change.to(value.device) + (used - fresh).square().sum(1)
+        size = size.to(value.device) + fresh.square().sum(1)
+    return (change.sqrt() / size.sqrt().clamp_min(1e-12)).mean()
