@@ -74,7 +74,8 @@ class MambaBlock(Core):
         self.A_log = nn.Parameter(torch.arange(1, d_state + 1).log().repeat(d_inner, 1))
         self.D = nn.Parameter(torch.full((d_inner,), float(official)))
         self.out_proj = nn.Linear(d_inner, d_model, bias=False)
-        timescales = 1.0 / step_sizes(d_inner, max_horizon)
+        # what is written by one step of size 1 is read as the product of B and C, which are N numbers of size 1
+        timescales = 1.0 / (d_state * step_sizes(d_inner, max_horizon))
         self.readout = build_readout("none" if official else readout, d_inner, readout_groups, timescales)
         self.initial = InitialState(self.state_shapes, learn_initial_state)
         self.kernel = Kernel(kernel)

@@ -81,7 +81,8 @@ class Mamba2Block(Core):
         self.conv1d = nn.Conv1d(conv_channels, conv_channels, d_conv, groups=conv_channels, bias=official)
         self.norm = nn.RMSNorm(d_inner, eps=1e-5) if official else nn.Identity()
         self.out_proj = nn.Linear(d_inner, d_model, bias=False)
-        timescales = (1.0 / step_sizes(heads, max_horizon)).repeat_interleave(headdim)
+        # what is written by one step of size 1 is read as the product of B and C, which are N numbers of size 1
+        timescales = (1.0 / (d_state * step_sizes(heads, max_horizon))).repeat_interleave(headdim)
         self.readout = build_readout("none" if official else readout, d_inner, readout_groups, timescales)
         self.initial = InitialState(self.state_shapes, learn_initial_state)
         self.kernel = Kernel(kernel)
