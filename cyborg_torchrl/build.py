@@ -133,6 +133,7 @@ def build_buffer(cfg: DictConfig, env: EnvBase, steps: int) -> Buffer:
         burn_in=train.burn_in,
         state_stride=stride,
         state_dtype=dtype,
+        start_state=train.start_state,
         storage=_storage(cfg, num_envs * -(-steps // stride)),
     )
 

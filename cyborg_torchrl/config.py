@@ -73,6 +73,8 @@ class TrainConfig:
     """Steps for each stored state, a multiple of seq_len (modes burn_in and tbptt); null: seq_len."""
     state_dtype: str = "float32"
     """Precision of stored states: float32, bfloat16 or float16."""
+    start_state: str = "stored"
+    """What a chunk begins with: stored, or initial (as most libraries have it: wrong, and here for comparison)."""
     refresh_states: bool = False
     """Recompute the stored states with the present parameters before each epoch but the first."""
     storage: str = "ram"
@@ -270,6 +272,7 @@ def validate(cfg: DictConfig) -> None:
         ("train.lr_schedule", train.lr_schedule, ("constant", "linear")),
         ("train.state_dtype", train.state_dtype, STATE_DTYPES),
         ("train.storage", train.storage, STORAGES),
+        ("train.start_state", train.start_state, ("stored", "initial")),
         ("collector.name", cfg.collector.name, ("rollout", "single", "multi_sync")),
     ):
         if value not in known:
@@ -286,6 +289,7 @@ def _check_mode(train: Any) -> None:
         "seq_len": (train.seq_len, ("burn_in", "tbptt")),
         "state_stride": (train.state_stride, ("burn_in", "tbptt")),
         "refresh_states": (train.refresh_states, ("burn_in", "tbptt")),
+        "start_state": (train.start_state != "stored", ("burn_in", "tbptt")),
     }
     for key, (value, modes) in belongs.items():
         if value and mode not in modes:

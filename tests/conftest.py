@@ -14,9 +14,11 @@ from typing import NamedTuple
 import pytest
 import torch
 from tensordict import TensorDict, TensorDictBase
-from torch import Tensor
+from tensordict.nn import TensorDictModule, TensorDictSequential
+from torch import Tensor, nn
 from torchrl.data import Binary, Categorical, Composite, TensorSpec, Unbounded
 from torchrl.envs import Compose, EnvBase, InitTracker, TransformedEnv
+from torchrl.modules import GRUModule, LSTMModule, ProbabilisticActor, ValueOperator
 
 import cyborg_torchrl.cores  # noqa: F401  (registers the shipped cores)
 from cyborg_torchrl.cores import Core, InitialState, State, unroll
@@ -226,6 +228,37 @@ def collect() -> Callable[..., TensorDictBase]:
         return torch.stack(rows, 1)
 
     return run
+
+
+class TheirPolicy(nn.Module):
+    """An actor, a critic head and a critic around one of TorchRL's recurrent modules."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.state_keys = ["recurrent_state"] if kind == "gru" else ["state_h", "state_c"]
+        embed = TensorDictModule(nn.Linear(3, 8), in_keys=["observation"], out_keys=["embedding"])
+        recurrent = (GRUModule if kind == "gru" else LSTMModule)(
+            8,
+            8,
+            2,
+            in_keys=["embedding", *self.state_keys],
+            out_keys=["memory", *(("next", key) for key in self.state_keys)],
+        )
+        head = TensorDictModule(nn.Linear(8, 3), in_keys=["memory"], out_keys=["logits"])
+        self.actor = ProbabilisticActor(
+            TensorDictSequential(embed, recurrent, head),
+            in_keys=["logits"],
+            distribution_class=torch.distributions.Categorical,
+            return_log_prob=True,
+        )
+        self.head = ValueOperator(nn.Linear(8, 1), in_keys=["memory"])
+        self.critic = TensorDictSequential(embed, recurrent, self.head)
+
+
+@pytest.fixture
+def their_policy() -> Callable[[str], TheirPolicy]:
+    """Maker of a policy of TorchRL's own modules, "gru" or "lstm"."""
+    return TheirPolicy
 
 
 def stub(name: str, **entries: object) -> ModuleType:

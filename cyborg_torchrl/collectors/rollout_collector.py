@@ -35,7 +35,8 @@ class RolloutCollector:
         policy: acts; its memory states are found by their names under "next".
         frames_per_batch: steps of a rollout, all environments together.
         total_frames: steps in all; whole rollouts.
-        value_operator: from an observation and a memory state to "state_value".
+        value_operator: from an observation and a memory state to "state_value"; also asked at every step if the policy
+            does not write it.
         keyframe_steps: from T to the steps before which states are kept; None: before the first.
 
     Raises:
@@ -68,7 +69,8 @@ class RolloutCollector:
         self.at = tuple(keyframe_steps(self.steps)) if keyframe_steps else (0,)
         self.state_keys = memory_state_keys(policy)
         self._dropped = [*self.state_keys, *(unravel_key((keys.NEXT, key)) for key in self.state_keys)]
-        self._carried: TensorDictBase | None = None
+        with torch.no_grad():  # here, as TorchRL's collectors do, so that both take the same random numbers
+            self._carried = self.env.reset()
 
     def __iter__(self) -> Iterator[Rollout]:
         """Yields rollouts until `total_frames` steps have been taken."""
@@ -82,7 +84,7 @@ class RolloutCollector:
         states: list[TensorDictBase] = []
         wanted = set(self.at)
         with set_exploration_type(ExplorationType.RANDOM), set_recurrent_mode(False):
-            carried = self.env.reset() if self._carried is None else self._carried
+            carried = self._carried
             for t in range(self.steps):
                 if t in wanted:
                     states.append(carried.select(*self.state_keys, strict=False).clone())
@@ -93,7 +95,7 @@ class RolloutCollector:
         steps, keyframes = torch.stack(rows, dim), torch.stack(states, dim)
         if dim == 0:
             steps, keyframes = steps.unsqueeze(0), keyframes.unsqueeze(0)
-        return Rollout(steps, keyframes, self.at)
+        return Rollout(steps.filter_empty_(), keyframes, self.at)
 
     def set_seed(self, seed: int) -> int | None:
         """Seeds the environment. Returns a seed for the next one, as TorchRL does."""
@@ -106,13 +108,15 @@ class RolloutCollector:
 
     def _recorded(self, played: TensorDictBase, *, is_last: bool) -> TensorDictBase:
         """A step as it is kept: without states, with the value of an observation that nothing follows."""
-        following = played.get(keys.NEXT)
+        following, record = played.get(keys.NEXT), played.exclude(*self._dropped)
+        if record.get(keys.VALUE, None) is None:
+            read = played.select(*self.value_operator.in_keys, strict=False)
+            record.set(keys.VALUE, self.value_operator(read).get(keys.VALUE))
         terminated = following.get(keys.TERMINATED)
         is_cut = ~terminated if is_last else following.get(keys.DONE) & ~terminated
-        value = torch.zeros_like(is_cut, dtype=played.get(keys.VALUE).dtype)
+        value = torch.zeros_like(record.get(keys.VALUE))
         if bool(is_cut.any()):
             mask = is_cut.squeeze(-1)
             value[mask] = value_after(following[mask], self.value_operator)
-        record = played.exclude(*self._dropped)
         record.set((keys.NEXT, keys.VALUE), value)
         return record

@@ -20,7 +20,7 @@ from cyborg_torchrl import keys
 from cyborg_torchrl.data.chunks import Windows, pack_episodes, window_starts, windows
 from cyborg_torchrl.data.rollout import Rollout
 from cyborg_torchrl.data.rollout_buffer import check_rollout, forget_epoch, make_storage
-from cyborg_torchrl.modules.replay import state_after, with_states
+from cyborg_torchrl.modules.replay import as_primed, state_after, with_states
 
 STEPS, KEYFRAME = "steps", "keyframe"
 """Entries of a stored row: those of each step, and the state before the first that is replayed or trained."""
@@ -50,6 +50,8 @@ class RecurrentRolloutBuffer(ReplayBuffer):
             are had again by replay from the stored one, with the parameters that the agent acted with, exactly; a
             minibatch then takes all chunks of a stretch.
         state_dtype: precision in which states are stored; None: that of the rollout.
+        start_state: "stored", or "initial": every sequence begins as an episode does, whatever the agent remembered
+            there. That is what most libraries do, and wrong; it is here to be compared with.
         state_keys: entries that are memory states (or tensordicts of them).
         storage: default `LazyTensorStorage`, one row a stretch; a memmap or a device are chosen with it.
 
@@ -69,12 +71,15 @@ class RecurrentRolloutBuffer(ReplayBuffer):
         burn_in: int = 0,
         state_stride: int | None = None,
         state_dtype: torch.dtype | None = None,
+        start_state: str = "stored",
         state_keys: Sequence[NestedKey] = (keys.MEMORY_STATE,),
         storage: LazyTensorStorage | None = None,
         **options: Any,
     ) -> None:
         stride = seq_len if state_stride is None else state_stride
         _check_numbers(num_steps, seq_len, num_envs, burn_in, stride)
+        if start_state not in ("stored", "initial"):
+            raise ValueError(f"start_state must be 'stored' or 'initial'; got '{start_state}'.")
         steps_per_env = num_steps // (num_envs or 1)
         self.stretches = -(-steps_per_env // stride) * (num_envs or 1)
         super().__init__(
@@ -85,6 +90,7 @@ class RecurrentRolloutBuffer(ReplayBuffer):
         )
         self.num_steps, self.seq_len, self.num_envs = num_steps, seq_len, num_envs
         self.burn_in, self.state_stride, self.state_dtype = burn_in, stride, state_dtype
+        self.start_state = start_state
         self.state_keys = [unravel_key(key) for key in state_keys]
         self.steps_per_env = steps_per_env
         self._dtypes: dict[NestedKey, torch.dtype] = {}
@@ -189,6 +195,16 @@ class RecurrentRolloutBuffer(ReplayBuffer):
 
     def _sequences(self, rows: TensorDictBase, row: Tensor) -> tuple[TensorDictBase, Tensor]:
         """The sequences of stored rows, and the number of each chunk, counted over all environments."""
+        sequences, chunk = self._from_stored_states(rows, row)
+        if self.start_state == "initial":
+            is_init = sequences.get(keys.IS_INIT).clone()
+            is_init[:, 0] = True
+            sequences.set(keys.IS_INIT, is_init)
+            for key in rows.get(KEYFRAME).keys(include_nested=True, leaves_only=True):
+                sequences.set(key, torch.zeros_like(sequences.get(key)[:, :1]).expand_as(sequences.get(key)))
+        return sequences, chunk
+
+    def _from_stored_states(self, rows: TensorDictBase, row: Tensor) -> tuple[TensorDictBase, Tensor]:
         states, per_stretch = self._states(rows), self.state_stride // self.seq_len
         if not self.burn_in and per_stretch == 1 and not self.steps_per_env % self.seq_len:
             return with_states(rows.get(STEPS), states), row
@@ -206,6 +222,7 @@ class RecurrentRolloutBuffer(ReplayBuffer):
             at = windows(chunk, per_env, self.seq_len, self.burn_in, self.steps_per_env)
             if begun is not None:
                 states = self._advance(flat, begun.position[exists, 0], at.position[:, 0], states)
+                states = as_primed(states, flat.get(keys.IS_INIT)[at.position[:, 0]])
             parts.append((_masked(flat[at.position], at), states, chunk))
         sequences, stored, chunks = zip(*parts, strict=True)
         return with_states(torch.cat(sequences), torch.cat(stored)), torch.cat(chunks)

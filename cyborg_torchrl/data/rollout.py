@@ -35,4 +35,4 @@ class Rollout:
             raise ValueError(f"a rollout has batch size [N, T]; got {list(steps.batch_size)}.")
         keyframes = steps.select(*state_keys, strict=False)[:, list(at)]
         following = [(keys.NEXT, *((key,) if isinstance(key, str) else key)) for key in state_keys]
-        return Rollout(steps.exclude(*state_keys, *following), keyframes, tuple(at))
+        return Rollout(steps.exclude(*state_keys, *following).filter_empty_(), keyframes, tuple(at))

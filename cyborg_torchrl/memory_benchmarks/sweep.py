@@ -45,17 +45,21 @@ class Cell:
     total_timesteps: int
     overrides: str
 
+    @property
+    def folder(self) -> str:
+        """Name of the folder that holds its run."""
+        name = f"{self.task}-{self.backbone}-h{self.horizon}-t{self.total_timesteps}-s{self.seed}"
+        return name + re.sub(r"[^\w.-]+", "_", f" {self.overrides}" if self.overrides else "")
+
     def command(self, base_dir: str) -> list[str]:
         """The suite's command line."""
-        name = f"{self.task}-{self.backbone}-h{self.horizon}-t{self.total_timesteps}-s{self.seed}"
-        name += re.sub(r"[^\w.-]+", "_", f" {self.overrides}" if self.overrides else "")
         flags = {
             "task": self.task,
             "backbone": self.backbone,
             "horizon": self.horizon,
             "seed": self.seed,
             "total-timesteps": self.total_timesteps,
-            "base-dir": f"{base_dir}/{name}",
+            "base-dir": f"{base_dir}/{self.folder}",
         }
         arguments = itertools.chain.from_iterable((f"--{flag}", str(value)) for flag, value in flags.items())
         return [sys.executable, "-m", SUITE, *arguments, "logger=quiet", *self.overrides.split()]
@@ -139,28 +143,29 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the sweep. Returns 0, 1 if a run failed, 130 if interrupted."""
-    arguments = build_parser().parse_intermixed_args(argv)
-    output: Path = arguments.output or Path(arguments.base_dir) / "results.csv"
-    grid = itertools.product(arguments.tasks, arguments.backbones, arguments.horizons, range(arguments.seeds))
-    overrides = " ".join(arguments.overrides)
-    cells = [Cell(*choice, arguments.total_timesteps, overrides) for choice in grid]
+def run_cells(cells: Sequence[Cell], base_dir: str, output: Path, jobs: int) -> list[dict[str, Any]]:
+    """Runs the cells that the output file does not hold yet, and writes each to it as it ends.
+
+    Returns:
+        A row for each cell, those of the file first.
+
+    Raises:
+        KeyboardInterrupt: when interrupted; what has ended by then is in the file.
+    """
     finished = read_rows(output)
-    open_cells = [cell for cell in cells if cell not in finished]
     console = Console(stderr=True)
     rows = [finished[cell] for cell in cells if cell in finished]
     if rows:
         console.print(f"{len(rows)} of {len(cells)} runs are taken from {output}; remove it to run them again")
     output.parent.mkdir(parents=True, exist_ok=True)
     is_new = not output.exists()
-    pool = ThreadPoolExecutor(max(1, arguments.jobs))
+    pool = ThreadPoolExecutor(max(1, jobs))
     with output.open("a", newline="") as file, Progress(console=console) as progress:
         writer = csv.DictWriter(file, COLUMNS, restval="")
         if is_new:
             writer.writeheader()
         task = progress.add_task("runs", total=len(cells), completed=len(rows))
-        futures = [pool.submit(run_cell, cell, arguments.base_dir) for cell in open_cells]
+        futures = [pool.submit(run_cell, cell, base_dir) for cell in cells if cell not in finished]
         try:
             for future in as_completed(futures):
                 row = future.result()
@@ -175,7 +180,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             pool.shutdown(cancel_futures=True)
             console.print(f"interrupted: {len(rows)} of {len(cells)} runs are in {output}")
-            return 130
+            raise
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the sweep. Returns 0, 1 if a run failed, 130 if interrupted."""
+    arguments = build_parser().parse_intermixed_args(argv)
+    output: Path = arguments.output or Path(arguments.base_dir) / "results.csv"
+    grid = itertools.product(arguments.tasks, arguments.backbones, arguments.horizons, range(arguments.seeds))
+    overrides = " ".join(arguments.overrides)
+    cells = [Cell(*choice, arguments.total_timesteps, overrides) for choice in grid]
+    try:
+        rows = run_cells(cells, arguments.base_dir, output, arguments.jobs)
+    except KeyboardInterrupt:
+        return 130
     Console(width=200).print(table(rows, arguments.target))
     return 1 if any(row["error"] for row in rows) else 0
 

@@ -56,6 +56,17 @@ def memory_state_keys(policy: TensorDictModuleBase) -> list[NestedKey]:
     return [key for key in map(unravel_key, policy.in_keys) if unravel_key((keys.NEXT, key)) in written]
 
 
+def as_primed(states: TensorDictBase, is_init: Tensor) -> TensorDictBase:
+    """States [B] as they stand in a rollout: zero, as primers have it, where an episode begins, [B] or [B, 1].
+
+    TorchRL's modules would go on from what an earlier episode left there.
+    """
+    flags = is_init.reshape(-1)
+    if not bool(flags.any()):
+        return states
+    return states.apply(lambda value: value.masked_fill(flags.view(-1, *[1] * (value.ndim - 1)), 0.0))
+
+
 def with_states(sequences: TensorDictBase, states: TensorDictBase) -> TensorDictBase:
     """Sets states [B] at every step of sequences [B, S]: a view; and zero from the first reset after the first step on.
 

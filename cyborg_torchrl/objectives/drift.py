@@ -12,7 +12,7 @@ from torch import Tensor, distributions
 from torchrl.modules import set_recurrent_mode
 
 from cyborg_torchrl import keys
-from cyborg_torchrl.modules.replay import state_after, with_states
+from cyborg_torchrl.modules.replay import as_primed, state_after, with_states
 
 if TYPE_CHECKING:
     from cyborg_torchrl.objectives.recurrent_ppo import RecurrentClipPPOLoss
@@ -48,7 +48,8 @@ def measure_drift(
             if first > reached:
                 state = state_after(actor, steps[:, reached:first], state, loss.state_keys)
             reached = first
-            fresh.append(with_states(steps[:, first : first + length].exclude(*loss.state_keys), state))
+            chunk = steps[:, first : first + length].exclude(*loss.state_keys)
+            fresh.append(with_states(chunk, as_primed(state, chunk.get(keys.IS_INIT)[:, 0])))
         wanted = [*actor.in_keys, keys.ACTION]
         both = torch.cat([part.select(*wanted, strict=False) for part in (torch.cat(fresh), used)])
         with set_recurrent_mode(True):

@@ -16,7 +16,7 @@ from torchrl.objectives import ClipPPOLoss
 
 from cyborg_torchrl import keys
 from cyborg_torchrl.modules import Backbone, PPOAgent
-from cyborg_torchrl.modules.replay import memory_state_keys, state_after, with_states
+from cyborg_torchrl.modules.replay import as_primed, memory_state_keys, state_after, with_states
 from cyborg_torchrl.objectives.functional import masked_standardize
 
 
@@ -91,7 +91,7 @@ class RecurrentClipPPOLoss(ClipPPOLoss):
         trained = trained.exclude(keys.BURN_IN)
         if bool(trained.get(keys.TRAIN_MASK).all()):
             trained = trained.exclude(keys.TRAIN_MASK)
-        return with_states(trained, states)
+        return with_states(trained, as_primed(states, trained.get(keys.IS_INIT)[:, 0]))
 
     @contextmanager
     def actor(self) -> Generator[TensorDictModuleBase]:

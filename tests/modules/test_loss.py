@@ -8,10 +8,8 @@ from collections.abc import Callable
 import pytest
 import torch
 from tensordict import TensorDict, TensorDictBase
-from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import nn
 from torchrl.collectors import Collector
-from torchrl.modules import GRUModule, LSTMModule, ProbabilisticActor, ValueOperator
 from torchrl.objectives import ClipPPOLoss
 
 from cyborg_torchrl.config import TrainConfig
@@ -180,34 +178,9 @@ def test_every_parameter_of_the_agent_is_trained(build_core: Callable[..., Core]
 # policies that are TorchRL's through and through
 
 
-class TheirPolicy(nn.Module):
-    """An actor, a critic head and a critic around one of TorchRL's recurrent modules."""
-
-    def __init__(self, kind: str) -> None:
-        super().__init__()
-        self.state_keys = ["recurrent_state"] if kind == "gru" else ["state_h", "state_c"]
-        embed = TensorDictModule(nn.Linear(3, 8), in_keys=["observation"], out_keys=["embedding"])
-        recurrent = (GRUModule if kind == "gru" else LSTMModule)(
-            8,
-            8,
-            2,
-            in_keys=["embedding", *self.state_keys],
-            out_keys=["memory", *(("next", key) for key in self.state_keys)],
-        )
-        head = TensorDictModule(nn.Linear(8, 3), in_keys=["memory"], out_keys=["logits"])
-        self.actor = ProbabilisticActor(
-            TensorDictSequential(embed, recurrent, head),
-            in_keys=["logits"],
-            distribution_class=torch.distributions.Categorical,
-            return_log_prob=True,
-        )
-        self.head = ValueOperator(nn.Linear(8, 1), in_keys=["memory"])
-        self.critic = TensorDictSequential(embed, recurrent, self.head)
-
-
 @pytest.mark.parametrize("kind", ["gru", "lstm"])
-def test_trains_a_policy_that_is_torchrls_own(kind: str, make_env: Callable) -> None:
-    policy = TheirPolicy(kind)
+def test_trains_a_policy_that_is_torchrls_own(kind: str, make_env: Callable, their_policy: Callable) -> None:
+    policy = their_policy(kind)
     frames = NUM_ENVS * STEPS
     collector = Collector(
         make_env(NUM_ENVS),
@@ -234,9 +207,9 @@ def test_trains_a_policy_that_is_torchrls_own(kind: str, make_env: Callable) -> 
     assert unchanged == []
 
 
-def test_values_are_those_of_the_present_critic(make_env: Callable) -> None:
+def test_values_are_those_of_the_present_critic(make_env: Callable, their_policy: Callable) -> None:
     """A collector may hand out the same tensordict again: values of an earlier rollout must not be taken for new."""
-    policy = TheirPolicy("gru")
+    policy = their_policy("gru")
     frames = NUM_ENVS * STEPS
     collector = Collector(
         make_env(NUM_ENVS),
@@ -253,9 +226,9 @@ def test_values_are_those_of_the_present_critic(make_env: Callable) -> None:
     collector.shutdown()
 
 
-def test_our_sequences_give_their_module_what_it_had(make_env: Callable) -> None:
+def test_our_sequences_give_their_module_what_it_had(make_env: Callable, their_policy: Callable) -> None:
     """With resets inside the chunks, for which TorchRL's modules read the stored state."""
-    policy = TheirPolicy("lstm")
+    policy = their_policy("lstm")
     frames = NUM_ENVS * STEPS
     options = {"frames_per_batch": frames, "total_frames": frames, "auto_register_policy_transforms": True}
     collector = Collector(make_env(NUM_ENVS), policy.actor, **options)

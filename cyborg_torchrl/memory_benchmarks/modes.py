@@ -1,0 +1,154 @@
+r"""Compares the recurrent modes on a delay that is longer than a chunk: success, drift of the states, time.
+
+python -m cyborg_torchrl.memory_benchmarks.modes --backbones lru gru --seeds 5 --jobs 2 --plot modes.png
+
+The task is delayed cue with 94 blank steps, so that an episode is three chunks of 32 steps, and the chunk that is
+rewarded never holds the cue. Finished runs are kept, and skipped when the command is started again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from cyborg_torchrl.memory_benchmarks.plot import EXTRA
+from cyborg_torchrl.memory_benchmarks.sweep import Cell, run_cells
+
+CHUNK = "train=burn_in train.seq_len=32"
+ARMS: dict[str, str] = {
+    "no memory": "train=none",
+    "zero": f"{CHUNK} train.start_state=initial",
+    "zero + burn-in 32": f"{CHUNK} train.burn_in=32 train.start_state=initial",
+    "zero + burn-in 64": f"{CHUNK} train.burn_in=64 train.start_state=initial",
+    "stored (tbptt)": "train=tbptt train.seq_len=32",
+    "stored + burn-in 32": f"{CHUNK} train.burn_in=32",
+    "stored, refreshed": "train=tbptt train.seq_len=32 train.refresh_states=true",
+    "stored, 1 step": "train=burn_in train.seq_len=1",
+    "whole episodes": "train=episode",
+}
+FIGURES = ("success_rate", "state_drift", "drift_kl_last", "ratio_error", "total_seconds")
+T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
+"""Quantiles of Student's distribution for a two-sided 95 % interval, by the number of seeds."""
+
+
+def read_figures(row: dict[str, Any], folder: Path) -> dict[str, float]:
+    """Of one run: its success and time, and means of its log over all updates (of the ratio's error: the first)."""
+    figures = {name: float(row[name]) for name in ("success_rate", "total_seconds")}
+    runs = sorted(folder.glob("*/logs/metrics.csv"))
+    if runs:
+        with runs[-1].open(newline="") as file:
+            log = list(csv.DictReader(file))
+        for name in ("state_drift", "drift_kl_last"):
+            values = [float(update[name]) for update in log if update.get(name)]
+            figures[name] = mean(values) if values else float("nan")
+        figures["ratio_error"] = float(log[0]["ratio_error"])
+    return figures
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and half the width of its 95 % interval (Student's), 0 for a single value."""
+    if len(values) < 2:
+        return mean(values), 0.0
+    return mean(values), T_95.get(len(values), 1.96) * stdev(values) / len(values) ** 0.5
+
+
+def table(results: dict[tuple[str, str], list[dict[str, float]]]) -> Table:
+    """One line for each backbone and mode."""
+    lines = Table(
+        "backbone", "start of a chunk", title="delayed cue, 94 blank steps, chunks of 32; mean and 95 % interval"
+    )
+    for name in ("success", "drift of the state", "KL at the last step", "ratio error", "s/run"):
+        lines.add_column(name, justify="right")
+    for (backbone, arm), runs in results.items():
+        cells = [interval([run[name] for run in runs if name in run]) for name in FIGURES]
+        texts = [f"{cells[0][0]:.3f} ± {cells[0][1]:.3f}", f"{cells[1][0]:.3f} ± {cells[1][1]:.3f}"]
+        texts += [f"{cells[2][0]:.4f}", f"{cells[3][0]:.1e}", f"{cells[4][0]:.0f}"]
+        lines.add_row(backbone, arm, *texts)
+    return lines
+
+
+def draw(results: dict[tuple[str, str], list[dict[str, float]]], path: Path) -> None:
+    """Success and drift of each mode, every seed a dot, with intervals."""
+    from matplotlib import pyplot
+
+    backbones = list(dict.fromkeys(backbone for backbone, _ in results))
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4.5), layout="constrained", sharey=True)
+    arms = list(dict.fromkeys(arm for _, arm in results))
+    for number, backbone in enumerate(backbones):
+        for side, name in zip(axes, ("success_rate", "state_drift"), strict=True):
+            for line, arm in enumerate(arms):
+                values = [run[name] for run in results[backbone, arm] if run.get(name) == run.get(name)]
+                height = -line + 0.22 * (number - (len(backbones) - 1) / 2)
+                if not values:
+                    continue
+                centre, half = interval(values)
+                label = backbone if line == 0 else None
+                side.errorbar(centre, height, xerr=half, fmt="o", color=f"C{number}", capsize=3, label=label)
+                side.plot(values, [height] * len(values), "|", color=f"C{number}", alpha=0.5)
+    axes[0].axvline(0.25, color="grey", linestyle=":", label="chance")
+    axes[0].set(xlabel="greedy success", xlim=(0, 1.03), yticks=[-i for i in range(len(arms))], yticklabels=arms)
+    axes[1].set(xlabel="drift of the state, |used - fresh| / |fresh|")
+    axes[0].legend(frameon=False, loc="upper left")
+    for side in axes:
+        side.spines[["top", "right"]].set_visible(False)
+        side.grid(axis="y", alpha=0.2)
+    figure.savefig(path, dpi=150)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's parser."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backbones", nargs="+", default=["lru"], help="memories (%(default)s)")
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS), metavar="ARM", help="modes (all)")
+    parser.add_argument("--seeds", type=int, default=5, help="seeds 0 to N-1 (%(default)s)")
+    parser.add_argument("--total-timesteps", type=int, default=80_000, help="budget of a run (%(default)s)")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time (%(default)s)")
+    parser.add_argument("--base-dir", default="runs/modes", help="folder of the runs (%(default)s)")
+    parser.add_argument("--plot", type=Path, help="picture to write (.png, .svg)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the comparison. Returns 0, 1 if a run failed, 2 for a picture that cannot be drawn, 130 if interrupted."""
+    arguments = build_parser().parse_args(argv)
+    if arguments.plot:
+        try:
+            import matplotlib  # noqa: F401  # pyright: ignore[reportUnusedImport]
+        except ImportError:
+            print(f"error: {EXTRA}", file=sys.stderr)
+            return 2
+    recipe = "train.learning_rate=0.001 logger.tensorboard=false"
+    cells = {
+        (backbone, arm, seed): Cell(
+            "delayed_cue", backbone, 94, seed, arguments.total_timesteps, f"{ARMS[arm]} {recipe}"
+        )
+        for backbone, arm, seed in itertools.product(arguments.backbones, arguments.arms, range(arguments.seeds))
+    }
+    base = Path(arguments.base_dir)
+    try:
+        rows = run_cells(list(cells.values()), arguments.base_dir, base / "results.csv", arguments.jobs)
+    except KeyboardInterrupt:
+        return 130
+    found = {(row["backbone"], row["overrides"], int(row["seed"])): row for row in rows if not row["error"]}
+    results: dict[tuple[str, str], list[dict[str, float]]] = {}
+    for (backbone, arm, seed), cell in cells.items():
+        row = found.get((backbone, cell.overrides, seed))
+        if row is not None:
+            results.setdefault((backbone, arm), []).append(read_figures(row, base / cell.folder))
+    Console(width=140).print(table(results))
+    if arguments.plot:
+        draw(results, arguments.plot)
+    return 1 if any(row["error"] for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
