@@ -20,7 +20,7 @@ from cyborg_torchrl.diagnostics.checks.same_state import check_same_state
 from cyborg_torchrl.diagnostics.checks.storage import report_storage
 from cyborg_torchrl.diagnostics.findings import Finding
 from cyborg_torchrl.diagnostics.probe import build_probe
-from cyborg_torchrl.diagnostics.report import Report
+from cyborg_torchrl.diagnostics.report import HorizonCurve, Report
 from cyborg_torchrl.diagnostics.rollout import Rollout, collect, prepare
 from cyborg_torchrl.diagnostics.subject import Subject
 
@@ -76,7 +76,8 @@ def check_recurrent(
     subject = Subject(policy, state_keys, is_init_key)
     on_progress("rollout", 0.0)
     recorded = prepare(subject, collect(subject, env, steps, seed) if rollout is None else rollout)
-    return _run(subject, recorded, tuple(chunk_lengths), seed, tolerance, drift_updates, drift_learning_rate, on_progress)
+    drift = (drift_updates, drift_learning_rate)
+    return _run(subject, recorded, tuple(chunk_lengths), seed, tolerance, drift, on_progress)
 
 
 def _run(
@@ -85,42 +86,34 @@ def _run(
     chunk_lengths: tuple[int, ...],
     seed: int,
     tolerance: float,
-    drift_updates: int,
-    drift_learning_rate: float,
+    drift: tuple[int, float],
     on_progress: Callable[[str, float], None],
 ) -> Report:
     num_envs, steps = rollout.steps.shape
     longest = min(max(chunk_lengths), steps // 2)
     probe = build_probe(subject, rollout, PROBE_LENGTH, seed)
-    findings: list[Finding] = []
-
-    def run_all(*parts: tuple[str, Callable[[], object]]) -> None:
-        for index, (name, check) in enumerate(parts):
-            on_progress(name, (index + 1) / (len(parts) + 1))
-            findings.extend(check())
-
-    curves = []
+    unbroken = build_probe(subject, rollout, longest, seed, has_resets=False)
+    curves: list[HorizonCurve] = []
 
     def horizon() -> list[Finding]:
-        found, curve = check_horizon(build_probe(subject, rollout, longest, seed, has_resets=False))
+        found, curve = check_horizon(unbroken)
         curves.append(curve)
         return found
 
-    run_all(
-        ("repeatable", lambda: check_repeatable(probe)),
-        ("same state", lambda: check_same_state(subject, rollout, chunk_lengths, tolerance)),
-        ("step against sequence", lambda: check_modes(probe, tolerance)),
-        ("resets", lambda: check_reset_leak(probe)),
-        ("environments", lambda: check_environment_leak(probe, tolerance)),
-        ("gradient horizon", horizon),
-        (
-            "drift",
-            lambda: report_drift(
-                subject, rollout, longest, updates=drift_updates, learning_rate=drift_learning_rate
-            ),
-        ),
-        ("storage", lambda: report_storage(subject, rollout, longest)),
-    )
+    parts: dict[str, Callable[[], list[Finding]]] = {
+        "repeatable": lambda: [check_repeatable(probe)],
+        "same state": lambda: check_same_state(subject, rollout, chunk_lengths, tolerance),
+        "step against sequence": lambda: [check_modes(probe, tolerance)],
+        "resets": lambda: check_reset_leak(probe),
+        "environments": lambda: check_environment_leak(probe, tolerance),
+        "gradient horizon": horizon,
+        "drift": lambda: report_drift(subject, rollout, longest, *drift),
+        "storage": lambda: report_storage(subject, rollout, longest),
+    }
+    findings: list[Finding] = []
+    for index, (name, check) in enumerate(parts.items()):
+        on_progress(name, (index + 1) / (len(parts) + 1))
+        findings += check()
     on_progress("done", 1.0)
     names = tuple("/".join(key) if isinstance(key, tuple) else key for key in subject.state_keys)
     return Report(subject.name, names, num_envs, steps, seed, tuple(findings), curves[0])

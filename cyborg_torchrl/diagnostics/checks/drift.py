@@ -5,8 +5,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-
 import torch
 from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
@@ -25,8 +23,8 @@ SAMPLES = 256
 
 
 def report_drift(
-    subject: Subject, rollout: Rollout, length: int, *, updates: int, learning_rate: float, rows: int = 8
-) -> Iterator[Finding]:
+    subject: Subject, rollout: Rollout, length: int, updates: int, learning_rate: float, *, rows: int = 8
+) -> list[Finding]:
     """Drift of stored states after k optimiser updates of a copy, over the chunks that begin within an episode.
 
     The fresh state is what the new parameters make of the row's observations from its first step on; the stored one
@@ -40,14 +38,15 @@ def report_drift(
     starts = [start for start in range(length, steps.shape[1] - length + 1, length) if not is_init[:, start].all()]
     if not starts:
         text = "No chunk begins within an episode, so no state is stored that could drift."
-        yield from (skip(name, text) for name in (KL, OUTPUT, STATE))
-        return
+        return [skip(name, text) for name in (KL, OUTPUT, STATE)]
     with torch.no_grad():
         kls, changes, states = _compare(trained, steps, starts, length, rollout.is_primed)
     after = f"after {updates} Adam updates at {learning_rate:g} on this rollout"
-    yield inform(KL, kls, f"Mean KL between fresh and stored memory, {after}.")
-    yield inform(OUTPUT, changes, f"Mean change of the distribution's parameters, {after}.")
-    yield inform(STATE, states, f"Relative distance of fresh and stored states where chunks begin, {after}.")
+    return [
+        inform(KL, kls, f"Mean KL between the policies with fresh and with stored memory, {after}."),
+        inform(OUTPUT, changes, f"Mean change of the distribution's parameters, {after}."),
+        inform(STATE, states, f"Relative distance of fresh and stored states where chunks begin, {after}."),
+    ]
 
 
 def _train(subject: Subject, steps: TensorDictBase, updates: int, learning_rate: float) -> None:

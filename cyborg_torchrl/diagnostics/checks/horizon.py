@@ -79,16 +79,16 @@ def _judge_reach(curve: HorizonCurve) -> Finding:
         return skip(REACH, "Nothing that was seen or stored before changes the policy's actions: it has no memory yet.")
     broken = [lag for lag in is_seen if not curve.gradient[lag] > 0]
     reach = broken[0] - 1 if broken else max(lag for lag, size in enumerate(curve.gradient) if size > 0)
-    needed = is_seen[-1]
+    reach, needed = max(reach, 0), is_seen[-1]
     if not broken:
         text = f"The gradient reaches {reach} steps back, as far as chunks of {curve.chunk_length} promise."
-        return Finding(REACH, reach, needed, "ok", text)
+        return Finding(REACH, float(reach), float(needed), "ok", text)
     return Finding(
         REACH,
-        max(reach, 0),
-        needed,
+        float(reach),
+        float(needed),
         "accused",
-        f"Actions depend on the {curve.leaf} {needed} steps back, but the gradient ends {max(reach, 0)} steps back: "
+        f"Actions depend on the {curve.leaf} {needed} steps back, but the gradient ends {reach} steps back: "
         "a .detach(), a no_grad block or shuffled single steps cut it.",
         "Let the state flow through the sequence undetached; detach at chunk edges alone.",
     )

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,6 +14,8 @@ from cyborg_torchrl.diagnostics.probe import Probe, distance
 
 EXACT = 1e-5
 """Relative; nothing at all should get across, and a different order of summation makes 1e-6 or so."""
+MODES = ("step", "sequence")
+REPEATABLE, ALONE = "repeatable", "environments alone and together"
 
 
 def leak_name(kind: str, mode: str) -> str:
@@ -22,20 +23,14 @@ def leak_name(kind: str, mode: str) -> str:
     return f"{kind} leak: {mode} mode"
 
 
-def alone_name() -> str:
-    """Name of the finding for environments run one by one."""
-    return "environments alone and together"
-
-
-REPEATABLE = "repeatable"
 
 
 @torch.no_grad()
-def check_repeatable(probe: Probe) -> Iterator[Finding]:
+def check_repeatable(probe: Probe) -> Finding:
     """The same input twice gives the same distribution."""
     everywhere = torch.ones(probe.steps.shape, dtype=torch.bool)
-    error = max(distance(probe.run(mode).params, probe.run(mode).params, everywhere) for mode in ("sequence", "step"))
-    yield judge(
+    error = max(distance(probe.run(mode).params, probe.run(mode).params, everywhere) for mode in MODES)
+    return judge(
         REPEATABLE,
         error,
         EXACT,
@@ -46,7 +41,7 @@ def check_repeatable(probe: Probe) -> Iterator[Finding]:
     )
 
 
-def check_reset_leak(probe: Probe) -> Iterator[Finding]:
+def check_reset_leak(probe: Probe) -> list[Finding]:
     """Nothing before a reset changes anything after it."""
     before = probe.is_before
     rows = probe.first_reset < probe.steps.shape[1]
@@ -57,15 +52,14 @@ def check_reset_leak(probe: Probe) -> Iterator[Finding]:
         "cure": f"Replace the state by the initial state wherever {probe.subject.is_init_key!r} is true, inside "
         "sequences too.",
     }
-    for mode in ("step", "sequence"):
-        where = before & rows.unsqueeze(1)
-        yield _disturb("reset", mode, probe, where, rows, after=~before & rows.unsqueeze(1), texts=texts)
-    for mode in ("step", "sequence"):
-        after = ~before & rows.unsqueeze(1)
-        yield _gradient("reset gradient", mode, probe, before & rows.unsqueeze(1), after, texts)
+    where, after = before & rows.unsqueeze(1), ~before & rows.unsqueeze(1)
+    return [
+        *(_disturb("reset", mode, probe, where, rows, after=after, texts=texts) for mode in MODES),
+        *(_gradient("reset gradient", mode, probe, where, after, texts) for mode in MODES),
+    ]
 
 
-def check_environment_leak(probe: Probe, tolerance: float) -> Iterator[Finding]:
+def check_environment_leak(probe: Probe, tolerance: float) -> list[Finding]:
     """Each environment's memory is its own."""
     batch, length = probe.steps.shape
     first = torch.zeros(batch, dtype=torch.bool)
@@ -77,11 +71,11 @@ def check_environment_leak(probe: Probe, tolerance: float) -> Iterator[Finding]:
         "something is computed over the batch.",
         "cure": "Keep states batch first, and normalise over features (LayerNorm), not over the batch.",
     }
-    for mode in ("step", "sequence"):
-        yield _disturb("environment", mode, probe, inside, first, after=outside, texts=texts)
-    for mode in ("step", "sequence"):
-        yield _gradient("environment gradient", mode, probe, inside, outside, texts)
-    yield _alone(probe, tolerance, texts)
+    return [
+        *(_disturb("environment", mode, probe, inside, first, after=outside, texts=texts) for mode in MODES),
+        *(_gradient("environment gradient", mode, probe, inside, outside, texts) for mode in MODES),
+        _alone(probe, tolerance, texts),
+    ]
 
 
 def _disturb(
@@ -119,4 +113,4 @@ def _alone(probe: Probe, tolerance: float, texts: dict[str, Any]) -> Finding:
     rows = range(min(3, probe.steps.shape[0]))
     alone = torch.cat([probe.subject.run_sequence(probe.steps[row : row + 1]).params for row in rows])
     where = torch.ones(alone.shape[:2], dtype=torch.bool)
-    return judge(alone_name(), distance(together[: len(rows)], alone, where), tolerance, **texts)
+    return judge(ALONE, distance(together[: len(rows)], alone, where), tolerance, **texts)

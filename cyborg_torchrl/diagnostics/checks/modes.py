@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 
 from cyborg_torchrl.diagnostics.findings import Finding, judge
@@ -13,10 +11,10 @@ NAME = "step against sequence"
 
 
 @torch.no_grad()
-def check_modes(probe: Probe, tolerance: float) -> Iterator[Finding]:
+def check_modes(probe: Probe, tolerance: float) -> Finding:
     """Distribution parameters of both modes, from the same states and with resets inside."""
     everywhere = torch.ones(probe.steps.shape, dtype=torch.bool)
-    yield judge(
+    return judge(
         NAME,
         distance(probe.run("step").params, probe.run("sequence").params, everywhere),
         tolerance,

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from tensordict import TensorDictBase
@@ -40,7 +40,7 @@ def buffer_name(length: int) -> str:
 @torch.no_grad()
 def check_same_state(
     subject: Subject, rollout: Rollout, chunk_lengths: Sequence[int], tolerance: float
-) -> Iterator[Finding]:
+) -> list[Finding]:
     """|log ratio| before any update, which is zero if and only if the update sees what the rollout saw."""
     steps = rollout.steps
     total = steps.shape[1]
@@ -58,9 +58,13 @@ def check_same_state(
     power = _power(subject, steps)
     is_wrong = {name: not float(error.max()) <= tolerance for name, error in errors.items()}
     suspicion = suspect(subject, rollout, tolerance, follow, is_wrong[SINGLE]) if any(is_wrong.values()) else None
-    for name, error in errors.items():
-        yield _ratio_finding(name, float(error.max()), tolerance, power, suspicion)
-    yield judge(
+    findings = [_ratio_finding(name, float(e.max()), tolerance, power, suspicion) for name, e in errors.items()]
+    text = "|log ratio| with the states of another moment: where it is far above the limit, the check sees."
+    return [*findings, _judge_continuity(follow, tolerance), inform(POWER, power, text)]
+
+
+def _judge_continuity(follow: float, tolerance: float) -> Finding:
+    return judge(
         CONTINUITY,
         follow,
         tolerance,
@@ -69,7 +73,6 @@ def check_same_state(
         "were lost, swapped or made by other parameters.",
         cure="Store whole sequences of one environment in order of time, and states and observations of the same step.",
     )
-    yield inform(POWER, power, "|log ratio| with the states of another moment: far above the limit, the check sees.")
 
 
 def _ratio_finding(
@@ -105,7 +108,7 @@ def _log_ratio(subject: Subject, steps: TensorDictBase) -> Tensor:
     return (log_prob - subject.recorded_log_prob(steps)).abs()
 
 
-def _continuity(subject: Subject, rollout: Rollout, following: dict) -> float:
+def _continuity(subject: Subject, rollout: Rollout, following: Mapping) -> float:
     """Largest difference between a stored state and that made from the step before, as a share of the largest entry."""
     goes_on = ~rollout.steps.get(subject.is_init_key).squeeze(-1)[:, 1:]
     worst = 0.0

@@ -4,8 +4,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from cyborg_torchrl.diagnostics.findings import Finding, inform
 from cyborg_torchrl.diagnostics.rollout import Rollout
 from cyborg_torchrl.diagnostics.subject import Subject
@@ -20,11 +18,13 @@ def keyframe_name(length: int) -> str:
     return f"states, MB per 100,000 steps: one a chunk of {length}"
 
 
-def report_storage(subject: Subject, rollout: Rollout, length: int) -> Iterator[Finding]:
+def report_storage(subject: Subject, rollout: Rollout, length: int) -> list[Finding]:
     """Megabytes (10^6) of states, stored at each step and once a chunk."""
     states = subject.states_of(rollout.steps).values()
     size = sum(value[0, 0].numel() * value.element_size() for value in states)
-    text = f"{size} bytes a state; a TorchRL rollout holds it a second time under 'next'."
-    yield inform(EVERY_STEP, size * STEPS / MEGABYTE, text)
-    text = "What a buffer needs that stores the state before each chunk and replays the rest."
-    yield inform(keyframe_name(length), size * STEPS / length / MEGABYTE, text)
+    every = f"{size} bytes a state; a TorchRL rollout holds it a second time under 'next'."
+    once = "What a buffer needs that stores the state before each chunk and replays the rest."
+    return [
+        inform(EVERY_STEP, size * STEPS / MEGABYTE, every),
+        inform(keyframe_name(length), size * STEPS / length / MEGABYTE, once),
+    ]
