@@ -24,7 +24,7 @@ from cyborg_torchrl.diagnostics.report import HorizonCurve, Report
 from cyborg_torchrl.diagnostics.rollout import Rollout, collect, prepare
 from cyborg_torchrl.diagnostics.subject import Subject
 
-PROBE_LENGTH = 12
+PROBE_LENGTH = 8
 
 
 def check_recurrent(

@@ -13,8 +13,8 @@ EXTRA = "plots need matplotlib: pip install 'cyborg-torchrl[plot]'"
 def plot_horizon(curves: Mapping[str, HorizonCurve], path: Path | str) -> None:
     """Draws gradients against how many steps back they reach, one line for each name, and saves the picture.
 
-    Each line is scaled to its own largest gradient. It ends where the gradient is exactly zero; hollow marks show
-    how far back acting itself depends on what was seen.
+    Each line is scaled to its own largest gradient. It ends where the gradient is exactly zero; dotted lines
+    show how far back acting itself depends on what was seen.
 
     Raises:
         ImportError: if matplotlib is not installed.
@@ -27,14 +27,10 @@ def plot_horizon(curves: Mapping[str, HorizonCurve], path: Path | str) -> None:
     for index, (name, curve) in enumerate(curves.items()):
         colour = f"C{index % 10}"
         dashes = "-" if index < 10 else "--"
-        for values, options in (
-            (curve.gradient, {"label": name, "linestyle": dashes, "marker": "o", "markersize": 3}),
-            (curve.influence, {"linestyle": ":", "alpha": 0.6, "linewidth": 1.2}),
-        ):
-            largest = max(values, default=0.0)
-            points = [(lag, value / largest) for lag, value in enumerate(values) if value > 0]
-            if points:
-                axes.plot(*zip(*points, strict=True), color=colour, **options)
+        lags, values = _scaled(curve.influence)
+        axes.plot(lags, values, color=colour, linestyle=":", linewidth=1.2, alpha=0.6)
+        lags, values = _scaled(curve.gradient)
+        axes.plot(lags, values, color=colour, linestyle=dashes, marker="o", markersize=3, label=name)
     axes.plot([], [], color="grey", label="gradient", marker="o", markersize=3)
     axes.plot([], [], color="grey", linestyle=":", label="change when acting")
     length = max((curve.chunk_length for curve in curves.values()), default=1)
@@ -46,3 +42,9 @@ def plot_horizon(curves: Mapping[str, HorizonCurve], path: Path | str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
+
+
+def _scaled(values: tuple[float, ...]) -> tuple[list[int], list[float]]:
+    """Lags whose value is not zero, and the values as shares of the largest."""
+    lags = [lag for lag, value in enumerate(values) if value > 0]
+    return lags, [values[lag] / max(values) for lag in lags]

@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import LazyStackedTensorDict, TensorDictBase
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import set_recurrent_mode
@@ -51,7 +51,7 @@ def collect(subject: Subject, env: EnvBase, steps: int, seed: int) -> TensorDict
             tensordict, following = env.step_and_maybe_reset(subject.policy(tensordict))
             rows.append(tensordict.clone())
             tensordict = following
-        return torch.stack(rows, -1).contiguous()
+        return LazyStackedTensorDict.maybe_dense_stack(rows, -1).contiguous()
 
 
 def prepare(subject: Subject, rollout: TensorDictBase) -> Rollout:
@@ -65,7 +65,7 @@ def prepare(subject: Subject, rollout: TensorDictBase) -> Rollout:
         raise ValueError(
             f"a rollout has batch size [N, T] with T >= {MIN_STEPS} consecutive steps; got {list(rollout.batch_size)}."
         )
-    rollout = rollout.unsqueeze(0) if rollout.ndim == 1 else rollout.flatten(0, -2) if rollout.ndim > 2 else rollout
+    rollout = rollout.unsqueeze(0) if rollout.ndim == 1 else rollout.reshape(-1, rollout.shape[-1])
     _check_entries(subject, rollout)
     wanted = [*subject.input_keys, subject.is_init_key, *subject.state_keys, subject.action_key, subject.log_prob_key]
     steps = rollout.select(*wanted, (keys.NEXT, keys.REWARD), strict=False).detach().contiguous()

@@ -63,8 +63,8 @@ class Subject:
         self.param_keys = list(sampler.in_keys) if sampler is not None else []
         self.action_key = unravel_key(sampler.out_keys[0]) if sampler is not None else keys.ACTION
         # without return_log_prob there is no such key, and the rollout's check says so
-        has_log_prob = sampler is not None and bool(sampler.log_prob_key)
-        self.log_prob_key = unravel_key(sampler.log_prob_key) if has_log_prob else keys.ACTION_LOG_PROB
+        log_prob_key = sampler.log_prob_key if sampler is not None else None
+        self.log_prob_key = unravel_key(log_prob_key) if log_prob_key else keys.ACTION_LOG_PROB
         not_inputs = {*self.state_keys, self.is_init_key}
         self.input_keys = [key for key in map(unravel_key, policy.in_keys) if key not in not_inputs]
 
@@ -135,8 +135,8 @@ class Subject:
         missing = [key for key, value in found.items() if value is None]
         if missing:
             raise KeyError(
-                f"in step mode {self.name}.get_dist did not write ('next', key) for the states {missing}: its memory is "
-                "lost after each step. Write the next state under 'next', as torchrl.modules.GRUModule does."
+                f"in step mode {self.name}.get_dist did not write ('next', key) for the states {missing}, so memory is "
+                "lost after each step: write the next state under 'next', as torchrl.modules.GRUModule does."
             )
         return {key: value for key, value in found.items() if value is not None}
 

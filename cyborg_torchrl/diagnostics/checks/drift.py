@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import copy
+
 import torch
 from tensordict import TensorDictBase
 from tensordict.utils import NestedKey

@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cyborg_torchrl.diagnostics.findings import Finding, inform, judge, skip
+from cyborg_torchrl.diagnostics.findings import Finding, inform, skip
 from cyborg_torchrl.diagnostics.probe import TINY, Probe
 from cyborg_torchrl.diagnostics.report import HorizonCurve
 

@@ -23,8 +23,6 @@ def leak_name(kind: str, mode: str) -> str:
     return f"{kind} leak: {mode} mode"
 
 
-
-
 @torch.no_grad()
 def check_repeatable(probe: Probe) -> Finding:
     """The same input twice gives the same distribution."""

@@ -75,11 +75,9 @@ def _judge_continuity(follow: float, tolerance: float) -> Finding:
     )
 
 
-def _ratio_finding(
-    name: str, error: float, tolerance: float, power: float, suspicion: Suspicion | None
-) -> Finding:
+def _ratio_finding(name: str, error: float, tolerance: float, power: float, suspicion: Suspicion | None) -> Finding:
     if error <= tolerance and power <= tolerance:
-        text = "The log-probs hardly depend on the memory, so that a wrong state would not show: train the policy a bit."
+        text = "The log-probs hardly depend on the memory, so a wrong state would not show: train the policy a bit."
         return skip(name, text, value=error, limit=tolerance)
     cause = suspicion or Suspicion("", "")
     return judge(name, error, tolerance, healthy=AS_RECORDED, accused=cause.explanation, cure=cause.cure)
@@ -95,9 +93,7 @@ def _chunk_errors(subject: Subject, steps: TensorDictBase, length: int) -> Tenso
 
 def _buffer_errors(subject: Subject, steps: TensorDictBase, length: int) -> Tensor:
     rows = steps.numel() // length
-    buffer = RecurrentRolloutBuffer(
-        steps.numel(), length, batch_size=-(-rows // 3), state_keys=subject.state_keys
-    )
+    buffer = RecurrentRolloutBuffer(steps.numel(), length, batch_size=-(-rows // 3), state_keys=subject.state_keys)
     with torch.random.fork_rng():
         buffer.store(steps)
         return torch.cat([_log_ratio(subject, batch).flatten() for batch in buffer])
