@@ -102,27 +102,28 @@ def _states_come_back(cfg: DictConfig) -> str:
             is_same = torch.equal(batch.get(key)[:, 0], expected)
             _expect(is_same, f"a chunk came back with another '{name}' than it was stored with")
         chunks += len(first)
-    for name, key in agent.backbone.state_keys.items():
-        spread = rollout.get(key)[:, SEQ_LEN :: HORIZON + 2].float().std(0).max()
-        _expect(float(spread) > 0, f"'{name}' is the same in all environments, so the test could not fail")
+    middle = rollout[:, SEQ_LEN :: HORIZON + 2]
+    spread = max(float(middle.get(key).float().std(0).max()) for key in agent.backbone.state_keys.values())
+    _expect(spread > 0, "all environments are in the same state, so the test could not fail")
     return f"{chunks} chunks of {SEQ_LEN} steps came back with their own states, to the last bit"
 
 
 def _training_succeeds(cfg: DictConfig) -> str:
     """PPO learns to name a cue that it saw 20 steps before."""
     trainer, agent = build_trainer(cfg)
-    success, first_error = 0.0, float("inf")
+    success, largest_error = 0.0, 0.0
     try:
         for metrics in trainer.run():
-            first_error = min(first_error, metrics["ratio_error"])
-            _expect(metrics["ratio_error"] <= RATIO_ERROR, f"|log ratio| before an update is {metrics['ratio_error']:g}")
+            error = metrics["ratio_error"]
+            _expect(error <= RATIO_ERROR, f"|log ratio| before an update is {error:g}")
+            largest_error = max(largest_error, error)
             success = evaluate_agent(cfg, agent, EPISODES).success_rate or 0.0
             if success >= SUCCESS:
                 break
     finally:
         trainer.close()
     _expect(success >= SUCCESS, f"success {success:.2f} after {trainer.num_steps:,} steps; chance is .25")
-    return f"success {success:.2f} after {trainer.num_steps:,} steps (chance .25), |log ratio| {first_error:.1g}"
+    return f"success {success:.2f} after {trainer.num_steps:,} steps (chance .25), |log ratio| {largest_error:.1g}"
 
 
 def _gradients_flow(cfg: DictConfig) -> str:

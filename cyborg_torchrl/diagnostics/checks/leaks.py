@@ -50,11 +50,20 @@ def check_reset_leak(probe: Probe) -> list[Finding]:
         "cure": f"Replace the state by the initial state wherever {probe.subject.is_init_key!r} is true, inside "
         "sequences too.",
     }
-    where, after = before & rows.unsqueeze(1), ~before & rows.unsqueeze(1)
-    return [
-        *(_disturb("reset", mode, probe, where, rows, after=after, texts=texts) for mode in MODES),
-        *(_gradient("reset gradient", mode, probe, where, after, texts) for mode in MODES),
-    ]
+
+    def look(rows: Tensor) -> list[Finding]:
+        where, after = before & rows.unsqueeze(1), ~before & rows.unsqueeze(1)
+        return [
+            *(_disturb("reset", mode, probe, where, rows, after=after, texts=texts) for mode in MODES),
+            *(_gradient("reset gradient", mode, probe, where, after, texts) for mode in MODES),
+        ]
+
+    found = look(rows)
+    if all(finding.verdict != "accused" for finding in found):
+        return found
+    # rows restart at different steps, so a leak between environments gets here too: what is left in each row alone?
+    alone = [look(torch.arange(len(rows)) == row) for row in rows.nonzero().flatten().tolist()]
+    return [max(same, key=lambda finding: finding.verdict == "accused") for same in zip(*alone, strict=True)]
 
 
 def check_environment_leak(probe: Probe, tolerance: float) -> list[Finding]:
