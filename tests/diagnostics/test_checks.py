@@ -10,12 +10,20 @@ import pytest
 import torch
 from rich.console import Console
 from tensordict import TensorDict, TensorDictBase
-from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
+from tensordict.nn import (
+    NormalParamExtractor,
+    ProbabilisticTensorDictModule,
+    ProbabilisticTensorDictSequential,
+    TensorDictModule,
+    TensorDictModuleBase,
+    TensorDictSequential,
+)
 from torch import nn
 from torchrl.collectors import Collector
 from torchrl.data import Bounded, Unbounded
-from torchrl.envs import TensorDictPrimer, TransformedEnv
-from torchrl.modules import recurrent_mode, set_recurrent_mode
+from torchrl.envs import InitTracker, PendulumEnv, TensorDictPrimer, TransformedEnv
+from torchrl.modules import GRUModule, TanhNormal, recurrent_mode, set_recurrent_mode
+from torchrl.modules.utils import get_primers_from_module
 
 from cyborg_torchrl.diagnostics import Finding, Report, check_recurrent
 from cyborg_torchrl.diagnostics.checks.storage import keyframe_name
@@ -328,3 +336,28 @@ def test_states_that_come_back_in_half_precision(policy: TensorDictModuleBase, e
     rollout["memory_state", "hidden"] = rollout["memory_state", "hidden"].half().float()
     assert "same state: single steps" in accused(check_recurrent(policy, rollout=rollout, **OPTIONS))
     assert check_recurrent(policy, rollout=rollout, tolerance=0.02, **OPTIONS).is_healthy
+
+
+def test_an_environment_without_batch_and_several_scalar_observations() -> None:
+    policy = ProbabilisticTensorDictSequential(
+        TensorDictModule(_side_by_side, in_keys=["th", "thdot"], out_keys=["embedding"]),
+        GRUModule(2, 8, in_keys=["embedding", "h"], out_keys=["memory", ("next", "h")]),
+        TensorDictModule(nn.Sequential(nn.Linear(8, 2), NormalParamExtractor()), ["memory"], ["loc", "scale"]),
+        ProbabilisticTensorDictModule(
+            in_keys=["loc", "scale"],
+            out_keys=["action"],
+            distribution_class=TanhNormal,
+            return_log_prob=True,
+            log_prob_key="action_log_prob",
+        ),
+    )
+    env = TransformedEnv(PendulumEnv(), InitTracker())
+    env.append_transform(get_primers_from_module(policy))
+    report = check_recurrent(policy, env, **OPTIONS)
+    assert report.is_healthy
+    assert (report.num_envs, report.steps) == (1, 16)
+    assert report["drift: KL(fresh || stored)"].value > 0, "estimated: torch has no formula for it"
+
+
+def _side_by_side(*values: torch.Tensor) -> torch.Tensor:
+    return torch.stack(values, -1)

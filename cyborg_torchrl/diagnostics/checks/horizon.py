@@ -37,7 +37,7 @@ def _observation_curve(probe: Probe) -> HorizonCurve | None:
     if not observations or not params.requires_grad:
         return None
     grads = torch.autograd.grad((_weights(probe, params)[:, -1] * params[:, -1]).sum(), observations, allow_unused=True)
-    squares = [grad.flatten(2).square().sum(-1) for grad in grads if grad is not None]
+    squares = [grad.reshape(*grad.shape[:2], -1).square().sum(-1) for grad in grads if grad is not None]
     gradient = torch.stack(squares).sum(0).sqrt().mean(0).flip(0) if squares else torch.zeros(length)
     if not bool((gradient > 0).any()):
         return None
