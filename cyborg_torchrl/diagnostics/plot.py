@@ -25,7 +25,7 @@ def plot_horizon(curves: Mapping[str, HorizonCurve], path: Path | str) -> None:
         from matplotlib import pyplot
     except ImportError:
         raise ImportError(EXTRA) from None
-    figure, axes = pyplot.subplots(figsize=(7.5, 4.2), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(7.5, 5.0), layout="constrained")
     length = max((curve.chunk_length for curve in curves.values()), default=1)
     smallest = 0.1
     for index, (name, curve) in enumerate(curves.items()):
@@ -36,7 +36,7 @@ def plot_horizon(curves: Mapping[str, HorizonCurve], path: Path | str) -> None:
         lags, values = _scaled(curve.gradient)
         smallest = min(smallest, *values, 1.0)
         is_cut = lags[-1:] != [curve.chunk_length - 1]
-        label = f"{name}: ends {lags[-1] if lags else 0} steps back" if is_cut else name
+        label = f"{name} (ends {lags[-1] if lags else 0} back)" if is_cut else name
         axes.plot(lags, values, color=colour, linestyle=dashes, marker="o", markersize=3, label=label)
         if is_cut:
             axes.plot(lags[-1:], values[-1:], color=colour, marker="X", markersize=10)
@@ -47,7 +47,7 @@ def plot_horizon(curves: Mapping[str, HorizonCurve], path: Path | str) -> None:
     axes.set(yscale="log", xlabel="steps back", ylabel="share of the largest", title="Gradient horizon")
     axes.set_xlim(-0.5, length - 0.5)
     axes.set_ylim(max(smallest / 3, FLOOR), 2.0)
-    figure.legend(frameon=False, fontsize=8, loc="outside right upper")
+    figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=3)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

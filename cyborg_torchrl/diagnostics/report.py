@@ -22,10 +22,9 @@ class HorizonCurve:
     """What the gradient is taken to: "observation", or "memory state" where observations have no gradient."""
     chunk_length: int
     gradient: tuple[float, ...]
-    """Mean norm of the gradient of the last step's log-prob to the leaf `lag` steps back, for each lag from 0."""
-    influence_lags: tuple[int, ...]
+    """Mean norm of the gradient of a step's distribution to the leaf `lag` steps back, for each lag from 0."""
     influence: tuple[float, ...]
-    """Largest change of the last step's distribution parameters, acting step by step, when the leaf is changed."""
+    """Largest relative change of the distribution's parameters `lag` steps after the leaf was changed, in acting."""
 
 
 @dataclass(frozen=True)

@@ -361,3 +361,25 @@ def test_an_environment_without_batch_and_several_scalar_observations() -> None:
 
 def _side_by_side(*values: torch.Tensor) -> torch.Tensor:
     return torch.stack(values, -1)
+
+
+class LeavesResetsToThePrimer(Wrapped):
+    """Healthy: in step mode it takes the state that it is handed, in sequence mode the stored one at each reset."""
+
+    def get_dist(self, tensordict: TensorDictBase) -> torch.distributions.Distribution:
+        if not recurrent_mode():
+            tensordict = tensordict.set("is_init", torch.zeros_like(tensordict["is_init"]))
+        return self.policy.get_dist(tensordict)
+
+
+def test_resets_may_be_left_to_the_primer(build_policy: Callable, primed_env: Callable) -> None:
+    policy = LeavesResetsToThePrimer(build_policy("GRUModule"))
+    env = primed_env(policy)
+    assert check_recurrent(policy, env, **OPTIONS).is_healthy
+    rollout = env.rollout(16, policy, break_when_any_done=False).detach()
+    rollout["recurrent_state"] = torch.rand_like(rollout["recurrent_state"])  # no primer at work
+    assert "reset leak: step mode" in accused(check_recurrent(policy, rollout=rollout, **OPTIONS))
+
+
+def test_very_short_rollouts(policy: TensorDictModuleBase, env: TransformedEnv) -> None:
+    assert check_recurrent(policy, env, steps=4).is_healthy

@@ -44,7 +44,7 @@ def _observation_curve(probe: Probe) -> HorizonCurve | None:
     first = torch.zeros(probe.steps.shape, dtype=torch.bool)
     first[:, 0] = True
     influence = _influence(probe, first, torch.zeros(len(first), dtype=torch.bool))
-    return HorizonCurve("observation", length, _floats(gradient), tuple(range(length)), _floats(influence))
+    return HorizonCurve("observation", length, _floats(gradient), _floats(influence))
 
 
 def _state_curve(probe: Probe) -> HorizonCurve:
@@ -61,7 +61,7 @@ def _state_curve(probe: Probe) -> HorizonCurve:
         gradient[t] = sum(float(grad[:, 0].square().sum()) for grad in grads if grad is not None) ** 0.5
     nowhere = torch.zeros(probe.steps.shape, dtype=torch.bool)
     influence = _influence(probe, nowhere, torch.ones(len(nowhere), dtype=torch.bool))
-    return HorizonCurve("memory state", length, _floats(gradient), tuple(range(length)), _floats(influence))
+    return HorizonCurve("memory state", length, _floats(gradient), _floats(influence))
 
 
 @torch.no_grad()
@@ -72,9 +72,8 @@ def _influence(probe: Probe, where: Tensor, rows: Tensor) -> Tensor:
 
 
 def _judge_reach(curve: HorizonCurve) -> Finding:
-    is_seen = [lag for lag, change in zip(curve.influence_lags, curve.influence, strict=True) if change > SEEN]
-    # of an observation, lag 0 needs no memory
-    is_seen = [lag for lag in is_seen if lag > 0 or curve.leaf == "memory state"]
+    nearest = 1 if curve.leaf == "observation" else 0  # the present observation needs no memory
+    is_seen = [lag for lag, change in enumerate(curve.influence) if change > SEEN and lag >= nearest]
     if not is_seen:
         return skip(REACH, "Nothing that was seen or stored before changes the policy's actions: it has no memory yet.")
     broken = [lag for lag in is_seen if not curve.gradient[lag] > 0]
