@@ -25,6 +25,7 @@ from cyborg_torchrl.diagnostics.rollout import Rollout, collect, prepare
 from cyborg_torchrl.diagnostics.subject import Subject
 
 PROBE_LENGTH = 8
+"""Steps of the sequences on which leaks are looked for, many runs each."""
 
 
 def check_recurrent(
@@ -92,6 +93,7 @@ def _run(
     num_envs, steps = rollout.steps.shape
     longest = min(max(chunk_lengths), steps // 2)
     probe = build_probe(subject, rollout, PROBE_LENGTH, seed)
+    long_probe = build_probe(subject, rollout, longest, seed)
     unbroken = build_probe(subject, rollout, longest, seed, has_resets=False)
     curves: list[HorizonCurve] = []
 
@@ -103,7 +105,7 @@ def _run(
     parts: dict[str, Callable[[], list[Finding]]] = {
         "repeatable": lambda: [check_repeatable(probe)],
         "same state": lambda: check_same_state(subject, rollout, chunk_lengths, tolerance),
-        "step against sequence": lambda: [check_modes(probe, tolerance)],
+        "step against sequence": lambda: [check_modes(long_probe, tolerance)],
         "resets": lambda: check_reset_leak(probe),
         "environments": lambda: check_environment_leak(probe, tolerance),
         "gradient horizon": horizon,
