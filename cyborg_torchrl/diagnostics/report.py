@@ -90,7 +90,8 @@ class Report:
 def _number(value: float | None) -> str:
     if value is None:
         return "-"
-    return f"{value:.0f}" if value == round(value, 0) and 1 <= abs(value) < 1e7 else f"{value:.2g}"
+    is_count = value == round(value, 0) and abs(value) >= 1
+    return f"{value:,.0f}" if 100 <= abs(value) < 1e7 or is_count else f"{value:.2g}"
 
 
 def _plain(value: Any) -> Any:

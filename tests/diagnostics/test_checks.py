@@ -238,13 +238,15 @@ def test_the_report(policy: TensorDictModuleBase, env: TransformedEnv) -> None:
 
 def test_the_table_and_json_of_the_accused() -> None:
     finding = Finding("ratio", float("nan"), 1e-4, "accused", "They differ.", "Mend it.")
-    report = Report("Policy", ("h",), 4, 16, 0, (finding,))
+    size = Finding("size", 1075.2, None, "info", "Megabytes.")
+    report = Report("Policy", ("h",), 4, 16, 0, (finding, size))
     assert not report.is_healthy
     assert json.loads(report.to_json())["findings"][0]["value"] == "nan"
     console = Console(width=200, record=True)
     console.print(report.table())
     text = console.export_text()
     assert "1 accused" in text
+    assert "1,075" in text
     assert "They differ. Mend it." in text
 
 
