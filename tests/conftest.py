@@ -111,6 +111,17 @@ def build_core(core_case: CoreCase) -> Callable[..., Core]:
 
 
 @pytest.fixture
+def build_small_core() -> Callable[[str], Core]:
+    """Builder of one layer of a backbone by its name, with a learned initial state where it offers one."""
+
+    def build(name: str, in_features: int = OBSERVATION_SIZE) -> Core:
+        has_learned = CoreCase(name, True, 1) in core_cases()
+        return build_case(CoreCase(name, has_learned, 1), in_features)
+
+    return build
+
+
+@pytest.fixture
 def build_gru_case() -> Callable[..., Core]:
     """Builder of the fullest variant of one core, where one core is enough."""
     return lambda in_features, **options: build_case(CoreCase("gru", True, 2), in_features, **options)

@@ -5,7 +5,7 @@ import importlib
 import pytest
 
 
-@pytest.mark.parametrize("name", ["", ".cores", ".modules", ".objectives", ".data", ".envs"])
+@pytest.mark.parametrize("name", ["", ".cores", ".modules", ".objectives", ".data", ".envs", ".diagnostics"])
 def test_all_is_sorted_and_true(name):
     module = importlib.import_module(f"cyborg_torchrl{name}")
     assert list(module.__all__) == sorted(module.__all__)

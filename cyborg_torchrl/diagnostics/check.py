@@ -1,0 +1,121 @@
+# pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# (tensordict's and torchrl's annotations are narrower than what they take)
+"""`check_recurrent`: all checks of a recurrent policy, in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from tensordict.utils import NestedKey
+from torchrl.envs import EnvBase
+
+from cyborg_torchrl import keys
+from cyborg_torchrl.diagnostics.checks.drift import report_drift
+from cyborg_torchrl.diagnostics.checks.horizon import check_horizon
+from cyborg_torchrl.diagnostics.checks.leaks import check_environment_leak, check_repeatable, check_reset_leak
+from cyborg_torchrl.diagnostics.checks.modes import check_modes
+from cyborg_torchrl.diagnostics.checks.same_state import check_same_state
+from cyborg_torchrl.diagnostics.checks.storage import report_storage
+from cyborg_torchrl.diagnostics.findings import Finding
+from cyborg_torchrl.diagnostics.probe import build_probe
+from cyborg_torchrl.diagnostics.report import HorizonCurve, Report
+from cyborg_torchrl.diagnostics.rollout import Rollout, collect, prepare
+from cyborg_torchrl.diagnostics.subject import Subject
+
+PROBE_LENGTH = 8
+"""Steps of the sequences on which leaks are looked for, many runs each."""
+
+
+def check_recurrent(
+    policy: TensorDictModuleBase,
+    env: EnvBase | None = None,
+    *,
+    rollout: TensorDictBase | None = None,
+    steps: int = 64,
+    chunk_lengths: Sequence[int] = (1, 5, 32),
+    seed: int = 0,
+    state_keys: Sequence[NestedKey] | None = None,
+    is_init_key: NestedKey = keys.IS_INIT,
+    tolerance: float = 1e-4,
+    drift_updates: int = 8,
+    drift_learning_rate: float = 1e-3,
+    on_progress: Callable[[str, float], None] = lambda name, share: None,
+) -> Report:
+    """Checks that training a recurrent policy on sequences sees what the policy saw when it acted.
+
+    The policy itself is never changed, nor run in another train/eval mode than it is in.
+
+    Args:
+        policy: any module with `get_dist` that obeys `torchrl.modules.set_recurrent_mode`: a `PPOAgent`, a
+            `ProbabilisticActor` over a `GRUModule`, one of your own.
+        env: where a rollout is collected; with `InitTracker` and the policy's primers on it. It is seeded, and can
+            be used afterwards.
+        rollout: in place of `env`: what your own collector or buffer gave, [N, T] consecutive steps.
+        steps: T of the rollout that is collected, for each environment.
+        chunk_lengths: chunks to evaluate the rollout in; the longest that fits is that of the gradient horizon.
+        seed: of the rollout and of what is perturbed.
+        state_keys: entries of the memory state; None: keys that are read and written again under "next", and those
+            of the policy's primers.
+        is_init_key: flag of an episode's first step.
+        tolerance: largest |log ratio| and relative error that is no fault; for float32.
+        drift_updates: optimiser updates of a copy after which the drift of stored states is reported.
+        drift_learning_rate: of those updates.
+        on_progress: called with the name of the next check and the share that is done, in [0, 1].
+
+    Raises:
+        ValueError: if there is neither an environment nor a rollout, or the policy has no `get_dist` or no state.
+        KeyError: if `is_init`, a state or the log-probs are missing; the message says what to add.
+
+    Examples: see `docs/checker.md`.
+    """
+    if (env is None) == (rollout is None):
+        raise ValueError("give an environment to collect from, or a ready rollout=, and not both.")
+    if any(length < 1 for length in chunk_lengths) or not chunk_lengths:
+        raise ValueError(f"chunk_lengths must be 1 or more; got {list(chunk_lengths)}.")
+    subject = Subject(policy, state_keys, is_init_key)
+    on_progress("rollout", 0.0)
+    recorded = prepare(subject, collect(subject, env, steps, seed) if rollout is None else rollout)
+    drift = (drift_updates, drift_learning_rate)
+    return _run(subject, recorded, tuple(chunk_lengths), seed, tolerance, drift, on_progress)
+
+
+def _run(
+    subject: Subject,
+    rollout: Rollout,
+    chunk_lengths: tuple[int, ...],
+    seed: int,
+    tolerance: float,
+    drift: tuple[int, float],
+    on_progress: Callable[[str, float], None],
+) -> Report:
+    num_envs, steps = rollout.steps.shape
+    longest = min(max(chunk_lengths), steps // 2)
+    probe = build_probe(subject, rollout, PROBE_LENGTH, seed)
+    long_probe = build_probe(subject, rollout, longest, seed)
+    unbroken = build_probe(subject, rollout, longest, seed, has_resets=False)
+    curves: list[HorizonCurve] = []
+
+    def horizon() -> list[Finding]:
+        found, curve = check_horizon(unbroken)
+        curves.append(curve)
+        return found
+
+    parts: dict[str, Callable[[], list[Finding]]] = {
+        "repeatable": lambda: [check_repeatable(probe)],
+        "same state": lambda: check_same_state(subject, rollout, chunk_lengths, tolerance),
+        "step against sequence": lambda: [check_modes(long_probe, tolerance)],
+        "resets": lambda: check_reset_leak(probe),
+        "environments": lambda: check_environment_leak(probe, tolerance),
+        "gradient horizon": horizon,
+        "drift": lambda: report_drift(subject, rollout, longest, *drift),
+        "storage": lambda: report_storage(subject, rollout, longest),
+    }
+    findings: list[Finding] = []
+    for index, (name, check) in enumerate(parts.items()):
+        on_progress(name, (index + 1) / (len(parts) + 1))
+        findings += check()
+    on_progress("done", 1.0)
+    names = tuple("/".join(key) if isinstance(key, tuple) else key for key in subject.state_keys)
+    return Report(subject.name, names, num_envs, steps, seed, tuple(findings), curves[0])

@@ -1,0 +1,109 @@
+# pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# (tensordict's and torchrl's annotations are narrower than what they take)
+"""Why do the log-probs disagree? Each suspicion is tried: would the rollout fit if it were so?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+
+from cyborg_torchrl.diagnostics.rollout import Rollout
+from cyborg_torchrl.diagnostics.subject import Subject
+
+DIFFER = "The log-probs computed again differ from those of the rollout: "
+MAX_ENVS = 16
+SHARE = 0.9
+"""A suspicion stands if it explains this share of the steps; edges and resets spoil some."""
+
+
+@dataclass(frozen=True)
+class Suspicion:
+    """A cause, and its cure."""
+
+    explanation: str
+    cure: str
+
+
+ZEROED = Suspicion(
+    DIFFER + "all stored states are alike, as if memory had been reset or never stored.",
+    "Keep the state of each step: the primer on the environment, ('next', key) in the policy's out_keys, and the state "
+    "keys in the buffer.",
+)
+SWAPPED = Suspicion(
+    DIFFER + "they fit the states of another environment.",
+    "Split and reshape states by environment (batch first), exactly as the observations are.",
+)
+SHIFTED = Suspicion(
+    DIFFER + "they fit the observations of a neighbouring step, so observations are off by one.",
+    "Store the observation that the action was chosen on, not the one that followed it.",
+)
+SHUFFLED = Suspicion(
+    DIFFER + "single steps fit, but do not follow one another, so the order of time was lost.",
+    "Sample whole chunks of one environment, and never shuffle or flatten steps within them.",
+)
+SEQUENCE = Suspicion(
+    DIFFER + "single steps fit and follow one another, so the policy's sequence mode is not its step mode.",
+    "See the findings on resets and on step against sequence: one of the two modes is wrong.",
+)
+UNKNOWN = Suspicion(
+    DIFFER + "neither neighbouring observations nor other environments' states fit; other parameters, other "
+    "observations (normalised differently?) or dropout were at work when the agent acted.",
+    "Check the policy as it was when it acted, with the observations it acted on.",
+)
+
+
+def suspect(
+    subject: Subject, rollout: Rollout, tolerance: float, discontinuity: float, is_single_wrong: bool
+) -> Suspicion:
+    """Finds the likeliest cause of a log-ratio that is not zero."""
+    if not is_single_wrong:
+        return SHUFFLED if discontinuity > tolerance else SEQUENCE
+    tries: list[tuple[Suspicion, Callable[[Subject, TensorDictBase, float], bool]]] = [
+        (SHIFTED, _fits_shifted),
+        (SWAPPED, _fits_swapped),
+    ]
+    if _are_alike(subject, rollout):
+        return ZEROED
+    return next((cause for cause, fits in tries if fits(subject, rollout.steps, tolerance)), UNKNOWN)
+
+
+def _are_alike(subject: Subject, rollout: Rollout) -> bool:
+    states = subject.states_of(rollout.steps).values()
+    return all(bool((value == value[:1, :1]).all()) for value in states)
+
+
+def _fits_shifted(subject: Subject, steps: TensorDictBase, tolerance: float) -> bool:
+    return any(_fits(subject, _shift(subject, steps, by), steps, tolerance) for by in (1, -1))
+
+
+def _fits_swapped(subject: Subject, steps: TensorDictBase, tolerance: float) -> bool:
+    """Whether each environment's log-probs fit the states of some environment."""
+    steps = steps[:MAX_ENVS]
+    fitting = torch.zeros(steps.shape[0], dtype=torch.bool)
+    for by in range(1, steps.shape[0]):
+        other = steps.clone()
+        for key in subject.state_keys:
+            other.set(key, steps.get(key).roll(by, 0))
+        fitting |= _share(subject, other, steps, tolerance).cpu() >= SHARE
+    return bool(fitting.any())
+
+
+def _shift(subject: Subject, steps: TensorDictBase, by: int) -> TensorDictBase:
+    other = steps.clone()
+    for key in subject.input_keys:
+        other.set(key, steps.get(key).roll(by, 1))
+    return other
+
+
+def _fits(subject: Subject, other: TensorDictBase, steps: TensorDictBase, tolerance: float) -> bool:
+    return float(_share(subject, other, steps, tolerance).mean()) >= SHARE
+
+
+def _share(subject: Subject, other: TensorDictBase, steps: TensorDictBase, tolerance: float) -> Tensor:
+    """Share of the steps of each environment whose recorded log-probs fit, [N]; the edges do not count."""
+    error = (subject.step_from(other)[0] - subject.recorded_log_prob(steps)).abs()[:, 1:-1]
+    return (error <= tolerance).float().mean(1)

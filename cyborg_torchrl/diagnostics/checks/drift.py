@@ -1,0 +1,115 @@
+# pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# (tensordict's and torchrl's annotations are narrower than what they take)
+"""How far are stored states from what the parameters of today would give, after some updates?"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.utils import NestedKey
+from torch import Tensor, distributions
+
+from cyborg_torchrl import keys
+from cyborg_torchrl.diagnostics.findings import Finding, inform, skip
+from cyborg_torchrl.diagnostics.probe import TINY
+from cyborg_torchrl.diagnostics.rollout import Rollout
+from cyborg_torchrl.diagnostics.subject import Pass, Subject
+from cyborg_torchrl.objectives.functional import masked_standardize
+
+KL, OUTPUT, STATE = "drift: KL(fresh || stored)", "drift: |dparams| / max |params|", "drift: |dh| / |h|"
+CLIP, GAMMA = 0.2, 0.99
+SAMPLES = 256
+
+
+def report_drift(
+    subject: Subject, rollout: Rollout, length: int, updates: int, learning_rate: float, *, rows: int = 8
+) -> list[Finding]:
+    """Drift of stored states after k optimiser updates of a copy, over the chunks that begin within an episode.
+
+    The fresh state is what the new parameters make of the row's observations from its first step on; the stored one
+    is the rollout's. Source: Kapturowski et al. (2019), section 3, whose delta-Q compares Q-values.
+    """
+    steps = rollout.steps[:rows]
+    trained = copy.copy(subject)
+    trained.policy = copy.deepcopy(subject.policy)
+    _train(trained, steps, updates, learning_rate)
+    is_init = steps.get(subject.is_init_key).squeeze(-1)
+    starts = [start for start in range(length, steps.shape[1] - length + 1, length) if not is_init[:, start].all()]
+    if not starts:
+        text = "No chunk begins within an episode, so no state is stored that could drift."
+        return [skip(name, text) for name in (KL, OUTPUT, STATE)]
+    with torch.no_grad():
+        kls, changes, states = _compare(trained, steps, starts, length, rollout.is_primed)
+    after = f"after {updates} Adam updates at {learning_rate:g} on this rollout"
+    return [
+        inform(KL, kls, f"Mean KL between the policies with fresh and with stored memory, {after}."),
+        inform(OUTPUT, changes, f"Mean change of the distribution's parameters, {after}."),
+        inform(STATE, states, f"Relative distance of fresh and stored states where chunks begin, {after}."),
+    ]
+
+
+def _train(subject: Subject, steps: TensorDictBase, updates: int, learning_rate: float) -> None:
+    """A few steps of the clipped surrogate on whole rows, with returns-to-go as advantages."""
+    parameters = [p for p in subject.policy.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(parameters, lr=learning_rate, eps=1e-5)
+    advantage = _advantage(steps, subject.is_init_key)
+    for _ in range(updates):
+        log_prob = subject.log_prob(subject.run_sequence(steps), steps)
+        ratio = (log_prob - subject.recorded_log_prob(steps)).exp()
+        loss = -torch.minimum(ratio * advantage, ratio.clamp(1 - CLIP, 1 + CLIP) * advantage).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 0.5)
+        optimizer.step()
+
+
+def _advantage(steps: TensorDictBase, is_init_key: NestedKey) -> Tensor:
+    """Standardised discounted returns within the rollout; noise where there are no rewards."""
+    reward = steps.get((keys.NEXT, keys.REWARD), None)
+    noise = torch.randn(steps.shape, generator=torch.Generator().manual_seed(0)).to(steps.get(is_init_key).device)
+    if reward is None:
+        return noise
+    reward = reward.reshape(*steps.shape, -1).sum(-1).float()
+    ends = steps.get(is_init_key).squeeze(-1).roll(-1, 1)
+    running, returns = torch.zeros_like(reward[:, 0]), torch.empty_like(reward)
+    for t in range(reward.shape[1] - 1, -1, -1):
+        running = reward[:, t] + GAMMA * running * ~ends[:, t]
+        returns[:, t] = running
+    return masked_standardize(returns) if float(returns.std()) > 0 else noise
+
+
+def _compare(
+    subject: Subject, steps: TensorDictBase, starts: list[int], length: int, is_primed: bool
+) -> tuple[float, float, float]:
+    """Mean KL, mean relative change of parameters, relative distance of states."""
+    fresh = subject.run_steps(steps, is_primed=is_primed)
+    scale = fresh.params.abs().max().clamp_min(TINY)
+    kls, changes, distances, norms = [], [], [], []
+    for start in starts:
+        stored = subject.run_steps(steps[:, start : start + length], is_primed=is_primed)
+        kls.append(_kl(fresh, stored, start))
+        change = fresh.params[:, start : start + length] - stored.params
+        changes.append(change.abs().amax(-1).mean() / scale)
+        goes_on = ~steps.get(subject.is_init_key)[:, start].squeeze(-1)
+        for key, value in fresh.states[start - 1].items():
+            recorded = steps.get(key)[:, start][goes_on]
+            distances.append((value[goes_on] - recorded).square().sum())
+            norms.append(value[goes_on].square().sum())
+    relative = torch.stack(distances).sum().sqrt() / torch.stack(norms).sum().sqrt().clamp_min(TINY)
+    return float(torch.stack(kls).mean()), float(torch.stack(changes).mean()), float(relative)
+
+
+def _kl(fresh: Pass, stored: Pass, start: int) -> Tensor:
+    pairs = zip(fresh.dist[start : start + len(stored.dist)], stored.dist, strict=True)
+    return torch.stack([_kl_of(p, q).mean() for p, q in pairs]).mean()
+
+
+def _kl_of(p: distributions.Distribution, q: distributions.Distribution) -> Tensor:
+    try:
+        return distributions.kl_divergence(p, q)
+    except NotImplementedError:  # estimated, for distributions that torch knows no formula for
+        with torch.random.fork_rng():
+            action = p.sample(torch.Size([SAMPLES]))
+        return (p.log_prob(action) - q.log_prob(action)).mean(0)

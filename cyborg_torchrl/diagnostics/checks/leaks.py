@@ -1,0 +1,123 @@
+# pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# (tensordict's and torchrl's annotations are narrower than what they take)
+"""Does anything get across that must not: over a reset, or from one environment to another?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cyborg_torchrl.diagnostics.findings import Finding, judge, skip
+from cyborg_torchrl.diagnostics.probe import Probe, distance
+
+EXACT = 1e-5
+"""Relative; nothing at all should get across, and a different order of summation makes 1e-6 or so."""
+MODES = ("step", "sequence")
+REPEATABLE, ALONE = "repeatable", "environments alone and together"
+
+
+def leak_name(kind: str, mode: str) -> str:
+    """Name of a finding: kind is "reset", "reset gradient", "environment" or "environment gradient"."""
+    return f"{kind} leak: {mode} mode"
+
+
+@torch.no_grad()
+def check_repeatable(probe: Probe) -> Finding:
+    """The same input twice gives the same distribution."""
+    everywhere = torch.ones(probe.steps.shape, dtype=torch.bool)
+    error = max(distance(probe.run(mode).params, probe.run(mode).params, everywhere) for mode in MODES)
+    return judge(
+        REPEATABLE,
+        error,
+        EXACT,
+        healthy="The same input gives the same distribution twice.",
+        accused="The same input gives another distribution the second time: dropout or noise is on, or the module "
+        "keeps a state of its own outside of the tensordict.",
+        cure="Call policy.eval() or drop the noise, and keep memory under the state keys alone.",
+    )
+
+
+def check_reset_leak(probe: Probe) -> list[Finding]:
+    """Nothing before a reset changes anything after it."""
+    before = probe.is_before
+    rows = probe.first_reset < probe.steps.shape[1]
+    texts = {
+        "healthy": "What comes before a reset changes nothing after it.",
+        "accused": "What comes before a reset changes what comes after it: memory is not restarted where an episode "
+        "begins.",
+        "cure": f"Replace the state by the initial state wherever {probe.subject.is_init_key!r} is true, inside "
+        "sequences too.",
+    }
+
+    def look(rows: Tensor) -> list[Finding]:
+        where, after = before & rows.unsqueeze(1), ~before & rows.unsqueeze(1)
+        return [
+            *(_disturb("reset", mode, probe, where, rows, after=after, texts=texts) for mode in MODES),
+            *(_gradient("reset gradient", mode, probe, where, after, texts) for mode in MODES),
+        ]
+
+    found = look(rows)
+    if all(finding.verdict != "accused" for finding in found):
+        return found
+    # rows restart at different steps, so a leak between environments gets here too: what is left in each row alone?
+    alone = [look(torch.arange(len(rows)) == row) for row in rows.nonzero().flatten().tolist()]
+    return [max(same, key=lambda finding: finding.verdict == "accused") for same in zip(*alone, strict=True)]
+
+
+def check_environment_leak(probe: Probe, tolerance: float) -> list[Finding]:
+    """Each environment's memory is its own."""
+    batch, length = probe.steps.shape
+    first = torch.zeros(batch, dtype=torch.bool)
+    first[0] = True
+    inside, outside = (mask.unsqueeze(1).expand(batch, length) for mask in (first, ~first))
+    texts = {
+        "healthy": "An environment changes nothing in the others.",
+        "accused": "An environment changes the outputs of the others: states are sliced along the wrong dimension, or "
+        "something is computed over the batch.",
+        "cure": "Keep states batch first, and normalise over features (LayerNorm), not over the batch.",
+    }
+    return [
+        *(_disturb("environment", mode, probe, inside, first, after=outside, texts=texts) for mode in MODES),
+        *(_gradient("environment gradient", mode, probe, inside, outside, texts) for mode in MODES),
+        _alone(probe, tolerance, texts),
+    ]
+
+
+def _disturb(
+    kind: str, mode: str, probe: Probe, where: Tensor, rows: Tensor, *, after: Tensor, texts: dict[str, Any]
+) -> Finding:
+    """Changes observations at `where` and the states of `rows`; outputs at `after` must stay."""
+    name = leak_name(kind, mode)
+    with torch.no_grad():
+        original = probe.run(mode).params
+        changed = probe.disturbed(where, is_state=rows).run(mode).params
+    if distance(original, changed, where) <= EXACT:
+        return skip(name, "Other observations and states change nothing even where they should.", limit=EXACT)
+    return judge(name, distance(original, changed, after), EXACT, **texts)
+
+
+def _gradient(kind: str, mode: str, probe: Probe, where: Tensor, after: Tensor, texts: dict[str, Any]) -> Finding:
+    """Gradient of the outputs at `after` to observations and states at `where`: exactly zero."""
+    name = leak_name(kind, mode)
+    leafy, observations, states = probe.with_gradient()
+    params = leafy.run(mode).params
+    if not params.requires_grad:
+        return skip(name, "The outputs have no gradient at all here.", limit=0.0)
+    weight = torch.randn(params.shape, generator=probe.generator).to(params.device)
+    leaves = [*observations, *states]
+    grads = torch.autograd.grad((weight * params)[after.to(params.device)].sum(), leaves, allow_unused=True)
+    found = [grad[where.to(grad.device)] for grad in grads if grad is not None]
+    largest = max((float(grad.abs().max()) for grad in found if grad.numel()), default=0.0)
+    is_number = all(bool(grad.isfinite().all()) for grad in found)
+    return judge(name, largest if is_number else float("nan"), 0.0, **texts)
+
+
+@torch.no_grad()
+def _alone(probe: Probe, tolerance: float, texts: dict[str, Any]) -> Finding:
+    together = probe.run("sequence").params
+    rows = range(min(3, probe.steps.shape[0]))
+    alone = torch.cat([probe.subject.run_sequence(probe.steps[row : row + 1]).params for row in rows])
+    where = torch.ones(alone.shape[:2], dtype=torch.bool)
+    return judge(ALONE, distance(together[: len(rows)], alone, where), tolerance, **texts)

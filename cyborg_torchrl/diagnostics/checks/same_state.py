@@ -1,0 +1,125 @@
+# pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# (tensordict's and torchrl's annotations are narrower than what they take)
+"""Is what the update sees what the rollout saw? Log-probs and states of a rollout, computed again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+
+from cyborg_torchrl import keys
+from cyborg_torchrl.data import RecurrentRolloutBuffer
+from cyborg_torchrl.diagnostics.checks.causes import Suspicion, suspect
+from cyborg_torchrl.diagnostics.findings import Finding, inform, judge, skip
+from cyborg_torchrl.diagnostics.probe import TINY
+from cyborg_torchrl.diagnostics.rollout import Rollout
+from cyborg_torchrl.diagnostics.subject import Subject
+
+SINGLE, WHOLE, CONTINUITY, POWER = (
+    "same state: single steps",
+    "same state: whole rows",
+    "states follow one another",
+    "same state: what a wrong state would show",
+)
+AS_RECORDED = "The log-probs computed again from the stored states are those of the rollout."
+
+
+def chunk_name(length: int) -> str:
+    """Name of the finding for chunks of a length."""
+    return f"same state: chunks of {length}"
+
+
+def buffer_name(length: int) -> str:
+    """Name of the finding for chunks that went through our buffer."""
+    return f"same state: RecurrentRolloutBuffer, seq_len {length}"
+
+
+@torch.no_grad()
+def check_same_state(
+    subject: Subject, rollout: Rollout, chunk_lengths: Sequence[int], tolerance: float
+) -> list[Finding]:
+    """|log ratio| before any update, which is zero if and only if the update sees what the rollout saw."""
+    steps = rollout.steps
+    total = steps.shape[1]
+    single_log_prob, following = subject.step_from(steps)
+    recorded = subject.recorded_log_prob(steps)
+    errors = {SINGLE: (single_log_prob - recorded).abs()}
+    for length in sorted({*chunk_lengths} - {total}):
+        if length <= total:
+            errors[chunk_name(length)] = _chunk_errors(subject, steps, length)
+    errors[WHOLE] = _chunk_errors(subject, steps, total)
+    for length in sorted({length for length in chunk_lengths if 1 < length < total and total % length == 0}):
+        if subject.is_init_key == keys.IS_INIT:
+            errors[buffer_name(length)] = _buffer_errors(subject, steps, length)
+    follow = _continuity(subject, rollout, following)
+    power = _power(subject, steps)
+    is_wrong = {name: not float(error.max()) <= tolerance for name, error in errors.items()}
+    suspicion = suspect(subject, rollout, tolerance, follow, is_wrong[SINGLE]) if any(is_wrong.values()) else None
+    findings = [_ratio_finding(name, float(e.max()), tolerance, power, suspicion) for name, e in errors.items()]
+    text = "|log ratio| with the states of another moment: where it is far above the limit, the check sees."
+    return [*findings, _judge_continuity(follow, tolerance), inform(POWER, power, text)]
+
+
+def _judge_continuity(follow: float, tolerance: float) -> Finding:
+    return judge(
+        CONTINUITY,
+        follow,
+        tolerance,
+        healthy="Each stored state is the one that the policy makes of the step before.",
+        accused="Stored states are not what the policy makes of the step before: steps are out of order, or states "
+        "were lost, swapped or made by other parameters.",
+        cure="Store whole sequences of one environment in order of time, and states and observations of the same step.",
+    )
+
+
+def _ratio_finding(name: str, error: float, tolerance: float, power: float, suspicion: Suspicion | None) -> Finding:
+    if error <= tolerance and power <= tolerance:
+        text = "The log-probs hardly depend on the memory, so a wrong state would not show: train the policy a bit."
+        return skip(name, text, value=error, limit=tolerance)
+    cause = suspicion or Suspicion("", "")
+    return judge(name, error, tolerance, healthy=AS_RECORDED, accused=cause.explanation, cure=cause.cure)
+
+
+def _chunk_errors(subject: Subject, steps: TensorDictBase, length: int) -> Tensor:
+    """|log ratio| of all steps, in chunks of a length from their first stored state; the rest is a shorter chunk."""
+    total = steps.shape[1]
+    whole = total - total % length
+    parts = [steps[:, :whole].reshape(-1, length)] + ([steps[:, whole:]] if whole < total else [])
+    return torch.cat([_log_ratio(subject, part).flatten() for part in parts])
+
+
+def _buffer_errors(subject: Subject, steps: TensorDictBase, length: int) -> Tensor:
+    rows = steps.numel() // length
+    buffer = RecurrentRolloutBuffer(steps.numel(), length, batch_size=-(-rows // 3), state_keys=subject.state_keys)
+    with torch.random.fork_rng():
+        buffer.store(steps)
+        return torch.cat([_log_ratio(subject, batch).flatten() for batch in buffer])
+
+
+def _log_ratio(subject: Subject, steps: TensorDictBase) -> Tensor:
+    log_prob = subject.log_prob(subject.run_sequence(steps), steps)
+    return (log_prob - subject.recorded_log_prob(steps)).abs()
+
+
+def _continuity(subject: Subject, rollout: Rollout, following: Mapping) -> float:
+    """Largest difference between a stored state and that made from the step before, as a share of the largest entry."""
+    goes_on = ~rollout.steps.get(subject.is_init_key).squeeze(-1)[:, 1:]
+    worst = 0.0
+    for key, stored in subject.states_of(rollout.steps).items():
+        made, stored = following[key][:, :-1][goes_on], stored[:, 1:][goes_on]
+        if made.numel():
+            error = (made - stored).abs().max() / torch.maximum(made.abs().max(), stored.abs().max()).clamp_min(TINY)
+            worst = max(worst, float(error)) if float(error) == float(error) else float("inf")
+    return worst
+
+
+def _power(subject: Subject, steps: TensorDictBase) -> float:
+    """Largest |log ratio| of single steps with the states of another environment and moment."""
+    other = steps.clone()
+    for key in subject.state_keys:
+        value = steps.get(key)
+        other.set(key, value.flatten(0, 1).roll(value.shape[1] // 2 + 1, 0).view_as(value))
+    return float((subject.step_from(other)[0] - subject.step_from(steps)[0]).abs().max())

@@ -1,0 +1,30 @@
+# pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# (tensordict's and torchrl's annotations are narrower than what they take)
+"""What do stored states cost?"""
+
+from __future__ import annotations
+
+from cyborg_torchrl.diagnostics.findings import Finding, inform
+from cyborg_torchrl.diagnostics.rollout import Rollout
+from cyborg_torchrl.diagnostics.subject import Subject
+
+STEPS = 100_000
+MEGABYTE = 1e6
+EVERY_STEP = "states, MB per 100,000 steps: each step stored"
+
+
+def keyframe_name(length: int) -> str:
+    """Name of the finding for one state a chunk."""
+    return f"states, MB per 100,000 steps: one a chunk of {length}"
+
+
+def report_storage(subject: Subject, rollout: Rollout, length: int) -> list[Finding]:
+    """Megabytes (10^6) of states, stored at each step and once a chunk."""
+    states = subject.states_of(rollout.steps).values()
+    size = sum(value[0, 0].numel() * value.element_size() for value in states)
+    every = f"{size} bytes a state; a TorchRL rollout holds it a second time under 'next'."
+    once = "What a buffer needs that stores the state before each chunk and replays the rest."
+    return [
+        inform(EVERY_STEP, size * STEPS / MEGABYTE, every),
+        inform(keyframe_name(length), size * STEPS / length / MEGABYTE, once),
+    ]

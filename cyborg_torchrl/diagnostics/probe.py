@@ -1,0 +1,130 @@
+# pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# (tensordict's and torchrl's annotations are narrower than what they take)
+"""Sequences to experiment on: cut from a rollout, moved to a generic point, with resets of our own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+
+from cyborg_torchrl.diagnostics.rollout import Rollout
+from cyborg_torchrl.diagnostics.subject import Pass, Subject
+
+TINY = 1e-30
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Sequences [B, L], B >= 2, from recorded states in the middle of an episode.
+
+    Observations are the recorded ones plus noise: at a blank observation a gate may be shut and its gradient zero
+    by accident, which says nothing about the network.
+    """
+
+    subject: Subject
+    steps: TensorDictBase
+    first_reset: Tensor
+    """The first step that begins an episode, [B]; L where there is none."""
+    is_primed: bool
+    generator: torch.Generator
+
+    @property
+    def is_before(self) -> Tensor:
+        """Steps before the first reset, [B, L]."""
+        return torch.arange(self.steps.shape[1]) < self.first_reset.unsqueeze(1)
+
+    def run(self, mode: str) -> Pass:
+        """Runs the policy in "sequence" or "step" mode."""
+        if mode == "sequence":
+            return self.subject.run_sequence(self.steps)
+        return self.subject.run_steps(self.steps, is_primed=self.is_primed)
+
+    def disturbed(self, where: Tensor, *, is_state: Tensor) -> Probe:
+        """Other observations at the steps `where` [B, L], and other first states in the rows `is_state` [B]."""
+        steps = self.steps.clone()
+        for key in self.subject.input_keys:
+            value = steps.get(key)
+            other = _other(value, self.generator, scale=3.0)
+            steps.set(key, torch.where(_expand(where, value), other, value))
+        # the state at resets is the environment's business, and stays
+        has_state = is_state.unsqueeze(1) & (self.is_before | (self.first_reset.unsqueeze(1) == 0))
+        for key in self.subject.state_keys:
+            value = steps.get(key)
+            first = _other(value[:, 0], self.generator, scale=1.0).unsqueeze(1).expand_as(value)
+            steps.set(key, torch.where(_expand(has_state, value), first, value))
+        return replace(self, steps=steps)
+
+    def with_gradient(self) -> tuple[Probe, list[Tensor], list[Tensor]]:
+        """A copy whose float observations [B, L, ...] and states [B, L, ...] are leaves, and these leaves."""
+        steps = self.steps.clone()
+        names = ([k for k in self.subject.input_keys if steps.get(k).is_floating_point()], self.subject.state_keys)
+        for key in (*names[0], *names[1]):
+            steps.set(key, steps.get(key).clone().requires_grad_())
+        observations, states = ([steps.get(key) for key in group] for group in names)
+        return replace(self, steps=steps), observations, states
+
+
+def build_probe(
+    subject: Subject, rollout: Rollout, length: int, seed: int, *, rows: int = 6, has_resets: bool = True
+) -> Probe:
+    """Cuts the rollout into sequences, from its end.
+
+    With resets, each row but the first gets one or two: next to each other, at its second step, at its last one, and
+    at random, so environments that never end an episode are checked as well.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    total = rollout.steps.shape[1]
+    length = min(length, total // 2)
+    ends = range(total, length - 1, -length)
+    steps = torch.cat([rollout.steps[:rows, end - length : end] for end in ends], 0)[:rows].clone()
+    for key in subject.input_keys:
+        value = steps.get(key)
+        if value.is_floating_point():
+            steps.set(key, _other(value, generator, scale=1.0))
+    flags = torch.zeros(steps.shape, dtype=torch.bool)
+    if has_resets:
+        flags[1:] = _resets(steps.shape[0] - 1, length, generator)
+    first_reset = torch.where(flags.any(1), flags.float().argmax(1), length)
+    steps.set(subject.is_init_key, flags.unsqueeze(-1).to(steps.get(subject.is_init_key).device))
+    is_later = flags.cumsum(1) > 0
+    for key in subject.state_keys:
+        value = steps.get(key)
+        first = value[:, :1].expand_as(value)
+        steps.set(key, torch.where(_expand(is_later, value), rollout.fresh_state[key].expand_as(value), first))
+    return Probe(subject, steps, first_reset, rollout.is_primed, generator)
+
+
+def distance(a: Tensor, b: Tensor, where: Tensor) -> float:
+    """Largest difference of distribution parameters [B, L, P] at the steps `where`, as a share of the largest one."""
+    if not bool(where.any()):
+        return 0.0
+    change = (a.detach() - b.detach())[where.to(a.device)].abs().max()
+    return float(change / a.detach().abs().max().clamp_min(TINY))
+
+
+def _resets(rows: int, length: int, generator: torch.Generator) -> Tensor:
+    flags = torch.zeros(rows, length, dtype=torch.bool)
+    fixed = [(length // 2, length // 2 + 1), (1,), (length - 1,)]
+    for row in range(rows):
+        drawn = torch.randint(1, length, (2,), generator=generator).tolist()
+        for t in fixed[row] if row < len(fixed) else drawn:
+            flags[row, min(t, length - 1)] = True
+    return flags
+
+
+def _other(value: Tensor, generator: torch.Generator, *, scale: float) -> Tensor:
+    """Floats with noise of `scale` times their spread; anything else shuffled, so that it stays in its range."""
+    if not value.is_floating_point():
+        order = torch.randperm(value.shape[0] * value.shape[1], generator=generator).to(value.device)
+        return value.flatten(0, 1)[order].view_as(value)
+    spread = value.float().std() if value.numel() > 1 else torch.zeros(())
+    spread = float(spread) if float(spread) > 0 else 1.0
+    noise = torch.randn(value.shape, generator=generator).to(value.device, value.dtype)
+    return value + scale * spread * noise
+
+
+def _expand(mask: Tensor, value: Tensor) -> Tensor:
+    return mask.to(value.device).view(*mask.shape, *(1,) * (value.ndim - mask.ndim))

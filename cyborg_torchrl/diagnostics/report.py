@@ -1,0 +1,102 @@
+"""The report of a check: findings, the gradient's curve, as a table and as JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.table import Table
+
+from cyborg_torchrl.diagnostics.findings import Finding
+
+STYLES = {"ok": "green", "accused": "bold red", "info": "cyan", "not_applicable": "dim"}
+
+
+@dataclass(frozen=True)
+class HorizonCurve:
+    """How far back a log-prob's gradient reaches, and how far back acting itself depends on what was seen."""
+
+    leaf: str
+    """What the gradient is taken to: "observation", or "memory state" where observations have no gradient."""
+    chunk_length: int
+    gradient: tuple[float, ...]
+    """Mean norm of the gradient of a step's distribution to the leaf `lag` steps back, for each lag from 0."""
+    influence: tuple[float, ...]
+    """Largest relative change of the distribution's parameters `lag` steps after the leaf was changed, in acting."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `check_recurrent` found out about a policy."""
+
+    policy: str
+    """Class of the policy."""
+    state_keys: tuple[str, ...]
+    num_envs: int
+    steps: int
+    """Steps of each environment that were looked at."""
+    seed: int
+    findings: tuple[Finding, ...]
+    horizon: HorizonCurve | None = None
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether nothing was accused."""
+        return not self.accused
+
+    @property
+    def accused(self) -> tuple[Finding, ...]:
+        """The findings that say something is wrong."""
+        return tuple(finding for finding in self.findings if finding.verdict == "accused")
+
+    def __getitem__(self, name: str) -> Finding:
+        """The finding of that name.
+
+        Raises:
+            KeyError: if there is none.
+        """
+        for finding in self.findings:
+            if finding.name == name:
+                return finding
+        raise KeyError(f"no finding '{name}'; there are: {', '.join(f.name for f in self.findings)}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings, lists and dicts; what is no finite number becomes a string ("inf", "nan")."""
+        return _plain({**asdict(self), "is_healthy": self.is_healthy})
+
+    def to_json(self) -> str:
+        """The report as one JSON object."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def table(self) -> Table:
+        """The findings as a table for a terminal."""
+        title = f"{self.policy}: {'healthy' if self.is_healthy else f'{len(self.accused)} accused'}"
+        table = Table(title=title, title_justify="left", expand=False)
+        table.add_column("finding", overflow="fold")
+        table.add_column("value", justify="right")
+        table.add_column("limit", justify="right")
+        table.add_column("verdict")
+        table.add_column("what it means", overflow="fold")
+        for finding in self.findings:
+            text = f"{finding.explanation} {finding.cure}".strip()
+            style = STYLES[finding.verdict]
+            verdict = f"[{style}]{finding.verdict.replace('_', ' ')}[/]"
+            table.add_row(finding.name, _number(finding.value), _number(finding.limit), verdict, text)
+        return table
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    is_count = value == round(value, 0) and abs(value) >= 1
+    return f"{value:,.0f}" if 100 <= abs(value) < 1e7 or is_count else f"{value:.2g}"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if isinstance(value, dict):
+        return {str(key): _plain(entry) for key, entry in value.items()}  # pyright: ignore[reportUnknownArgumentType]
+    return [_plain(entry) for entry in value] if isinstance(value, (list, tuple)) else value  # pyright: ignore

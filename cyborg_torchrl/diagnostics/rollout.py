@@ -1,0 +1,108 @@
+# pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# (tensordict's and torchrl's annotations are narrower than what they take)
+"""What the checks look at: a rollout, collected here or by somebody else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from tensordict import LazyStackedTensorDict, TensorDictBase
+from torchrl.envs import EnvBase
+from torchrl.envs.utils import ExplorationType, set_exploration_type
+from torchrl.modules import set_recurrent_mode
+
+from cyborg_torchrl import keys
+from cyborg_torchrl.diagnostics.subject import States, Subject
+
+MIN_STEPS = 4
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A rollout [N, T] with the entries that the checks need."""
+
+    steps: TensorDictBase
+    fresh_state: States
+    """The state that the environment hands out at a reset, {key: [*shape]}; zero where none was seen."""
+    is_primed: bool
+    """Whether every recorded reset came with that same state, so that resets do not hang on the policy alone."""
+
+
+@torch.no_grad()
+def collect(subject: Subject, env: EnvBase, steps: int, seed: int) -> TensorDictBase:
+    """Rolls the policy out, as a collector would. Seeds the environment; torch's own generators are left as they were.
+
+    Returns [*env.batch_size, steps].
+
+    Raises:
+        ValueError: if there are too few steps.
+        KeyError: if the environment has no `is_init` or no memory state; the message says what to add.
+    """
+    if steps < MIN_STEPS:
+        raise ValueError(f"steps must be >= {MIN_STEPS}; got {steps}.")
+    with torch.random.fork_rng(), set_exploration_type(ExplorationType.RANDOM), set_recurrent_mode(False):
+        env.set_seed(seed)
+        torch.manual_seed(seed)
+        tensordict = env.reset()
+        _check_reset(subject, tensordict)
+        rows = []
+        for _ in range(steps):
+            tensordict, following = env.step_and_maybe_reset(subject.policy(tensordict))
+            rows.append(tensordict.clone())
+            tensordict = following
+        return LazyStackedTensorDict.maybe_dense_stack(rows, -1).contiguous()
+
+
+def prepare(subject: Subject, rollout: TensorDictBase) -> Rollout:
+    """Checks a rollout and keeps what is needed of it, as [N, T].
+
+    Raises:
+        ValueError: if it has no time dimension or too few steps.
+        KeyError: if an entry is missing; the message says what to add.
+    """
+    if rollout.ndim == 0 or rollout.shape[-1] < MIN_STEPS:
+        raise ValueError(
+            f"a rollout has batch size [N, T] with T >= {MIN_STEPS} consecutive steps; got {list(rollout.batch_size)}."
+        )
+    rollout = rollout.unsqueeze(0) if rollout.ndim == 1 else rollout.reshape(-1, rollout.shape[-1])
+    _check_entries(subject, rollout)
+    wanted = [*subject.input_keys, subject.is_init_key, *subject.state_keys, subject.action_key, subject.log_prob_key]
+    steps = rollout.select(*wanted, (keys.NEXT, keys.REWARD), strict=False).detach().contiguous()
+    steps.set(subject.is_init_key, steps.get(subject.is_init_key).reshape(*steps.shape, 1))
+    flags = steps.get(subject.is_init_key).squeeze(-1)
+    resets = {key: value[flags] for key, value in subject.states_of(steps).items()}
+    is_primed = all(bool((value == value[:1]).all()) for value in resets.values())
+    fresh = {}
+    for key, value in subject.states_of(steps).items():
+        has_seen = is_primed and resets[key].shape[0] > 0
+        fresh[key] = resets[key][0].clone() if has_seen else torch.zeros_like(value[0, 0])
+    return Rollout(steps, fresh, is_primed)
+
+
+def _check_reset(subject: Subject, tensordict: TensorDictBase) -> None:
+    if tensordict.get(subject.is_init_key, None) is None:
+        raise KeyError(
+            f"the environment writes no {subject.is_init_key!r}, which says where episodes begin: add "
+            "torchrl.envs.InitTracker() to it."
+        )
+    missing = [key for key in subject.state_keys if tensordict.get(key, None) is None]
+    if missing:
+        raise KeyError(
+            f"the environment holds no memory state {missing}, so {subject.name} would forget everything at each step: "
+            "env.append_transform(torchrl.modules.utils.get_primers_from_module(policy))."
+        )
+
+
+def _check_entries(subject: Subject, rollout: TensorDictBase) -> None:
+    _check_reset(subject, rollout)
+    missing = [key for key in subject.input_keys if rollout.get(key, None) is None]
+    if missing:
+        raise KeyError(f"the rollout lacks {missing}, which {subject.name} reads.")
+    if rollout.get(subject.action_key, None) is None:
+        raise KeyError(f"the rollout has no {subject.action_key!r}: it was not collected with this policy.")
+    if rollout.get(subject.log_prob_key, None) is None:
+        raise KeyError(
+            f"the rollout has no log-prob {subject.log_prob_key!r}, so there is nothing to compare with: build the "
+            "policy's probabilistic module with return_log_prob=True."
+        )

@@ -1,0 +1,140 @@
+"""The command: its table, its JSON, its picture and its exit codes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from cyborg_torchrl.memory_benchmarks import ancestor_tests, verify
+
+NAMES = [
+    "buffer size for vectorised environments",
+    "state storage and retrieval",
+    "full training loop",
+    "gradient flow",
+]
+THIRD_PARTY = """
+import torch
+from tensordict.nn import ProbabilisticTensorDictModule, ProbabilisticTensorDictSequential, TensorDictModule
+from torchrl.envs import InitTracker, TransformedEnv
+from torchrl.modules import GRUModule
+from torchrl.modules.utils import get_primers_from_module
+
+from cyborg_torchrl import DelayedCueEnv
+
+
+def build():
+    policy = ProbabilisticTensorDictSequential(
+        GRUModule(6, 8, in_keys=["observation", "h"], out_keys=["memory", ("next", "h")]),
+        TensorDictModule(torch.nn.Linear(8, 4), in_keys=["memory"], out_keys=["logits"]),
+        ProbabilisticTensorDictModule(
+            in_keys=["logits"],
+            out_keys=["action"],
+            distribution_class=torch.distributions.Categorical,
+            return_log_prob=True,
+            log_prob_key="action_log_prob",
+        ),
+    )
+    env = TransformedEnv(DelayedCueEnv(4, horizon=5, seed=0), InitTracker())
+    env.append_transform(get_primers_from_module(policy))
+    return policy, env
+
+
+def build_without_primer():
+    policy, _ = build()
+    return policy, TransformedEnv(DelayedCueEnv(4, horizon=5, seed=0), InitTracker())
+
+
+def build_detached():
+    policy, env = build()
+    gru = policy.module[0]
+    forward = gru.forward
+
+    def cut(tensordict):
+        result = forward(tensordict)
+        return result.set("memory", result["memory"].detach())
+
+    gru.forward = cut
+    return policy, env
+
+
+def build_nothing():
+    return None
+"""
+
+
+@pytest.fixture
+def third_party(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    (tmp_path / "their_policy.py").write_text(THIRD_PARTY)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    return "their_policy"
+
+
+def test_a_backbone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib").use("Agg")
+    path, picture = tmp_path / "report.json", tmp_path / "horizon.png"
+    assert verify.main(["--backbone", "lru", "--json", str(path), "--plot", str(picture)]) == 0
+    out = capsys.readouterr().out
+    assert all(f"PASS  lru: {name}" in out for name in NAMES)
+    assert "healthy: lru" in out
+    content = json.loads(path.read_text())
+    assert content["is_healthy"] is True
+    assert [test["name"] for test in content["policies"]["lru"]["tests"]] == NAMES
+    assert content["policies"]["lru"]["report"]["is_healthy"] is True
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_policy_of_somebody_else(third_party: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "report.json"
+    assert verify.main(["--policy", f"{third_party}:build", "--json", str(path)]) == 0
+    assert json.loads(path.read_text())["policies"][f"{third_party}:build"]["tests"] == []
+    assert verify.main(["--policy", f"{third_party}:build_detached"]) == 1
+    assert "ACCUSED" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--backbone", "gruu"], "gru"),
+        (["--policy", "their_policy:biuld"], "biuld"),
+        (["--policy", "no_such_module:build"], "no_such_module"),
+        (["--policy", "their_policy"], "must name a function"),
+        (["--policy", "their_policy:build_nothing"], "must return (policy, env)"),
+        (["--policy", "their_policy:build_without_primer"], "get_primers_from_module"),
+    ],
+)
+def test_bad_usage_is_one_line_and_exit_code_2(
+    third_party: str, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert verify.main(arguments) == 2
+    err = capsys.readouterr().err.strip().splitlines()
+    assert len(err) == 1
+    assert message in err[0]
+
+
+def test_the_four_tests_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A buffer that zeroes states, a chance policy, a detached memory: each fails the test that is named for it."""
+    store = ancestor_tests.RecurrentRolloutBuffer.store
+
+    def store_zeros(self: object, rollout: object) -> None:
+        store(self, rollout.clone().set("memory_state", rollout["memory_state"].apply(torch.zeros_like)))
+
+    monkeypatch.setattr(ancestor_tests.RecurrentRolloutBuffer, "store", store_zeros)
+    monkeypatch.setattr(ancestor_tests, "MAX_STEPS", 1500)
+    monkeypatch.setattr(ancestor_tests, "SUCCESS", 1.1)
+    backward = ancestor_tests.build_agent
+
+    def build_detached(*args: object) -> object:
+        agent = backward(*args)
+        agent.backbone.core.register_forward_pre_hook(lambda module, inputs: (inputs[0].detach(), *inputs[1:]))
+        return agent
+
+    monkeypatch.setattr(ancestor_tests, "build_agent", build_detached)
+    results = {result.name: result for result in ancestor_tests.run_ancestor_tests("lru", seed=0)}
+    assert [result.is_passed for result in results.values()] == [True, False, False, False]
+    assert "another 'hidden'" in results["state storage and retrieval"].detail
+    assert "does not reach the cue" in results["gradient flow"].detail
