@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
@@ -55,13 +56,20 @@ class RecurrentClipPPOLoss(ClipPPOLoss):
         super().__init__(actor_network, critic_network, functional=functional, **options)
         self.state_keys = memory_state_keys(actor_network)
         self._ratio_error: Tensor | None = None
+        self._is_checked = False
         self._terms: dict[str, Tensor] = {}
         backbones = [module for module in actor_network.modules() if isinstance(module, Backbone)]
         self._regularize = backbones[0].core.regularize if backbones else None
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Returns the losses and figures of a batch of sequences, [B, T]."""
+        """Returns the losses and figures of a batch of sequences, [B, T].
+
+        Raises:
+            ValueError: for a policy with memory, if the batch is not one of sequences.
+        """
+        if self.state_keys:
+            self._check_sequences(tensordict)
         tensordict = self.after_burn_in(tensordict)
         losses = super().forward(tensordict)
         losses.set("ratio_error", self._ratio_error)
@@ -71,6 +79,28 @@ class RecurrentClipPPOLoss(ClipPPOLoss):
             for name, value in self._terms.items():
                 losses.set(f"memory_{name}", value.detach().mean())
         return losses
+
+    def _check_sequences(self, tensordict: TensorDictBase) -> None:
+        """What a buffer or sampler may do to sequences without a word: once, with the cure."""
+        if tensordict.ndim < 2:
+            raise ValueError(
+                f"the loss of a policy with memory takes sequences [B, T]; got a batch {list(tensordict.batch_size)}. "
+                "Steps in shuffled order have lost their past: use RecurrentRolloutBuffer, or rows of consecutive "
+                "steps. Slices that were laid end to end go back to sequences with batch.reshape(-1, slice_len)."
+            )
+        first = tensordict[:, 0]
+        is_init = first.get(keys.IS_INIT, None)
+        if self._is_checked or is_init is None:
+            return
+        self._is_checked = True
+        states = first.select(*self.state_keys, strict=False)[is_init.reshape(-1)]
+        if any(bool((states.get(key) != 0).any()) for key in states.keys(True, True)):
+            warnings.warn(
+                f"{keys.IS_INIT!r} is set at the first step of sequences whose stored state is not zero: memory "
+                "restarts there, and the update does not see what the agent saw. Does a sampler mark where slices "
+                "begin? Give SliceSampler its traj_key and init_key=None.",
+                stacklevel=4,
+            )
 
     def after_burn_in(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Replays the steps marked for it, without gradient. Returns the rest, from the states that were reached."""
