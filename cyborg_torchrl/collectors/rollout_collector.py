@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase, lazy_stack
 from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import unravel_key
 from torchrl.envs import EnvBase
@@ -87,12 +87,14 @@ class RolloutCollector:
             carried = self._carried
             for t in range(self.steps):
                 if t in wanted:
-                    states.append(carried.select(*self.state_keys, strict=False).clone())
+                    # not copied: a step makes new tensors, and leaves those before as they are
+                    kept = {key: carried.get(key) for key in self.state_keys}
+                    states.append(TensorDict(kept, self.env.batch_size))
                 played, carried = self.env.step_and_maybe_reset(self.policy(carried))
                 rows.append(self._recorded(played, is_last=t == self.steps - 1))
         self._carried = carried
         dim = len(self.env.batch_size)
-        steps, keyframes = torch.stack(rows, dim), torch.stack(states, dim)
+        steps, keyframes = torch.stack(rows, dim), lazy_stack(states, dim)  # whoever stores states copies them, once
         if dim == 0:
             steps, keyframes = steps.unsqueeze(0), keyframes.unsqueeze(0)
         return Rollout(steps.filter_empty_(), keyframes, self.at)

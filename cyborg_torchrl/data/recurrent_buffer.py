@@ -173,7 +173,10 @@ class RecurrentRolloutBuffer(ReplayBuffer):
     def _keyframes(self, rollout: Rollout) -> TensorDictBase:
         """One state a stored row."""
         starts = window_starts(rollout.steps.shape[1], self.burn_in, self.state_stride)
-        return rollout.keyframes[:, [rollout.at.index(start) for start in starts]].reshape(-1)
+        keyframes = rollout.keyframes
+        if starts != list(rollout.at):
+            keyframes = keyframes[:, [rollout.at.index(start) for start in starts]]
+        return keyframes.contiguous().reshape(-1)
 
     def _to_rows(self, rollout: Rollout) -> TensorDict:
         steps = rollout.steps.exclude(keys.NEXT)

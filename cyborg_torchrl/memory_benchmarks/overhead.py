@@ -1,0 +1,155 @@
+# pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# (tensordict's and torchrl's annotations are narrower than what they take)
+"""What storing memory states costs: with and without, the same network, side by side in one process.
+
+python -m cyborg_torchrl.memory_benchmarks.overhead --backbones gru mamba_gru --repeats 11
+
+Rollouts are compared with rollouts that keep no state but the first. Updates are compared with updates of chunks of the
+same length from the initial state: same network, nothing stored, gathered or replayed. Bytes are those of the stored
+states for 100,000 steps, from the buffer itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from tensordict import TensorDict
+from torchrl.envs import EnvBase, InitTracker, TransformedEnv
+
+from cyborg_torchrl import keys
+from cyborg_torchrl.collectors import RolloutCollector
+from cyborg_torchrl.data import EpisodeBuffer, RecurrentRolloutBuffer, Rollout
+from cyborg_torchrl.envs import DelayedCueEnv
+from cyborg_torchrl.memory_benchmarks.core_speed import paired
+from cyborg_torchrl.modules import Backbone, PPOAgent, build_encoder
+from cyborg_torchrl.objectives import RecurrentClipPPOLoss, add_advantages
+from cyborg_torchrl.process import prepare_cpu
+from cyborg_torchrl.registry import backbones
+
+Buffer = RecurrentRolloutBuffer | EpisodeBuffer
+NUM_ENVS, STEPS, MINIBATCHES = 64, 128, 8
+FRAMES = NUM_ENVS * STEPS
+
+
+class Mode(NamedTuple):
+    """A way through time, and the buffer that it needs."""
+
+    name: str
+    seq_len: int
+    build: Callable[[], Buffer]
+
+
+def _chunks(seq_len: int, **options: int) -> Buffer:
+    batch = NUM_ENVS * STEPS // seq_len // MINIBATCHES
+    return RecurrentRolloutBuffer(FRAMES, seq_len, batch, num_envs=NUM_ENVS, **options)
+
+
+MODES = (
+    Mode("burn_in, seq_len 1", 1, lambda: _chunks(1)),
+    Mode("tbptt, seq_len 32", 32, lambda: _chunks(32)),
+    Mode("burn_in 16, seq_len 32", 32, lambda: _chunks(32, burn_in=16)),
+    Mode("seq_len 16, stride 64", 16, lambda: _chunks(16, state_stride=64)),
+    Mode("episode", STEPS, lambda: EpisodeBuffer(FRAMES, STEPS, NUM_ENVS // MINIBATCHES, num_envs=NUM_ENVS)),
+)
+
+
+def build_agent(backbone: str, hidden_size: int, env: EnvBase) -> PPOAgent:
+    """An agent as the experiments have it."""
+    torch.manual_seed(0)
+    encoder = build_encoder(env.observation_spec, batch_dims=1, features=64)
+    core = backbones.get(backbone)(64, hidden_size=hidden_size)
+    return PPOAgent(encoder, Backbone(core), env.action_spec, batch_dims=1)
+
+
+def collector_of(agent: PPOAgent, at: Callable[[int], Sequence[int]] | None) -> RolloutCollector:
+    """Collects delayed cue; episodes are as long as rollouts."""
+    env = TransformedEnv(DelayedCueEnv(NUM_ENVS, horizon=STEPS - 2, seed=0), InitTracker())
+    return RolloutCollector(
+        env,
+        agent,
+        frames_per_batch=FRAMES,
+        total_frames=FRAMES,
+        value_operator=agent.get_value_operator(),
+        keyframe_steps=at,
+    )
+
+
+def without_states(rollout: Rollout, seq_len: int) -> Rollout:
+    """The same steps, each chunk a fresh start: nothing is stored, and nothing has to be."""
+    steps = rollout.steps.clone()
+    is_init = steps.get(keys.IS_INIT)
+    is_init[:, ::seq_len] = True
+    at = tuple(range(0, STEPS, seq_len))
+    return Rollout(steps, TensorDict({}, [NUM_ENVS, len(at)]), at)
+
+
+def epoch(agent: PPOAgent, buffer: Buffer) -> Callable[[], None]:
+    """One pass over a buffer with its optimiser steps, at a learning rate that changes nothing."""
+    loss = RecurrentClipPPOLoss(agent, entropy_bonus=False)
+    optimizer = torch.optim.Adam(loss.parameters(), lr=1e-9)
+
+    def run() -> None:
+        for batch in buffer:
+            losses = loss(batch)
+            optimizer.zero_grad()
+            (losses["loss_objective"] + losses["loss_critic"]).backward()
+            optimizer.step()
+
+    return run
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the tables. Returns 0."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backbones", nargs="+", default=["gru", "mamba_gru"], help="memories (%(default)s)")
+    parser.add_argument("--hidden-size", type=int, default=128, help="their width (%(default)s)")
+    parser.add_argument("--repeats", type=int, default=11, help="pairs of runs a line (%(default)s)")
+    arguments = parser.parse_args(argv)
+    prepare_cpu(1)
+    table = Table("backbone", "mode", title=f"storing states: {NUM_ENVS} environments, {STEPS} steps, one thread")
+    for column in (
+        "rollout ms",
+        "without",
+        "ratio",
+        "epoch ms",
+        "without",
+        "ratio",
+        "store ms",
+        "without",
+        "MB / 100k",
+    ):
+        table.add_column(column, justify="right")
+    for name in arguments.backbones:
+        agent = build_agent(name, arguments.hidden_size, DelayedCueEnv(NUM_ENVS))
+        plain = collector_of(agent, None)
+        for mode in MODES:
+            buffer, bare = mode.build(), _chunks(mode.seq_len)
+            storing = collector_of(agent, buffer.keyframe_steps)
+            rollout = storing.rollout()
+            add_advantages(rollout.steps, agent.get_value_operator(), gamma=0.99, gae_lambda=0.95)
+            buffer.store(rollout, agent)
+            bare.store(without_states(rollout, mode.seq_len))
+            rolled = paired(storing.rollout, plain.rollout, arguments.repeats)
+            updated = paired(epoch(agent, buffer), epoch(agent, bare), arguments.repeats)
+            kept, nothing = rollout, without_states(rollout, mode.seq_len)
+            stored = paired(partial(buffer.store, kept, agent), partial(bare.store, nothing), arguments.repeats)
+            megabytes = buffer.state_bytes() * 100_000 / FRAMES / 1e6
+            figures = [f"{value:.2f}" for value in (*rolled, *updated, *stored[:2])]
+            table.add_row(name, mode.name, *figures, f"{megabytes:.3f}")
+            print(f"timed: {name}, {mode.name}", file=sys.stderr)
+        stride = 1000
+        state = sum(torch.Size(shape).numel() for shape in agent.backbone.core.state_shapes.values())
+        table.add_row(name, f"one state every {stride} steps", *[""] * 8, f"{state * 4 * 100_000 / stride / 1e6:.3f}")
+    Console(width=140).print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
