@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from jaxtyping import Float
 from tensordict.nn import TensorDictModule
+from tensordict.utils import NestedKey
 from torch import Tensor, nn
 from torchrl.data import Composite
 
@@ -88,7 +89,7 @@ def build_encoder(
     batch_dims: int,
     features: int = 64,
     hidden_sizes: Sequence[int] = (),
-    observation_keys: Sequence[str] | None = None,
+    observation_keys: Sequence[NestedKey] | None = None,
 ) -> TensorDictModule:
     """Builds the encoder that fits an environment's observations.
 
@@ -97,17 +98,18 @@ def build_encoder(
         batch_dims: number of batch dimensions of the environment, which the spec's shapes begin with.
         features: F, width of the embedding.
         hidden_sizes: layers of a vector encoder before its last map.
-        observation_keys: what to read; None: "pixels" if there are any, else "observation".
+        observation_keys: what to read, nested keys as tuples; None: "pixels" if there are any, else "observation".
 
     Raises:
         ValueError: if a key is missing, or observations are of a kind that no encoder reads.
     """
-    known = sorted(map(str, observation_spec.keys()))
+    known = set(observation_spec.keys(True, True))
     if observation_keys is None:
         observation_keys = [key for key in (keys.PIXELS, keys.OBSERVATION) if key in known][:1]
     missing = [key for key in observation_keys if key not in known]
     if missing or not observation_keys:
-        raise ValueError(f"no observation {missing or 'to read'} in the environment; it has: {', '.join(known)}.")
+        names = ", ".join(sorted(map(str, known)))
+        raise ValueError(f"no observation {missing or 'to read'} in the environment; it has: {names}.")
     specs = [observation_spec[key] for key in observation_keys]
     shapes = [spec.shape[batch_dims:] for spec in specs]
     if all(len(shape) == 1 and spec.dtype.is_floating_point for shape, spec in zip(shapes, specs, strict=True)):

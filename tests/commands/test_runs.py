@@ -26,8 +26,13 @@ SUMMARY = {
 }  # fmt: skip
 
 
+THIS_CHECKOUT = {**os.environ, "PYTHONPATH": str(ROOT)}
+"""The package beside these tests, whatever is installed."""
+
+
 def example(*arguments: str, **options):
     command = [sys.executable, str(ROOT / "examples" / "delayed_cue.py"), *arguments]
+    options = {"env": THIS_CHECKOUT, **options}
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, **options)
 
 
@@ -88,6 +93,7 @@ def test_an_interrupted_run_saves_what_was_learned(tmp_path, number):
     process = subprocess.Popen(
         command,
         cwd=ROOT,
+        env=THIS_CHECKOUT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
