@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from tensordict import TensorDict, TensorDictBase, lazy_stack
 from tensordict.nn import TensorDictModuleBase
-from tensordict.utils import unravel_key
+from tensordict.utils import NestedKey, unravel_key
+from torch import Tensor
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import set_recurrent_mode
@@ -81,20 +82,22 @@ class RolloutCollector:
     def rollout(self) -> Rollout:
         """Takes the steps of one rollout; episodes go on where the last one ended."""
         rows: list[TensorDictBase] = []
-        states: list[TensorDictBase] = []
+        states: list[list[TensorDictBase | Tensor]] = []
         wanted = set(self.at)
         with set_exploration_type(ExplorationType.RANDOM), set_recurrent_mode(False):
             carried = self._carried
+            entries = _whole_entries(carried, self.state_keys)
             for t in range(self.steps):
                 if t in wanted:
                     # not copied: a step makes new tensors, and leaves those before as they are
-                    kept = {key: carried.get(key) for key in self.state_keys}
-                    states.append(TensorDict(kept, self.env.batch_size))
+                    states.append([carried.get(entry) for entry in entries])
                 played, carried = self.env.step_and_maybe_reset(self.policy(carried))
                 rows.append(self._recorded(played, is_last=t == self.steps - 1))
         self._carried = carried
         dim = len(self.env.batch_size)
-        steps, keyframes = torch.stack(rows, dim), lazy_stack(states, dim)  # whoever stores states copies them, once
+        kept = {entry: _stack(values, dim) for entry, values in zip(entries, zip(*states, strict=True), strict=True)}
+        batch = [*self.env.batch_size, len(self.at)]
+        steps, keyframes = torch.stack(rows, dim), TensorDict(kept, batch)
         if dim == 0:
             steps, keyframes = steps.unsqueeze(0), keyframes.unsqueeze(0)
         return Rollout(steps.filter_empty_(), keyframes, self.at)
@@ -122,3 +125,20 @@ class RolloutCollector:
             value[mask] = value_after(following[mask], self.value_operator)
         record.set((keys.NEXT, keys.VALUE), value)
         return record
+
+
+def _whole_entries(tensordict: TensorDictBase, state_keys: Sequence[NestedKey]) -> list[NestedKey]:
+    """The state keys, and in place of those that fill a nested tensordict that tensordict: one look-up a step."""
+    entries: dict[NestedKey, None] = {}
+    for key in state_keys:
+        parent = key[:-1] if isinstance(key, tuple) else ()
+        whole = parent and all((*parent, leaf) in state_keys for leaf in tensordict.get(parent).keys())
+        entries[unravel_key(parent) if whole else key] = None
+    return list(entries)
+
+
+def _stack(values: Sequence[TensorDictBase | Tensor], dim: int) -> TensorDictBase | Tensor:
+    """Tensordicts side by side without a copy, which is made by whoever stores them; tensors copied."""
+    if isinstance(values[0], Tensor):
+        return torch.stack(values, dim)
+    return lazy_stack([value.clear_device_() for value in values], dim)
