@@ -47,7 +47,7 @@ def shake(agent: PPOAgent) -> None:
 
 @torch.no_grad()
 def by_hand(agent: PPOAgent, rollout, burn_in: int) -> dict[str, float]:
-    """Each environment and chunk by itself: the core stepped from the rollout's first state, and from the stored one."""
+    """Each environment and chunk by itself: the core stepped from the first state, and from the stored one."""
     core, kinds = agent.backbone.core, {"state": [], "first": [], "last": []}
     features = agent.encoder.module(rollout["observation"])
 
