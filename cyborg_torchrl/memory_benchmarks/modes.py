@@ -35,29 +35,34 @@ ARMS: dict[str, str] = {
     "stored, 1 step": "train=burn_in train.seq_len=1",
     "whole episodes": "train=episode",
 }
-FIGURES = ("success_rate", "state_drift", "drift_kl_last", "ratio_error", "total_seconds")
+FIGURES = ("success_rate", "training_success", "state_drift", "drift_kl_last", "ratio_error", "total_seconds")
 T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
 """Quantiles of Student's distribution for a two-sided 95 % interval, by the number of seeds."""
 
 
 def read_figures(row: dict[str, Any], folder: Path) -> dict[str, float]:
-    """Of one run: its success and time, and means of its log over all updates (of the ratio's error: the first)."""
+    """Of one run: its success and time, and means of its log over all updates (of the ratio's error: the first).
+
+    The mean success while training, with sampled actions, is larger the sooner a run learns.
+    """
     figures = {name: float(row[name]) for name in ("success_rate", "total_seconds")}
     runs = sorted(folder.glob("*/logs/metrics.csv"))
     if runs:
         with runs[-1].open(newline="") as file:
             log = list(csv.DictReader(file))
-        for name in ("state_drift", "drift_kl_last"):
-            values = [float(update[name]) for update in log if update.get(name)]
-            figures[name] = mean(values) if values else float("nan")
+        columns = {"state_drift": "state_drift", "drift_kl_last": "drift_kl_last", "training_success": "success_rate"}
+        for name, column in columns.items():
+            values = [float(update[column]) for update in log if update.get(column)]
+            if values:
+                figures[name] = mean(values)
         figures["ratio_error"] = float(log[0]["ratio_error"])
     return figures
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and half the width of its 95 % interval (Student's), 0 for a single value."""
+    """Mean and half the width of its 95 % interval (Student's), 0 for a single value; NaN for none."""
     if len(values) < 2:
-        return mean(values), 0.0
+        return (values[0] if values else float("nan")), 0.0
     return mean(values), T_95.get(len(values), 1.96) * stdev(values) / len(values) ** 0.5
 
 
@@ -66,13 +71,12 @@ def table(results: dict[tuple[str, str], list[dict[str, float]]]) -> Table:
     lines = Table(
         "backbone", "start of a chunk", title="delayed cue, 94 blank steps, chunks of 32; mean and 95 % interval"
     )
-    for name in ("success", "drift of the state", "KL at the last step", "ratio error", "s/run"):
+    for name in ("success", "while training", "drift of the state", "KL at the last step", "ratio error", "s/run"):
         lines.add_column(name, justify="right")
+    formats = ("{:.3f} ± {:.3f}", "{:.3f} ± {:.3f}", "{:.3f} ± {:.3f}", "{:.4f}", "{:.1e}", "{:.0f}")
     for (backbone, arm), runs in results.items():
         cells = [interval([run[name] for run in runs if name in run]) for name in FIGURES]
-        texts = [f"{cells[0][0]:.3f} ± {cells[0][1]:.3f}", f"{cells[1][0]:.3f} ± {cells[1][1]:.3f}"]
-        texts += [f"{cells[2][0]:.4f}", f"{cells[3][0]:.1e}", f"{cells[4][0]:.0f}"]
-        lines.add_row(backbone, arm, *texts)
+        lines.add_row(backbone, arm, *(text.format(*cell) for text, cell in zip(formats, cells, strict=True)))
     return lines
 
 
@@ -81,12 +85,12 @@ def draw(results: dict[tuple[str, str], list[dict[str, float]]], path: Path) -> 
     from matplotlib import pyplot
 
     backbones = list(dict.fromkeys(backbone for backbone, _ in results))
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4.5), layout="constrained", sharey=True)
+    figure, axes = pyplot.subplots(1, 3, figsize=(12, 4.5), layout="constrained", sharey=True)
     arms = list(dict.fromkeys(arm for _, arm in results))
     for number, backbone in enumerate(backbones):
-        for side, name in zip(axes, ("success_rate", "state_drift"), strict=True):
+        for side, name in zip(axes, ("success_rate", "training_success", "state_drift"), strict=True):
             for line, arm in enumerate(arms):
-                values = [run[name] for run in results[backbone, arm] if run.get(name) == run.get(name)]
+                values = [run[name] for run in results.get((backbone, arm), []) if name in run]
                 height = -line + 0.22 * (number - (len(backbones) - 1) / 2)
                 if not values:
                     continue
@@ -94,10 +98,13 @@ def draw(results: dict[tuple[str, str], list[dict[str, float]]], path: Path) -> 
                 label = backbone if line == 0 else None
                 side.errorbar(centre, height, xerr=half, fmt="o", color=f"C{number}", capsize=3, label=label)
                 side.plot(values, [height] * len(values), "|", color=f"C{number}", alpha=0.5)
-    axes[0].axvline(0.25, color="grey", linestyle=":", label="chance")
-    axes[0].set(xlabel="greedy success", xlim=(0, 1.03), yticks=[-i for i in range(len(arms))], yticklabels=arms)
-    axes[1].set(xlabel="drift of the state, |used - fresh| / |fresh|")
-    axes[0].legend(frameon=False, loc="upper left")
+    for side in axes[:2]:
+        side.axvline(0.25, color="grey", linestyle=":", label="chance")
+        side.set(xlim=(0, 1.03))
+    axes[0].set(xlabel="greedy success after training", yticks=[-i for i in range(len(arms))], yticklabels=arms)
+    axes[1].set(xlabel="mean success while training")
+    axes[2].set(xlabel="drift of the state, |used - fresh| / |fresh|", xlim=(0, None))
+    axes[0].legend(frameon=False, loc="center")
     for side in axes:
         side.spines[["top", "right"]].set_visible(False)
         side.grid(axis="y", alpha=0.2)
