@@ -7,16 +7,22 @@ length of the sequence.
 
 from __future__ import annotations
 
+from torch import Tensor
+
 BLOCK_NUMEL = 2**17
 """Numbers in a block of one tensor: a handful of such tensors fit into the cache of one core."""
 
 
-def block_length(steps: int, numel_per_step: int, block_numel: int | None = None) -> int:
-    """Steps in a block: at least one, at most all."""
-    return max(1, min(steps, (block_numel or BLOCK_NUMEL) // max(1, numel_per_step)))
+def blocks(x: Tensor, tensors: int = 1) -> list[slice]:
+    """The blocks of a sequence [T, ...], in order; only the last may be shorter.
 
+    On a GPU, where a kernel's start costs more than the memory that it waits for, all steps are one block.
 
-def blocks(steps: int, numel_per_step: int) -> list[slice]:
-    """The blocks of a sequence, in order; only the last may be shorter."""
-    length = block_length(steps, numel_per_step)
-    return [slice(start, min(start + length, steps)) for start in range(0, steps, length)]
+    Args:
+        x: the sequence.
+        tensors: how many times the numbers of `x` a step takes.
+    """
+    if x.device.type != "cpu":
+        return [slice(0, x.shape[0])]
+    length = max(1, BLOCK_NUMEL // max(1, tensors * x[0].numel()))
+    return [slice(start, min(start + length, x.shape[0])) for start in range(0, x.shape[0], length)]

@@ -83,7 +83,7 @@ class _Convolution(torch.autograd.Function):
         ctx.save_for_backward(padded, taps, bias)  # pyright: ignore[reportArgumentType]
         steps = padded.shape[0] - taps.shape[0] + 1
         y = torch.empty_like(padded[:steps])
-        for span in blocks(steps, padded[0].numel()):
+        for span in blocks(y):
             sums = _weighted_sum(padded, span, taps, bias)
             torch.ops.aten.silu.out(sums, out=y[span])
         return y
@@ -96,7 +96,7 @@ class _Convolution(torch.autograd.Function):
         padded, taps, bias = ctx.saved_tensors  # pyright: ignore[reportAttributeAccessIssue]
         grad_padded, grad_taps = torch.zeros_like(padded), torch.zeros_like(taps)
         grad_bias = None if bias is None else torch.zeros_like(bias)
-        for span in blocks(grad_y.shape[0], padded[0].numel()):
+        for span in blocks(grad_y):
             sums = _weighted_sum(padded, span, taps, bias)
             grad = torch.ops.aten.silu_backward(grad_y[span], sums)
             for k in range(taps.shape[0]):

@@ -19,7 +19,7 @@ class _GatedReadout(torch.autograd.Function):
         ctx: FunctionCtx, y: Tensor, u: Tensor, z: Tensor, skip: Tensor, norm: TimescaleNorm | None
     ) -> Tensor:
         out = torch.empty_like(y)
-        for span in blocks(y.shape[0], y[0].numel()):
+        for span in blocks(y):
             total, _ = _normalize(y[span], norm)
             total = torch.addcmul(total, u[span], skip)
             torch.mul(torch.nn.functional.silu(z[span]), total, out=out[span])
@@ -36,7 +36,7 @@ class _GatedReadout(torch.autograd.Function):
         norm: TimescaleNorm | None = ctx.norm  # pyright: ignore[reportAttributeAccessIssue]
         grad_y, grad_u, grad_z = torch.empty_like(y), torch.empty_like(y), torch.empty_like(y)
         grad_skip = torch.zeros_like(skip)
-        for span in blocks(y.shape[0], y[0].numel()):
+        for span in blocks(y):
             normed, factors = _normalize(y[span], norm)
             z_k, u_k, grad_k = z[span], u[span], grad_out[span]
             total = torch.addcmul(normed, u_k, skip)

@@ -57,7 +57,7 @@ class _GatedRecurrence(torch.autograd.Function):
         states = torch.empty_like(x)
         resets = reset_steps(is_init)
         h_t = h_0
-        for span in blocks(x.shape[0], h_0.numel()):
+        for span in blocks(x):
             gates = _gates(decay_gate[span], input_gate[span], x[span], rate)
             rows = zip(gates.decay.unbind(0), gates.drive.unbind(0), states[span].unbind(0), strict=True)
             for t, (a_t, b_t, out_t) in enumerate(rows, span.start):
@@ -76,7 +76,7 @@ class _GatedRecurrence(torch.autograd.Function):
         resets = reset_steps(is_init)
         grads = torch.empty_like(decay_gate), torch.empty_like(input_gate), torch.empty_like(x)
         grad_rate, grad_initial, grad_t = torch.zeros_like(rate), torch.zeros_like(h_0), torch.zeros_like(h_0)
-        for span in reversed(blocks(x.shape[0], h_0.numel())):
+        for span in reversed(blocks(x)):
             gates = _gates(decay_gate[span], input_gate[span], x[span], rate)
             # grad_drive_t = grad_states_t + a_{t+1} grad_drive_{t+1}; `grad_t` carries the product across blocks
             grad_drive = torch.empty_like(gates.drive)

@@ -129,7 +129,7 @@ class _SSD(torch.autograd.Function):
         y = torch.empty_like(u)
         before = u.new_empty(u.shape[0], *h_0.shape)  # the state that each chunk began with
         h_t = h_0
-        for span in blocks(u.shape[0], 2 * u[0].numel()):
+        for span in blocks(u, 2):
             chunks = _Chunks.of(span, u, delta, a, b, c, is_init)
             weights = _Weights.of(chunks)
             added = torch.matmul(_channels(chunks.x * weights.to_end.unsqueeze(3)), chunks.b.transpose(-1, -2))
@@ -154,7 +154,7 @@ class _SSD(torch.autograd.Function):
         grads = torch.empty_like(u), torch.empty_like(delta), torch.empty_like(b), torch.empty_like(c)
         grad_a, grad_initial = torch.zeros_like(a), torch.zeros_like(initial)
         grad_h = grad_last
-        for span in reversed(blocks(u.shape[0], 2 * u[0].numel())):
+        for span in reversed(blocks(u, 2)):
             chunks = _Chunks.of(span, u, delta, a, b, c, is_init)
             grad_y_k = _time_last(grad_y[span]).view_as(chunks.x)
             grad_x, grad_log, grad_b, grad_c, grad_h = _block_backward(

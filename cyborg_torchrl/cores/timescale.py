@@ -33,7 +33,7 @@ class _GroupNorm(torch.autograd.Function):
         ctx: FunctionCtx, x: Tensor, norm: TimescaleNorm
     ) -> Tensor:
         y = torch.empty_like(x)
-        for span in blocks(x.shape[0], x[0].numel()):
+        for span in blocks(x):
             torch.mul(x[span], norm.factors(x[span]), out=y[span])
         ctx.save_for_backward(x)
         ctx.norm = norm  # pyright: ignore[reportAttributeAccessIssue]
@@ -47,7 +47,7 @@ class _GroupNorm(torch.autograd.Function):
         (x,) = ctx.saved_tensors  # pyright: ignore[reportAttributeAccessIssue]
         norm: TimescaleNorm = ctx.norm  # pyright: ignore[reportAttributeAccessIssue]
         grad_x = torch.empty_like(x)
-        for span in blocks(x.shape[0], x[0].numel()):
+        for span in blocks(x):
             factors = norm.factors(x[span])
             norm.backward(grad_y[span], x[span] * factors, factors, out=grad_x[span])
         return grad_x, None
