@@ -104,7 +104,8 @@ def rollout_length(cfg: DictConfig, env: EnvBase) -> int:
     if steps is None:
         raise ConfigError(f"train.n_steps must be given: environment '{cfg.env.name}' does not say how long it lasts.")
     num_envs = env.batch_size.numel()
-    rows = num_envs * -(-steps // _row_length(cfg, steps, env))
+    row = _row_length(cfg, steps, env)
+    rows = num_envs * -(-steps // (row if row == steps else train.state_stride or row))
     if train.num_minibatches > rows:
         raise ConfigError(
             f"train.num_minibatches = {train.num_minibatches}, but a rollout has only {rows} sequences to split; use "
@@ -123,7 +124,7 @@ def build_buffer(cfg: DictConfig, env: EnvBase, steps: int) -> Buffer:
     if train.recurrent_mode == "episode":
         rows = num_envs + 2 * -(-num_envs * steps // row)
         return EpisodeBuffer(num_envs * steps, row, batch_size, num_envs=num_envs, storage=_storage(cfg, rows))
-    stride = train.state_stride or row
+    stride = steps if row == steps else train.state_stride or row
     dtype = None if train.state_dtype == "float32" else getattr(torch, train.state_dtype)
     return RecurrentRolloutBuffer(
         num_envs * steps,
@@ -134,7 +135,7 @@ def build_buffer(cfg: DictConfig, env: EnvBase, steps: int) -> Buffer:
         state_stride=stride,
         state_dtype=dtype,
         start_state=train.start_state,
-        storage=_storage(cfg, num_envs * -(-steps // stride)),
+        storage=_storage(cfg, num_envs * -(-steps // min(stride, row * -(-steps // row)))),
     )
 
 

@@ -290,12 +290,15 @@ def _check_mode(train: Any) -> None:
         "state_stride": (train.state_stride, ("burn_in", "tbptt")),
         "refresh_states": (train.refresh_states, ("burn_in", "tbptt")),
         "start_state": (train.start_state != "stored", ("burn_in", "tbptt")),
+        "state_dtype": (train.state_dtype != "float32", ("burn_in", "tbptt")),
     }
     for key, (value, modes) in belongs.items():
         if value and mode not in modes:
             raise ConfigError(f"train.{key} belongs to recurrent_mode={' or '.join(modes)}; the mode is '{mode}'.")
     if mode == "tbptt" and train.seq_len is None:
         raise ConfigError("train.seq_len must be given with recurrent_mode=tbptt: how far a gradient reaches back.")
+    if train.state_stride and train.seq_len is None:
+        raise ConfigError("train.state_stride needs train.seq_len: it is a multiple of it.")
     if train.state_stride and train.seq_len and train.state_stride % train.seq_len:
         nearest = max(1, round(train.state_stride / train.seq_len)) * train.seq_len
         raise ConfigError(

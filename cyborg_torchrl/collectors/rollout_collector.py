@@ -27,8 +27,8 @@ class RolloutCollector:
 
     TorchRL's collectors hold two states for every step, the one before and the one after, which for a Mamba block is
     thousands of times what the step itself takes. Here states only pass through; those before `keyframe_steps` are
-    kept. What is otherwise yielded equals the batches of TorchRL's `Collector`, and comes from the same random
-    numbers. Where an episode is cut off, the value of its last observation is taken at once, while the state that
+    kept. What is otherwise yielded equals the batches of TorchRL's `Collector`, from the same seed set after both were
+    made. Where an episode is cut off, the value of its last observation is taken at once, while the state that
     belongs to it is there: ("next", "state_value").
 
     Args:

@@ -78,14 +78,18 @@ class RecurrentRolloutBuffer(ReplayBuffer):
     ) -> None:
         stride = seq_len if state_stride is None else state_stride
         _check_numbers(num_steps, seq_len, num_envs, burn_in, stride)
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be >= 1; got {batch_size}.")
         if start_state not in ("stored", "initial"):
             raise ValueError(f"start_state must be 'stored' or 'initial'; got '{start_state}'.")
         steps_per_env = num_steps // (num_envs or 1)
-        self.stretches = -(-steps_per_env // stride) * (num_envs or 1)
+        chunks = -(-steps_per_env // seq_len)
+        stride = min(stride, chunks * seq_len)  # no more than a rollout
+        stretches = -(-steps_per_env // stride)
         super().__init__(
-            storage=make_storage(storage, self.stretches),
+            storage=make_storage(storage, stretches * (num_envs or 1)),
             sampler=SamplerWithoutReplacement(),
-            batch_size=max(1, batch_size * seq_len // stride),
+            batch_size=max(1, -(-batch_size * stretches // chunks)),
             **options,
         )
         self.num_steps, self.seq_len, self.num_envs = num_steps, seq_len, num_envs
@@ -312,10 +316,11 @@ class EpisodeBuffer(ReplayBuffer):
         rows = flat[packing.position]
         if not bool(packing.is_step.all()):
             rows.set(keys.TRAIN_MASK, packing.is_step.unsqueeze(-1))
-        env = packing.position[:, 0] // steps.shape[1]
+        keyframes = rollout.keyframes[:, 0][packing.position[:, 0] // steps.shape[1]]
+        keyframes = as_primed(keyframes, rows.get(keys.IS_INIT)[:, 0])  # for rows that begin with a reset
         forget_epoch(self)
         self.empty()
-        self.extend(TensorDict({STEPS: rows, KEYFRAME: rollout.keyframes[:, 0][env]}, rows.batch_size[:1]))
+        self.extend(TensorDict({STEPS: rows, KEYFRAME: keyframes}, rows.batch_size[:1]))
 
     def sample(self, batch_size: int | None = None, return_info: bool = False) -> Any:
         """Returns sequences [B, row_length] (and TorchRL's info, on request)."""

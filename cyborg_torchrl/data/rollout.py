@@ -29,7 +29,7 @@ class Rollout:
         """From a rollout [N, T] that holds a state at every step: those `at` are kept.
 
         Raises:
-            ValueError: if the rollout is not [N, T].
+            ValueError: if the rollout is not [N, T], or has one of several state keys but not the others.
         """
         if steps.ndim != 2:
             raise ValueError(f"a rollout has batch size [N, T]; got {list(steps.batch_size)}.")

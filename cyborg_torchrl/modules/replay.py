@@ -33,7 +33,7 @@ def state_after(
     Returns:
         The state after the last step, [B], under the same keys; no gradient.
     """
-    device, home = next(policy.parameters()).device, state.device
+    device, home = next((p.device for p in policy.parameters()), steps.device), state.device
     steps, state = steps.to(device), state.to(device)
     work = steps.exclude(*state_keys, keys.NEXT)
     for key in state.keys(include_nested=True, leaves_only=True):
@@ -96,6 +96,7 @@ def _by_steps(policy: TensorDictModuleBase, work: TensorDictBase, state_keys: Se
     inputs = work.exclude(*state_keys)
     with set_recurrent_mode(False), set_exploration_type(ExplorationType.DETERMINISTIC):  # draws no random numbers
         for t in range(work.shape[1]):
-            played = policy(inputs[:, t].update(carried))
+            step = inputs[:, t]
+            played = policy(step.update(as_primed(carried, step.get(keys.IS_INIT))))
             carried = played.get(keys.NEXT).select(*state_keys, strict=False)
     return carried.clone()

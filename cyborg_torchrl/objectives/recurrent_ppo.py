@@ -55,7 +55,7 @@ class RecurrentClipPPOLoss(ClipPPOLoss):
                 actor_network = actor_network.get_policy_operator()
         super().__init__(actor_network, critic_network, functional=functional, **options)
         self.state_keys = memory_state_keys(actor_network)
-        self._ratio_error: Tensor | None = None
+        self._log_weights = torch.zeros(1)
         self._is_checked = False
         self._terms: dict[str, Tensor] = {}
         backbones = [module for module in actor_network.modules() if isinstance(module, Backbone)]
@@ -72,7 +72,9 @@ class RecurrentClipPPOLoss(ClipPPOLoss):
             self._check_sequences(tensordict)
         tensordict = self.after_burn_in(tensordict)
         losses = super().forward(tensordict)
-        losses.set("ratio_error", self._ratio_error)
+        losses.set("ratio_error", self._log_weights.abs().max())
+        if tensordict.get(keys.TRAIN_MASK, None) is not None:
+            losses.update(self._figures_of_trained_steps())
         if self._terms and self._regularize is not None:
             for name, value in self._regularize(self._terms).items():
                 losses.set(f"loss_memory_{name}", value)
@@ -132,13 +134,22 @@ class RecurrentClipPPOLoss(ClipPPOLoss):
         with self.actor_network_params.to_module(self.actor_network, preserve_module_state=False):
             yield self.actor_network
 
+    def _figures_of_trained_steps(self) -> dict[str, Tensor]:
+        """Figures that TorchRL takes over all steps, padding too."""
+        ratio = self._log_weights.exp()
+        is_clipped = self._log_weights.clamp(*self._clip_bounds) != self._log_weights
+        return {
+            "kl_approx": -self._log_weights.mean(),
+            "clip_fraction": is_clipped.to(ratio.dtype).mean(),
+            "max_ratio": ratio.max(),
+            "mean_ratio": ratio.mean(),
+        }
+
     def _log_weight(self, tensordict: TensorDictBase, adv_shape: torch.Size) -> tuple[Any, ...]:
         result = super()._log_weight(tensordict, adv_shape)
-        log_ratio = result[0].detach().abs()
         mask = tensordict.get(keys.TRAIN_MASK, None)
-        if mask is not None:
-            log_ratio = log_ratio * mask.reshape(log_ratio.shape)
-        self._ratio_error = log_ratio.max()
+        log_weights = result[0].detach().reshape(-1)
+        self._log_weights = log_weights if mask is None else log_weights[mask.reshape(-1)]
         terms = tensordict.get(keys.MEMORY_TERMS, None)
         is_trained = slice(None) if mask is None else mask.reshape(-1)
         self._terms = {} if terms is None else {name: value.reshape(-1)[is_trained] for name, value in terms.items()}

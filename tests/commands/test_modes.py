@@ -18,6 +18,7 @@ CHOICES = {
     "stride": ("train=tbptt", "train.seq_len=4", "train.state_stride=12"),
     "burn_in": ("train=burn_in", "train.seq_len=6", "train.burn_in=9"),
     "one_step": ("train=burn_in", "train.seq_len=1"),
+    "long_stride": ("train=tbptt", "train.seq_len=1000", "train.state_stride=2000"),
     "refreshed": ("train=tbptt", "train.seq_len=5", "train.refresh_states=true"),
     "memmap": ("train=tbptt", "train.seq_len=5", "train.storage=memmap"),
     "device": ("train=episode", "train.storage=device"),
@@ -42,10 +43,9 @@ def test_a_run_is_honest(tmp_path: Path, choice: str) -> None:
         assert float(update["state_drift"]) >= 0.0
 
 
-def test_an_empty_start_is_named(tmp_path: Path) -> None:
+def test_an_empty_start_shows_in_the_ratio(tmp_path: Path) -> None:
     overrides = [*SMALL, "train=tbptt", "train.seq_len=5", "train.start_state=initial", f"logger.base_dir={tmp_path}"]
-    with pytest.warns(UserWarning, match="does not see the memory states"):
-        summary = run_experiment(load_config(overrides=[*overrides, "logger.eval_episodes=0"]))
+    summary = run_experiment(load_config(overrides=[*overrides, "logger.eval_episodes=0"]))
     assert float(log_of(summary)[0]["ratio_error"]) > 1e-3
 
 
@@ -60,6 +60,11 @@ def test_an_empty_start_is_named(tmp_path: Path) -> None:
             "leave train.state_stride out",
         ),
         (["train=burn_in", "train.start_state=zero"], "unknown train.start_state 'zero'"),
+        (["train=burn_in", "train.state_stride=50"], "train.state_stride needs train.seq_len"),
+        (
+            ["train=episode", "train.state_dtype=bfloat16"],
+            "train.state_dtype belongs to recurrent_mode=burn_in or tbptt",
+        ),
     ],
 )
 def test_what_does_not_go_together(overrides: list[str], expected: str) -> None:

@@ -8,13 +8,16 @@ from typing import NamedTuple
 import pytest
 import torch
 from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import Tensor
-from torchrl.data import LazyMemmapStorage
-from torchrl.envs import DTypeCastTransform
+from torchrl.collectors import Collector
+from torchrl.data import LazyMemmapStorage, Unbounded
+from torchrl.envs import DTypeCastTransform, TensorDictPrimer
 
 from cyborg_torchrl.cores import Core
 from cyborg_torchrl.data import EpisodeBuffer, RecurrentRolloutBuffer, Rollout
 from cyborg_torchrl.modules import PPOAgent
+from cyborg_torchrl.modules.replay import state_after
 from cyborg_torchrl.objectives import RecurrentClipPPOLoss, add_advantages
 
 NUM_ENVS, STEPS = 4, 18
@@ -150,6 +153,7 @@ def test_gradients_are_those_of_each_chunk_alone(gru_agent: PPOAgent, rollout_of
     parameters = [p for p in agent.parameters() if p.requires_grad]
     ours = torch.autograd.grad(total, parameters, allow_unused=True)
     expected = torch.autograd.grad(by_hand(agent, rollout, mode), parameters, allow_unused=True)
+    assert sum(other is not None for other in expected) > 5
     for grad, other in zip(ours, expected, strict=True):
         if other is not None:
             torch.testing.assert_close(grad, other, rtol=1e-8, atol=1e-10)
@@ -271,3 +275,76 @@ def test_refusals(gru_agent: PPOAgent, rollout_of: Callable) -> None:
         build_buffer(Mode(6)).store(kept)
     with pytest.raises(ValueError, match="made for 4 environments; got 8 x 9 steps"):
         build_buffer(Mode(6)).store(rollout.reshape(8, 9))
+
+
+@pytest.mark.parametrize("kind", ["gru", "lstm"])
+def test_torchrls_modules_in_whole_episodes(make_env: Callable, their_policy: Callable, kind: str) -> None:
+    """They read the stored state at resets: a row that begins with one must not hold an older episode's."""
+    policy = their_policy(kind)
+    env = make_env(NUM_ENVS, p_terminated=0.2)
+    collector = Collector(
+        env, policy.actor, frames_per_batch=NUM_ENVS * STEPS, total_frames=3 * NUM_ENVS * STEPS,
+        auto_register_policy_transforms=True,
+    )  # fmt: skip
+    loss = RecurrentClipPPOLoss(policy.actor, policy.head)
+    for rollout in collector:
+        add_advantages(rollout, policy.critic, gamma=0.99, gae_lambda=0.95)
+        longest = 1 + max(len(run) for row in rollout["is_init"].squeeze(-1).int().tolist()
+                          for run in "".join(map(str, row)).split("1"))  # fmt: skip
+        buffer = EpisodeBuffer(rollout.numel(), longest, 3, num_envs=NUM_ENVS, state_keys=policy.state_keys)
+        buffer.store(rollout.clone())
+        for batch in buffer:
+            with torch.no_grad():
+                assert loss(batch)["ratio_error"] <= 1e-5
+    collector.shutdown()
+
+
+def test_a_policy_that_leaves_resets_to_the_primer(make_env: Callable) -> None:
+    """It knows nothing of is_init: in replay too, someone has to empty its state where episodes begin."""
+    cell = torch.nn.GRUCell(3, 4)
+
+    def step(observation: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        following = cell(observation.reshape(-1, 3), hidden.reshape(-1, 4)).reshape(hidden.shape)
+        return following, following
+
+    policy = TensorDictModule(step, ["observation", "h"], ["f", ("next", "h")])
+    env = make_env(NUM_ENVS, p_terminated=0.2)
+    env.append_transform(TensorDictPrimer(h=Unbounded((4,)), expand_specs=True, default_value=0.0))
+    policy.cell = cell
+    with torch.no_grad():
+        acting = TensorDictSequential(policy, TensorDictModule(lambda f: f[..., 0].long(), ["f"], ["action"]))
+        rollout = env.rollout(STEPS, acting, break_when_any_done=False)
+        assert rollout["is_init"][:, 1:].any()
+        start = rollout.select("h")[:, 0]
+        reached = state_after(acting, rollout[:, :-1], start, ["h"])["h"]
+    is_first = rollout["is_init"][:, -1, 0]
+    torch.testing.assert_close(reached[~is_first], rollout["h"][:, -1][~is_first], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("seq_len", "stride", "batch"), [(6, 6, 3), (6, 12, 3), (6, 1002, 3), (2, 8, 9)])
+def test_a_stride_leaves_the_number_of_minibatches(
+    gru_agent: PPOAgent, rollout_of: Callable, seq_len: int, stride: int, batch: int
+) -> None:
+    """A quarter of the chunks a minibatch is four minibatches; and no row is longer than a rollout."""
+    buffer = build_buffer(Mode(seq_len, 0, stride), batch)
+    buffer.store(rollout_of(gru_agent), gru_agent)
+    assert len(list(buffer)) == 4
+    assert buffer.state_stride <= STEPS
+
+
+def test_figures_are_those_of_trained_steps(gru_agent: PPOAgent, rollout_of: Callable) -> None:
+    """What stands in padding changes no figure."""
+    rollout = rollout_of(gru_agent)
+    buffer = build_buffer(Mode(13), 100)
+    buffer.store(rollout, gru_agent)
+    batch = buffer.sample()
+    batch["action_log_prob"] += 0.3 * torch.randn_like(batch["action_log_prob"])
+    loss, results = RecurrentClipPPOLoss(gru_agent), []
+    for shift in (0.0, 7.0):
+        moved = batch.clone()
+        moved["action_log_prob"] += shift * (~moved["collector", "mask"]).squeeze(-1)
+        with torch.no_grad():
+            results.append(loss(moved))
+    for name in ("kl_approx", "clip_fraction", "max_ratio", "mean_ratio", "ratio_error", "loss_objective"):
+        torch.testing.assert_close(results[0][name], results[1][name])
+    assert results[0]["clip_fraction"] > 0

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.distributions import Categorical, kl_divergence
 
+from cyborg_torchrl.collectors import RolloutCollector
 from cyborg_torchrl.config import TrainConfig
 from cyborg_torchrl.cores import Core
 from cyborg_torchrl.data import EpisodeBuffer, RecurrentRolloutBuffer, Rollout
@@ -131,3 +132,24 @@ def test_every_log_has_the_drift(agent: PPOAgent, rollout, refresh: bool) -> Non
 def test_whole_episodes_do_not_drift(agent: PPOAgent, rollout) -> None:
     buffer = EpisodeBuffer(rollout.numel(), STEPS, 2, num_envs=NUM_ENVS)
     assert trainer_of(agent, buffer).update(rollout.clone())["state_drift"] == 0.0
+
+
+def test_refreshing_with_what_acted_changes_nothing(make_env: Callable, their_policy: Callable) -> None:
+    """For TorchRL's modules too, which go on from whatever stands at a reset."""
+    policy = their_policy("gru")
+    frames = NUM_ENVS * STEPS
+    buffer = RecurrentRolloutBuffer(frames, SEQ_LEN, 4, num_envs=NUM_ENVS, state_keys=policy.state_keys)
+    collector = RolloutCollector(
+        make_env(NUM_ENVS, p_terminated=0.2), policy.actor, frames_per_batch=frames, total_frames=3 * frames,
+        value_operator=policy.critic, keyframe_steps=buffer.keyframe_steps,
+    )  # fmt: skip
+    loss = RecurrentClipPPOLoss(policy.actor, policy.head)
+    trainer = PPOTrainer([], loss, policy.critic, buffer, TrainConfig())
+    for kept in collector:
+        add_advantages(kept.steps, policy.critic, gamma=0.99, gae_lambda=0.95)
+        buffer.store(kept)
+        trainer._refresh(kept)
+        for batch in buffer:
+            with torch.no_grad():
+                assert loss(batch)["ratio_error"] <= 1e-5
+        assert trainer._drift(kept)["state_drift"] <= 1e-4
