@@ -1,8 +1,10 @@
 """TorchRL components for reinforcement learning with memory."""
 
 from cyborg_torchrl import keys
+from cyborg_torchrl.collectors import RolloutCollector
 from cyborg_torchrl.config import ConfigError, load_config
-from cyborg_torchrl.data import RecurrentRolloutBuffer, RolloutBuffer
+from cyborg_torchrl.data import EpisodeBuffer, RecurrentRolloutBuffer, Rollout, RolloutBuffer
+from cyborg_torchrl.diagnostics import check_recurrent
 from cyborg_torchrl.envs import DelayedCueEnv
 from cyborg_torchrl.evaluation import Evaluation, evaluate
 from cyborg_torchrl.modules import Backbone, PPOAgent, build_encoder
@@ -16,14 +18,18 @@ __all__ = [
     "Backbone",
     "ConfigError",
     "DelayedCueEnv",
+    "EpisodeBuffer",
     "Evaluation",
     "PPOAgent",
     "PPOTrainer",
     "RecurrentClipPPOLoss",
     "RecurrentRolloutBuffer",
+    "Rollout",
     "RolloutBuffer",
+    "RolloutCollector",
     "add_advantages",
     "build_encoder",
+    "check_recurrent",
     "evaluate",
     "keys",
     "load_config",

@@ -135,7 +135,10 @@ class RecurrentRolloutBuffer(ReplayBuffer):
         if not isinstance(rollout, Rollout):
             rollout = Rollout.of(rollout, self.state_keys, at)
         elif list(rollout.at) != at and not rollout.keyframes.is_empty():
-            raise ValueError(f"the rollout has states before the steps {list(rollout.at)}; needed: {at}.")
+            raise ValueError(
+                f"the rollout has states before the steps {list(rollout.at)}; needed: {at}. Make the collector with "
+                "keyframe_steps=buffer.keyframe_steps."
+            )
         if self.state_stride > self.seq_len and not rollout.keyframes.is_empty():
             if policy is None:
                 raise ValueError("with a state_stride beyond seq_len, store(rollout, policy) needs what acted.")

@@ -33,6 +33,10 @@ class Rollout:
         """
         if steps.ndim != 2:
             raise ValueError(f"a rollout has batch size [N, T]; got {list(steps.batch_size)}.")
+        there = [steps.get(key, None) is not None for key in state_keys]
+        if any(there) and not all(there):
+            missing = [key for key, is_there in zip(state_keys, there, strict=True) if not is_there]
+            raise ValueError(f"the rollout has no memory state {missing}, but others of state_keys.")
         keyframes = steps.select(*state_keys, strict=False)[:, list(at)]
         following = [(keys.NEXT, *((key,) if isinstance(key, str) else key)) for key in state_keys]
         return Rollout(steps.exclude(*state_keys, *following).filter_empty_(), keyframes, tuple(at))

@@ -91,7 +91,10 @@ def check_rollout(rollout: TensorDictBase, num_steps: int) -> None:
         KeyError: if it does not say where episodes begin.
     """
     if rollout.ndim != 2:
-        raise ValueError(f"a rollout has batch size [N, T]; got {list(rollout.batch_size)}.")
+        raise ValueError(
+            f"a rollout has batch size [N, T]; got {list(rollout.batch_size)}. Without a batch of environments: "
+            "rollout.unsqueeze(0). Of several workers: make the collector with cat_results=0."
+        )
     if rollout.get(keys.IS_INIT, None) is None:
         raise KeyError(
             f"the rollout has no {keys.IS_INIT!r}, which says where episodes begin: add torchrl.envs.InitTracker() to "

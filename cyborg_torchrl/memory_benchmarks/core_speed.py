@@ -19,6 +19,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from cyborg_torchrl.cores import Core, Mamba2Block, MambaBlock, build_gru, build_lru, build_lstm, selective_scan
+from cyborg_torchrl.memory_benchmarks.arguments import positive
 from cyborg_torchrl.process import prepare_cpu
 
 Run = Callable[[], object]
@@ -171,11 +172,11 @@ def lengths(only: str, repeats: int, short: int = 128, long: int = 8192) -> Iter
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the tables. Returns 0."""
+    """Prints the tables. Returns 0, or 2 if there is nothing to time."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=15, help="pairs of runs a line (%(default)s)")
+    parser.add_argument("--repeats", type=positive, default=15, help="pairs of runs a line (%(default)s)")
     parser.add_argument("--only", default="", help="lines whose name has this in it (all)")
-    parser.add_argument("--threads", type=int, default=1, help="threads of torch (%(default)s)")
+    parser.add_argument("--threads", type=positive, default=1, help="threads of torch (%(default)s)")
     arguments = parser.parse_args(argv)
     prepare_cpu(arguments.threads)
     torch.manual_seed(0)
@@ -191,6 +192,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         a, b, ratio = paired(first, second, arguments.repeats)
         table.add_row(name, against, f"{a:.2f}", f"{b:.2f}", f"{ratio:.2f}", bar)
         print(f"timed: {name}", file=sys.stderr)
+    if not table.row_count:
+        print(f"error: no line's name has '{arguments.only}' in it; try lru, gru, mamba or scan", file=sys.stderr)
+        return 2
     console.print(table)
     linear = Table("core, 32 environments", title="cost of a step: sequences of 8192 and of 128 steps")
     for column in ("ms at 8192", "ms at 128", "ratio", "bar"):

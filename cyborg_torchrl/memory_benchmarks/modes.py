@@ -20,6 +20,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from cyborg_torchrl.memory_benchmarks.arguments import picture, positive
 from cyborg_torchrl.memory_benchmarks.plot import EXTRA
 from cyborg_torchrl.memory_benchmarks.sweep import Cell, run_cells
 
@@ -115,12 +116,13 @@ def build_parser() -> argparse.ArgumentParser:
     """The command's parser."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbones", nargs="+", default=["lru"], help="memories (%(default)s)")
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS), metavar="ARM", help="modes (all)")
-    parser.add_argument("--seeds", type=int, default=5, help="seeds 0 to N-1 (%(default)s)")
-    parser.add_argument("--total-timesteps", type=int, default=80_000, help="budget of a run (%(default)s)")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time (%(default)s)")
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS), metavar="ARM",
+                        help=f"modes, of: {', '.join(map(repr, ARMS))} (all)")  # fmt: skip
+    parser.add_argument("--seeds", type=positive, default=5, help="seeds 0 to N-1 (%(default)s)")
+    parser.add_argument("--total-timesteps", type=positive, default=80_000, help="budget of a run (%(default)s)")
+    parser.add_argument("--jobs", type=positive, default=1, help="runs at the same time (%(default)s)")
     parser.add_argument("--base-dir", default="runs/modes", help="folder of the runs (%(default)s)")
-    parser.add_argument("--plot", type=Path, help="picture to write (.png, .svg)")
+    parser.add_argument("--plot", type=picture, help="picture to write (.png, .svg)")
     return parser
 
 

@@ -27,6 +27,7 @@ from cyborg_torchrl import keys
 from cyborg_torchrl.collectors import RolloutCollector
 from cyborg_torchrl.data import EpisodeBuffer, RecurrentRolloutBuffer, Rollout
 from cyborg_torchrl.envs import DelayedCueEnv
+from cyborg_torchrl.memory_benchmarks.arguments import positive
 from cyborg_torchrl.memory_benchmarks.core_speed import paired
 from cyborg_torchrl.modules import Backbone, PPOAgent, build_encoder
 from cyborg_torchrl.objectives import RecurrentClipPPOLoss, add_advantages
@@ -125,9 +126,10 @@ def epoch(agent: PPOAgent, buffer: Buffer) -> Callable[[], None]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the tables. Returns 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backbones", nargs="+", default=["gru", "mamba_gru"], help="memories (%(default)s)")
-    parser.add_argument("--hidden-size", type=int, default=128, help="their width (%(default)s)")
-    parser.add_argument("--repeats", type=int, default=11, help="pairs of runs a line (%(default)s)")
+    parser.add_argument("--backbones", nargs="+", default=["gru", "mamba_gru"], choices=backbones.names(),
+                        metavar="NAME", help="memories (%(default)s)")  # fmt: skip
+    parser.add_argument("--hidden-size", type=positive, default=128, help="their width (%(default)s)")
+    parser.add_argument("--repeats", type=positive, default=11, help="pairs of runs a line (%(default)s)")
     arguments = parser.parse_args(argv)
     prepare_cpu(1)
     table = Table("backbone", "mode", title=f"storing states: {NUM_ENVS} environments, {STEPS} steps, one thread")

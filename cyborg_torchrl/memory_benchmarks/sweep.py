@@ -27,6 +27,9 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from cyborg_torchrl.config import ConfigError, load_config
+from cyborg_torchrl.memory_benchmarks.arguments import positive
+
 SUITE = "cyborg_torchrl.memory_benchmarks.pseudo_mamba_memory_suite"
 COLUMNS: tuple[str, ...] = (
     "task", "backbone", "horizon", "seed", "total_timesteps", "overrides", "success_rate", "mean_reward",
@@ -133,9 +136,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--tasks", nargs="+", default=["delayed_cue"], help="environments (%(default)s)")
     parser.add_argument("--backbones", nargs="+", default=["lru"], help="memories (%(default)s)")
     parser.add_argument("--horizons", nargs="+", type=int, default=[1000], help="blank steps (%(default)s)")
-    parser.add_argument("--seeds", type=int, default=3, help="seeds 0 to N-1 (%(default)s)")
-    parser.add_argument("--total-timesteps", type=int, default=200_000, help="budget of a run (%(default)s)")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time (%(default)s)")
+    parser.add_argument("--seeds", type=positive, default=3, help="seeds 0 to N-1 (%(default)s)")
+    parser.add_argument("--total-timesteps", type=positive, default=200_000, help="budget of a run (%(default)s)")
+    parser.add_argument("--jobs", type=positive, default=1, help="runs at the same time (%(default)s)")
     parser.add_argument("--target", type=float, default=0.95, help="success that counts as solved (%(default)s)")
     parser.add_argument("--base-dir", default="runs/sweep", help="folder of the runs (%(default)s)")
     parser.add_argument("--output", type=Path, help="a row a run; runs in it are not run again (BASE_DIR/results.csv)")
@@ -185,12 +188,18 @@ def run_cells(cells: Sequence[Cell], base_dir: str, output: Path, jobs: int) -> 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the sweep. Returns 0, 1 if a run failed, 130 if interrupted."""
+    """Runs the sweep. Returns 0, 1 if a run failed, 2 for a configuration that cannot be, 130 if interrupted."""
     arguments = build_parser().parse_intermixed_args(argv)
     output: Path = arguments.output or Path(arguments.base_dir) / "results.csv"
     grid = itertools.product(arguments.tasks, arguments.backbones, arguments.horizons, range(arguments.seeds))
     overrides = " ".join(arguments.overrides)
     cells = [Cell(*choice, arguments.total_timesteps, overrides) for choice in grid]
+    try:  # what is wrong for all runs is said once, and at once
+        for task, backbone in itertools.product(arguments.tasks, arguments.backbones):
+            load_config(overrides=[f"env={task}", f"backbone={backbone}", *arguments.overrides])
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     try:
         rows = run_cells(cells, arguments.base_dir, output, arguments.jobs)
     except KeyboardInterrupt:

@@ -19,7 +19,6 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +29,7 @@ from cyborg_torchrl.build import build_agent, build_env
 from cyborg_torchrl.config import ConfigError, load_config
 from cyborg_torchrl.diagnostics import Report, check_recurrent, plot_horizon
 from cyborg_torchrl.memory_benchmarks.ancestor_tests import HORIZON, TestResult, run_ancestor_tests
+from cyborg_torchrl.memory_benchmarks.arguments import picture, writable
 from cyborg_torchrl.process import prepare_cpu
 from cyborg_torchrl.registry import backbones
 
@@ -76,8 +76,8 @@ def _parser() -> argparse.ArgumentParser:
     which.add_argument("--backbone", default="lru", help="registered backbone, on delayed cue (%(default)s)")
     which.add_argument("--all", action="store_true", help="every registered backbone")
     which.add_argument("--policy", metavar="MODULE:FUNCTION", help="your own: a function that returns (policy, env)")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write everything as one JSON object")
-    parser.add_argument("--plot", type=Path, metavar="PATH", help="draw the gradient horizons (.png, .svg)")
+    parser.add_argument("--json", type=writable, metavar="PATH", help="write everything as one JSON object")
+    parser.add_argument("--plot", type=picture, metavar="PATH", help="draw the gradient horizons (.png, .svg)")
     parser.add_argument("--seed", type=int, default=0)
     return parser
 
@@ -124,6 +124,8 @@ def _build(backbone: str, seed: int) -> tuple[Any, Any]:
 def _load(target: str) -> tuple[Any, Any]:
     """Calls MODULE:FUNCTION, found from the working directory too."""
     module_name, _, function_name = target.partition(":")
+    if "/" in module_name or module_name.startswith(".") or module_name.endswith(".py"):
+        raise UsageError(f"--policy {target}: name a module, not a file, as in my_module:build.")
     sys.path.insert(0, os.getcwd())
     try:
         function = getattr(importlib.import_module(module_name), function_name)

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from typing import Any, TypeVar
+
 import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
@@ -13,11 +15,13 @@ from torchrl.modules import set_recurrent_mode
 from cyborg_torchrl import keys
 from cyborg_torchrl.objectives.functional import generalized_advantage
 
+AnyRollout = TypeVar("AnyRollout")
+
 
 @torch.no_grad()
 def add_advantages(
-    rollout: TensorDictBase, value_operator: TensorDictModuleBase, *, gamma: float, gae_lambda: float
-) -> TensorDictBase:
+    rollout: AnyRollout, value_operator: TensorDictModuleBase, *, gamma: float, gae_lambda: float
+) -> AnyRollout:
     """Writes "advantage" and "value_target" into a rollout [N, T].
 
     V(s_{t+1}) is the value recorded at the next step. Where there is none (an episode that was cut off, the end of
@@ -25,7 +29,7 @@ def add_advantages(
     with the memory state that had been reached: memory is not restarted for it.
 
     Args:
-        rollout: as a collector yields it, [N, T].
+        rollout: as a collector yields it: a tensordict [N, T], or a `Rollout`.
         value_operator: from an observation and a memory state to "state_value". If no values were recorded, it runs
             over the whole rollout first.
         gamma: discount.
@@ -34,20 +38,21 @@ def add_advantages(
     Raises:
         ValueError: if the rollout is not [N, T].
     """
-    if rollout.ndim != 2:
-        raise ValueError(f"a rollout has batch size [N, T]; got {list(rollout.batch_size)}.")
-    if rollout.get(keys.VALUE, None) is None:
+    steps: Any = getattr(rollout, "steps", rollout)
+    if steps.ndim != 2:
+        raise ValueError(f"a rollout has batch size [N, T]; got {list(steps.batch_size)}.")
+    if steps.get(keys.VALUE, None) is None:
         with set_recurrent_mode(True):
-            rollout.set(keys.VALUE, value_operator(rollout.copy()).get(keys.VALUE))
-    value_t = rollout.get(keys.VALUE).squeeze(-1)
+            steps.set(keys.VALUE, value_operator(steps.copy()).get(keys.VALUE))
+    value_t = steps.get(keys.VALUE).squeeze(-1)
     reward, done, terminated = (
-        rollout.get((keys.NEXT, key)).squeeze(-1) for key in (keys.REWARD, keys.DONE, keys.TERMINATED)
+        steps.get((keys.NEXT, key)).squeeze(-1) for key in (keys.REWARD, keys.DONE, keys.TERMINATED)
     )
     value_tp1 = torch.cat([value_t[:, 1:], torch.zeros_like(value_t[:, :1])], 1)
     is_cut = done & ~terminated
     is_cut[:, -1] = ~terminated[:, -1]
     if bool(is_cut.any()):
-        following = rollout.get(keys.NEXT)
+        following = steps.get(keys.NEXT)
         recorded = following.get(keys.VALUE, None)
         if recorded is None:
             value_tp1[is_cut] = value_after(following[is_cut], value_operator).squeeze(-1)
@@ -56,8 +61,8 @@ def add_advantages(
     advantage, target = generalized_advantage(
         reward.to(value_t.dtype), value_t, value_tp1, terminated, done, gamma, gae_lambda
     )
-    rollout.set(keys.ADVANTAGE, advantage.unsqueeze(-1))
-    rollout.set(keys.VALUE_TARGET, target.unsqueeze(-1))
+    steps.set(keys.ADVANTAGE, advantage.unsqueeze(-1))
+    steps.set(keys.VALUE_TARGET, target.unsqueeze(-1))
     return rollout
 
 
