@@ -119,6 +119,18 @@ def test_every_core_sees_what_the_rollout_saw_in_single_precision(
         assert max(errors(agent, buffer, rollout.numel())) <= 1e-6, mode
 
 
+@pytest.mark.slow
+def test_every_core_in_every_mode_in_single_precision(
+    build_core: Callable[..., Core], make_agent: Callable, rollout_of: Callable
+) -> None:
+    agent = make_agent(build_core(5, hidden_size=32), policy_scale=0.01, value_scale=0.1)
+    rollout = rollout_of(agent)
+    for mode in MODES:
+        buffer = build_buffer(mode)
+        buffer.store(rollout.clone(), agent)
+        assert max(errors(agent, buffer, rollout.numel())) <= 1e-6, mode
+
+
 @pytest.mark.parametrize("mode", MODES, ids=str)
 def test_every_mode_sees_what_the_rollout_saw(gru_agent: PPOAgent, rollout_of: Callable, mode: Mode) -> None:
     rollout = rollout_of(gru_agent)
