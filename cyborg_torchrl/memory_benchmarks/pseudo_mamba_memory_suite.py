@@ -33,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The suite's parser."""
     parser = overrides_parser(__doc__, "memory_delayed_cue_recurrent")
     parser.add_argument("--task", help="environment (delayed_cue)")
-    parser.add_argument("--backbone", help="memory: lru, gru, lstm, mamba, mamba2, mamba_gru, pseudo_mamba, pmm, stack, or yours")
+    parser.add_argument("--backbone", help="memory: lru, gru, lstm, mamba, mamba_gru, ..., or one of yours")
     parser.add_argument("--horizon", type=int, help="blank steps between cue and query")
     parser.add_argument("--num-envs", type=int, help="environments side by side")
     parser.add_argument("--total-timesteps", type=int, help="environment steps in all")
