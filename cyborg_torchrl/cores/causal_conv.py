@@ -64,7 +64,7 @@ def causal_conv(
 
 
 def _silu_of_sum(window: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> Tensor:
-    """From the oldest input on, as `_Convolution` does: the same numbers to the last digit."""
+    """From the oldest input on, as `_Convolution` does, so that both round alike."""
     taps = weight.t().contiguous().unbind(0)
     y = window[0] * taps[0]
     for inputs, tap in zip(window[1:], taps[1:], strict=True):

@@ -93,7 +93,7 @@ class MambaBlock(Core):
         u, z = self.in_proj(x).chunk(2, -1)
         u, conv = causal_conv_step(u, *self._conv_parameters(), state["mamba_conv"])
         delta, b, c = self._select(u)
-        # [B, N, D] in memory and in the order of the scan: the same numbers to the last digit
+        # [B, N, D] in memory and in the order of the scan, so that both round alike
         decay = torch.exp2(delta.unsqueeze(1) * (-torch.exp(self.A_log).t() * LOG2_E))
         drive = (delta * u).unsqueeze(1) * b.unsqueeze(2)
         ssm = torch.addcmul(drive, decay, state["mamba_ssm"].transpose(1, 2))

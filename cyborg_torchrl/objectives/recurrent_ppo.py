@@ -90,11 +90,13 @@ class RecurrentClipPPOLoss(ClipPPOLoss):
                 "Steps in shuffled order have lost their past: use RecurrentRolloutBuffer, or rows of consecutive "
                 "steps. Slices that were laid end to end go back to sequences with batch.reshape(-1, slice_len)."
             )
-        first = tensordict[:, 0]
-        is_init = first.get(keys.IS_INIT, None)
-        if self._is_checked or is_init is None:
+        if self._is_checked:
             return
         self._is_checked = True
+        first = tensordict[:, 0]
+        is_init = first.get(keys.IS_INIT, None)
+        if is_init is None:
+            return
         states = first.select(*self.state_keys, strict=False)[is_init.reshape(-1)]
         if any(bool((states.get(key) != 0).any()) for key in states.keys(True, True)):
             warnings.warn(
