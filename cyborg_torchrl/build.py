@@ -156,9 +156,8 @@ def build_collector(
         "total_frames": frames * max(1, cfg.train.total_timesteps // frames),
     }
     if cfg.collector.name == "rollout":
-        at = None if isinstance(buffer, RolloutBuffer) else buffer.keyframe_steps
-        value_operator = agent.get_value_operator()
-        collector = RolloutCollector(env, agent, value_operator=value_operator, keyframe_steps=at, **options)
+        options |= {"value_operator": agent.get_value_operator(), "keyframe_steps": buffer.keyframe_steps}
+        collector = RolloutCollector(env, agent, **options)
     elif cfg.collector.name == "single":
         collector = Collector(env, agent, auto_register_policy_transforms=True, **options)
     else:

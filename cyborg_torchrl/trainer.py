@@ -131,12 +131,8 @@ class PPOTrainer:
         if config.normalize_advantage == "rollout":
             steps.set(keys.ADVANTAGE, masked_standardize(steps.get(keys.ADVANTAGE)))
         if not isinstance(rollout, Rollout):
-            at = [0] if isinstance(self.buffer, RolloutBuffer) else self.buffer.keyframe_steps(steps.shape[1])
-            rollout = Rollout.of(rollout, self.loss.state_keys, at)
-        if isinstance(self.buffer, RolloutBuffer):
-            self.buffer.store(rollout)
-        else:
-            self.buffer.store(rollout, self.loss.actor_network)
+            rollout = Rollout.of(rollout, self.loss.state_keys, self.buffer.keyframe_steps(steps.shape[1]))
+        self.buffer.store(rollout, self.loss.actor_network)
         return rollout, metrics
 
     def _refresh(self, rollout: Rollout) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey, unravel_key
 from torchrl.data import LazyTensorStorage, ReplayBuffer
 from torchrl.data.replay_buffers.samplers import SamplerWithoutReplacement
@@ -51,12 +52,18 @@ class RolloutBuffer(ReplayBuffer):
         forget_epoch(self)
         return super().__iter__()
 
-    def store(self, rollout: TensorDictBase | Rollout) -> None:
-        """Stores a rollout [N, T], in place of the one before.
+    def keyframe_steps(self, steps: int) -> list[int]:
+        """Steps of a rollout before which a memory state is kept; the first, as in every rollout. None is stored."""
+        del steps
+        return [0]
+
+    def store(self, rollout: TensorDictBase | Rollout, policy: TensorDictModuleBase | None = None) -> None:
+        """Stores a rollout [N, T], in place of the one before; `policy` is not needed.
 
         Raises:
             ValueError: if it is not [N, T], or has another number of steps than the buffer was made for.
         """
+        del policy
         rollout = rollout.steps if isinstance(rollout, Rollout) else rollout
         check_rollout(rollout, self.num_steps)
         forget_epoch(self)
