@@ -36,7 +36,7 @@ def image_layout(shape: Sequence[int]) -> ImageLayout:
     """Reads the layout off the shape of one image.
 
     Channels are the end, first or last, that has 1, 3 or 4 entries if the other has not; else the one that leaves a
-    square; else the smaller one, and of two equal ones the first.
+    square; else the smaller one, and of two equal ones the last, as gymnasium has it.
 
     Raises:
         ValueError: if the shape has not two to four dimensions.
@@ -50,7 +50,7 @@ def image_layout(shape: Sequence[int]) -> ImageLayout:
             f"frames; got shape {shape}."
         )
     first, middle, last = shape[-3:]
-    is_last = last < first
+    is_last = last <= first
     is_usual = (first in USUAL_CHANNELS, last in USUAL_CHANNELS)
     is_square = (middle == last != first, first == middle != last)
     for hints in (is_square, is_usual):  # the later one decides
