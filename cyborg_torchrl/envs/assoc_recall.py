@@ -126,7 +126,9 @@ class PairsOracle(ReferencePolicy):
 
     def act(self, observation: Tensor) -> Tensor:
         """The value of the key that is shown."""
-        key, value, _ = observation.split([self.pairs, self.values, observation.shape[-1] - self.pairs - self.values], -1)
+        key, value, _ = observation.split(
+            [self.pairs, self.values, observation.shape[-1] - self.pairs - self.values], -1
+        )
         if self._table is None or self._table.shape[:-2] != key.shape[:-1]:
             self._table = observation.new_zeros(*key.shape, self.values)
         is_pair = (value.sum(-1) > 0)[..., None, None] & (key > 0).unsqueeze(-1)

@@ -101,7 +101,9 @@ class DistractorNavEnv(MemoryTask):
     def _show(self, time: Tensor, latents: Latents) -> Tensor:
         is_goal, is_room = time == 0, time > self.horizon
         flash = at(latents["flash"], time - 1)
-        colour = torch.where(is_room, at(latents["door"], latents["place"]), torch.where(is_goal, latents["goal"], flash))
+        colour = torch.where(
+            is_room, at(latents["door"], latents["place"]), torch.where(is_goal, latents["goal"], flash)
+        )
         shown = one_hot(colour, self.colours, is_goal | is_room | (flash >= 0))
         return torch.cat([shown, torch.stack([is_goal, is_room], -1).float()], -1)
 

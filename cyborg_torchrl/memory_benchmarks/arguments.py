@@ -33,3 +33,9 @@ def picture(text: str) -> Path:
     if path.suffix not in PICTURES:
         raise argparse.ArgumentTypeError(f"must end in {', '.join(PICTURES)}; got '{text}'")
     return path
+
+
+def task_overrides(task: str) -> list[str]:
+    """The overrides that choose a task: an environment, with its id after a colon where it has ids."""
+    name, has_id, identity = task.partition(":")
+    return [f"env={name}", *([f"env.id={identity}"] if has_id else [])]

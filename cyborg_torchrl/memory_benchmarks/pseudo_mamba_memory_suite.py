@@ -13,10 +13,11 @@ import sys
 from collections.abc import Sequence
 
 from cyborg_torchrl.cli import overrides_parser, run_command
+from cyborg_torchrl.memory_benchmarks.arguments import task_overrides
 
 FLAGS = {
-    "task": "env",
     "backbone": "backbone",
+    "level": "env.level",
     "horizon": "env.horizon",
     "num_envs": "env.num_envs",
     "total_timesteps": "train.total_timesteps",
@@ -32,8 +33,9 @@ FLAGS = {
 def build_parser() -> argparse.ArgumentParser:
     """The suite's parser."""
     parser = overrides_parser(__doc__, "memory_delayed_cue_recurrent")
-    parser.add_argument("--task", help="environment (delayed_cue)")
+    parser.add_argument("--task", help="environment (delayed_cue); those of other packages with their id: popgym:ID")
     parser.add_argument("--backbone", help="memory: lru, gru, lstm, mamba, mamba_gru, ..., or one of yours")
+    parser.add_argument("--level", help="difficulty of a memory task: easy, medium, hard or extreme")
     parser.add_argument("--horizon", type=int, help="blank steps between cue and query")
     parser.add_argument("--num-envs", type=int, help="environments side by side")
     parser.add_argument("--total-timesteps", type=int, help="environment steps in all")
@@ -50,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_intermixed_args(argv)
     given = ((key, getattr(arguments, flag)) for flag, key in FLAGS.items())
     overrides = [f"{key}={value}" for key, value in given if value is not None]
+    if arguments.task is not None:
+        overrides = [*task_overrides(arguments.task), *overrides]
     return run_command(arguments.config, [*overrides, *arguments.overrides], is_print_only=arguments.print_config)
 
 

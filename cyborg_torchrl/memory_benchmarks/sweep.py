@@ -1,7 +1,9 @@
-r"""Runs tasks x backbones x horizons x seeds, each in a process of its own, and prints one table.
+r"""Runs tasks x backbones x levels or horizons x seeds, each in a process of its own, and prints one table.
 
 python -m cyborg_torchrl.memory_benchmarks.sweep \
-    --tasks delayed_cue --backbones lru gru --horizons 1000 --seeds 10 --jobs 2 --output results.csv
+    --tasks delayed_cue n_back --backbones lru gru --levels easy --seeds 3 --jobs 2 --output results.csv
+python -m cyborg_torchrl.memory_benchmarks.sweep \
+    --config public_benchmark --tasks popgym:popgym-RepeatFirstEasy-v0 bsuite:memory_len/10 --seeds 3
 
 Finished cells are written to the output at once, and skipped when the sweep is started again.
 """
@@ -18,7 +20,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -27,57 +29,65 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from cyborg_torchrl.build import build_env
 from cyborg_torchrl.config import ConfigError, load_config
-from cyborg_torchrl.memory_benchmarks.arguments import positive
+from cyborg_torchrl.memory_benchmarks.arguments import positive, task_overrides, writable
+from cyborg_torchrl.registry import environments
 
 SUITE = "cyborg_torchrl.memory_benchmarks.pseudo_mamba_memory_suite"
-COLUMNS: tuple[str, ...] = (
-    "task", "backbone", "horizon", "seed", "total_timesteps", "overrides", "success_rate", "mean_reward",
-    "env_steps", "total_updates", "steps_per_second", "total_seconds", "peak_rss_mb", "error",
+DEFAULT_CONFIG = "memory_delayed_cue_recurrent"
+ASKED: tuple[str, ...] = ("task", "backbone", "level", "horizon", "seed", "total_timesteps", "config", "overrides")
+MEASURED: tuple[str, ...] = (
+    "success_rate", "mean_reward", "episode_horizon", "env_steps", "total_updates", "steps_per_second",
+    "total_seconds", "peak_rss_mb", "error",
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a sweep."""
+    """One run of a sweep; what is None is the task's own."""
 
     task: str
+    """Name of an environment, with its id after a colon where it has ids."""
     backbone: str
-    horizon: int
+    horizon: int | None
     seed: int
-    total_timesteps: int
-    overrides: str
+    total_timesteps: int | None = None
+    overrides: str = ""
+    level: str | None = None
+    config: str = DEFAULT_CONFIG
 
     @property
     def folder(self) -> str:
         """Name of the folder that holds its run."""
-        name = f"{self.task}-{self.backbone}-h{self.horizon}-t{self.total_timesteps}-s{self.seed}"
-        return name + re.sub(r"[^\w.-]+", "_", f" {self.overrides}" if self.overrides else "")
+        parts = [self.task, self.backbone, *([self.level] if self.level else [])]
+        parts += [f"h{self.horizon}"] if self.horizon is not None else []
+        parts += [f"t{self.total_timesteps}"] if self.total_timesteps is not None else []
+        name = "-".join([*parts, f"s{self.seed}"]) + (f" {self.overrides}" if self.overrides else "")
+        return re.sub(r"[^\w.-]+", "_", name if self.config == DEFAULT_CONFIG else f"{Path(self.config).stem}-{name}")
+
+    def changes(self) -> list[str]:
+        """What it changes in its configuration."""
+        given = {"env.level": self.level, "env.horizon": self.horizon, "train.total_timesteps": self.total_timesteps}
+        chosen = [f"{key}={value}" for key, value in given.items() if value is not None]
+        return [*task_overrides(self.task), f"backbone={self.backbone}", *chosen, *self.overrides.split()]
 
     def command(self, base_dir: str) -> list[str]:
         """The suite's command line."""
-        flags = {
-            "task": self.task,
-            "backbone": self.backbone,
-            "horizon": self.horizon,
-            "seed": self.seed,
-            "total-timesteps": self.total_timesteps,
-            "base-dir": f"{base_dir}/{self.folder}",
-        }
-        arguments = itertools.chain.from_iterable((f"--{flag}", str(value)) for flag, value in flags.items())
-        return [sys.executable, "-m", SUITE, *arguments, "logger=quiet", *self.overrides.split()]
+        fixed = ["logger=quiet", f"train.seed={self.seed}", f"logger.base_dir={base_dir}/{self.folder}"]
+        return [sys.executable, "-m", SUITE, "--config", self.config, *fixed, *self.changes()]
 
 
 def run_cell(cell: Cell, base_dir: str) -> dict[str, Any]:
     """Runs a cell. Returns its row of the table; a failure is a row with its error."""
-    row: dict[str, Any] = {name: getattr(cell, name) for name in Cell.__dataclass_fields__}
+    row: dict[str, Any] = {name: getattr(cell, name) for name in ASKED}
     result = subprocess.run(cell.command(base_dir), capture_output=True, text=True, check=False)
     lines = result.stdout.strip().splitlines()
     if result.returncode or not lines:
         return row | {"error": (result.stderr.strip().splitlines() or ["no output"])[-1]}
     summary = json.loads(lines[-1])
-    figures = {name: summary.get(name) for name in COLUMNS if name in summary and name not in row}
-    return row | figures | {"env_steps": summary["total_timesteps"], "error": ""}
+    named = summary | {"episode_horizon": summary["horizon"], "env_steps": summary["total_timesteps"], "error": ""}
+    return row | {name: named.get(name) for name in MEASURED}
 
 
 def read_rows(path: Path) -> dict[Cell, dict[str, Any]]:
@@ -86,62 +96,90 @@ def read_rows(path: Path) -> dict[Cell, dict[str, Any]]:
         return {}
     with path.open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if not row["error"]]
-    return {
-        Cell(r["task"], r["backbone"], int(r["horizon"]), int(r["seed"]), int(r["total_timesteps"]), r["overrides"]): r
-        for r in rows
-    }
+    return {_cell_of(row): row for row in rows}
 
 
-def table(rows: Iterable[dict[str, Any]], target: float) -> Table:
-    """One line for each task, backbone, horizon and budget."""
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
+def _cell_of(row: dict[str, Any]) -> Cell:
+    numbers = {name: int(row[name]) if row[name] not in ("", None) else None for name in ("horizon", "total_timesteps")}
+    return Cell(
+        row["task"], row["backbone"], numbers["horizon"], int(row["seed"]), numbers["total_timesteps"],
+        row["overrides"], row["level"] or None, row["config"],
+    )  # fmt: skip
+
+
+def target_of(cell: Cell) -> float | None:
+    """The success that counts as solved, as the task has it; None where it has none."""
+    task: Any = environments.get(cell.task.partition(":")[0])
+    levels = getattr(task, "levels", None)
+    return None if levels is None else (levels[cell.level] if cell.level else task.default).target
+
+
+HEADERS = ("task", "backbone", "level", "horizon", "steps", "options", "target", "solved", "mean", "min", "seeds",
+           "s/run", "MiB")  # fmt: skip
+
+
+def lines_of(rows: Iterable[dict[str, Any]], target: float | None) -> list[tuple[str, ...]]:
+    """A line under `HEADERS` for each group of runs that differ in nothing but the seed."""
+    groups: dict[Cell, list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
-        key = (row["task"], row["backbone"], int(row["horizon"]), int(row["total_timesteps"]), row["overrides"])
-        groups[key].append(row)
-    result = Table(title=f"greedy success on fresh episodes (solved: >= {target})")
-    for column in (
-        "task",
-        "backbone",
-        "horizon",
-        "budget",
-        "options",
-        "solved",
-        "mean",
-        "min",
-        "seeds",
-        "s/run",
-        "MiB",
-    ):
-        result.add_column(column, justify="left" if column in ("task", "backbone", "options", "seeds") else "right")
-    for (task, backbone, horizon, budget, options), cells in sorted(groups.items()):
-        cells = sorted(cells, key=lambda row: int(row["seed"]))
-        scores = [
-            float(row["success_rate"]) for row in cells if not row["error"] and row["success_rate"] not in ("", None)
-        ]
-        done = [row for row in cells if not row["error"]]
-        result.add_row(
-            task, backbone, f"{horizon:,}", f"{budget:,}", options,
-            f"{sum(score >= target for score in scores)}/{len(cells)}",
+        groups[replace(_cell_of(row), seed=0)].append(row)
+    result: list[tuple[str, ...]] = []
+    for cell, runs in sorted(groups.items(), key=lambda item: (item[0].task, item[0].backbone, str(item[0]))):
+        runs = sorted(runs, key=lambda row: int(row["seed"]))
+        done = [row for row in runs if not row["error"]]
+        # an environment that knows no success is measured by its return
+        scores = [float(row["success_rate"] or row["mean_reward"] or "nan") for row in done]
+        bar = target_of(cell) if target is None else target
+        solved = "-" if bar is None else f"{sum(score >= bar for score in scores)}/{len(runs)}"
+        horizon = done[0]["episode_horizon"] if done else cell.horizon
+        steps = done[0]["env_steps"] if done else cell.total_timesteps
+        result.append((
+            cell.task, cell.backbone, cell.level or "", f"{int(horizon):,}" if horizon else "",
+            f"{int(steps):,}" if steps else "", cell.overrides, "-" if bar is None else f"{bar:g}", solved,
             f"{mean(scores):.3f}" if scores else "-", f"{min(scores):.3f}" if scores else "-",
-            " ".join(f"{score:.2f}" for score in scores),
+            " ".join(f"{float(row['success_rate'] or row['mean_reward'] or 'nan'):.2f}" if not row["error"] else "failed"
+                     for row in runs),
             f"{mean(float(row['total_seconds']) for row in done):.0f}" if done else "-",
             f"{max(float(row['peak_rss_mb']) for row in done):.0f}" if done else "-",
-        )  # fmt: skip
+        ))  # fmt: skip
     return result
+
+
+def table(rows: Iterable[dict[str, Any]], target: float | None = None) -> Table:
+    """One line for each group of runs that differ in nothing but the seed."""
+    result = Table(title="greedy success on fresh episodes, or the mean return where a task knows no success")
+    for column in HEADERS:
+        is_text = column in ("task", "backbone", "level", "options", "seeds")
+        result.add_column(column, justify="left" if is_text else "right")
+    for line in lines_of(rows, target):
+        result.add_row(*line)
+    return result
+
+
+def markdown(rows: Iterable[dict[str, Any]], target: float | None = None) -> str:
+    """The same as a Markdown table."""
+    lines = [HEADERS, tuple("---" for _ in HEADERS), *lines_of(rows, target)]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The sweep's parser."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", default=["delayed_cue"], help="environments (%(default)s)")
+    parser.add_argument("--config", default=DEFAULT_CONFIG, help="shipped configuration, or a file (%(default)s)")
+    parser.add_argument("--tasks", nargs="+", default=["delayed_cue"], metavar="TASK",
+                        help="environments (%(default)s); those of other packages with their id: popgym:ID")  # fmt: skip
     parser.add_argument("--backbones", nargs="+", default=["lru"], help="memories (%(default)s)")
-    parser.add_argument("--horizons", nargs="+", type=int, default=[1000], help="blank steps (%(default)s)")
+    parser.add_argument("--levels", nargs="+", default=[None], metavar="LEVEL",
+                        help="easy, medium, hard, extreme (the task's own default)")  # fmt: skip
+    parser.add_argument("--horizons", nargs="+", type=int, default=[None], metavar="STEPS",
+                        help="blank steps between cue and query (the task's own)")  # fmt: skip
     parser.add_argument("--seeds", type=positive, default=3, help="seeds 0 to N-1 (%(default)s)")
-    parser.add_argument("--total-timesteps", type=positive, default=200_000, help="budget of a run (%(default)s)")
+    parser.add_argument("--total-timesteps", type=positive, help="budget of a run (the task's own)")
     parser.add_argument("--jobs", type=positive, default=1, help="runs at the same time (%(default)s)")
-    parser.add_argument("--target", type=float, default=0.95, help="success that counts as solved (%(default)s)")
+    parser.add_argument("--target", type=float, help="success, or return, that counts as solved (the task's own)")
     parser.add_argument("--base-dir", default="runs/sweep", help="folder of the runs (%(default)s)")
     parser.add_argument("--output", type=Path, help="a row a run; runs in it are not run again (BASE_DIR/results.csv)")
+    parser.add_argument("--markdown", type=writable, help="file to write the table to, as Markdown")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the configuration of every run")
     return parser
 
@@ -164,7 +202,7 @@ def run_cells(cells: Sequence[Cell], base_dir: str, output: Path, jobs: int) -> 
     is_new = not output.exists()
     pool = ThreadPoolExecutor(max(1, jobs))
     with output.open("a", newline="") as file, Progress(console=console) as progress:
-        writer = csv.DictWriter(file, COLUMNS, restval="")
+        writer = csv.DictWriter(file, (*ASKED, *MEASURED), restval="")
         if is_new:
             writer.writeheader()
         task = progress.add_task("runs", total=len(cells), completed=len(rows))
@@ -176,10 +214,9 @@ def run_cells(cells: Sequence[Cell], base_dir: str, output: Path, jobs: int) -> 
                 file.flush()
                 rows.append(row)
                 progress.advance(task)
-                figure = row["error"] or f"success {row['success_rate']}"
-                progress.console.print(
-                    f"{row['task']} {row['backbone']} h{row['horizon']} seed {row['seed']}: {figure}"
-                )
+                known = row["success_rate"] if not row["error"] else None
+                figure = row["error"] or (f"success {known}" if known is not None else f"return {row['mean_reward']}")
+                progress.console.print(f"{_cell_of(row).folder}: {figure}")
         except KeyboardInterrupt:
             pool.shutdown(cancel_futures=True)
             console.print(f"interrupted: {len(rows)} of {len(cells)} runs are in {output}")
@@ -191,12 +228,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the sweep. Returns 0, 1 if a run failed, 2 for a configuration that cannot be, 130 if interrupted."""
     arguments = build_parser().parse_intermixed_args(argv)
     output: Path = arguments.output or Path(arguments.base_dir) / "results.csv"
-    grid = itertools.product(arguments.tasks, arguments.backbones, arguments.horizons, range(arguments.seeds))
+    grid = itertools.product(
+        arguments.tasks, arguments.backbones, arguments.levels, arguments.horizons, range(arguments.seeds)
+    )
     overrides = " ".join(arguments.overrides)
-    cells = [Cell(*choice, arguments.total_timesteps, overrides) for choice in grid]
+    cells = [
+        Cell(task, backbone, horizon, seed, arguments.total_timesteps, overrides, level, arguments.config)
+        for task, backbone, level, horizon, seed in grid
+    ]
     try:  # what is wrong for all runs is said once, and at once
-        for task, backbone in itertools.product(arguments.tasks, arguments.backbones):
-            load_config(overrides=[f"env={task}", f"backbone={backbone}", *arguments.overrides])
+        for cell in cells:
+            if cell.seed == 0:
+                build_env(load_config(cell.config, cell.changes()), num_envs=1).close()
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -205,6 +248,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     Console(width=200).print(table(rows, arguments.target))
+    if arguments.markdown:
+        arguments.markdown.write_text(markdown(rows, arguments.target))
     return 1 if any(row["error"] for row in rows) else 0
 
 
