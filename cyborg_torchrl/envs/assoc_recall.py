@@ -69,7 +69,7 @@ class AssocRecallEnv(MemoryTask):
         device: torch.device | str | None = None,
         seed: int | None = None,
     ) -> None:
-        horizon, pairs = self.choose(level, horizon=horizon, pairs=pairs)
+        horizon, pairs = self.choose(level, horizon, pairs)
         check_least(num_envs=(num_envs, 1), pairs=(pairs, 1), values=(values, 2), horizon=(horizon, 0))
         super().__init__(
             num_envs,
@@ -126,9 +126,7 @@ class PairsOracle(ReferencePolicy):
 
     def act(self, observation: Tensor) -> Tensor:
         """The value of the key that is shown."""
-        key, value, _ = observation.split(
-            [self.pairs, self.values, observation.shape[-1] - self.pairs - self.values], -1
-        )
+        key, value = observation[..., : self.pairs], observation[..., self.pairs : self.pairs + self.values]
         if self._table is None or self._table.shape[:-2] != key.shape[:-1]:
             self._table = observation.new_zeros(*key.shape, self.values)
         is_pair = (value.sum(-1) > 0)[..., None, None] & (key > 0).unsqueeze(-1)

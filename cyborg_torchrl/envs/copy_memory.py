@@ -74,7 +74,7 @@ class CopyMemoryEnv(MemoryTask):
         device: torch.device | str | None = None,
         seed: int | None = None,
     ) -> None:
-        horizon, sequence = self.choose(level, horizon=horizon, sequence=sequence)
+        horizon, sequence = self.choose(level, horizon, sequence)
         check_least(num_envs=(num_envs, 1), sequence=(sequence, 1), symbols=(symbols, 2), horizon=(horizon, 0))
         super().__init__(
             num_envs,

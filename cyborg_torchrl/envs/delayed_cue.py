@@ -62,7 +62,7 @@ class DelayedCueEnv(MemoryTask):
         device: torch.device | str | None = None,
         seed: int | None = None,
     ) -> None:
-        horizon, cues = self.choose(level, horizon=horizon, cues=cues)
+        horizon, cues = self.choose(level, horizon, cues)
         check_least(num_envs=(num_envs, 1), cues=(cues, 2), horizon=(horizon, 0))
         super().__init__(
             num_envs,

@@ -70,7 +70,7 @@ class DistractorNavEnv(MemoryTask):
         device: torch.device | str | None = None,
         seed: int | None = None,
     ) -> None:
-        horizon, distractors = self.choose(level, horizon=horizon, distractors=distractors)
+        horizon, distractors = self.choose(level, horizon, distractors)
         check_least(num_envs=(num_envs, 1), distractors=(distractors, 1), horizon=(horizon, 0))
         colours = distractors + 1
         super().__init__(
@@ -101,9 +101,8 @@ class DistractorNavEnv(MemoryTask):
     def _show(self, time: Tensor, latents: Latents) -> Tensor:
         is_goal, is_room = time == 0, time > self.horizon
         flash = at(latents["flash"], time - 1)
-        colour = torch.where(
-            is_room, at(latents["door"], latents["place"]), torch.where(is_goal, latents["goal"], flash)
-        )
+        colour = torch.where(is_goal, latents["goal"], flash)
+        colour = torch.where(is_room, at(latents["door"], latents["place"]), colour)
         shown = one_hot(colour, self.colours, is_goal | is_room | (flash >= 0))
         return torch.cat([shown, torch.stack([is_goal, is_room], -1).float()], -1)
 

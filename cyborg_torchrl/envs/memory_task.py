@@ -123,12 +123,13 @@ class MemoryTask(EnvBase):
         """The best that can be done from the present observation alone: it succeeds by chance."""
 
     @classmethod
-    def choose(cls, level: str | None, **sizes: int | None) -> list[int]:
+    def choose(cls, level: str | None, horizon: int | None, size: int | None = None) -> tuple[int, int]:
         """The horizon and the size of a level, or what is given in their place.
 
         Args:
             level: easy, medium, hard or extreme; None: the task's default.
-            sizes: `horizon`, and the task's own measure by its name; None: the level's.
+            horizon: None: the level's.
+            size: the task's own measure; None: the level's.
 
         Raises:
             ValueError: if there is no such level.
@@ -136,7 +137,7 @@ class MemoryTask(EnvBase):
         if level is not None and level not in cls.levels:
             raise ValueError(f"unknown level '{level}': {did_you_mean(level, cls.levels)}")
         chosen = cls.default if level is None else cls.levels[level]
-        return [value if value is not None else chosen[i] for i, value in enumerate(sizes.values())]
+        return chosen.horizon if horizon is None else horizon, chosen.size if size is None else size
 
     def randint(self, high: int, *shape: int) -> Tensor:
         """Integers in [0, high), [N, *shape]."""

@@ -70,7 +70,7 @@ class NBackEnv(MemoryTask):
         device: torch.device | str | None = None,
         seed: int | None = None,
     ) -> None:
-        horizon, n = self.choose(level, horizon=horizon, n=n)
+        horizon, n = self.choose(level, horizon, n)
         check_least(num_envs=(num_envs, 1), n=(n, 1), symbols=(symbols, 2), horizon=(horizon, 1))
         super().__init__(
             num_envs,

@@ -25,8 +25,8 @@ class PatternBindingEnv(MemoryTask):
     """Binding of features, batched on one device.
 
     An episode lasts `patterns + horizon + 1` steps: the patterns one by one, each a shape and a colour that no other
-    pattern of the episode has, `horizon` blank steps, and a probe. The probe is one of the patterns, or the shape of one
-    with the colour of another: whoever remembers shapes and colours, but not which belonged together, is at chance.
+    pattern of the episode has, `horizon` blank steps, and a probe. The probe is one of the patterns, or the shape of
+    one with the colour of another: whoever remembers shapes and colours, but not which belonged together, is at chance.
 
     - Observation, [N, 2 (patterns + 1) + 1] float: shape and colour, each as one-hot of `patterns + 1`; the probe flag
       (last entry). A blank step is all zero.
@@ -68,7 +68,7 @@ class PatternBindingEnv(MemoryTask):
         device: torch.device | str | None = None,
         seed: int | None = None,
     ) -> None:
-        horizon, patterns = self.choose(level, horizon=horizon, patterns=patterns)
+        horizon, patterns = self.choose(level, horizon, patterns)
         check_least(num_envs=(num_envs, 1), patterns=(patterns, 2), horizon=(horizon, 0))
         super().__init__(
             num_envs,

@@ -27,8 +27,9 @@ class TMazeEnv(MemoryTask):
     the goal is. An episode lasts `horizon + 1` steps: just enough to walk there and turn. Whoever once does not walk on
     cannot arrive, and is not told where it is.
 
-    - Observation, [N, 5] float: at the first step the side of the goal (up: entry 0, down: entry 1); in the corridor all
-      zero; at its end the end flag (entry 2), with the side that the agent has turned to (up: entry 3, down: entry 4).
+    - Observation, [N, 5] float: at the first step the side of the goal (up: entry 0, down: entry 1); in the corridor
+      all zero; at its end the end flag (entry 2), with the side that the agent has turned to (up: entry 3, down:
+      entry 4).
     - Action, [N] integer: 0 forward, 1 up, 2 back, 3 down; a move into a wall changes nothing.
     - Reward: -1 / horizon for each step after which the agent is behind the one who walks on at each; at the last step
       instead +1 for standing at the goal. It terminates the episode.
@@ -67,7 +68,7 @@ class TMazeEnv(MemoryTask):
         device: torch.device | str | None = None,
         seed: int | None = None,
     ) -> None:
-        (horizon,) = self.choose(level, horizon=horizon)
+        horizon, _ = self.choose(level, horizon)
         check_least(num_envs=(num_envs, 1), horizon=(horizon, 1))
         super().__init__(
             num_envs,

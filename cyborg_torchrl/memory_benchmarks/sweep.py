@@ -127,8 +127,7 @@ def lines_of(rows: Iterable[dict[str, Any]], target: float | None) -> list[tuple
     for cell, runs in sorted(groups.items(), key=lambda item: (item[0].task, item[0].backbone, str(item[0]))):
         runs = sorted(runs, key=lambda row: int(row["seed"]))
         done = [row for row in runs if not row["error"]]
-        # an environment that knows no success is measured by its return
-        scores = [float(row["success_rate"] or row["mean_reward"] or "nan") for row in done]
+        scores = [_score(row) for row in done]
         bar = target_of(cell) if target is None else target
         solved = "-" if bar is None else f"{sum(score >= bar for score in scores)}/{len(runs)}"
         horizon = done[0]["episode_horizon"] if done else cell.horizon
@@ -137,12 +136,17 @@ def lines_of(rows: Iterable[dict[str, Any]], target: float | None) -> list[tuple
             cell.task, cell.backbone, cell.level or "", f"{int(horizon):,}" if horizon else "",
             f"{int(steps):,}" if steps else "", cell.overrides, "-" if bar is None else f"{bar:g}", solved,
             f"{mean(scores):.3f}" if scores else "-", f"{min(scores):.3f}" if scores else "-",
-            " ".join(f"{float(row['success_rate'] or row['mean_reward'] or 'nan'):.2f}" if not row["error"] else "failed"
-                     for row in runs),
+            " ".join("failed" if row["error"] else f"{_score(row):.2f}" for row in runs),
             f"{mean(float(row['total_seconds']) for row in done):.0f}" if done else "-",
             f"{max(float(row['peak_rss_mb']) for row in done):.0f}" if done else "-",
         ))  # fmt: skip
     return result
+
+
+def _score(row: dict[str, Any]) -> float:
+    """Success; the return of an environment that knows none."""
+    known = row["mean_reward"] if row["success_rate"] in ("", None) else row["success_rate"]
+    return float("nan") if known in ("", None) else float(known)
 
 
 def table(rows: Iterable[dict[str, Any]], target: float | None = None) -> Table:
@@ -167,7 +171,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default=DEFAULT_CONFIG, help="shipped configuration, or a file (%(default)s)")
     parser.add_argument("--tasks", nargs="+", default=["delayed_cue"], metavar="TASK",
-                        help="environments (%(default)s); those of other packages with their id: popgym:ID")  # fmt: skip
+                        help="environments (%(default)s); of other packages with the id: popgym:ID")  # fmt: skip
     parser.add_argument("--backbones", nargs="+", default=["lru"], help="memories (%(default)s)")
     parser.add_argument("--levels", nargs="+", default=[None], metavar="LEVEL",
                         help="easy, medium, hard, extreme (the task's own default)")  # fmt: skip
