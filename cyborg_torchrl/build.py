@@ -51,7 +51,7 @@ def build_env(cfg: DictConfig, *, num_envs: int | None = None, seed: int | None 
         env = environments.get(cfg.env.name)(**options, device=resolve_device(cfg.train.device), seed=seed)
     except ValueError as error:
         raise ConfigError(f"env: {error}") from None
-    return TransformedEnv(env, Compose(InitTracker(), RewardSum()))
+    return TransformedEnv(env, Compose(InitTracker(), RewardSum()), auto_unwrap=True)
 
 
 def build_core(cfg: DictConfig, in_features: int, env: EnvBase) -> Core:

@@ -1,6 +1,7 @@
 """Environments."""
 
 from cyborg_torchrl.envs.assoc_recall import AssocRecallEnv
+from cyborg_torchrl.envs.check import EnvironmentFinding, check_environment
 from cyborg_torchrl.envs.copy_memory import CopyMemoryEnv
 from cyborg_torchrl.envs.delayed_cue import DelayedCueEnv
 from cyborg_torchrl.envs.distractor_nav import DistractorNavEnv
@@ -16,6 +17,7 @@ __all__ = [
     "CopyMemoryEnv",
     "DelayedCueEnv",
     "DistractorNavEnv",
+    "EnvironmentFinding",
     "Level",
     "MemoryTask",
     "MultiCueDelayEnv",
@@ -23,6 +25,7 @@ __all__ = [
     "PatternBindingEnv",
     "PermutedCopyEnv",
     "TMazeEnv",
+    "check_environment",
     "memoryless_policy",
     "oracle_policy",
 ]
