@@ -51,7 +51,14 @@ class EncoderConfig:
     hidden_sizes: list[int] = field(default_factory=list)
     """Layers before it."""
     observation_keys: list[str] | None = None
-    """What to read; null: "pixels" if there are any, else "observation"."""
+    """What to read, nested keys with dots; null: "pixels" if there are any, else "observation", else everything.
+    "previous_action" and "previous_reward" are read in any case where they are there."""
+    convolutions: str = "impala"
+    """Network of pictures: impala (15 convolutions) or nature (3: faster)."""
+    discrete: str = "one_hot"
+    """How categories are read: one_hot or embedding (learned)."""
+    embedding_size: int = 16
+    """Width of the embedding of a category, or of a number in a grid such as MiniGrid's."""
 
 
 @dataclass
@@ -254,6 +261,7 @@ def validate(cfg: DictConfig) -> None:
         "train.num_threads": train.num_threads,
         "env.num_envs": cfg.env.get("num_envs", 1),
         "encoder.features": cfg.encoder.features,
+        "encoder.embedding_size": cfg.encoder.embedding_size,
         "collector.num_workers": cfg.collector.num_workers,
     }
     optional = {"train.n_steps": train.n_steps, "train.seq_len": train.seq_len, "train.target_kl": train.target_kl}
@@ -274,6 +282,8 @@ def validate(cfg: DictConfig) -> None:
         ("train.storage", train.storage, STORAGES),
         ("train.start_state", train.start_state, ("stored", "initial")),
         ("collector.name", cfg.collector.name, ("rollout", "single", "multi_sync")),
+        ("encoder.convolutions", cfg.encoder.convolutions, ("impala", "nature")),
+        ("encoder.discrete", cfg.encoder.discrete, ("one_hot", "embedding")),
     ):
         if value not in known:
             raise ConfigError(f"unknown {key} '{value}': {did_you_mean(value, known)}")

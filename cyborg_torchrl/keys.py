@@ -17,6 +17,8 @@ DONE: Final = "done"
 TERMINATED: Final = "terminated"
 TRUNCATED: Final = "truncated"
 SUCCESS: Final = "success"
+PREVIOUS_ACTION: Final = "previous_action"
+PREVIOUS_REWARD: Final = "previous_reward"
 
 FEATURES: Final = "features"
 """What the encoder makes of the present observation, [*B, T, F]."""

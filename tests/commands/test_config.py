@@ -85,7 +85,7 @@ def test_bad_overrides(override, expected):
         (["env.num_envs=4"], "use 4 or fewer"),
         (["backbone.readout=loud"], "timescale_norm, none"),
         (["backbone.hidden_size=0"], "hidden_size must be >= 1"),
-        (["encoder.observation_keys=[sound]"], "observation, success"),
+        (["encoder.observation_keys=[sound]"], "no observation ['sound'] in the environment; it has: observation."),
     ],
 )
 def test_values_that_do_not_fit(overrides, expected):

@@ -1,0 +1,19 @@
+"""Encoders: from what the environment shows to features."""
+
+from cyborg_torchrl.modules.encoders.build import build_encoder
+from cyborg_torchrl.modules.encoders.discrete import CategoryEmbedding, OneHotCategories
+from cyborg_torchrl.modules.encoders.grid import GridEncoder
+from cyborg_torchrl.modules.encoders.mixed import MixedEncoder
+from cyborg_torchrl.modules.encoders.pixels import PixelEncoder
+from cyborg_torchrl.modules.encoders.vector import ScaledVector, VectorEncoder
+
+__all__ = [
+    "CategoryEmbedding",
+    "GridEncoder",
+    "MixedEncoder",
+    "OneHotCategories",
+    "PixelEncoder",
+    "ScaledVector",
+    "VectorEncoder",
+    "build_encoder",
+]

@@ -1,0 +1,59 @@
+"""Which dimension of an image is which."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+MIN_SIDE = 32
+"""Sides of what is taken for a picture; what is smaller is a grid or a vector."""
+USUAL_CHANNELS = (1, 3, 4)
+
+
+class ImageLayout(NamedTuple):
+    """How an image lies in a tensor."""
+
+    num_dims: int
+    """2 for [H, W]; 3 for [C, H, W] or [H, W, C]; 4 for a stack [K, C, H, W] or [K, H, W, C], K C channels."""
+    is_channels_last: bool
+    channels: int
+    """All frames of a stack together."""
+    height: int
+    width: int
+
+    def to_channels_first(self, images: Tensor) -> Tensor:
+        """[*B, *shape] to [B, C, H, W], the batch flattened; no copy but for stacks with channels last."""
+        images = images.reshape(-1, *images.shape[images.ndim - self.num_dims :])
+        if self.num_dims == 2:
+            return images.unsqueeze(1)
+        images = images.movedim(-1, -3) if self.is_channels_last else images
+        return images.flatten(1, -3) if self.num_dims == 4 else images
+
+
+def image_layout(shape: Sequence[int]) -> ImageLayout:
+    """Reads the layout off the shape of one image.
+
+    Channels are the end, first or last, that has 1, 3 or 4 entries if the other has not; else the one that leaves a
+    square; else the smaller one, and of two equal ones the first.
+
+    Raises:
+        ValueError: if the shape has not two to four dimensions.
+    """
+    shape = tuple(shape)
+    if len(shape) == 2:
+        return ImageLayout(2, False, 1, *shape)
+    if len(shape) not in (3, 4):
+        raise ValueError(
+            f"an image has three dimensions, [C, H, W] or [H, W, C], two without channels, or four as a stack of "
+            f"frames; got shape {shape}."
+        )
+    first, middle, last = shape[-3:]
+    is_last = last < first
+    is_usual = (first in USUAL_CHANNELS, last in USUAL_CHANNELS)
+    is_square = (middle == last != first, first == middle != last)
+    for hints in (is_square, is_usual):  # the later one decides
+        is_last = hints[1] if hints[0] != hints[1] else is_last
+    channels, height, width = (last, first, middle) if is_last else (first, middle, last)
+    return ImageLayout(len(shape), is_last, channels * (shape[0] if len(shape) == 4 else 1), height, width)

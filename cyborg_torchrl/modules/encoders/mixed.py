@@ -1,0 +1,47 @@
+"""Observations of several kinds together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from cyborg_torchrl.modules.encoders.discrete import CategoryEmbedding, OneHotCategories
+from cyborg_torchrl.modules.encoders.grid import GridEncoder
+from cyborg_torchrl.modules.encoders.pixels import PixelEncoder
+from cyborg_torchrl.modules.encoders.vector import ScaledVector, VectorEncoder
+
+VectorReader = ScaledVector | OneHotCategories | CategoryEmbedding
+ImageReader = PixelEncoder | GridEncoder
+
+
+class MixedEncoder(nn.Module):
+    """Adds up the embedding of all vector-like observations, side by side, and one of each image, [*B, F].
+
+    Args:
+        readers: of each observation in their order: what makes a vector of it, or the encoder of an image.
+        features: F, width of the embedding.
+        hidden_sizes: layers of the vectors' encoder before its last map.
+    """
+
+    def __init__(
+        self, readers: Sequence[VectorReader | ImageReader], features: int, hidden_sizes: Sequence[int] = ()
+    ) -> None:
+        super().__init__()
+        self.readers = nn.ModuleList(readers)
+        self._is_vector = tuple(isinstance(reader, VectorReader) for reader in readers)
+        width = sum(reader.width for reader in readers if isinstance(reader, VectorReader))
+        self.vector = VectorEncoder(width, features, hidden_sizes) if width else None
+
+    def forward(self, *observations: Tensor) -> Float[Tensor, "*B F"]:
+        """Reads each observation [*B, *shape] with its reader."""
+        read = [reader(observation) for reader, observation in zip(self.readers, observations, strict=True)]
+        vectors = [value for value, is_vector in zip(read, self._is_vector, strict=True) if is_vector]
+        parts = [value for value, is_vector in zip(read, self._is_vector, strict=True) if not is_vector]
+        if self.vector is not None:
+            parts.append(self.vector(*vectors))
+        total = parts[0]
+        for part in parts[1:]:
+            total = total + part
+        return total

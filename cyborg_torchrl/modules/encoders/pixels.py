@@ -1,0 +1,136 @@
+"""Images: the Nature and the Impala network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+
+from cyborg_torchrl.modules.encoders.images import image_layout
+from cyborg_torchrl.registry import did_you_mean
+
+SMALLEST = {"impala": 8, "nature": 36}
+"""Least side of an image that each network reads."""
+BLOCK_NUMBERS = 2**25
+"""Numbers of the first convolution's output that are computed in one go: 512 images of 64 x 64 for "impala"."""
+
+
+class ResidualBlock(nn.Module):
+    """x + conv(relu(conv(relu(x)))), [B, C, H, W]."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(channels, channels, 3, padding=1)
+        self.second = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Adds what two convolutions make of x."""
+        return x + self.second(torch.relu(self.first(torch.relu(x))))
+
+
+def build_impala(channels: int, widths: Sequence[int] = (16, 32, 32)) -> nn.Sequential:
+    """The residual network of Espeholt et al. (2018), figure 3 right: 15 convolutions in three stages.
+
+    A stage is a convolution of 3 x 3, max-pooling of 3 x 3 with stride 2, and two residual blocks.
+    """
+    layers: list[nn.Module] = []
+    for width in widths:
+        layers += [nn.Conv2d(channels, width, 3, padding=1), nn.MaxPool2d(3, stride=2, padding=1)]
+        layers += [ResidualBlock(width), ResidualBlock(width)]
+        channels = width
+    return nn.Sequential(*layers, nn.ReLU(), nn.Flatten())
+
+
+def build_nature(channels: int) -> nn.Sequential:
+    """The network of Mnih et al. (2015): three convolutions."""
+    return nn.Sequential(
+        nn.Conv2d(channels, 32, 8, stride=4),
+        nn.ReLU(),
+        nn.Conv2d(32, 64, 4, stride=2),
+        nn.ReLU(),
+        nn.Conv2d(64, 64, 3),
+        nn.ReLU(),
+        nn.Flatten(),
+    )
+
+
+class PixelEncoder(nn.Module):
+    """Convolutional encoder of images, channels first or last; bytes become [0, 1] here and not before.
+
+    Large batches go through the convolutions block by block. What the gradient needs of a block is computed again in
+    the backward pass, so that memory does not grow with the batch by more than its features and the images themselves.
+
+    Args:
+        shape: shape of one image, [C, H, W] or [H, W, C], [H, W] without channels, or a stack of frames [K, ...].
+        features: F, width of the embedding.
+        convolutions: "impala" or "nature".
+        byte_bounds: what becomes 0 and 1 of integers.
+        float_bounds: what becomes 0 and 1 of floats.
+
+    Raises:
+        ValueError: if the network's name is unknown, or the shape is not that of an image that is large enough for it.
+
+    Source: Espeholt et al. (2018), figure 3 right; Mnih et al. (2015). Ours ends in one linear map without bias and
+    without a nonlinearity: what reads the features normalises them.
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        features: int,
+        convolutions: str = "impala",
+        *,
+        byte_bounds: tuple[float, float] = (0.0, 255.0),
+        float_bounds: tuple[float, float] = (0.0, 1.0),
+    ) -> None:
+        super().__init__()
+        if convolutions not in SMALLEST:
+            raise ValueError(f"unknown convolutions '{convolutions}': {did_you_mean(convolutions, SMALLEST)}")
+        self.layout = image_layout(shape)
+        self.byte_bounds, self.float_bounds = byte_bounds, float_bounds
+        channels, height, width = self.layout[2:]
+        least = SMALLEST[convolutions]
+        if min(height, width) < least:
+            raise ValueError(
+                f"the pixel encoder '{convolutions}' needs images of at least {least} x {least} pixels; got {height} x "
+                f"{width}."
+            )
+        self.convolutions = build_impala(channels) if convolutions == "impala" else build_nature(channels)
+        with torch.no_grad():
+            image = torch.zeros(1, channels, height, width)
+            self.block = max(1, BLOCK_NUMBERS // max(image.numel(), self.convolutions[0](image).numel()))
+            self.project = nn.Linear(self.convolutions(image).shape[-1], features, bias=False)
+
+    def forward(self, pixels: Tensor) -> Float[Tensor, "*B F"]:
+        """Encodes images [*B, *shape]; [*B] may be empty."""
+        batch = pixels.shape[: pixels.ndim - self.layout.num_dims]
+        images = self.layout.to_channels_first(pixels)
+        if images.shape[0] <= self.block:
+            return self._embed(images).reshape(*batch, -1)
+        embed = self._embed_again if torch.is_grad_enabled() else self._embed
+        return torch.cat([embed(block) for block in images.split(self.block)]).reshape(*batch, -1)
+
+    def _embed(self, images: Tensor) -> Tensor:
+        return self.project(self.convolutions(self._scaled(images)))
+
+    def _embed_again(self, images: Tensor) -> Tensor:
+        """The same, with the backward pass computing the convolutions again.
+
+        The parameters are arguments, since a loss that swaps them in has taken them out again by then.
+        """
+        parameters = dict(self.convolutions.named_parameters())
+
+        def convolve(images: Tensor, *values: Tensor) -> Tensor:
+            return functional_call(self.convolutions, dict(zip(parameters, values, strict=True)), self._scaled(images))
+
+        flat = checkpoint(convolve, images, *parameters.values(), use_reentrant=False, preserve_rng_state=False)
+        return self.project(flat)
+
+    def _scaled(self, images: Tensor) -> Tensor:
+        low, high = self.float_bounds if images.is_floating_point() else self.byte_bounds
+        images = images.to(self.project.weight.dtype)
+        return images if (low, high) == (0.0, 1.0) else (images - low) / (high - low)
