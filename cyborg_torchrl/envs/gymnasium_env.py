@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from tensordict import TensorDictBase
-from torchrl.data import Binary
-from torchrl.envs import BatchSizeTransform, EnvBase, GymWrapper, ParallelEnv, TransformedEnv
+from torchrl.data import Binary, MultiCategorical
+from torchrl.envs import EnvBase, GymWrapper, ParallelEnv
 from torchrl.envs.gym_like import BaseInfoDictReader, GymLikeEnv
 from torchrl.envs.libs.gym import _gym_to_torchrl_spec_transform
 
@@ -23,7 +23,7 @@ from cyborg_torchrl import keys
 from cyborg_torchrl.registry import register_environment
 
 EXTRA = "pip install 'cyborg-torchrl[envs]'"
-LENGTHS = ("max_episode_steps", "max_episode_length", "max_steps")
+LENGTHS = ("max_episode_steps", "max_episode_length", "episode_length", "max_steps")
 """What packages call the longest an episode can last."""
 
 MakeOne = Callable[[], Any]
@@ -41,9 +41,10 @@ class GymnasiumEnv(GymWrapper):
     def _make_specs(self, env: Any, batch_size: Any = None) -> None:
         super()._make_specs(env, batch_size)
         for name in ("observation", "action"):
-            spec = _gym_to_torchrl_spec_transform(
-                getattr(env, f"single_{name}_space"), device=self.device, categorical_action_encoding=True
-            )
+            space = getattr(env, f"single_{name}_space")
+            spec = _gym_to_torchrl_spec_transform(space, device=self.device, categorical_action_encoding=True)
+            if hasattr(space, "nvec"):  # choices of equal size are made one categorical of several entries
+                spec = MultiCategorical(space.nvec, device=self.device)
             setattr(self, f"{name}_spec", spec.expand(*self.batch_size, *spec.shape))
 
     def _reset(self, tensordict: TensorDictBase | None = None, **options: Any) -> TensorDictBase:
@@ -55,6 +56,40 @@ class GymnasiumEnv(GymWrapper):
     def _set_seed(self, seed: int | None) -> None:
         if seed is not None:
             self._env.reseed(seed)
+
+
+class FlatBatch(EnvBase):
+    """An environment of batch size [W, n] as one of batch size [W n].
+
+    (TorchRL's `BatchSizeTransform` cannot stand before transforms that know the batch size, such as `RewardSum`.)
+
+    Args:
+        env: the environment, with two batch dimensions.
+    """
+
+    def __init__(self, env: EnvBase) -> None:
+        super().__init__(device=env.device, batch_size=[env.batch_size.numel()])
+        self.inner = env
+        self.observation_spec = env.observation_spec.flatten(0, 1)
+        self.action_spec = env.action_spec.flatten(0, 1)
+        self.reward_spec = env.reward_spec.flatten(0, 1)
+        self.done_spec = env.full_done_spec.flatten(0, 1)
+
+    def close(self, **options: Any) -> None:
+        """Ends the worker processes."""
+        super().close(**options)
+        if not self.inner.is_closed:
+            self.inner.close(**options)
+
+    def _reset(self, tensordict: TensorDictBase | None = None, **options: Any) -> TensorDictBase:
+        inner = None if tensordict is None else tensordict.reshape(self.inner.batch_size)
+        return self.inner._reset(inner, **options).flatten(0, 1)
+
+    def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
+        return self.inner._step(tensordict.reshape(self.inner.batch_size)).flatten(0, 1)
+
+    def _set_seed(self, seed: int | None) -> None:
+        self.inner.set_seed(seed)
 
 
 class SuccessReader(BaseInfoDictReader):
@@ -132,8 +167,7 @@ def batch(
     longest = describe(make)
     build = partial(_vector, make, num_envs // max(workers, 1), reports_success)
     if workers:
-        parallel = ParallelEnv(workers, build, device=device)
-        env: EnvBase = TransformedEnv(parallel, BatchSizeTransform(reshape_fn=_flatten))
+        env: EnvBase = FlatBatch(ParallelEnv(workers, build, device=device))
     else:
         env = build(device=device)
     env.max_episode_steps = longest
@@ -149,10 +183,6 @@ def _vector(
 
     env = GymnasiumEnv(SeededVectorEnv([make] * num_envs), categorical_action_encoding=True, device=device)
     return env.set_info_dict_reader(SuccessReader(num_envs)) if reports_success else env
-
-
-def _flatten(batched: Any) -> Any:
-    return batched.flatten(0, 1)
 
 
 def describe(make: MakeOne) -> int | None:

@@ -25,11 +25,8 @@ BSUITE_LENGTHS = (("_memory_length", 1), ("_chain_length", 0), ("_episode_len", 
 def _check_id(env_id: str, package: str, what: str, starts: tuple[str, ...] = ()) -> None:
     """Refuses ids of other packages: the one asked for has registered its own under its module's name or a prefix."""
     registry = import_package("gymnasium").registry
-    own = [
-        name
-        for name, spec in registry.items()
-        if name.startswith(starts) or str(spec.entry_point).partition(".")[0] == package
-    ]
+    by_module = {name: str(spec.entry_point).partition(".")[0] == package for name, spec in registry.items()}
+    own = [name for name, is_own in by_module.items() if is_own or name.startswith(starts)]
     if env_id not in own:
         raise ValueError(nearest(env_id, own, what))
 
@@ -37,7 +34,10 @@ def _check_id(env_id: str, package: str, what: str, starts: tuple[str, ...] = ()
 def _make_popgym(env_id: str, frame_skip: int, max_episode_steps: int | None, options: dict[str, Any] | None) -> Any:
     import_package("popgym")
     _check_id(env_id, "popgym", "popgym id", ("popgym-",))
-    return wrap(make_registered(env_id, max_episode_steps, options), frame_skip=frame_skip)
+    env = make_registered(env_id, max_episode_steps, options)
+    if "HigherLower" in env_id:  # the one that does not tell its length: it ends with the deck
+        env.unwrapped.max_episode_length = env.unwrapped.deck.num_cards - 1
+    return wrap(env, frame_skip=frame_skip)
 
 
 @register_environment("popgym")
