@@ -209,8 +209,10 @@ def config_class_of(name: str, builder: Callable[..., Any]) -> type:
 
 
 def _node_type(hint: Any) -> Any:
-    """The annotation that OmegaConf knows: sequences are lists."""
+    """The annotation that OmegaConf knows: sequences are lists; null or a mapping is anything, to be filled later."""
     origin = typing.get_origin(hint)
+    if any(typing.get_origin(part) is dict for part in typing.get_args(hint)):
+        return Any  # Hydra cannot merge keys into a typed mapping
     return list[typing.get_args(hint)[0]] if origin in (Sequence, tuple) else hint  # pyright: ignore
 
 
@@ -303,6 +305,9 @@ def validate(cfg: DictConfig) -> None:
     for key, value in (("gamma", train.gamma), ("gae_lambda", train.gae_lambda)):
         if not 0.0 <= value <= 1.0:
             raise ConfigError(f"train.{key} must lie in [0, 1]; got {value}.")
+    options = cfg.env.get("options")
+    if options is not None and not isinstance(options, DictConfig):
+        raise ConfigError(f"env.options must be a mapping, as in 'env.options={{gravity: 5.0}}'; got {options!r}.")
     if cfg.logger.eval_episodes < 0:
         raise ConfigError(f"logger.eval_episodes must be 0 or more; got {cfg.logger.eval_episodes}.")
     for key, value, known in (

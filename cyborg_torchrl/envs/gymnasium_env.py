@@ -164,7 +164,7 @@ def batch(
         raise ValueError(f"num_envs must be >= 1; got {num_envs}.")
     if workers < 0 or (workers and num_envs % workers):
         raise ValueError(f"workers = {workers} must divide num_envs = {num_envs}; 0: all in this process.")
-    longest = describe(make)
+    longest = longest_episode(make)
     build = partial(_vector, make, num_envs // max(workers, 1), reports_success)
     if workers:
         env: EnvBase = FlatBatch(ParallelEnv(workers, build, device=device))
@@ -185,7 +185,7 @@ def _vector(
     return env.set_info_dict_reader(SuccessReader(num_envs)) if reports_success else env
 
 
-def describe(make: MakeOne) -> int | None:
+def longest_episode(make: MakeOne) -> int | None:
     """The most steps that an episode can last, in steps of the outermost wrapper; None if that is unknown.
 
     Args:
@@ -241,9 +241,7 @@ def make_registered(env_id: str, max_episode_steps: int | None = None, options: 
     if max_episode_steps is not None and max_episode_steps < 1:
         raise ValueError(f"max_episode_steps must be >= 1; got {max_episode_steps}.")
     try:
-        return gymnasium.make(
-            env_id, max_episode_steps=max_episode_steps, disable_env_checker=True, **(options or {})
-        )
+        return gymnasium.make(env_id, max_episode_steps=max_episode_steps, disable_env_checker=True, **options or {})
     except gymnasium.error.UnregisteredEnv:
         raise ValueError(nearest(env_id, gymnasium.registry, "gymnasium id")) from None
     except (gymnasium.error.Error, TypeError, ImportError) as error:

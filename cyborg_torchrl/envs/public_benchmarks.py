@@ -209,7 +209,13 @@ def _make_memory_gym(
     except AssertionError as error:
         raise ValueError(f"'{env_id}' with options {options}: {error}") from None
     is_success = {} if env_id.startswith("Endless") else {"is_success": _is_reported}
-    return wrap(env, frame_skip=frame_skip, is_time_limit=_is_out_of_time, options=options, **is_success)
+    wrapped = wrap(env, frame_skip=frame_skip, is_time_limit=_is_out_of_time, options=options, **is_success)
+    wrapped.close = _keep_display
+    return wrapped
+
+
+def _keep_display() -> None:
+    """All of a process draw on pygame's one display; the package's own `close` would take it from the others."""
 
 
 @register_environment("memory_gym")

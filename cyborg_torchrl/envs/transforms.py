@@ -39,8 +39,8 @@ class RunningMoments(nn.Module):
         self.mean: Tensor
         self.var: Tensor
         self.register_buffer("count", torch.tensor(1e-4, dtype=torch.float64))
-        self.register_buffer("mean", torch.zeros(*shape, dtype=torch.float64))
-        self.register_buffer("var", torch.ones(*shape, dtype=torch.float64))
+        self.register_buffer("mean", torch.zeros(tuple(shape), dtype=torch.float64))
+        self.register_buffer("var", torch.ones(tuple(shape), dtype=torch.float64))
 
     @torch.no_grad()
     def update(self, items: Tensor) -> None:
