@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -60,7 +60,7 @@ def build_env(cfg: DictConfig, *, num_envs: int | None = None, seed: int | None 
         transforms = build_transforms(env, gamma=cfg.train.gamma, **OmegaConf.to_container(cfg.transforms))
     except ValueError as error:
         raise ConfigError(f"transforms: {error}") from None
-    return TransformedEnv(env, Compose(InitTracker(), RewardSum(), *transforms))
+    return TransformedEnv(env, Compose(InitTracker(), RewardSum(), *transforms), auto_unwrap=True)
 
 
 def build_core(cfg: DictConfig, in_features: int, env: EnvBase) -> Core:
@@ -216,10 +216,16 @@ def build_loss(cfg: DictConfig, agent: PPOAgent) -> RecurrentClipPPOLoss:
     )
 
 
-def build_trainer(
-    cfg: DictConfig, on_progress: Callable[[float], None] = lambda share: None
-) -> tuple[PPOTrainer, PPOAgent]:
-    """Builds everything that a training run needs. Returns the trainer and the agent that it trains."""
+class Training(NamedTuple):
+    """What a training run needs."""
+
+    trainer: PPOTrainer
+    agent: PPOAgent
+    env: EnvBase
+
+
+def build_trainer(cfg: DictConfig, on_progress: Callable[[float], None] = lambda share: None) -> Training:
+    """Builds everything that a training run needs: the trainer, the agent that it trains, and its environment."""
     prepare_process(cfg)
     env = build_env(cfg)
     agent = build_agent(cfg, env)
@@ -233,7 +239,7 @@ def build_trainer(
         config=cast("TrainConfig", OmegaConf.to_object(cfg.train)),
         on_progress=on_progress,
     )
-    return trainer, agent
+    return Training(trainer, agent, env)
 
 
 def _options(node: DictConfig) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from cyborg_torchrl.build import build_env, build_trainer
+from cyborg_torchrl.build import build_env, build_trainer, episode_attribute
 from cyborg_torchrl.config import ConfigError
 from cyborg_torchrl.envs.transforms import freeze_statistics
 from cyborg_torchrl.evaluation import Evaluation, evaluate
@@ -44,7 +44,7 @@ def run_experiment(cfg: DictConfig) -> dict[str, Any]:
     """
     started = time.perf_counter()
     progress = Progress(is_shown=cfg.logger.progress)
-    trainer, agent = build_trainer(cfg, progress.advance)
+    trainer, agent, env = build_trainer(cfg, progress.advance)
     path = Path(cfg.logger.base_dir) / (cfg.logger.run_name or default_run_name(cfg))
     try:
         run = RunDirectory(path, cfg)
@@ -80,7 +80,7 @@ def run_experiment(cfg: DictConfig) -> dict[str, Any]:
         "id": cfg.env.get("id"),
         "backbone": cfg.backbone.name,
         "memory": cfg.memory.name,
-        "horizon": cfg.env.get("horizon"),
+        "horizon": episode_attribute(env, "horizon"),
         "recurrent_mode": cfg.train.recurrent_mode,
         "num_envs": cfg.env.get("num_envs"),
         "total_timesteps": trainer.num_steps,

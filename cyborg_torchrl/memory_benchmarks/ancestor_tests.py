@@ -110,7 +110,7 @@ def _states_come_back(cfg: DictConfig) -> str:
 
 def _training_succeeds(cfg: DictConfig) -> str:
     """PPO learns to name a cue that it saw 20 steps before."""
-    trainer, agent = build_trainer(cfg)
+    trainer, agent, _ = build_trainer(cfg)
     success, largest_error = 0.0, 0.0
     try:
         for metrics in trainer.run():

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 
 class PastPresentFusion(nn.Module):
-    """Normalises the memory's read-out and the present features apart, then adds them.
+    """Normalises the memory's read-out and the present features apart, lets the present gate the past, and adds them.
 
-        joint = LayerNorm(memory) + W LayerNorm(present)       (no W where the widths agree)
+        joint = (1 + G LayerNorm(present)) LayerNorm(memory) + W LayerNorm(present)       (no W where the widths agree)
 
-    Under one norm the present drowns the past: a slow memory writes little at each step.
+    Under one norm the present drowns the past: a slow memory writes little at each step. With a sum alone, what is seen
+    could not choose among what is remembered, since the heads are linear: a question has to multiply. G begins at zero.
+
+    Source: feature-wise linear modulation, Perez et al. (2018), of the past by the present.
 
     Args:
         present_features: F, width of the encoder's features.
@@ -22,6 +26,8 @@ class PastPresentFusion(nn.Module):
         super().__init__()
         self.past = nn.LayerNorm(memory_features)
         self.present = nn.LayerNorm(present_features)
+        self.gate = nn.Linear(present_features, memory_features, bias=False)
+        nn.init.zeros_(self.gate.weight)
         self.project = (
             nn.Identity()
             if present_features == memory_features
@@ -30,4 +36,5 @@ class PastPresentFusion(nn.Module):
 
     def forward(self, present: Float[Tensor, "*B F"], memory: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
         """Returns the joint features."""
-        return self.past(memory) + self.project(self.present(present))
+        past, now = self.past(memory), self.present(present)
+        return torch.addcmul(past + self.project(now), past, self.gate(now))

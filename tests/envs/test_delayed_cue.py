@@ -62,7 +62,7 @@ def test_specs_are_as_documented() -> None:
     assert env.observation_spec["observation"].shape == (7, 7)
     assert env.observation_spec["observation"].dtype == torch.float32
     assert env.observation_spec["success"].shape == (7, 1)
-    assert env.observation_spec["success"].dtype == torch.bool
+    assert env.observation_spec["success"].dtype == torch.float32
     assert env.action_spec.shape == (7,)
     assert env.action_spec.space.n == 5
     assert env.reward_spec.shape == (7, 1)
@@ -87,7 +87,7 @@ def test_episode_by_hand(horizon: int) -> None:
 
     tensordict = act(env, tensordict, torch.stack([right[0], wrong[1], wrong[2]]))
     assert tensordict["reward"].tolist() == [[1.0], [-1.0], [-1.0]]
-    assert tensordict["success"].tolist() == [[True], [False], [False]]
+    assert tensordict["success"].tolist() == [[1.0], [0.0], [0.0]]
     assert tensordict["done"].all()
     assert tensordict["terminated"].all()
     assert not tensordict["truncated"].any()
@@ -141,7 +141,7 @@ def test_partial_reset_keeps_the_ending_of_the_others() -> None:
     assert tensordict["done"].all()
     tensordict = reset_only(env, tensordict, 0)
     assert tensordict["done"].tolist() == [[False], [True]]
-    assert tensordict["success"].tolist() == [[False], [True]]
+    assert tensordict["success"].tolist() == [[0.0], [1.0]]
 
 
 def test_partial_reset_draws_new_cues() -> None:

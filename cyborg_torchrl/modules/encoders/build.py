@@ -17,7 +17,7 @@ from cyborg_torchrl.modules.encoders.discrete import CategoryEmbedding, OneHotCa
 from cyborg_torchrl.modules.encoders.grid import GridEncoder
 from cyborg_torchrl.modules.encoders.images import MIN_SIDE, image_layout
 from cyborg_torchrl.modules.encoders.mixed import ImageReader, MixedEncoder, VectorReader
-from cyborg_torchrl.modules.encoders.pixels import PixelEncoder
+from cyborg_torchrl.modules.encoders.pixels import SMALLEST, PixelEncoder
 from cyborg_torchrl.modules.encoders.vector import ScaledVector, VectorEncoder
 from cyborg_torchrl.registry import did_you_mean
 
@@ -85,8 +85,9 @@ a convolutional network; bytes become [0, 1], and floats too where all are bound
     Raises:
         ValueError: if a key is missing, a choice unknown, or an observation is of a kind that no encoder reads.
     """
-    if discrete not in DISCRETE:
-        raise ValueError(f"unknown discrete '{discrete}': {did_you_mean(discrete, DISCRETE)}")
+    for name, value, choices in (("discrete", discrete, DISCRETE), ("convolutions", convolutions, SMALLEST)):
+        if value not in choices:
+            raise ValueError(f"unknown {name} '{value}': {did_you_mean(value, choices)}")
     chosen = _chosen_keys(observation_spec, observation_keys)
     specs = {key: observation_spec[key] for key in chosen}
     if all(_is_float(spec) and len(spec.shape) == batch_dims + 1 for spec in specs.values()):
@@ -157,7 +158,7 @@ def _build_vector(spec: TensorSpec, batch_dims: int, discrete: str, embedding_si
     if isinstance(spec, MultiCategorical):
         sizes = [int(n) for n in spec.nvec.reshape(-1, shape[-1])[0]] * shape[:-1].numel()
     else:
-        sizes = [spec.n] * shape.numel()
+        sizes = [int(spec.space.n)] * shape.numel()
     if min(sizes, default=0) < 1:
         return None
     return OneHotCategories(shape, sizes) if discrete == "one_hot" else CategoryEmbedding(shape, sizes, embedding_size)

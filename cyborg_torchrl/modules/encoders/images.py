@@ -9,7 +9,6 @@ from torch import Tensor
 
 MIN_SIDE = 32
 """Sides of what is taken for a picture; what is smaller is a grid or a vector."""
-USUAL_CHANNELS = (1, 3, 4)
 
 
 class ImageLayout(NamedTuple):
@@ -35,8 +34,9 @@ class ImageLayout(NamedTuple):
 def image_layout(shape: Sequence[int]) -> ImageLayout:
     """Reads the layout off the shape of one image.
 
-    Channels are the end, first or last, that has 1, 3 or 4 entries if the other has not; else the one that leaves a
-    square; else the smaller one, and of two equal ones the first.
+    Channels are the end, first or last, that leaves a square if the other does not; else the smaller one, and of two
+    equal ones the last, as gymnasium has it. Only images that are not square and have more channels than a side has
+    pixels are read wrongly.
 
     Raises:
         ValueError: if the shape has not two to four dimensions.
@@ -50,10 +50,7 @@ def image_layout(shape: Sequence[int]) -> ImageLayout:
             f"frames; got shape {shape}."
         )
     first, middle, last = shape[-3:]
-    is_last = last < first
-    is_usual = (first in USUAL_CHANNELS, last in USUAL_CHANNELS)
-    is_square = (middle == last != first, first == middle != last)
-    for hints in (is_square, is_usual):  # the later one decides
-        is_last = hints[1] if hints[0] != hints[1] else is_last
+    has_square_behind, has_square_before = middle == last, first == middle
+    is_last = has_square_before if has_square_before != has_square_behind else last <= first
     channels, height, width = (last, first, middle) if is_last else (first, middle, last)
     return ImageLayout(len(shape), is_last, channels * (shape[0] if len(shape) == 4 else 1), height, width)

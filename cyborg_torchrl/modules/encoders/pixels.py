@@ -15,8 +15,12 @@ from cyborg_torchrl.registry import did_you_mean
 
 SMALLEST = {"impala": 8, "nature": 36}
 """Least side of an image that each network reads."""
-BLOCK_NUMBERS = 2**25
-"""Numbers of the first convolution's output that are computed in one go: 512 images of 64 x 64 for "impala"."""
+BLOCK_NUMBERS = 2**21
+"""Numbers of the first convolution's output that a CPU computes in one go, so that they stay in its cache: 32 images of
+64 x 64 for "impala"."""
+KEPT_NUMBERS = 2**25
+"""Above this (512 such images, some 600 MB of activations) the backward pass computes them again; other devices compute
+so many in one go."""
 
 
 class ResidualBlock(nn.Module):
@@ -61,8 +65,8 @@ def build_nature(channels: int) -> nn.Sequential:
 class PixelEncoder(nn.Module):
     """Convolutional encoder of images, channels first or last; bytes become [0, 1] here and not before.
 
-    Large batches go through the convolutions block by block. What the gradient needs of a block is computed again in
-    the backward pass, so that memory does not grow with the batch by more than its features and the images themselves.
+    Batches go through the convolutions block by block. Where they are large, what the gradient needs of a block is
+    computed again in the backward pass: memory grows with the batch by the images themselves and their flat features.
 
     Args:
         shape: shape of one image, [C, H, W] or [H, W, C], [H, W] without channels, or a stack of frames [K, ...].
@@ -102,17 +106,19 @@ class PixelEncoder(nn.Module):
         self.convolutions = build_impala(channels) if convolutions == "impala" else build_nature(channels)
         with torch.no_grad():
             image = torch.zeros(1, channels, height, width)
-            self.block = max(1, BLOCK_NUMBERS // max(image.numel(), self.convolutions[0](image).numel()))
+            numbers = max(image.numel(), self.convolutions[0](image).numel())
+            self.block, self.kept = max(1, BLOCK_NUMBERS // numbers), max(1, KEPT_NUMBERS // numbers)
             self.project = nn.Linear(self.convolutions(image).shape[-1], features, bias=False)
 
     def forward(self, pixels: Tensor) -> Float[Tensor, "*B F"]:
         """Encodes images [*B, *shape]; [*B] may be empty."""
         batch = pixels.shape[: pixels.ndim - self.layout.num_dims]
         images = self.layout.to_channels_first(pixels)
-        if images.shape[0] <= self.block:
+        block = self.block if images.device.type == "cpu" else self.kept
+        if images.shape[0] <= block:
             return self._embed(images).reshape(*batch, -1)
-        embed = self._embed_again if torch.is_grad_enabled() else self._embed
-        return torch.cat([embed(block) for block in images.split(self.block)]).reshape(*batch, -1)
+        embed = self._embed_again if torch.is_grad_enabled() and images.shape[0] > self.kept else self._embed
+        return torch.cat([embed(part) for part in images.split(block)]).reshape(*batch, -1)
 
     def _embed(self, images: Tensor) -> Tensor:
         return self.project(self.convolutions(self._scaled(images)))

@@ -1,0 +1,181 @@
+# pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# (tensordict's and torchrl's annotations are narrower than what they take)
+"""The memory tasks as gymnasium environments, for code that knows gymnasium and not TorchRL.
+
+Importing this module registers `CyborgMemory/DelayedCue-v0` and an id for each other task; gymnasium imports it by
+itself where it is named before the id:
+
+    gymnasium.make("cyborg_torchrl.envs.gymnasium_ids:CyborgMemory/DelayedCue-v0", horizon=20)
+    gymnasium.make_vec("CyborgMemory/DelayedCue-v0", num_envs=8, horizon=20)
+
+Options are those of the task's class; observations, actions and rewards are numpy's. `info["success"]` is there where
+an episode ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from tensordict import TensorDict, TensorDictBase
+
+from cyborg_torchrl import envs, keys
+from cyborg_torchrl.envs.memory_task import MemoryTask
+
+try:
+    import gymnasium
+    from gymnasium.vector.utils import batch_space
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "gymnasium is not installed: pip install 'gymnasium>=1.2,<1.5'", name="gymnasium"
+    ) from error
+
+NAMESPACE = "CyborgMemory"
+
+
+def task_ids() -> dict[str, type[MemoryTask]]:
+    """Every id with its task."""
+    classes = (getattr(envs, name) for name in envs.__all__ if name.endswith("Env"))
+    tasks = [c for c in classes if isinstance(c, type) and issubclass(c, MemoryTask)]
+    return {f"{NAMESPACE}/{task.__name__.removesuffix('Env')}-v0": task for task in tasks}
+
+
+class MemoryTaskEnv(gymnasium.Env[np.ndarray, np.int64]):
+    """A memory task as one environment.
+
+    Args:
+        task: name of the task's class.
+        options: of the task.
+
+    Raises:
+        ValueError: if the task refuses them.
+    """
+
+    metadata = {"render_modes": []}
+
+    def __init__(self, task: str, **options: Any) -> None:
+        self.torch_env: MemoryTask = getattr(envs, task)(1, **options)
+        self.observation_space, self.action_space = _spaces(self.torch_env)
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """Begins an episode; a seed makes it and those that follow the same each time."""
+        super().reset(seed=seed)
+        if seed is not None:
+            self.torch_env.set_seed(seed)
+        return _observation(self.torch_env.reset())[0], {}
+
+    def step(self, action: np.int64) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        """Takes one step."""
+        after = _step(self.torch_env, np.asarray([action]))
+        success, done, terminated, truncated = (
+            after.get(key).item() for key in (keys.SUCCESS, keys.DONE, keys.TERMINATED, keys.TRUNCATED)
+        )
+        info = {"success": success} if done else {}
+        return _observation(after)[0], after.get(keys.REWARD).item(), terminated, truncated, info
+
+
+class MemoryTaskVectorEnv(gymnasium.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
+    """A memory task as environments side by side, stepped at once.
+
+    The step after an episode's end begins the next episode, whatever the action (autoreset mode NEXT_STEP).
+
+    Args:
+        task: name of the task's class.
+        num_envs: N.
+        options: of the task.
+
+    Raises:
+        ValueError: if the task refuses them.
+    """
+
+    metadata = {"render_modes": [], "autoreset_mode": gymnasium.vector.AutoresetMode.NEXT_STEP}
+
+    def __init__(self, task: str, num_envs: int = 1, **options: Any) -> None:
+        self.torch_env: MemoryTask = getattr(envs, task)(num_envs, **options)
+        self.num_envs = num_envs
+        self.single_observation_space, self.single_action_space = _spaces(self.torch_env)
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+        self._is_over = np.zeros(num_envs, dtype=np.bool_)
+
+    def reset(
+        self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """Begins an episode in every environment.
+
+        Args:
+            seed: one for all together.
+            options: none are known.
+
+        Raises:
+            ValueError: if there is a seed for each environment: they share one generator.
+        """
+        if seed is not None and not isinstance(seed, (int, np.integer)):
+            raise ValueError(f"the environments share one generator: give one seed, not {len(seed)}.")
+        super().reset(seed=seed)
+        if seed is not None:
+            self.torch_env.set_seed(int(seed))
+        self._is_over = np.zeros(self.num_envs, dtype=np.bool_)
+        return _observation(self.torch_env.reset()), {}
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        """Takes one step in each environment, or begins the next episode where the last one ended the step before."""
+        is_new = self._is_over
+        if is_new.all():  # a step would draw random numbers for episodes that are over
+            zeros = np.zeros(self.num_envs)
+            self._is_over = zeros.astype(np.bool_)
+            return _observation(self.torch_env.reset()), zeros, self._is_over.copy(), self._is_over.copy(), {}
+        after = _step(self.torch_env, np.where(is_new, 0, actions))
+        observation = _observation(after)
+        reward, success, terminated, truncated = (
+            after.get(key).squeeze(-1).cpu().numpy()
+            for key in (keys.REWARD, keys.SUCCESS, keys.TERMINATED, keys.TRUNCATED)
+        )
+        reward, terminated, truncated = (
+            np.where(is_new, 0.0, reward.astype(float)),
+            terminated & ~is_new,
+            truncated & ~is_new,
+        )
+        if is_new.any():
+            mask = torch.as_tensor(is_new, device=self.torch_env.device).unsqueeze(-1)
+            begun = self.torch_env.reset(TensorDict({"_reset": mask}, [self.num_envs]))
+            observation = np.where(is_new[:, None], _observation(begun), observation)
+        self._is_over = terminated | truncated
+        is_over = self._is_over.copy()
+        info = {"success": np.where(is_over, success, 0).astype(success.dtype), "_success": is_over}
+        return observation, reward, terminated, truncated, info if is_over.any() else {}
+
+
+def _spaces(env: MemoryTask) -> tuple[gymnasium.spaces.Box, gymnasium.spaces.Discrete]:
+    space = env.observation_spec[keys.OBSERVATION].space
+    low, high = (getattr(space, name)[0].cpu().numpy() for name in ("low", "high"))
+    return gymnasium.spaces.Box(low, high, dtype=low.dtype.type), gymnasium.spaces.Discrete(env.action_spec.n)
+
+
+def _observation(tensordict: TensorDictBase) -> np.ndarray:
+    return tensordict.get(keys.OBSERVATION).cpu().numpy()
+
+
+@torch.no_grad()
+def _step(env: MemoryTask, actions: np.ndarray) -> TensorDictBase:
+    action = torch.as_tensor(actions, dtype=torch.long, device=env.device)
+    return env.step(TensorDict({keys.ACTION: action}, env.batch_size, device=env.device)).get(keys.NEXT)
+
+
+def register() -> None:
+    """Registers every id that is not there yet."""
+    for name, task in task_ids().items():
+        if name not in gymnasium.registry:
+            gymnasium.register(
+                name,
+                entry_point=f"{__name__}:MemoryTaskEnv",
+                vector_entry_point=f"{__name__}:MemoryTaskVectorEnv",
+                kwargs={"task": task.__name__},
+            )
+
+
+register()

@@ -1,0 +1,125 @@
+# pyright: basic
+"""`multi_cue_delay`: see cues on several channels at unforeseen moments, wait, and name the cue of each channel."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cyborg_torchrl.envs.assoc_recall import PairsOracle
+from cyborg_torchrl.envs.memory_task import (
+    ConstantAnswer,
+    Judgement,
+    Latents,
+    Level,
+    MemoryTask,
+    ReferencePolicy,
+    at,
+    check_least,
+    one_hot,
+)
+from cyborg_torchrl.registry import register_environment
+
+
+@register_environment("multi_cue_delay")
+class MultiCueDelayEnv(MemoryTask):
+    """Several delayed cues, batched on one device.
+
+    An episode lasts `3 cues + horizon` steps. In the first `2 cues` each channel shows its cue once, at a moment drawn
+    for each episode (the last of these steps always shows one); `horizon` blank steps follow, then each channel is
+    asked once, in an order drawn for each episode.
+
+    - Observation, [N, cues + values + 1] float: the channel as one-hot, while it shows its cue and while it is asked;
+      the cue as one-hot while it is shown; the question flag (last entry). A blank step is all zero.
+    - Action, [N] integer in [0, values): the answer is the cue of the channel; other actions are ignored.
+    - Reward: +1 for a right answer, -1 for a wrong one, 0 otherwise. The last answer terminates the episode.
+    - "success", [N, 1] float: share of right answers.
+
+    Chance is 1 / values.
+
+    Args:
+        num_envs: N, environments side by side.
+        cues: number of channels, each with one cue, 1 or more; None: the level's.
+        values: number of different cues, 2 or more.
+        horizon: blank steps between the last cue and the first question, 0 or more; None: the level's.
+        level: easy (the default), medium, hard or extreme.
+        device: where it runs.
+        seed: seed of the episodes; None draws one from torch's generator.
+
+    Raises:
+        ValueError: if a number is out of range or no integer, or the level unknown.
+    """
+
+    levels = {
+        "easy": Level(100, 2, 0.85),
+        "medium": Level(300, 4, 0.80),
+        "hard": Level(1000, 6, 0.70),
+        "extreme": Level(5000, 10, 0.60),
+    }
+    default = levels["easy"]
+
+    def __init__(
+        self,
+        num_envs: int = 64,
+        *,
+        cues: int | None = None,
+        values: int = 4,
+        horizon: int | None = None,
+        level: str | None = None,
+        device: torch.device | str | None = None,
+        seed: int | None = None,
+    ) -> None:
+        horizon, cues = self.choose(level, horizon=horizon, cues=cues)
+        check_least(num_envs=(num_envs, 1), cues=(cues, 1), values=(values, 2), horizon=(horizon, 0))
+        super().__init__(
+            num_envs,
+            horizon,
+            features=cues + values + 1,
+            actions=values,
+            num_answers=cues,
+            max_episode_steps=3 * cues + horizon,
+            device=device,
+            seed=seed,
+        )
+        self.cues, self.values = cues, values
+
+    def _draw(self) -> Latents:
+        moments = 2 * self.cues
+        # of the steps before the last, cues - 1 show something; which channel is shown when is a permutation
+        early = self.permutations(moments - 1, self.cues - 1)
+        last = torch.full_like(early[:, :1], moments - 1) if self.cues > 1 else self._time.new_ones(self.num_envs, 1)
+        channel_at = torch.full((self.num_envs, moments), self.cues, device=self.device)  # no channel
+        channel_at.scatter_(1, torch.cat([early, last], 1), self.permutations(self.cues))
+        return {
+            "channel_at": channel_at,
+            "cue_of": self.randint(self.values, self.cues),
+            "order": self.permutations(self.cues),
+        }
+
+    def _show(self, time: Tensor, latents: Latents) -> Tensor:
+        question = time - 2 * self.cues - self.horizon
+        channel = at(latents["channel_at"], time)
+        is_cue, is_question = (time < 2 * self.cues) & (channel < self.cues), question >= 0
+        channel = torch.where(is_question, at(latents["order"], question), channel)
+        return torch.cat(
+            [
+                one_hot(channel, self.cues, is_cue | is_question),
+                one_hot(at(latents["cue_of"], channel), self.values, is_cue),
+                is_question.float().unsqueeze(-1),
+            ],
+            -1,
+        )
+
+    def _judge(self, action: Tensor, time: Tensor, latents: Latents) -> Judgement:
+        question = time - 2 * self.cues - self.horizon
+        is_question = question >= 0
+        answer = at(latents["cue_of"], at(latents["order"], question))
+        return Judgement(is_question, is_question & (action == answer), question == self.cues - 1)
+
+    def oracle(self) -> ReferencePolicy:
+        """Keeps the cue of each channel."""
+        return PairsOracle(self.cues, self.values)
+
+    def memoryless(self) -> ReferencePolicy:
+        """One fixed answer, right by chance, 1 / values."""
+        return ConstantAnswer()

@@ -1,0 +1,130 @@
+# pyright: basic
+"""`pattern_binding`: see patterns of a shape and a colour, wait, and tell one of them from a recombination."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cyborg_torchrl.envs.memory_task import (
+    ConstantAnswer,
+    Judgement,
+    Latents,
+    Level,
+    MemoryTask,
+    ReferencePolicy,
+    at,
+    check_least,
+    one_hot,
+)
+from cyborg_torchrl.registry import register_environment
+
+
+@register_environment("pattern_binding")
+class PatternBindingEnv(MemoryTask):
+    """Binding of features, batched on one device.
+
+    An episode lasts `patterns + horizon + 1` steps: the patterns one by one, each a shape and a colour that no other
+    pattern of the episode has, `horizon` blank steps, and a probe. The probe is one of the patterns, or the shape of one
+    with the colour of another: whoever remembers shapes and colours, but not which belonged together, is at chance.
+
+    - Observation, [N, 2 (patterns + 1) + 1] float: shape and colour, each as one-hot of `patterns + 1`; the probe flag
+      (last entry). A blank step is all zero.
+    - Action, [N] integer: at the probe 1 for "that was one of them", 0 for "recombined"; other actions are ignored.
+    - Reward: +1 for the right answer, -1 for a wrong one, 0 otherwise. The answer terminates the episode.
+    - "success", [N, 1] float: 1 where the answer was right.
+
+    Chance is 1 / 2.
+
+    Args:
+        num_envs: N, environments side by side.
+        patterns: number of patterns, 2 or more; None: the level's.
+        horizon: blank steps between the last pattern and the probe, 0 or more; None: the level's.
+        level: easy (the default), medium, hard or extreme.
+        device: where it runs.
+        seed: seed of the episodes; None draws one from torch's generator.
+
+    Raises:
+        ValueError: if a number is out of range or no integer, or the level unknown.
+
+    Source: the binding condition of Wheeler and Treisman (2002), with patterns shown one after another.
+    """
+
+    levels = {
+        "easy": Level(100, 3, 0.85),
+        "medium": Level(300, 5, 0.75),
+        "hard": Level(1000, 8, 0.65),
+        "extreme": Level(5000, 12, 0.55),
+    }
+    default = levels["easy"]
+
+    def __init__(
+        self,
+        num_envs: int = 64,
+        *,
+        patterns: int | None = None,
+        horizon: int | None = None,
+        level: str | None = None,
+        device: torch.device | str | None = None,
+        seed: int | None = None,
+    ) -> None:
+        horizon, patterns = self.choose(level, horizon=horizon, patterns=patterns)
+        check_least(num_envs=(num_envs, 1), patterns=(patterns, 2), horizon=(horizon, 0))
+        super().__init__(
+            num_envs,
+            horizon,
+            features=2 * (patterns + 1) + 1,
+            actions=2,
+            num_answers=1,
+            max_episode_steps=patterns + horizon + 1,
+            device=device,
+            seed=seed,
+        )
+        self.patterns, self.kinds = patterns, patterns + 1
+
+    def _draw(self) -> Latents:
+        shape, colour = self.permutations(self.kinds, self.patterns), self.permutations(self.kinds, self.patterns)
+        probe = self.permutations(self.patterns, 2)
+        is_bound = self.randint(2) > 0
+        return {
+            "shape": torch.cat([shape, at(shape, probe[:, 0]).unsqueeze(1)], 1),
+            "colour": torch.cat([colour, at(colour, torch.where(is_bound, probe[:, 0], probe[:, 1])).unsqueeze(1)], 1),
+            "is_bound": is_bound,
+        }
+
+    def _show(self, time: Tensor, latents: Latents) -> Tensor:
+        is_probe = time == self.max_episode_steps - 1
+        index = torch.where(is_probe, self.patterns, time)
+        is_shown = is_probe | (time < self.patterns)
+        shape, colour = (one_hot(at(latents[name], index), self.kinds, is_shown) for name in ("shape", "colour"))
+        return torch.cat([shape, colour, is_probe.float().unsqueeze(-1)], -1)
+
+    def _judge(self, action: Tensor, time: Tensor, latents: Latents) -> Judgement:
+        is_probe = time == self.max_episode_steps - 1
+        return Judgement(is_probe, is_probe & ((action == 1) == latents["is_bound"]), is_probe)
+
+    def oracle(self) -> ReferencePolicy:
+        """Keeps the colour of each shape."""
+        return _Oracle(self.kinds)
+
+    def memoryless(self) -> ReferencePolicy:
+        """Always "recombined": right by chance, 1 / 2."""
+        return ConstantAnswer()
+
+
+class _Oracle(ReferencePolicy):
+    """Keeps the colour of each shape in each environment."""
+
+    def __init__(self, kinds: int) -> None:
+        super().__init__()
+        self.kinds = kinds
+        self._colour_of: Tensor | None = None
+
+    def act(self, observation: Tensor) -> Tensor:
+        shape, colour = observation[..., : self.kinds], observation[..., self.kinds : -1]
+        if self._colour_of is None or self._colour_of.shape[:-2] != shape.shape[:-1]:
+            self._colour_of = observation.new_zeros(*shape.shape, self.kinds)
+        remembered = (self._colour_of * shape.unsqueeze(-1)).sum(-2)
+        is_pattern = (shape > 0) & (observation[..., -1:] == 0)
+        self._colour_of = torch.where(is_pattern.unsqueeze(-1), colour.unsqueeze(-2), self._colour_of)
+        return (remembered * colour).sum(-1).long()

@@ -1,0 +1,115 @@
+# pyright: basic
+"""`permuted_copy`: see a sequence of symbols, wait, and name them in another order."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cyborg_torchrl.envs.assoc_recall import PairsOracle
+from cyborg_torchrl.envs.memory_task import (
+    ConstantAnswer,
+    Judgement,
+    Latents,
+    Level,
+    MemoryTask,
+    ReferencePolicy,
+    at,
+    check_least,
+    one_hot,
+)
+from cyborg_torchrl.registry import register_environment
+
+
+@register_environment("permuted_copy")
+class PermutedCopyEnv(MemoryTask):
+    """Copying in a permuted order, batched on one device.
+
+    An episode lasts `2 sequence + horizon` steps: the symbols one by one, `horizon` blank steps, and as many questions
+    as there were symbols, in an order drawn for each episode. What comes next cannot be foreseen, so all must be kept.
+
+    - Observation, [N, sequence + symbols + 1] float: the position in the sequence as one-hot, while symbols are shown
+      and while they are asked for; the symbol as one-hot while it is shown; the question flag (last entry). A blank
+      step is all zero.
+    - Action, [N] integer in [0, symbols): the answer is the symbol of the position that is asked for; other actions are
+      ignored.
+    - Reward: +1 for a right answer, -1 for a wrong one, 0 otherwise. The last answer terminates the episode.
+    - "success", [N, 1] float: share of right answers.
+
+    Chance is 1 / symbols.
+
+    Args:
+        num_envs: N, environments side by side.
+        sequence: number of symbols in an episode, 1 or more; None: the level's.
+        symbols: number of different symbols, 2 or more.
+        horizon: blank steps between the last symbol and the first question, 0 or more; None: the level's.
+        level: easy (the default), medium, hard or extreme.
+        device: where it runs.
+        seed: seed of the episodes; None draws one from torch's generator.
+
+    Raises:
+        ValueError: if a number is out of range or no integer, or the level unknown.
+    """
+
+    levels = {
+        "easy": Level(50, 8, 0.85),
+        "medium": Level(200, 15, 0.75),
+        "hard": Level(500, 25, 0.65),
+        "extreme": Level(2000, 40, 0.50),
+    }
+    default = levels["easy"]
+
+    def __init__(
+        self,
+        num_envs: int = 64,
+        *,
+        sequence: int | None = None,
+        symbols: int = 8,
+        horizon: int | None = None,
+        level: str | None = None,
+        device: torch.device | str | None = None,
+        seed: int | None = None,
+    ) -> None:
+        horizon, sequence = self.choose(level, horizon=horizon, sequence=sequence)
+        check_least(num_envs=(num_envs, 1), sequence=(sequence, 1), symbols=(symbols, 2), horizon=(horizon, 0))
+        super().__init__(
+            num_envs,
+            horizon,
+            features=sequence + symbols + 1,
+            actions=symbols,
+            num_answers=sequence,
+            max_episode_steps=2 * sequence + horizon,
+            device=device,
+            seed=seed,
+        )
+        self.sequence, self.symbols = sequence, symbols
+
+    def _draw(self) -> Latents:
+        return {"symbol": self.randint(self.symbols, self.sequence), "order": self.permutations(self.sequence)}
+
+    def _show(self, time: Tensor, latents: Latents) -> Tensor:
+        question = time - self.sequence - self.horizon
+        is_symbol, is_question = time < self.sequence, question >= 0
+        position = torch.where(is_symbol, time, at(latents["order"], question))
+        return torch.cat(
+            [
+                one_hot(position, self.sequence, is_symbol | is_question),
+                one_hot(at(latents["symbol"], time), self.symbols, is_symbol),
+                is_question.float().unsqueeze(-1),
+            ],
+            -1,
+        )
+
+    def _judge(self, action: Tensor, time: Tensor, latents: Latents) -> Judgement:
+        question = time - self.sequence - self.horizon
+        is_question = question >= 0
+        answer = at(latents["symbol"], at(latents["order"], question))
+        return Judgement(is_question, is_question & (action == answer), question == self.sequence - 1)
+
+    def oracle(self) -> ReferencePolicy:
+        """Keeps the symbol of each position."""
+        return PairsOracle(self.sequence, self.symbols)
+
+    def memoryless(self) -> ReferencePolicy:
+        """One fixed answer, right by chance, 1 / symbols."""
+        return ConstantAnswer()

@@ -1,0 +1,130 @@
+# pyright: basic
+"""`tmaze`: see at the start where the goal will be, walk down a corridor, and turn to it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cyborg_torchrl.envs.memory_task import (
+    Judgement,
+    Latents,
+    Level,
+    MemoryTask,
+    ReferencePolicy,
+    check_least,
+)
+from cyborg_torchrl.registry import register_environment
+
+FORWARD, UP, BACK, DOWN = range(4)
+
+
+@register_environment("tmaze")
+class TMazeEnv(MemoryTask):
+    """Passive T-maze, batched on one device.
+
+    The agent starts at one end of a corridor, where it is shown on which side of the other end, `horizon` steps away,
+    the goal is. An episode lasts `horizon + 1` steps: just enough to walk there and turn. Whoever once does not walk on
+    cannot arrive, and is not told where it is.
+
+    - Observation, [N, 5] float: at the first step the side of the goal (up: entry 0, down: entry 1); in the corridor all
+      zero; at its end the end flag (entry 2), with the side that the agent has turned to (up: entry 3, down: entry 4).
+    - Action, [N] integer: 0 forward, 1 up, 2 back, 3 down; a move into a wall changes nothing.
+    - Reward: -1 / horizon for each step after which the agent is behind the one who walks on at each; at the last step
+      instead +1 for standing at the goal. It terminates the episode.
+    - "success", [N, 1] float: 1 where the goal was reached.
+
+    Chance is 1 / 2, for an agent that walks on and turns to one side.
+
+    Args:
+        num_envs: N, environments side by side.
+        horizon: length of the corridor, 1 or more; None: the level's.
+        level: easy (the default), medium, hard or extreme.
+        device: where it runs.
+        seed: seed of the episodes; None draws one from torch's generator.
+
+    Raises:
+        ValueError: if a number is out of range or no integer, or the level unknown.
+
+    Source: Ni et al. (2023), "When do transformers shine in RL?", the passive T-maze, after Bakker (2001). Sides are
+    one-hot here, and +-1 there.
+    """
+
+    levels = {
+        "easy": Level(50, 2, 0.95),
+        "medium": Level(250, 2, 0.95),
+        "hard": Level(1000, 2, 0.95),
+        "extreme": Level(10_000, 2, 0.95),
+    }
+    default = levels["easy"]
+
+    def __init__(
+        self,
+        num_envs: int = 64,
+        *,
+        horizon: int | None = None,
+        level: str | None = None,
+        device: torch.device | str | None = None,
+        seed: int | None = None,
+    ) -> None:
+        (horizon,) = self.choose(level, horizon=horizon)
+        check_least(num_envs=(num_envs, 1), horizon=(horizon, 1))
+        super().__init__(
+            num_envs,
+            horizon,
+            features=5,
+            actions=4,
+            num_answers=1,
+            max_episode_steps=horizon + 1,
+            device=device,
+            seed=seed,
+        )
+
+    def _draw(self) -> Latents:
+        zero = torch.zeros_like(self._time)
+        return {"goal": self.randint(2) * 2 - 1, "x": zero, "y": zero}  # goal and y: 1 up, -1 down
+
+    def _show(self, time: Tensor, latents: Latents) -> Tensor:
+        goal, y, is_end = latents["goal"], latents["y"], latents["x"] == self.horizon
+        is_first = time == 0
+        entries = (is_first & (goal == 1), is_first & (goal == -1), is_end, is_end & (y == 1), is_end & (y == -1))
+        return torch.stack(entries, -1).float()
+
+    def _judge(self, action: Tensor, time: Tensor, latents: Latents) -> Judgement:
+        x, y = latents["x"], latents["y"]
+        along = (action == FORWARD).long() - (action == BACK).long()
+        across = (action == UP).long() - (action == DOWN).long()
+        is_end = x == self.horizon
+        latents["x"] = torch.where(y == 0, x + along, x).clamp(0, self.horizon)
+        latents["y"] = torch.where(is_end, y + across, y).clamp(-1, 1)
+        is_last = time == self.horizon
+        is_right = is_last & (latents["y"] == latents["goal"])
+        is_behind = ~is_last & (latents["x"] < time + 1)
+        # an answer is +1 or 0 here: what the base class takes for a wrong one is given back
+        bonus = (is_last & ~is_right).float() - is_behind.float() / self.horizon
+        return Judgement(is_last, is_right, is_last, bonus)
+
+    def oracle(self) -> ReferencePolicy:
+        """Walks on, and turns to the side that it was shown."""
+        return _Walker(remembers=True)
+
+    def memoryless(self) -> ReferencePolicy:
+        """Walks on, and turns up: right by chance, 1 / 2."""
+        return _Walker(remembers=False)
+
+
+class _Walker(ReferencePolicy):
+    """Walks on to the end; keeps the side of the goal of each environment, or takes it to be up."""
+
+    def __init__(self, *, remembers: bool) -> None:
+        super().__init__()
+        self.remembers = remembers
+        self._is_down: Tensor | None = None
+
+    def act(self, observation: Tensor) -> Tensor:
+        is_first, is_down = observation[..., :2].sum(-1) > 0, observation[..., 1] > 0
+        if self._is_down is None or self._is_down.shape != is_down.shape:
+            self._is_down = torch.zeros_like(is_down)
+        if self.remembers:
+            self._is_down = torch.where(is_first, is_down, self._is_down)
+        return torch.where(observation[..., 2] > 0, torch.where(self._is_down, DOWN, UP), FORWARD)
