@@ -18,12 +18,15 @@ from cyborg_torchrl.collectors import RolloutCollector
 from cyborg_torchrl.config import ConfigError, TrainConfig, options_of, resolve_device
 from cyborg_torchrl.cores import Core, MemorylessCore
 from cyborg_torchrl.data import EpisodeBuffer, RecurrentRolloutBuffer, RolloutBuffer
+from cyborg_torchrl.envs.transforms import build_transforms, statistics_of
 from cyborg_torchrl.modules import Backbone, PPOAgent, build_encoder
 from cyborg_torchrl.objectives import RecurrentClipPPOLoss
 from cyborg_torchrl.process import prepare_cpu
 from cyborg_torchrl.registry import Registry, backbones, environments, memories
 from cyborg_torchrl.trainer import PPOTrainer
 
+DEFAULT_STEPS = 128
+"""Steps of a rollout where neither the configuration nor the environment says how many."""
 Buffer = RolloutBuffer | RecurrentRolloutBuffer | EpisodeBuffer
 
 
@@ -34,7 +37,9 @@ def prepare_process(cfg: DictConfig) -> None:
 
 
 def build_env(cfg: DictConfig, *, num_envs: int | None = None, seed: int | None = None) -> EnvBase:
-    """Builds the environment of a configuration, batched, with `is_init` and episode returns.
+    """Builds the environment of a configuration, batched, with `is_init`, episode returns and its transforms.
+
+    Episode returns are raw: nothing that changes rewards comes before them.
 
     Args:
         cfg: the configuration.
@@ -51,12 +56,20 @@ def build_env(cfg: DictConfig, *, num_envs: int | None = None, seed: int | None 
         env = environments.get(cfg.env.name)(**options, device=resolve_device(cfg.train.device), seed=seed)
     except ValueError as error:
         raise ConfigError(f"env: {error}") from None
-    return TransformedEnv(env, Compose(InitTracker(), RewardSum()), auto_unwrap=True)
+    try:
+        transforms = build_transforms(env, gamma=cfg.train.gamma, **OmegaConf.to_container(cfg.transforms))
+    except ValueError as error:
+        raise ConfigError(f"transforms: {error}") from None
+    return TransformedEnv(env, Compose(InitTracker(), RewardSum(), *transforms), auto_unwrap=True)
 
 
 def build_core(cfg: DictConfig, in_features: int, env: EnvBase) -> Core:
-    """Builds the core of a configuration; `max_horizon: null` becomes the environment's horizon."""
-    horizon = max(1, episode_attribute(env, "horizon") or cfg.train.n_steps or 1000)
+    """Builds the core of a configuration; `max_horizon: null` becomes the environment's horizon.
+
+    Where it has none: the steps of a rollout, else the longest episode.
+    """
+    horizon = episode_attribute(env, "horizon") or cfg.train.n_steps or episode_attribute(env, "max_episode_steps")
+    horizon = max(1, horizon or 1000)
 
     def build(node: DictConfig, registry: Registry, first: Any, group: str) -> Core:
         builder, options = registry.get(node.name), _options(node)
@@ -79,7 +92,9 @@ def build_agent(cfg: DictConfig, env: EnvBase) -> PPOAgent:
     except ValueError as error:
         raise ConfigError(f"encoder: {error}") from None
     core = build_core(cfg, cfg.encoder.features, env)
-    agent = PPOAgent(encoder, Backbone(core), env.action_spec, batch_dims=batch_dims)
+    agent = PPOAgent(
+        encoder, Backbone(core), env.action_spec, batch_dims=batch_dims, env_statistics=statistics_of(env)
+    )
     return agent.to(resolve_device(cfg.train.device))
 
 
@@ -97,12 +112,10 @@ def rollout_length(cfg: DictConfig, env: EnvBase) -> int:
     """Steps of each environment in a rollout, checked against the minibatches.
 
     Raises:
-        ConfigError: if there is none, or it has fewer sequences than there are minibatches.
+        ConfigError: if it has fewer sequences than there are minibatches.
     """
     train = cfg.train
-    steps = train.n_steps or episode_attribute(env, "max_episode_steps")
-    if steps is None:
-        raise ConfigError(f"train.n_steps must be given: environment '{cfg.env.name}' does not say how long it lasts.")
+    steps = train.n_steps or episode_attribute(env, "max_episode_steps") or DEFAULT_STEPS
     num_envs = env.batch_size.numel()
     row = _row_length(cfg, steps, env)
     rows = num_envs * -(-steps // (row if row == steps else train.state_stride or row))
@@ -162,6 +175,7 @@ def build_collector(
         collector = Collector(env, agent, auto_register_policy_transforms=True, **options)
     else:
         workers = cfg.collector.num_workers
+        _check_workers(cfg)
         if num_envs % workers:
             raise ConfigError(f"collector.num_workers = {workers} does not divide env.num_envs = {num_envs}.")
         makers = [
@@ -170,6 +184,20 @@ def build_collector(
         collector = MultiSyncCollector(makers, agent, cat_results=0, auto_register_policy_transforms=True, **options)
     collector.set_seed(cfg.train.seed)
     return collector
+
+
+def _check_workers(cfg: DictConfig) -> None:
+    """What cannot be split over the processes of a collector."""
+    for key in ("normalize_observation", "normalize_reward"):
+        if cfg.transforms[key]:
+            raise ConfigError(
+                f"transforms.{key} keeps one statistic over all environments, which the processes of "
+                "collector=multi_sync do not share: use collector=rollout, with env.workers if there is such a key."
+            )
+    if cfg.env.get("workers"):
+        raise ConfigError(
+            "env.workers and collector=multi_sync both start processes: use env.workers=0, or collector=rollout."
+        )
 
 
 def build_loss(cfg: DictConfig, agent: PPOAgent) -> RecurrentClipPPOLoss:

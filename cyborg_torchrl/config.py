@@ -68,7 +68,8 @@ class TrainConfig:
     total_timesteps: int = 200_000
     """Environment steps in all; whole rollouts that fit into it are collected, and at least one."""
     n_steps: int | None = None
-    """Steps of each environment in a rollout; null: one full episode, where the environment knows its length."""
+    """Steps of each environment in a rollout; null: one full episode, where the environment knows its length, else
+    128."""
     recurrent_mode: str = "none"
     """none: no memory, the control. burn_in: chunks of seq_len from stored states, after burn_in replayed steps.
     tbptt: the same without replay. episode: whole episodes."""
@@ -114,6 +115,24 @@ class TrainConfig:
 
 
 @dataclass
+class TransformsConfig:
+    """What stands between the environment and the agent; all off by default."""
+
+    previous_action: bool = False
+    """Show the previous action as "previous_action": one-hot, or scaled to [-1, 1]; zero at an episode's first step."""
+    previous_reward: bool = False
+    """Show the previous reward as "previous_reward", as the environment gave it; zero at an episode's first step."""
+    frame_stack: int = 1
+    """Observations of so many steps side by side; 1: only the present one."""
+    normalize_observation: bool = False
+    """Float observations by their running mean and standard deviation, clipped to [-10, 10]; kept with the agent."""
+    normalize_reward: bool = False
+    """Rewards by the running standard deviation of the discounted return; mean_reward stays raw."""
+    clip_reward: float | None = None
+    """Rewards to [-clip_reward, clip_reward], after normalisation; null: not."""
+
+
+@dataclass
 class CollectorConfig:
     """How rollouts are collected."""
 
@@ -141,7 +160,15 @@ class LoggerConfig:
 
 GROUPS = {"backbone": backbones, "memory": memories, "env": environments}
 """Groups whose choices are registered components."""
-NODES = {"encoder": EncoderConfig, "train": TrainConfig, "collector": CollectorConfig, "logger": LoggerConfig}
+NODES = {
+    "encoder": EncoderConfig,
+    "transforms": TransformsConfig,
+    "train": TrainConfig,
+    "collector": CollectorConfig,
+    "logger": LoggerConfig,
+}
+SHORT_KEYS = {"id": "env.id"}
+"""Overrides that may be written short."""
 
 
 @dataclass
@@ -153,6 +180,7 @@ class Config:
     memory: Any = field(default_factory=lambda: {"name": "none"})
     """An external memory around the backbone: none or pmm."""
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    transforms: TransformsConfig = field(default_factory=TransformsConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     collector: CollectorConfig = field(default_factory=CollectorConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
@@ -181,8 +209,10 @@ def config_class_of(name: str, builder: Callable[..., Any]) -> type:
 
 
 def _node_type(hint: Any) -> Any:
-    """The annotation that OmegaConf knows: sequences are lists."""
+    """The annotation that OmegaConf knows: sequences are lists; null or a mapping is anything, to be filled later."""
     origin = typing.get_origin(hint)
+    if any(typing.get_origin(part) is dict for part in typing.get_args(hint)):
+        return Any  # Hydra cannot merge keys into a typed mapping
     return list[typing.get_args(hint)[0]] if origin in (Sequence, tuple) else hint  # pyright: ignore
 
 
@@ -207,12 +237,13 @@ def load_config(config: str = "memory_delayed_cue_recurrent", overrides: Sequenc
         config: name of a shipped configuration, or path of a YAML file: with a `defaults` list it is a Hydra
             configuration of its own (the shipped groups are found from there too); without, it is laid over the
             default one, so it may hold a few keys, or all of them, as a run's `config.yaml` does.
-        overrides: Hydra overrides, such as "backbone=gru", "env.horizon=200".
+        overrides: Hydra overrides, such as "backbone=gru", "env.horizon=200"; "id=..." stands for "env.id=...".
 
     Raises:
         ConfigError: with one line that says what is wrong and what would be right.
     """
     _store_nodes()
+    overrides = [_written_out(override) for override in overrides]
     folder, name = _locate(config)
     GlobalHydra.instance().clear()
     search = [] if folder == config_dir() else [f"hydra.searchpath=[file://{config_dir()}]"]
@@ -263,15 +294,20 @@ def validate(cfg: DictConfig) -> None:
         "encoder.features": cfg.encoder.features,
         "encoder.embedding_size": cfg.encoder.embedding_size,
         "collector.num_workers": cfg.collector.num_workers,
+        "transforms.frame_stack": cfg.transforms.frame_stack,
     }
     optional = {"train.n_steps": train.n_steps, "train.seq_len": train.seq_len, "train.target_kl": train.target_kl}
     optional |= {"train.clip_range_vf": train.clip_range_vf, "train.state_stride": train.state_stride}
+    optional |= {"transforms.clip_reward": cfg.transforms.clip_reward}
     for key, value in {**positive, **{k: v for k, v in optional.items() if v is not None}}.items():
         if value <= 0:
             raise ConfigError(f"{key} must be greater than 0; got {value}.")
     for key, value in (("gamma", train.gamma), ("gae_lambda", train.gae_lambda)):
         if not 0.0 <= value <= 1.0:
             raise ConfigError(f"train.{key} must lie in [0, 1]; got {value}.")
+    options = cfg.env.get("options")
+    if options is not None and not isinstance(options, DictConfig):
+        raise ConfigError(f"env.options must be a mapping, as in 'env.options={{gravity: 5.0}}'; got {options!r}.")
     if cfg.logger.eval_episodes < 0:
         raise ConfigError(f"logger.eval_episodes must be 0 or more; got {cfg.logger.eval_episodes}.")
     for key, value, known in (
@@ -317,6 +353,11 @@ def _check_mode(train: Any) -> None:
         )
     if train.refresh_states and train.state_stride and train.state_stride != train.seq_len:
         raise ConfigError("train.refresh_states needs a stored state for each chunk: leave train.state_stride out.")
+
+
+def _written_out(override: str) -> str:
+    key, equals, value = override.partition("=")
+    return f"{SHORT_KEYS.get(key, key)}{equals}{value}"
 
 
 def _lay_over_default(stem: Path, overrides: Sequence[str]) -> DictConfig | None:

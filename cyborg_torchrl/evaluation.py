@@ -21,7 +21,7 @@ class Evaluation:
 
     episodes: int
     mean_reward: float
-    """Return of an episode, undiscounted."""
+    """Return of an episode, undiscounted; as the environment gave it where it keeps "episode_reward"."""
     success_rate: float | None
     """Share of episodes that ended in success; None where the task does not report it."""
 
@@ -60,7 +60,8 @@ def evaluate(policy: TensorDictModuleBase, env: EnvBase, episodes: int, *, is_de
             done = after.get(keys.DONE).reshape(-1)
             running += after.get(keys.REWARD).reshape(-1)
             is_counted = done & (finished < quota)
-            returns += running[is_counted].sum()
+            raw = after.get(keys.EPISODE_REWARD, None)
+            returns += (running if raw is None else raw.reshape(-1))[is_counted].sum()
             success = after.get(keys.SUCCESS, None)
             if success is not None:
                 reports_success = True

@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 
 from cyborg_torchrl.build import build_env, build_trainer, episode_attribute
 from cyborg_torchrl.config import ConfigError
+from cyborg_torchrl.envs.transforms import freeze_statistics
 from cyborg_torchrl.evaluation import Evaluation, evaluate
 from cyborg_torchrl.modules import PPOAgent
 from cyborg_torchrl.progress import Progress
@@ -76,6 +77,7 @@ def run_experiment(cfg: DictConfig) -> dict[str, Any]:
         run.close()
     summary = {
         "task": cfg.env.name,
+        "id": cfg.env.get("id"),
         "backbone": cfg.backbone.name,
         "memory": cfg.memory.name,
         "horizon": episode_attribute(env, "horizon"),
@@ -99,12 +101,21 @@ def run_experiment(cfg: DictConfig) -> dict[str, Any]:
 
 
 def evaluate_agent(cfg: DictConfig, agent: PPOAgent, episodes: int, *, is_deterministic: bool = True) -> Evaluation:
-    """Evaluates an agent on fresh episodes of its configuration's environment."""
-    num_envs = min(episodes, max(cfg.env.get("num_envs", 1), 250))
+    """Evaluates an agent on fresh episodes of its configuration's environment.
+
+    Statistics of the environment's transforms are the agent's, and stay as they are.
+    """
+    num_envs = cfg.env.get("num_envs", 1)
+    if "workers" not in cfg.env:  # batched tensors: more side by side cost nothing
+        num_envs = min(episodes, max(num_envs, 250))
     env = build_env(cfg, num_envs=num_envs, seed=cfg.train.seed + EVALUATION_SEED_OFFSET)
+    freeze_statistics(env, agent.env_statistics)
     if agent.backbone.state_keys:
         env.append_transform(agent.backbone.make_tensordict_primer())
-    return evaluate(agent, env, episodes, is_deterministic=is_deterministic)
+    try:
+        return evaluate(agent, env, episodes, is_deterministic=is_deterministic)
+    finally:
+        env.close()
 
 
 def peak_rss_mb() -> float:

@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -86,9 +87,10 @@ class RunDirectory:
 
 
 def default_run_name(cfg: DictConfig) -> str:
-    """Task, backbone, seed and time."""
+    """Task (its id where it has one), backbone, seed and time."""
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S-%f")
-    return f"{cfg.env.name}-{cfg.backbone.name}-s{cfg.train.seed}-{stamp}"
+    task = re.sub(r"[^\w.-]+", "_", str(cfg.env.get("id") or cfg.env.name))
+    return f"{task}-{cfg.backbone.name}-s{cfg.train.seed}-{stamp}"
 
 
 def manifest(cfg: DictConfig) -> dict[str, Any]:

@@ -5,11 +5,13 @@ from cyborg_torchrl.envs.check import EnvironmentFinding, check_environment
 from cyborg_torchrl.envs.copy_memory import CopyMemoryEnv
 from cyborg_torchrl.envs.delayed_cue import DelayedCueEnv
 from cyborg_torchrl.envs.distractor_nav import DistractorNavEnv
+from cyborg_torchrl.envs.gymnasium_env import build_gymnasium
 from cyborg_torchrl.envs.memory_task import Level, MemoryTask, memoryless_policy, oracle_policy
 from cyborg_torchrl.envs.multi_cue_delay import MultiCueDelayEnv
 from cyborg_torchrl.envs.n_back import NBackEnv
 from cyborg_torchrl.envs.pattern_binding import PatternBindingEnv
 from cyborg_torchrl.envs.permuted_copy import PermutedCopyEnv
+from cyborg_torchrl.envs.public_benchmarks import build_bsuite, build_memory_gym, build_minigrid, build_popgym
 from cyborg_torchrl.envs.tmaze import TMazeEnv
 
 __all__ = [
@@ -25,6 +27,11 @@ __all__ = [
     "PatternBindingEnv",
     "PermutedCopyEnv",
     "TMazeEnv",
+    "build_bsuite",
+    "build_gymnasium",
+    "build_memory_gym",
+    "build_minigrid",
+    "build_popgym",
     "check_environment",
     "memoryless_policy",
     "oracle_policy",

@@ -54,6 +54,8 @@ class PPOAgent(TensorDictModuleBase):
         batch_dims: leading batch dimensions of the spec's shape.
         policy_scale: factor on the policy head's initial weights.
         value_scale: factor on the value head's initial weights.
+        env_statistics: running statistics of the environment's transforms, which belong to what was learned; not
+            used here, but saved and loaded with the agent.
     """
 
     def __init__(
@@ -65,8 +67,10 @@ class PPOAgent(TensorDictModuleBase):
         batch_dims: int = 0,
         policy_scale: float = 0.01,
         value_scale: float = 0.1,
+        env_statistics: nn.Module | None = None,
     ) -> None:
         super().__init__()
+        self.env_statistics = env_statistics
         core = backbone.core
         width = core.out_features
         head = build_action_head(action_spec, width, scale=policy_scale, batch_dims=batch_dims)

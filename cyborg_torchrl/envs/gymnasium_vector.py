@@ -1,0 +1,165 @@
+# pyright: basic, reportArgumentType=false, reportIncompatibleMethodOverride=false, reportAttributeAccessIssue=false
+# (gymnasium's annotations are narrower than what it takes)
+"""Gymnasium environments side by side in one process, and the wrappers around each. Needs gymnasium."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+
+Info = dict[str, Any]
+Stepped = tuple[Any, float, bool, bool, Info]
+
+
+class SeededVectorEnv(SyncVectorEnv):
+    """Environments stepped one after the other, each reset when asked and only then.
+
+    A seed given by `reseed` is used at each environment's next reset, not before: whoever holds an observation may
+    still act on it. Seeds of environments that stand in one vector, or in vectors of different seeds, are unrelated
+    (gymnasium's own `seed + i` would let two vectors with neighbouring seeds share most of theirs).
+
+    Args:
+        makers: one callable for each environment.
+    """
+
+    def __init__(self, makers: Sequence[Callable[[], gymnasium.Env]]) -> None:
+        super().__init__(makers, autoreset_mode=AutoresetMode.DISABLED)
+        self._seeds: list[int | None] = [None] * self.num_envs
+
+    def reseed(self, seed: int) -> None:
+        """Seeds each environment at its next reset."""
+        self._seeds = [int(word) for word in np.random.SeedSequence(seed).generate_state(self.num_envs)]
+
+    def reset(self, *, seed: int | None = None, options: Info | None = None) -> tuple[Any, Info]:
+        """Resets all environments, or those that `options["reset_mask"]` names."""
+        if seed is not None:
+            self.reseed(seed)
+        mask = (options or {}).get("reset_mask", np.ones(self.num_envs, dtype=bool))
+        seeds = [word if is_reset else None for word, is_reset in zip(self._seeds, mask, strict=True)]
+        self._seeds = [None if is_reset else word for word, is_reset in zip(self._seeds, mask, strict=True)]
+        return super().reset(seed=seeds, options=options)
+
+
+class FrameSkip(gymnasium.Wrapper):
+    """Repeats each action: rewards are summed, and nothing is repeated after the episode's end.
+
+    Args:
+        env: what is wrapped.
+        frames: steps of it for one step of this.
+    """
+
+    def __init__(self, env: gymnasium.Env, frames: int) -> None:
+        super().__init__(env)
+        self.frames = frames
+
+    def step(self, action: Any) -> Stepped:
+        """Takes up to `frames` steps with one action."""
+        total = 0.0
+        for _ in range(self.frames):
+            observation, reward, terminated, truncated, info = self.env.step(action)
+            total += float(reward)
+            if terminated or truncated:
+                break
+        return observation, total, terminated, truncated, info  # pyright: ignore[reportPossiblyUnboundVariable]
+
+
+class ClipToBounds(gymnasium.ActionWrapper):
+    """Clips continuous actions to their bounds, which stay known; gymnasium's `ClipAction` makes them infinite."""
+
+    def action(self, action: Any) -> Any:
+        """Clips an action."""
+        return np.clip(action, self.action_space.low, self.action_space.high)
+
+
+class Reported(gymnasium.Wrapper):
+    """Ends as they are meant, and `info["success"]` at every step of environments with a notion of it.
+
+    Args:
+        env: what is wrapped.
+        is_success: from reward, terminated and info to whether the episode ended in success.
+        is_time_limit: from the environment and info to whether an end that it calls a termination was its time limit.
+        options: given to each reset.
+    """
+
+    def __init__(
+        self,
+        env: gymnasium.Env,
+        *,
+        is_success: Callable[[float, bool, Info], bool] | None = None,
+        is_time_limit: Callable[[gymnasium.Env, Info], bool] | None = None,
+        options: Info | None = None,
+    ) -> None:
+        super().__init__(env)
+        self.is_success, self.is_time_limit, self.options = is_success, is_time_limit, options
+
+    def reset(self, *, seed: int | None = None, options: Info | None = None) -> tuple[Any, Info]:
+        """Resets with the options of the constructor."""
+        observation, _ = self.env.reset(seed=seed, options=self.options)
+        return observation, self._info(False)
+
+    def step(self, action: Any) -> Stepped:
+        """Takes a step."""
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        is_success = self.is_success is not None and self.is_success(float(reward), terminated, info)
+        if terminated and self.is_time_limit is not None and self.is_time_limit(self.unwrapped, info):
+            terminated, truncated = False, True
+        return observation, float(reward), bool(terminated), bool(truncated), self._info(is_success)
+
+    def _info(self, is_success: bool) -> Info:
+        return {} if self.is_success is None else {"success": is_success}
+
+
+class Plain(gymnasium.ObservationWrapper):
+    """Observations in spaces that every reader knows.
+
+    Tuples become dictionaries ("0", "1", ...), texts are left out, discrete spaces start at 0. What is left of a
+    tuple or dictionary stands under "observation"; a single image of at least 36 pixels a side under "pixels".
+    """
+
+    def __init__(self, env: gymnasium.Env) -> None:
+        super().__init__(env)
+        self.inner = env.observation_space
+        space = _plain_space(self.inner)
+        if space is None:
+            raise ValueError(f"nothing of the observation space {self.inner} can be read.")
+        is_image = isinstance(space, spaces.Box) and len(space.shape) == 3 and sorted(space.shape)[1] >= 36
+        self.key = "pixels" if is_image else "observation"
+        self.observation_space = spaces.Dict({self.key: space})
+
+    def observation(self, observation: Any) -> Info:
+        """Converts an observation."""
+        return {self.key: _plain_value(self.inner, observation)}
+
+
+def _plain_space(space: spaces.Space) -> spaces.Space | None:
+    if isinstance(space, (spaces.Tuple, spaces.Dict)):
+        parts = {key: _plain_space(part) for key, part in _parts(space).items()}
+        kept = {key: part for key, part in parts.items() if part is not None}
+        return spaces.Dict(kept) if kept else None
+    if isinstance(space, spaces.Discrete):
+        return spaces.Discrete(int(space.n))
+    if isinstance(space, spaces.MultiDiscrete):
+        return spaces.MultiDiscrete(space.nvec)
+    return space if isinstance(space, (spaces.Box, spaces.MultiBinary)) else None
+
+
+def _plain_value(space: spaces.Space, value: Any) -> Any:
+    if isinstance(space, (spaces.Tuple, spaces.Dict)):
+        values = value if isinstance(value, dict) else {str(i): part for i, part in enumerate(value)}
+        parts = _parts(space).items()
+        return {key: _plain_value(part, values[key]) for key, part in parts if _plain_space(part) is not None}
+    if isinstance(space, (spaces.Discrete, spaces.MultiDiscrete)):
+        return value - space.start
+    return value
+
+
+def _parts(space: spaces.Space) -> dict[str, spaces.Space]:
+    if isinstance(space, spaces.Dict):
+        return dict(space.spaces)
+    assert isinstance(space, spaces.Tuple)
+    return {str(i): part for i, part in enumerate(space.spaces)}
