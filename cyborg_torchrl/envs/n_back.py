@@ -89,6 +89,7 @@ class NBackEnv(MemoryTask):
         step = self.randint(self.symbols - 1, rounds, self.n) + 1  # to another symbol
         is_match = self.randint(2, rounds, self.n) > 0
         step[:, 1:] *= ~is_match[:, 1:]
+        step[:, 0] = self.randint(self.symbols, self.n)
         # each of the n interleaved streams is a walk over the symbols that stays where there is a match
         return {"symbol": step.cumsum(1).remainder(self.symbols).flatten(1)}
 

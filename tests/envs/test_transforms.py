@@ -247,7 +247,7 @@ def test_native_tasks_take_all_of_them_and_the_update_sees_what_the_agent_saw() 
     check_env_specs(env)
     # cue, flags and their predecessors; one-hot action; reward
     assert set(build_agent(cfg, env).encoder.in_keys) == {"observation", "previous_action", "previous_reward"}
-    trainer, _ = build_trainer(cfg)
+    trainer, _, _ = build_trainer(cfg)
     metrics = list(trainer.run())
     assert len(metrics) == 3
     assert all(update["ratio_error"] < 1e-5 for update in metrics)
