@@ -92,9 +92,7 @@ def build_agent(cfg: DictConfig, env: EnvBase) -> PPOAgent:
     except ValueError as error:
         raise ConfigError(f"encoder: {error}") from None
     core = build_core(cfg, cfg.encoder.features, env)
-    agent = PPOAgent(
-        encoder, Backbone(core), env.action_spec, batch_dims=batch_dims, env_statistics=statistics_of(env)
-    )
+    agent = PPOAgent(encoder, Backbone(core), env.action_spec, batch_dims=batch_dims, env_statistics=statistics_of(env))
     return agent.to(resolve_device(cfg.train.device))
 
 

@@ -198,7 +198,9 @@ def longest_episode(make: MakeOne) -> int | None:
     try:
         env.reset(seed=0)  # some know their length only then
         own = [getattr(env.unwrapped, name, None) for name in LENGTHS]
-        limits = [limit for limit in (env.spec and env.spec.max_episode_steps, *own) if isinstance(limit, int) and limit > 0]
+        limits = [
+            limit for limit in (env.spec and env.spec.max_episode_steps, *own) if isinstance(limit, int) and limit > 0
+        ]
         skip = env.get_wrapper_attr("frames") if env.has_wrapper_attr("frames") else 1
         return math.ceil(min(limits) / skip) if limits else None
     finally:

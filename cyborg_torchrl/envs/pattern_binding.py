@@ -1,5 +1,5 @@
 # pyright: basic
-"""`pattern_binding`: see patterns of a shape and a colour, wait, and tell one of them from a recombination."""
+"""`pattern_binding`: see patterns of a shape and a colour, wait, and tell them from recombinations."""
 
 from __future__ import annotations
 
@@ -24,22 +24,23 @@ from cyborg_torchrl.registry import register_environment
 class PatternBindingEnv(MemoryTask):
     """Binding of features, batched on one device.
 
-    An episode lasts `patterns + horizon + 1` steps: the patterns one by one, each a shape and a colour that no other
-    pattern of the episode has, `horizon` blank steps, and a probe. The probe is one of the patterns, or the shape of
-    one with the colour of another: whoever remembers shapes and colours, but not which belonged together, is at chance.
+    An episode lasts `2 patterns + horizon` steps: the patterns one by one, each a shape and a colour that no other
+    pattern of the episode has, `horizon` blank steps, and a probe of each pattern, in an order drawn for each episode.
+    A probe is the pattern, or its shape with the colour of another, drawn each by itself: whoever remembers shapes and
+    colours, but not which belonged together, is at chance.
 
     - Observation, [N, 2 (patterns + 1) + 1] float: shape and colour, each as one-hot of `patterns + 1`; the probe flag
       (last entry). A blank step is all zero.
-    - Action, [N] integer: at the probe 1 for "that was one of them", 0 for "recombined"; other actions are ignored.
-    - Reward: +1 for the right answer, -1 for a wrong one, 0 otherwise. The answer terminates the episode.
-    - "success", [N, 1] float: 1 where the answer was right.
+    - Action, [N] integer: at a probe 1 for "that was one of them", 0 for "recombined"; other actions are ignored.
+    - Reward: +1 for a right answer, -1 for a wrong one, 0 otherwise. The last answer terminates the episode.
+    - "success", [N, 1] float: share of right answers.
 
     Chance is 1 / 2.
 
     Args:
         num_envs: N, environments side by side.
         patterns: number of patterns, 2 or more; None: the level's.
-        horizon: blank steps between the last pattern and the probe, 0 or more; None: the level's.
+        horizon: blank steps between the last pattern and the first probe, 0 or more; None: the level's.
         level: easy (the default), medium, hard or extreme.
         device: where it runs.
         seed: seed of the episodes; None draws one from torch's generator.
@@ -75,8 +76,8 @@ class PatternBindingEnv(MemoryTask):
             horizon,
             features=2 * (patterns + 1) + 1,
             actions=2,
-            num_answers=1,
-            max_episode_steps=patterns + horizon + 1,
+            num_answers=patterns,
+            max_episode_steps=2 * patterns + horizon,
             device=device,
             seed=seed,
         )
@@ -84,24 +85,28 @@ class PatternBindingEnv(MemoryTask):
 
     def _draw(self) -> Latents:
         shape, colour = self.permutations(self.kinds, self.patterns), self.permutations(self.kinds, self.patterns)
-        probe = self.permutations(self.patterns, 2)
-        is_bound = self.randint(2) > 0
+        probe = self.permutations(self.patterns)
+        is_bound = self.randint(2, self.patterns) > 0
+        other = (probe + 1 + self.randint(self.patterns - 1, self.patterns)).remainder(self.patterns)
         return {
-            "shape": torch.cat([shape, at(shape, probe[:, 0]).unsqueeze(1)], 1),
-            "colour": torch.cat([colour, at(colour, torch.where(is_bound, probe[:, 0], probe[:, 1])).unsqueeze(1)], 1),
+            "shape": torch.cat([shape, shape.gather(1, probe)], 1),  # of the patterns, then of the probes
+            "colour": torch.cat([colour, colour.gather(1, torch.where(is_bound, probe, other))], 1),
             "is_bound": is_bound,
         }
 
     def _show(self, time: Tensor, latents: Latents) -> Tensor:
-        is_probe = time == self.max_episode_steps - 1
-        index = torch.where(is_probe, self.patterns, time)
-        is_shown = is_probe | (time < self.patterns)
-        shape, colour = (one_hot(at(latents[name], index), self.kinds, is_shown) for name in ("shape", "colour"))
+        is_pattern, is_probe = time < self.patterns, time >= self.patterns + self.horizon
+        index = torch.where(is_pattern, time, time - self.horizon)
+        shape, colour = (
+            one_hot(at(latents[name], index), self.kinds, is_pattern | is_probe) for name in ("shape", "colour")
+        )
         return torch.cat([shape, colour, is_probe.float().unsqueeze(-1)], -1)
 
     def _judge(self, action: Tensor, time: Tensor, latents: Latents) -> Judgement:
-        is_probe = time == self.max_episode_steps - 1
-        return Judgement(is_probe, is_probe & ((action == 1) == latents["is_bound"]), is_probe)
+        probe = time - self.patterns - self.horizon
+        is_probe = probe >= 0
+        is_right = is_probe & ((action == 1) == at(latents["is_bound"], probe))
+        return Judgement(is_probe, is_right, probe == self.patterns - 1)
 
     def oracle(self) -> ReferencePolicy:
         """Keeps the colour of each shape."""

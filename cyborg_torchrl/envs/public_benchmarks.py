@@ -17,7 +17,9 @@ from torchrl.envs import EnvBase
 from cyborg_torchrl.envs.gymnasium_env import batch, import_package, make_registered, nearest, wrap
 from cyborg_torchrl.registry import register_environment
 
-MEMORY_GYM = "pip install --no-deps memory-gym && pip install pygame-ce (it pins an old gymnasium that it does not need)"
+MEMORY_GYM = (
+    "pip install --no-deps memory-gym && pip install pygame-ce (it pins an old gymnasium that it does not need)"
+)
 BSUITE_LENGTHS = (("_memory_length", 1), ("_chain_length", 0), ("_episode_len", 0), ("_max_steps", 0))
 """Attributes that tell how long an episode of some bsuite experiments can last, and what to add."""
 

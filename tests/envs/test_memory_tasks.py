@@ -119,15 +119,19 @@ def n_back(env, of) -> list[Step]:
 
 
 def pattern_binding(env, of) -> list[Step]:
-    *shapes, shape = of["shape"]
-    *colours, colour = of["colour"]
-    kinds = env.patterns + 1
-    assert len(set(shapes)) == len(set(colours)) == env.patterns
-    assert shape in shapes
-    assert colour in colours
-    shown = [Step([*hot(s, kinds), *hot(c, kinds), 0.0], None) for s, c in zip(shapes, colours, strict=True)]
-    answer = int((shape, colour) in list(zip(shapes, colours, strict=True)))
-    return [*shown, *blanks(env.horizon, 2 * kinds + 1), Step([*hot(shape, kinds), *hot(colour, kinds), 1.0], answer)]
+    kinds, shapes, colours = env.patterns + 1, of["shape"], of["colour"]
+    patterns = list(zip(shapes[: env.patterns], colours[: env.patterns], strict=True))
+    probes = list(zip(shapes[env.patterns :], colours[env.patterns :], strict=True))
+    assert len({shape for shape, _ in patterns}) == len({colour for _, colour in patterns}) == env.patterns
+    assert {shape for shape, _ in patterns} == {shape for shape, _ in probes}
+    assert {colour for _, colour in patterns} >= {colour for _, colour in probes}
+
+    def seen(shape: int, colour: int, flag: float) -> list[float]:
+        return [*hot(shape, kinds), *hot(colour, kinds), flag]
+
+    shown = [Step(seen(*pattern, 0.0), None) for pattern in patterns]
+    asked = [Step(seen(*probe, 1.0), int(probe in patterns)) for probe in probes]
+    return [*shown, *blanks(env.horizon, 2 * kinds + 1), *asked]
 
 
 SCRIPTS = {
