@@ -5,7 +5,7 @@ from cyborg_torchrl.collectors import RolloutCollector
 from cyborg_torchrl.config import ConfigError, load_config
 from cyborg_torchrl.data import EpisodeBuffer, RecurrentRolloutBuffer, Rollout, RolloutBuffer
 from cyborg_torchrl.diagnostics import check_recurrent
-from cyborg_torchrl.envs import DelayedCueEnv
+from cyborg_torchrl.envs import DelayedCueEnv, make_env
 from cyborg_torchrl.evaluation import Evaluation, evaluate
 from cyborg_torchrl.modules import Backbone, PPOAgent, build_encoder
 from cyborg_torchrl.objectives import RecurrentClipPPOLoss, add_advantages
@@ -33,6 +33,7 @@ __all__ = [
     "evaluate",
     "keys",
     "load_config",
+    "make_env",
     "register_backbone",
     "register_environment",
 ]

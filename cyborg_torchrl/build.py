@@ -12,17 +12,18 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torchrl.collectors import Collector, MultiSyncCollector
 from torchrl.data import LazyMemmapStorage, LazyTensorStorage
-from torchrl.envs import Compose, EnvBase, InitTracker, RewardSum, TransformedEnv
+from torchrl.envs import EnvBase
 
 from cyborg_torchrl.collectors import RolloutCollector
-from cyborg_torchrl.config import ConfigError, TrainConfig, options_of, resolve_device
+from cyborg_torchrl.config import ConfigError, TrainConfig, resolve_device
 from cyborg_torchrl.cores import Core, MemorylessCore
 from cyborg_torchrl.data import EpisodeBuffer, RecurrentRolloutBuffer, RolloutBuffer
+from cyborg_torchrl.envs.make import tracked
 from cyborg_torchrl.envs.transforms import build_transforms, statistics_of
 from cyborg_torchrl.modules import Backbone, PPOAgent, build_encoder
 from cyborg_torchrl.objectives import RecurrentClipPPOLoss
 from cyborg_torchrl.process import prepare_cpu
-from cyborg_torchrl.registry import Registry, backbones, environments, memories
+from cyborg_torchrl.registry import Registry, backbones, environments, memories, options_of
 from cyborg_torchrl.trainer import PPOTrainer
 
 DEFAULT_STEPS = 128
@@ -60,7 +61,7 @@ def build_env(cfg: DictConfig, *, num_envs: int | None = None, seed: int | None 
         transforms = build_transforms(env, gamma=cfg.train.gamma, **OmegaConf.to_container(cfg.transforms))
     except ValueError as error:
         raise ConfigError(f"transforms: {error}") from None
-    return TransformedEnv(env, Compose(InitTracker(), RewardSum(), *transforms), auto_unwrap=True)
+    return tracked(env, transforms)
 
 
 def build_core(cfg: DictConfig, in_features: int, env: EnvBase) -> Core:

@@ -28,11 +28,17 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from cyborg_torchrl.config_errors import explain
-from cyborg_torchrl.registry import Registry, backbones, did_you_mean, environments, memories
+from cyborg_torchrl.registry import (
+    Registry,
+    backbones,
+    did_you_mean,
+    environments,
+    memories,
+    options_of,
+    signature_owner,
+)
 
 LOGGER = logging.getLogger(__name__)
-WIRED = ("self", "in_features", "core", "device", "seed")
-"""Parameters of builders that are passed by the wiring, not by the configuration."""
 RECURRENT_MODES = ("none", "burn_in", "tbptt", "episode")
 STATE_DTYPES = ("float32", "bfloat16", "float16")
 STORAGES = ("ram", "memmap", "device")
@@ -106,7 +112,9 @@ class TrainConfig:
     target_kl: float | None = None
     """An update stops early when an epoch's KL exceeds 1.5 times this; null: never."""
     normalize_advantage: str = "rollout"
-    """Over what advantages get mean 0 and standard deviation 1: rollout, minibatch, or none (not at all)."""
+    """Over what advantages get mean 0 and standard deviation 1: rollout, minibatch, none (not at all), or step: the
+    mean over the environments at each step is taken off first, a baseline that knows the time, for tasks whose episodes
+    begin together."""
     seed: int = 0
     device: str = "cpu"
     """cpu, cuda, cuda:N, or auto: CUDA where it is."""
@@ -186,21 +194,9 @@ class Config:
     logger: LoggerConfig = field(default_factory=LoggerConfig)
 
 
-def options_of(builder: Callable[..., Any]) -> dict[str, Any]:
-    """The parameters of a registered builder that a configuration sets, with their defaults."""
-    parameters = inspect.signature(_function(builder)).parameters.values()
-    named = (p for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD))
-    return {p.name: p.default for p in named if p.name not in WIRED}
-
-
-def _function(builder: Callable[..., Any]) -> Callable[..., Any]:
-    """What carries the signature; a class with a metaclass of its own hides it."""
-    return builder.__init__ if inspect.isclass(builder) else builder
-
-
 def config_class_of(name: str, builder: Callable[..., Any]) -> type:
     """Makes the dataclass of a registered builder's options, with the field `name` first."""
-    hints = typing.get_type_hints(_function(builder))
+    hints = typing.get_type_hints(signature_owner(builder))
     options = options_of(builder).items()
     fields = [(key, _node_type(hints.get(key, Any)), _node_default(default)) for key, default in options]
     return dataclasses.make_dataclass(
@@ -312,7 +308,7 @@ def validate(cfg: DictConfig) -> None:
         raise ConfigError(f"logger.eval_episodes must be 0 or more; got {cfg.logger.eval_episodes}.")
     for key, value, known in (
         ("train.recurrent_mode", train.recurrent_mode, RECURRENT_MODES),
-        ("train.normalize_advantage", train.normalize_advantage, ("rollout", "minibatch", "none")),
+        ("train.normalize_advantage", train.normalize_advantage, ("rollout", "step", "minibatch", "none")),
         ("train.lr_schedule", train.lr_schedule, ("constant", "linear")),
         ("train.state_dtype", train.state_dtype, STATE_DTYPES),
         ("train.storage", train.storage, STORAGES),

@@ -7,11 +7,16 @@ down a second time.
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Callable, Iterable
 from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
 Component = TypeVar("Component", bound=Callable[..., Any])
+
+
+WIRED = ("self", "in_features", "core", "device", "seed")
+"""Parameters of builders that are passed by the wiring, not by the configuration."""
 
 
 class UnknownNameError(ValueError):
@@ -74,6 +79,18 @@ class Registry:
 
     def _entry_points(self) -> Iterable[Any]:
         return entry_points(group=self.entry_point_group)
+
+
+def options_of(builder: Callable[..., Any]) -> dict[str, Any]:
+    """The parameters of a registered builder that a configuration sets, with their defaults."""
+    parameters = inspect.signature(signature_owner(builder)).parameters.values()
+    named = (p for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD))
+    return {p.name: p.default for p in named if p.name not in WIRED}
+
+
+def signature_owner(builder: Callable[..., Any]) -> Callable[..., Any]:
+    """What carries the signature; a class with a metaclass of its own hides it."""
+    return builder.__init__ if inspect.isclass(builder) else builder
 
 
 backbones = Registry("backbone", "cyborg_torchrl.backbones")

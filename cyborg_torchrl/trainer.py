@@ -128,8 +128,11 @@ class PPOTrainer:
         steps = rollout.steps if isinstance(rollout, Rollout) else rollout
         add_advantages(steps, self.value_operator, gamma=config.gamma, gae_lambda=config.gae_lambda)
         metrics = _rollout_metrics(steps)
-        if config.normalize_advantage == "rollout":
-            steps.set(keys.ADVANTAGE, masked_standardize(steps.get(keys.ADVANTAGE)))
+        if config.normalize_advantage in ("rollout", "step"):
+            advantage = steps.get(keys.ADVANTAGE)
+            if config.normalize_advantage == "step":
+                advantage = advantage - advantage.mean(0)
+            steps.set(keys.ADVANTAGE, masked_standardize(advantage))
         if not isinstance(rollout, Rollout):
             rollout = Rollout.of(rollout, self.loss.state_keys, self.buffer.keyframe_steps(steps.shape[1]))
         self.buffer.store(rollout, self.loss.actor_network)

@@ -6,6 +6,7 @@ from cyborg_torchrl.envs.copy_memory import CopyMemoryEnv
 from cyborg_torchrl.envs.delayed_cue import DelayedCueEnv
 from cyborg_torchrl.envs.distractor_nav import DistractorNavEnv
 from cyborg_torchrl.envs.gymnasium_env import build_gymnasium
+from cyborg_torchrl.envs.make import make_env
 from cyborg_torchrl.envs.memory_task import Level, MemoryTask, memoryless_policy, oracle_policy
 from cyborg_torchrl.envs.multi_cue_delay import MultiCueDelayEnv
 from cyborg_torchrl.envs.n_back import NBackEnv
@@ -33,6 +34,7 @@ __all__ = [
     "build_minigrid",
     "build_popgym",
     "check_environment",
+    "make_env",
     "memoryless_policy",
     "oracle_policy",
 ]

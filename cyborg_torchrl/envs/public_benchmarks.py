@@ -106,7 +106,7 @@ def build_bsuite(
     device: torch.device | str | None = None,
     seed: int | None = None,
 ) -> EnvBase:
-    """bsuite (Osband et al. 2020), through shimmy. There is no notion of success.
+    """Bsuite (Osband et al. 2020), through shimmy. There is no notion of success.
 
     All of its own ends are terminations, as bsuite has it: the time limits of its control tasks too.
 

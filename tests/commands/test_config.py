@@ -7,9 +7,9 @@ from omegaconf import OmegaConf
 
 from cyborg_torchrl import register_backbone
 from cyborg_torchrl.build import build_agent, build_core, build_env, rollout_length
-from cyborg_torchrl.config import ConfigError, TrainConfig, load_config, options_of
+from cyborg_torchrl.config import ConfigError, TrainConfig, load_config
 from cyborg_torchrl.cores import LayeredCore, MemorylessCore, build_gru
-from cyborg_torchrl.registry import backbones
+from cyborg_torchrl.registry import backbones, options_of
 
 
 def test_overrides_swap_parts():
