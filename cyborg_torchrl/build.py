@@ -18,7 +18,8 @@ from cyborg_torchrl.collectors import RolloutCollector
 from cyborg_torchrl.config import ConfigError, TrainConfig, options_of, resolve_device
 from cyborg_torchrl.cores import Core, MemorylessCore
 from cyborg_torchrl.data import EpisodeBuffer, RecurrentRolloutBuffer, RolloutBuffer
-from cyborg_torchrl.envs.transforms import build_transforms, statistics_of
+from cyborg_torchrl.envs.normalization import statistics_of
+from cyborg_torchrl.envs.transforms import build_transforms
 from cyborg_torchrl.modules import Backbone, PPOAgent, build_encoder
 from cyborg_torchrl.objectives import RecurrentClipPPOLoss
 from cyborg_torchrl.process import prepare_cpu
@@ -92,9 +93,7 @@ def build_agent(cfg: DictConfig, env: EnvBase) -> PPOAgent:
     except ValueError as error:
         raise ConfigError(f"encoder: {error}") from None
     core = build_core(cfg, cfg.encoder.features, env)
-    agent = PPOAgent(
-        encoder, Backbone(core), env.action_spec, batch_dims=batch_dims, env_statistics=statistics_of(env)
-    )
+    agent = PPOAgent(encoder, Backbone(core), env.action_spec, batch_dims=batch_dims, env_statistics=statistics_of(env))
     return agent.to(resolve_device(cfg.train.device))
 
 

@@ -14,10 +14,13 @@ from typing import Any
 import torch
 from torchrl.envs import EnvBase
 
-from cyborg_torchrl.envs.gymnasium_env import batch, import_package, make_registered, nearest, wrap
+from cyborg_torchrl.envs.gymnasium_batch import batch
+from cyborg_torchrl.envs.gymnasium_env import import_package, make_registered, nearest, wrap
 from cyborg_torchrl.registry import register_environment
 
-MEMORY_GYM = "pip install --no-deps memory-gym && pip install pygame-ce (it pins an old gymnasium that it does not need)"
+MEMORY_GYM = (
+    "pip install --no-deps memory-gym && pip install pygame-ce (it pins an old gymnasium that it does not need)"
+)
 BSUITE_LENGTHS = (("_memory_length", 1), ("_chain_length", 0), ("_episode_len", 0), ("_max_steps", 0))
 """Attributes that tell how long an episode of some bsuite experiments can last, and what to add."""
 
@@ -104,7 +107,7 @@ def build_bsuite(
     device: torch.device | str | None = None,
     seed: int | None = None,
 ) -> EnvBase:
-    """bsuite (Osband et al. 2020), through shimmy. There is no notion of success.
+    """The behaviour suite, bsuite (Osband et al. 2020), through shimmy. There is no notion of success.
 
     All of its own ends are terminations, as bsuite has it: the time limits of its control tasks too.
 

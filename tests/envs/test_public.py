@@ -20,7 +20,8 @@ from torchrl.envs.utils import check_env_specs
 from cyborg_torchrl import keys
 from cyborg_torchrl.build import build_env, build_trainer, rollout_length
 from cyborg_torchrl.config import ConfigError, load_config
-from cyborg_torchrl.envs.gymnasium_env import batch, build_gymnasium
+from cyborg_torchrl.envs.gymnasium_batch import batch
+from cyborg_torchrl.envs.gymnasium_env import build_gymnasium
 from cyborg_torchrl.envs.public_benchmarks import build_bsuite, build_memory_gym, build_minigrid, build_popgym
 from cyborg_torchrl.experiment import run_experiment
 from cyborg_torchrl.registry import environments
