@@ -30,7 +30,12 @@ demo: install  ## train on delayed cue at horizon 1000
 	  --no-build-isolation --no-deps -c constraints.txt mamba-ssm \
 	  && touch $@ || echo "mamba-ssm could not be built here: the tests against it will be skipped"
 
-test: install .venv/official  ## linters and tests
+# Memory Gym, without what it pins (an old gymnasium); pygame-ce is there already
+.venv/memory-gym: .venv/installed
+	$(BIN)/pip install --disable-pip-version-check -q --no-deps -c constraints.txt memory-gym pygame-ce \
+	  && touch $@ || echo "memory-gym could not be installed here: its tests will be skipped"
+
+test: install .venv/official .venv/memory-gym  ## linters and tests
 	scripts/check
 	scripts/test
 

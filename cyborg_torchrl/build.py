@@ -19,7 +19,8 @@ from cyborg_torchrl.config import ConfigError, TrainConfig, resolve_device
 from cyborg_torchrl.cores import Core, MemorylessCore
 from cyborg_torchrl.data import EpisodeBuffer, RecurrentRolloutBuffer, RolloutBuffer
 from cyborg_torchrl.envs.make import tracked
-from cyborg_torchrl.envs.transforms import build_transforms, statistics_of
+from cyborg_torchrl.envs.normalization import statistics_of
+from cyborg_torchrl.envs.transforms import build_transforms
 from cyborg_torchrl.modules import Backbone, PPOAgent, build_encoder
 from cyborg_torchrl.objectives import RecurrentClipPPOLoss
 from cyborg_torchrl.process import prepare_cpu

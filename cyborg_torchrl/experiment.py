@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 
 from cyborg_torchrl.build import build_env, build_trainer, episode_attribute
 from cyborg_torchrl.config import ConfigError
-from cyborg_torchrl.envs.transforms import freeze_statistics
+from cyborg_torchrl.envs.normalization import freeze_statistics
 from cyborg_torchrl.evaluation import Evaluation, evaluate
 from cyborg_torchrl.modules import PPOAgent
 from cyborg_torchrl.progress import Progress

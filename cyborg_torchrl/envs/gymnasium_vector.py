@@ -12,6 +12,8 @@ import numpy as np
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
+from cyborg_torchrl.modules.encoders.images import MIN_SIDE
+
 Info = dict[str, Any]
 Stepped = tuple[Any, float, bool, bool, Info]
 
@@ -118,7 +120,7 @@ class Plain(gymnasium.ObservationWrapper):
     """Observations in spaces that every reader knows.
 
     Tuples become dictionaries ("0", "1", ...), texts are left out, discrete spaces start at 0. What is left of a
-    tuple or dictionary stands under "observation"; a single image of at least 36 pixels a side under "pixels".
+    tuple or dictionary stands under "observation"; a single picture under "pixels".
     """
 
     def __init__(self, env: gymnasium.Env) -> None:
@@ -127,7 +129,7 @@ class Plain(gymnasium.ObservationWrapper):
         space = _plain_space(self.inner)
         if space is None:
             raise ValueError(f"nothing of the observation space {self.inner} can be read.")
-        is_image = isinstance(space, spaces.Box) and len(space.shape) == 3 and sorted(space.shape)[1] >= 36
+        is_image = isinstance(space, spaces.Box) and len(space.shape) == 3 and sorted(space.shape)[1] >= MIN_SIDE
         self.key = "pixels" if is_image else "observation"
         self.observation_space = spaces.Dict({self.key: space})
 

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torchrl.envs import EnvBase
 
-from cyborg_torchrl.envs.gymnasium_env import batch, import_package, make_registered, nearest, wrap
+from cyborg_torchrl.envs.gymnasium_batch import batch
+from cyborg_torchrl.envs.gymnasium_env import import_package, make_registered, nearest, wrap
 from cyborg_torchrl.registry import register_environment
 
 MEMORY_GYM = (
@@ -106,7 +107,7 @@ def build_bsuite(
     device: torch.device | str | None = None,
     seed: int | None = None,
 ) -> EnvBase:
-    """Bsuite (Osband et al. 2020), through shimmy. There is no notion of success.
+    """The behaviour suite, bsuite (Osband et al. 2020), through shimmy. There is no notion of success.
 
     All of its own ends are terminations, as bsuite has it: the time limits of its control tasks too.
 

@@ -123,7 +123,8 @@ GYM_ENVS = {
     "gym": cart_pole,
     "gym_vector": partial(cart_pole, num_envs=NUM_ENVS),
     "serial": lambda: SerialEnv(NUM_ENVS, cart_pole),
-    "parallel": lambda: ParallelEnv(2, cart_pole),
+    # what travels to other processes is importable there; this module need not be
+    "parallel": lambda: ParallelEnv(2, partial(GymEnv, "CartPole-v1")),
 }
 
 

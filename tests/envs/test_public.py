@@ -20,7 +20,7 @@ from torchrl.envs.utils import check_env_specs
 from cyborg_torchrl import keys
 from cyborg_torchrl.build import build_env, build_trainer, rollout_length
 from cyborg_torchrl.config import ConfigError, load_config
-from cyborg_torchrl.envs.gymnasium_env import batch, build_gymnasium
+from cyborg_torchrl.envs.gymnasium_env import build_gymnasium
 from cyborg_torchrl.envs.public_benchmarks import build_bsuite, build_memory_gym, build_minigrid, build_popgym
 from cyborg_torchrl.experiment import run_experiment
 from cyborg_torchrl.registry import environments
@@ -427,16 +427,10 @@ def test_registered() -> None:
         assert environments.get(name) is build
 
 
-def _cartpole() -> Any:
-    from cyborg_torchrl.envs.gymnasium_env import make_registered, wrap
-
-    return wrap(make_registered("CartPole-v1"))
-
-
 @pytest.mark.slow
 def test_worker_processes() -> None:
     """Two processes of two environments: resets, seeds and order hold."""
-    env = TransformedEnv(batch(_cartpole, 4, workers=2, seed=0), Compose(InitTracker(), RewardSum()))
+    env = TransformedEnv(build_gymnasium(num_envs=4, workers=2, seed=0), Compose(InitTracker(), RewardSum()))
     try:
         assert env.batch_size == (4,)
         check_env_specs(env)

@@ -16,13 +16,8 @@ from torchrl.envs.utils import check_env_specs
 from cyborg_torchrl.build import build_agent, build_env, build_trainer
 from cyborg_torchrl.checkpoint import load_checkpoint
 from cyborg_torchrl.config import ConfigError, load_config
-from cyborg_torchrl.envs.transforms import (
-    PreviousAction,
-    RunningMoments,
-    build_transforms,
-    freeze_statistics,
-    statistics_of,
-)
+from cyborg_torchrl.envs.normalization import RunningMoments, freeze_statistics, statistics_of
+from cyborg_torchrl.envs.transforms import PreviousAction, build_transforms
 from cyborg_torchrl.experiment import evaluate_agent, run_experiment
 
 LENGTHS = (2, 3, 5)
@@ -247,7 +242,7 @@ def test_native_tasks_take_all_of_them_and_the_update_sees_what_the_agent_saw() 
     check_env_specs(env)
     # cue, flags and their predecessors; one-hot action; reward
     assert set(build_agent(cfg, env).encoder.in_keys) == {"observation", "previous_action", "previous_reward"}
-    trainer, _, _ = build_trainer(cfg)
+    trainer = build_trainer(cfg).trainer
     metrics = list(trainer.run())
     assert len(metrics) == 3
     assert all(update["ratio_error"] < 1e-5 for update in metrics)

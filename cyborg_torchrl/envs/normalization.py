@@ -1,0 +1,175 @@
+# pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# (tensordict's and torchrl's annotations are narrower than what they take)
+"""Observations and rewards normalised by running statistics, which are learned like parameters and kept with them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.utils import NestedKey
+from torch import Tensor, nn
+from torchrl.data import Bounded, Composite, TensorSpec, Unbounded
+from torchrl.envs import Compose, EnvBase, Transform, TransformedEnv
+
+from cyborg_torchrl import keys
+
+EPSILON = 1e-8
+
+
+class RunningMoments(nn.Module):
+    """Mean and variance of all that was ever seen, each item with the same weight.
+
+    Starts as if a hundredth of a percent of an item of mean 0 and variance 1 had been seen. In double precision.
+
+    Args:
+        shape: shape of one item.
+
+    Source: Chan, Golub and LeVeque (1979), "Updating formulae and a pairwise algorithm for computing sample variances".
+    """
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        super().__init__()
+        self.count: Tensor
+        self.mean: Tensor
+        self.var: Tensor
+        self.register_buffer("count", torch.tensor(1e-4, dtype=torch.float64))
+        self.register_buffer("mean", torch.zeros(tuple(shape), dtype=torch.float64))
+        self.register_buffer("var", torch.ones(tuple(shape), dtype=torch.float64))
+
+    @torch.no_grad()
+    def update(self, items: Tensor) -> None:
+        """Takes items [B, *shape] in; in place, for whoever shares the buffers."""
+        if not len(items):
+            return
+        items = items.double()
+        number, total = len(items), self.count + len(items)
+        difference = items.mean(0) - self.mean
+        square = self.var * self.count + items.var(0, correction=0) * number
+        self.var.copy_((square + difference.square() * self.count * number / total) / total)
+        self.mean.add_(difference * number / total)
+        self.count.copy_(total)
+
+    @property
+    def std(self) -> Tensor:
+        """Standard deviation, [*shape]."""
+        return (self.var + EPSILON).sqrt()
+
+
+class NormalizeObservation(Transform):
+    """Observations with mean 0 and standard deviation 1, by running moments of all that was shown, clipped.
+
+    Every observation is counted once: those of a reset where there was one, the others when they are stepped to.
+    (TorchRL's `VecNormV2` takes the whole batch in again whenever one environment is reset, and forgets exponentially.)
+    What a step shows is what the agent acts on and what is stored: it is not normalised again later.
+
+    Args:
+        observation_spec: the environment's.
+        in_keys: float observations.
+        batch_dims: number of batch dimensions that the specs' shapes begin with.
+        limit: where normalised observations are clipped.
+    """
+
+    def __init__(
+        self, observation_spec: Composite, in_keys: Sequence[NestedKey], batch_dims: int = 1, limit: float = 10.0
+    ) -> None:
+        super().__init__(in_keys=list(in_keys), out_keys=list(in_keys))
+        events = [observation_spec[key].shape[batch_dims:] for key in in_keys]
+        self.moments = nn.ModuleList(RunningMoments(event) for event in events)
+        self.events, self.limit, self.is_frozen = events, limit, False
+
+    def transform_observation_spec(self, observation_spec: Composite) -> Composite:
+        """Bounds become those of the clipping."""
+        for key in self.in_keys:
+            spec = observation_spec[key]
+            observation_spec[key] = Bounded(-self.limit, self.limit, spec.shape, device=spec.device, dtype=spec.dtype)
+        return observation_spec
+
+    def _reset(self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase) -> TensorDictBase:
+        mask = tensordict.get("_reset", None)
+        return self._normalize(tensordict_reset, None if mask is None else mask.reshape(-1))
+
+    def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
+        return self._normalize(next_tensordict, None)
+
+    def _normalize(self, tensordict: TensorDictBase, mask: Tensor | None) -> TensorDictBase:
+        for key, event, moments in zip(self.in_keys, self.events, self.moments, strict=True):
+            seen = tensordict.get(key)
+            if not self.is_frozen:
+                rows = seen.reshape(-1, *event)
+                moments.update(rows if mask is None else rows[mask])
+            centred = (seen - moments.mean) / moments.std
+            tensordict.set(key, centred.clamp(-self.limit, self.limit).to(seen.dtype))
+        return tensordict
+
+
+class NormalizeReward(Transform):
+    """Rewards divided by the running standard deviation of the discounted return; never centred.
+
+        R_t = gamma R_{t-1} + r_t within an episode,   r_t <- r_t / std of all R so far
+
+    Args:
+        reward_spec: the environment's.
+        gamma: discount.
+
+    Source: Engstrom et al. (2020), "Implementation matters in deep policy gradients", section 2.
+    """
+
+    def __init__(self, reward_spec: TensorSpec, gamma: float) -> None:
+        super().__init__(in_keys=[keys.REWARD], out_keys=[keys.REWARD])
+        self.moments, self.gamma, self.is_frozen = RunningMoments(()), gamma, False
+        self._returns = torch.zeros(reward_spec.shape, device=reward_spec.device)
+
+    def transform_reward_spec(self, reward_spec: Composite) -> Composite:
+        """Bounds no longer hold."""
+        spec = reward_spec[keys.REWARD]
+        reward_spec[keys.REWARD] = Unbounded(spec.shape, device=spec.device, dtype=spec.dtype)
+        return reward_spec
+
+    def _reset(self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase) -> TensorDictBase:
+        mask = tensordict.get("_reset", None)
+        reset = torch.ones_like(self._returns, dtype=torch.bool) if mask is None else mask.reshape(self._returns.shape)
+        self._returns = self._returns.masked_fill(reset, 0.0)
+        return tensordict_reset
+
+    def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
+        reward = next_tensordict.get(keys.REWARD)
+        self._returns = self.gamma * self._returns + reward
+        if not self.is_frozen:
+            self.moments.update(self._returns.reshape(-1))
+        return next_tensordict.set(keys.REWARD, (reward / self.moments.std).to(reward.dtype))
+
+
+def statistics_of(env: EnvBase) -> nn.ModuleDict | None:
+    """The running moments of an environment's transforms, shared and not copied; None if there are none."""
+    found = {}
+    for transform in _transforms(env):
+        if isinstance(transform, NormalizeObservation):
+            found["observation"] = transform.moments
+        elif isinstance(transform, NormalizeReward):
+            found["reward"] = transform.moments
+    return nn.ModuleDict(found) if found else None
+
+
+def freeze_statistics(env: EnvBase, statistics: nn.Module | None) -> None:
+    """Gives an environment's transforms these moments, and keeps them as they are.
+
+    Raises:
+        ValueError: if they are not those that its transforms need.
+    """
+    own = statistics_of(env)
+    if own is None:
+        return
+    if statistics is None:
+        raise ValueError("the environment normalises, but the agent was built for one that does not.")
+    own.load_state_dict(statistics.state_dict())
+    for transform in _transforms(env):
+        if isinstance(transform, (NormalizeObservation, NormalizeReward)):
+            transform.is_frozen = True
+
+
+def _transforms(env: EnvBase | None) -> Iterator[Transform]:
+    while isinstance(env, TransformedEnv):
+        yield from env.transform if isinstance(env.transform, Compose) else [env.transform]
+        env = env.base_env
