@@ -7,10 +7,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install demo test check learn clean
+.PHONY: help install demo test check learn minerl test-minerl clean
 
 help:  ## this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -45,5 +45,25 @@ check: install  ## linters alone
 learn: install  ## full learning runs: about an hour
 	scripts/test -m learning
 
-clean:  ## remove .venv and caches (not runs/)
-	rm -rf .venv .pytest_cache .ruff_cache .import_linter_cache dist
+# MineRL 0.4.4 beside this package, in a .venv of its own: it needs a gym that others do not get along with, and builds
+# only in this order. Its setup builds Minecraft with Java 8 and a network, unless READTHEDOCS is set: then there is its
+# client alone, which is what the tests need. With Minecraft: make minerl READTHEDOCS=
+MINERL := .venv-minerl/bin
+READTHEDOCS ?= 1
+.venv-minerl/installed: pyproject.toml constraints.txt requirements-minerl.txt
+	$(PYTHON) -m venv .venv-minerl
+	$(MINERL)/pip install --disable-pip-version-check -q "setuptools==65.5.0" "wheel<0.39"
+	$(MINERL)/pip install --disable-pip-version-check -q --no-build-isolation --no-deps gym==0.19.0
+	$(if $(READTHEDOCS),READTHEDOCS=$(READTHEDOCS)) $(MINERL)/pip install --disable-pip-version-check -q --no-deps minerl==0.4.4
+	$(MINERL)/pip install --disable-pip-version-check -q -c constraints.txt torch numpy
+	$(MINERL)/pip install --disable-pip-version-check -q -c constraints.txt -e . -r requirements-minerl.txt \
+	  beartype gymnasium pytest
+	touch $@
+
+minerl: .venv-minerl/installed  ## .venv-minerl with MineRL's client (docs/treechop.md)
+
+test-minerl: minerl  ## tests of the MineRL adapter
+	$(MINERL)/python -m pytest -q tests/minerl -m minerl
+
+clean:  ## remove .venv, .venv-minerl and caches (not runs/)
+	rm -rf .venv .venv-minerl .pytest_cache .ruff_cache .import_linter_cache dist

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from cyborg_torchrl.config import ConfigError, load_config
 from cyborg_torchrl.experiment import run_experiment
+from cyborg_torchrl.registry import UnavailableError
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
@@ -41,7 +42,7 @@ def run_command(config: str, overrides: Sequence[str], *, is_print_only: bool = 
             print(OmegaConf.to_yaml(cfg), end="")
             return 0
         summary = run_experiment(cfg)
-    except ConfigError as error:
+    except (ConfigError, UnavailableError) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
     print(json.dumps(summary))

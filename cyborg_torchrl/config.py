@@ -15,6 +15,7 @@ import tempfile
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -254,7 +255,8 @@ def load_config(config: str = "memory_delayed_cue_recurrent", overrides: Sequenc
     except ConfigError:
         raise
     except (HydraException, OmegaConfBaseException, ValueError) as error:
-        raise ConfigError(explain(error, overrides, _choices, _recompose)) from None
+        shipped = name if folder == config_dir() else "memory_delayed_cue_recurrent"
+        raise ConfigError(explain(error, overrides, _choices, partial(_recompose, shipped))) from None
     validate(cfg)
     return cfg
 
@@ -463,6 +465,6 @@ def _choices(group: str) -> list[str]:
     return sorted({*shipped, *(registry.names() if registry else ())})
 
 
-def _recompose(overrides: Sequence[str]) -> DictConfig:
+def _recompose(config: str, overrides: Sequence[str]) -> DictConfig:
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        return compose("memory_delayed_cue_recurrent", list(overrides))
+        return compose(config, list(overrides))

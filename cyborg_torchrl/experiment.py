@@ -22,6 +22,7 @@ from cyborg_torchrl.envs.normalization import freeze_statistics
 from cyborg_torchrl.evaluation import Evaluation, evaluate
 from cyborg_torchrl.modules import PPOAgent
 from cyborg_torchrl.progress import Progress
+from cyborg_torchrl.registry import environments
 from cyborg_torchrl.run_directory import RunDirectory, default_run_name
 
 EVALUATION_SEED_OFFSET = 1_000_003
@@ -76,7 +77,7 @@ def run_experiment(cfg: DictConfig) -> dict[str, Any]:
         trainer.close()
         run.close()
     summary = {
-        "task": cfg.env.name,
+        "task": environments.title(cfg.env.name, cfg.env),
         "id": cfg.env.get("id"),
         "backbone": cfg.backbone.name,
         "memory": cfg.memory.name,

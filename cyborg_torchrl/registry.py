@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
 Component = TypeVar("Component", bound=Callable[..., Any])
+Title = Callable[[Mapping[str, Any]], str]
 
 
 WIRED = ("self", "in_features", "core", "device", "seed")
@@ -21,6 +22,10 @@ WIRED = ("self", "in_features", "core", "device", "seed")
 
 class UnknownNameError(ValueError):
     """A name that nothing is registered under; the message names the nearest that is."""
+
+
+class UnavailableError(ValueError):
+    """A component that cannot run here; the message is one line that says what is missing and how to get it."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -42,9 +47,14 @@ class Registry:
         self.kind = kind
         self.entry_point_group = entry_point_group
         self._components: dict[str, Callable[..., Any]] = {}
+        self._titles: dict[str, Title] = {}
 
-    def register(self, name: str) -> Callable[[Component], Component]:
+    def register(self, name: str, title: Title | None = None) -> Callable[[Component], Component]:
         """Decorator that registers a component.
+
+        Args:
+            name: what it is chosen by.
+            title: what it is called in logs, from its options; None: its name.
 
         Raises:
             ValueError: if the name is taken by another component.
@@ -55,6 +65,8 @@ class Registry:
             if taken is not None and taken is not component:
                 raise ValueError(f"{self.kind} '{name}' is registered already, by {taken!r}; choose another name.")
             self._components[name] = component
+            if title is not None:
+                self._titles[name] = title
             return component
 
         return add
@@ -76,6 +88,10 @@ class Registry:
         if name not in self._components:
             raise UnknownNameError(f"unknown {self.kind} '{name}': {did_you_mean(name, self.names())}")
         return self._components[name]
+
+    def title(self, name: str, options: Mapping[str, Any]) -> str:
+        """What the component called `name` is called in logs under these options."""
+        return self._titles[name](options) if name in self._titles else name
 
     def _entry_points(self) -> Iterable[Any]:
         return entry_points(group=self.entry_point_group)
@@ -115,6 +131,10 @@ def register_memory(name: str) -> Callable[[Component], Component]:
     return memories.register(name)
 
 
-def register_environment(name: str) -> Callable[[Component], Component]:
-    """Registers a builder of TorchRL environments, `builder(num_envs: int, device, seed, **options) -> EnvBase`."""
-    return environments.register(name)
+def register_environment(name: str, title: Title | None = None) -> Callable[[Component], Component]:
+    """Registers a builder of TorchRL environments, `builder(num_envs: int, device, seed, **options) -> EnvBase`.
+
+    An environment whose options make it another task gives a `title`: from its options to what logs and summaries
+    call it.
+    """
+    return environments.register(name, title)

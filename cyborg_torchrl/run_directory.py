@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch.utils.tensorboard import SummaryWriter
 
 from cyborg_torchrl.checkpoint import save_checkpoint
+from cyborg_torchrl.registry import environments
 
 COLUMNS: tuple[str, ...] = (
     "update", "steps", "seconds", "steps_per_second", "episodes", "success_rate", "mean_reward", "reward_per_step",
@@ -89,7 +90,7 @@ class RunDirectory:
 def default_run_name(cfg: DictConfig) -> str:
     """Task (its id where it has one), backbone, seed and time."""
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S-%f")
-    task = re.sub(r"[^\w.-]+", "_", str(cfg.env.get("id") or cfg.env.name))
+    task = re.sub(r"[^\w.-]+", "_", str(cfg.env.get("id") or environments.title(cfg.env.name, cfg.env)))
     return f"{task}-{cfg.backbone.name}-s{cfg.train.seed}-{stamp}"
 
 

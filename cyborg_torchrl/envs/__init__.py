@@ -14,6 +14,7 @@ from cyborg_torchrl.envs.pattern_binding import PatternBindingEnv
 from cyborg_torchrl.envs.permuted_copy import PermutedCopyEnv
 from cyborg_torchrl.envs.public_benchmarks import build_bsuite, build_memory_gym, build_minigrid, build_popgym
 from cyborg_torchrl.envs.tmaze import TMazeEnv
+from cyborg_torchrl.envs.treechop import build_treechop
 
 __all__ = [
     "AssocRecallEnv",
@@ -33,6 +34,7 @@ __all__ = [
     "build_memory_gym",
     "build_minigrid",
     "build_popgym",
+    "build_treechop",
     "check_environment",
     "make_env",
     "memoryless_policy",

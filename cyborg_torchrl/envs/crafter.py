@@ -1,0 +1,115 @@
+# pyright: basic, reportMissingImports=false
+# (crafter is optional, and has no annotations)
+"""Crafter as a gymnasium environment whose reward is wood: "Crafter collect-wood", which is not MineRL Treechop."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+import gymnasium
+import numpy as np
+
+from cyborg_torchrl import keys
+from cyborg_torchrl.registry import UnavailableError, did_you_mean
+
+SIZE = 64
+TABLES = {"all": None, "chop": ("noop", "move_left", "move_right", "move_up", "move_down", "do")}
+"""Actions by Crafter's names; None: all 17. `chop` leaves out sleeping, placing and making, which collect no wood."""
+VITALS = ("health", "food", "drink", "energy")
+
+
+class CrafterWood(gymnasium.Env[Any, Any]):
+    """Crafter (2-D, 17 actions), rewarded with 1 for each wood that is collected and with nothing else.
+
+    Wood is counted by Crafter's achievement `collect_wood`, since the inventory holds 9 at most. A felled tree becomes
+    grass: a world has some 200. Health at zero terminates; `max_episode_steps` truncates.
+
+    - Observation: {"pixels": [64, 64, 3] uint8}, the map around the player and the inventory.
+    - Action: a row of the table; "do" fells the tree that the player faces.
+
+    Args:
+        actions: name of a table of actions.
+        max_episode_steps: steps of an episode (Crafter's own: 10,000).
+        mortal: Crafter's rules. False: health, food, drink and energy are filled up before each step and nothing
+            terminates, so that every episode lasts `max_episode_steps`. This is not Crafter any more, whose
+            players starve after some 200 to 400 steps unless they eat and drink.
+        regrow: steps after which a felled tree stands again, as soon as nobody stands there; None: Crafter's rules,
+            under which it never does.
+
+    Raises:
+        ValueError: if there is no such table.
+        UnavailableError: if crafter is missing.
+
+    Source: Hafner (2022), "Benchmarking the Spectrum of Agent Capabilities"; crafter 1.8.3.
+    """
+
+    observation_space = gymnasium.spaces.Dict(
+        {keys.PIXELS: gymnasium.spaces.Box(0, 255, (SIZE, SIZE, 3), np.uint8)},
+    )
+
+    def __init__(
+        self, actions: str = "all", max_episode_steps: int = 8000, *, mortal: bool = True, regrow: int | None = None
+    ) -> None:
+        if actions not in TABLES:
+            raise ValueError(f"unknown actions '{actions}': {did_you_mean(actions, TABLES)}")
+        self.max_episode_steps, self.mortal, self.regrow = max_episode_steps, mortal, regrow
+        self._stumps: deque[tuple[int, tuple[int, int]]] = deque()
+        self._game = make_game()
+        every = list(self._game.action_names)
+        self.action_names = TABLES[actions] or tuple(every)
+        self._actions = [every.index(name) for name in self.action_names]
+        self.action_space = gymnasium.spaces.Discrete(len(self._actions))
+        self._steps = self._wood = 0
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Begins an episode in a new world; a seed starts Crafter's stream of worlds anew."""
+        super().reset(seed=seed, options=options)
+        if seed is not None:
+            self._game = make_game(seed)
+        self._steps = self._wood = 0
+        self._stumps.clear()
+        return _observed(self._game.reset()), {}
+
+    def step(self, action: int) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
+        """Takes a step. Returns observation, wood, whether the player died, whether time is up, nothing."""
+        if not self.mortal:
+            self._game._player.inventory.update(dict.fromkeys(VITALS, 9))
+        if self._stumps and self._stumps[0][0] <= self._steps:
+            self._grow(self._stumps.popleft()[1])
+        pixels, _, _, info = self._game.step(self._actions[int(action)])
+        self._steps += 1
+        wood, before = info["achievements"]["collect_wood"], self._wood
+        self._wood = wood
+        if self.regrow is not None and wood > before:
+            player = self._game._player
+            stump = (int(player.pos[0] + player.facing[0]), int(player.pos[1] + player.facing[1]))
+            self._stumps.append((self._steps + self.regrow, stump))
+        is_dead = self.mortal and info["discount"] == 0
+        is_cut = self._steps >= self.max_episode_steps and not is_dead
+        return _observed(pixels), float(wood - before), is_dead, is_cut, {}
+
+    def _grow(self, stump: tuple[int, int]) -> None:
+        """Lets a tree stand again, or tries once more later where somebody stands."""
+        material, somebody = self._game._world[stump]
+        if somebody is not None:
+            self._stumps.append((self._steps + (self.regrow or 0), stump))
+        elif material == "grass":  # nothing was built there
+            self._game._world[stump] = "tree"
+
+
+def make_game(seed: int | None = None) -> Any:
+    """Crafter itself, without a time limit of its own.
+
+    Raises:
+        UnavailableError: if it is missing.
+    """
+    try:
+        import crafter
+    except ImportError as error:
+        raise UnavailableError(f"backend=crafter needs {error.name}: pip install 'cyborg-torchrl[envs]'") from None
+    return crafter.Env(size=(SIZE, SIZE), length=0, seed=seed)
+
+
+def _observed(pixels: np.ndarray) -> dict[str, np.ndarray]:
+    return {keys.PIXELS: np.ascontiguousarray(pixels)}

@@ -1,0 +1,244 @@
+# pyright: basic, reportMissingImports=false
+# (minerl, gym and shimmy are optional, and mostly without annotations)
+"""MineRL 0.4.4 Treechop as a gymnasium environment with discrete actions, which outlives its Minecraft."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import subprocess
+import time
+import warnings
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+
+from cyborg_torchrl import keys
+from cyborg_torchrl.envs.minerl_actions import KEYS, Action, action_table
+from cyborg_torchrl.registry import UnavailableError
+
+LOGGER = logging.getLogger(__name__)
+EPISODE = 8000
+"""Steps of MineRL's own time limit."""
+NO_MINERL = (
+    "backend=minerl needs minerl 0.4.4, gym 0.19.0 and shimmy, installed in order: make minerl (docs/treechop.md)"
+)
+NO_MINECRAFT = (
+    "Minecraft did not start: MineRL builds it with gradle at its first start, which needs a Java 8 JDK, a network and "
+    "a display (xvfb-run); docs/treechop.md says how."
+)
+MAX_WAIT = 60.0
+"""Seconds between two attempts to restart Minecraft, at most."""
+
+
+class MineRLTreechop(gymnasium.Env[Any, Any]):
+    """MineRL Treechop: +1 for each log; ends when 64 are possessed, or cut off at `max_episode_steps`.
+
+    - Observation: {"pixels": [64, 64, 3] uint8}, what the player sees.
+    - Action: a row of an `ActionTable`.
+
+    Minecraft may die or hang. MineRL then ends the episode with an observation drawn at random. Here the episode is cut
+    off (truncated, never terminated) with the last observation that was seen and no reward, and info["error"] says why.
+    The next reset starts Minecraft anew, waiting twice as long before each further attempt.
+
+    Args:
+        actions: name of an action table.
+        max_episode_steps: steps of an episode, 8000 at most.
+        make: makes the old-API environment; default: `make_treechop`.
+        attempts: how often a reset tries to get Minecraft running again.
+        wait: seconds before the second attempt; doubled at each further one, up to a minute.
+
+    Raises:
+        ValueError: if there is no such table, or the episode is to be longer than MineRL's.
+        UnavailableError: if minerl is missing; by `reset`, if Minecraft is, or could not be restarted.
+    """
+
+    observation_space = gymnasium.spaces.Dict({keys.PIXELS: gymnasium.spaces.Box(0, 255, (64, 64, 3), np.uint8)})
+
+    def __init__(
+        self,
+        actions: str = "seven",
+        max_episode_steps: int = EPISODE,
+        *,
+        make: Callable[[], Any] | None = None,
+        attempts: int = 8,
+        wait: float = 1.0,
+    ) -> None:
+        if max_episode_steps > EPISODE:
+            raise ValueError(f"max_episode_steps is {EPISODE} at most in MineRL Treechop; got {max_episode_steps}.")
+        self.table = action_table(actions)
+        self.action_space = gymnasium.spaces.Discrete(len(self.table.actions))
+        self.max_episode_steps, self.attempts, self.wait = max_episode_steps, attempts, wait
+        self._make = make or make_treechop
+        self._env: gymnasium.Env[Any, Any] | None = None
+        self._commands = [_command(action) for action in self.table.actions]
+        self._seeds = np.random.default_rng()
+        self._last = np.zeros((64, 64, 3), np.uint8)
+        self._steps = 0
+        self._has_run = False
+        import_minerl()
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Begins an episode in a world drawn from the seed's stream, with a running Minecraft."""
+        super().reset(seed=seed, options=options)
+        if seed is not None:
+            self._seeds = np.random.default_rng(seed)
+        world = int(self._seeds.integers(2**31))  # for every episode: MineRL forgets its seed at each reset
+        self._steps = 0
+        for attempt in range(self.attempts):
+            if attempt:
+                time.sleep(min(self.wait * 2 ** (attempt - 1), MAX_WAIT))
+            try:
+                env = self._running()
+                with _old_packages():
+                    observation, _ = env.reset(seed=world)
+            except (EOFError, FileNotFoundError, PermissionError) as error:  # of the launch script and of gradle
+                self._discard()
+                if not self._has_run:
+                    raise UnavailableError(f"{NO_MINECRAFT} It said: {_cause(error)}") from error
+                LOGGER.warning("MineRL: Minecraft did not start (attempt %d of %d)", attempt + 1, self.attempts)
+            except Exception as error:  # whatever the client raises when the other end is gone
+                self._discard()
+                LOGGER.warning("MineRL: no episode (attempt %d of %d): %r", attempt + 1, self.attempts, error)
+            else:
+                self._has_run = True
+                return self._observed(observation), {}
+        raise UnavailableError(f"Minecraft could not be restarted in {self.attempts} attempts; see the log above.")
+
+    def step(self, action: int) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
+        """Takes a step. Returns observation, logs, whether 64 are possessed, whether it was cut off, info."""
+        self._steps += 1
+        is_time_up = self._steps >= self.max_episode_steps
+        try:
+            if self._env is None:
+                raise ConnectionError("Minecraft is not running; reset first")
+            observation, reward, terminated, truncated, info = self._env.step(self._commands[int(action)])
+            error = info.get("error")
+        except Exception as failure:  # as in reset
+            observation, reward, terminated, truncated, error = None, 0.0, False, False, repr(failure)
+        if error:
+            LOGGER.warning("MineRL: Minecraft was lost at step %d, the episode is cut off: %s", self._steps, error)
+            self._discard()
+            return {keys.PIXELS: self._last.copy()}, 0.0, False, True, {"error": str(error)}
+        # on the limit step MineRL's own end by time looks like a success
+        is_over = bool(terminated) and not is_time_up
+        is_cut = (is_time_up or bool(truncated)) and not is_over
+        return self._observed(observation), float(reward), is_over, is_cut, {"TimeLimit.truncated": is_cut}
+
+    def close(self) -> None:
+        """Closes Minecraft."""
+        self._discard()
+
+    def _running(self) -> gymnasium.Env[Any, Any]:
+        """MineRL's environment, made anew if there is none or its Minecraft does not answer.
+
+        MineRL's own answer to a dead Minecraft is to start another one that it then forgets.
+        """
+        if self._env is not None and not all(map(_is_listening, self._env.unwrapped.gym_env.unwrapped.instances)):  # pyright: ignore
+            self._discard()
+        if self._env is None:
+            from shimmy import GymV21CompatibilityV0
+
+            with _old_packages():
+                self._env = GymV21CompatibilityV0(env=self._make())
+        return self._env
+
+    def _discard(self) -> None:
+        env, self._env = self._env, None
+        if env is not None:
+            try:
+                env.close()
+            except Exception as error:  # it is dead already
+                LOGGER.debug("MineRL: closing failed: %r", error)
+
+    def _observed(self, observation: Any) -> dict[str, np.ndarray]:
+        self._last = np.ascontiguousarray(observation["pov"])  # MineRL's is a view with negative strides
+        return {keys.PIXELS: self._last.copy()}
+
+
+def make_treechop(port: int | None = None) -> Any:
+    """MineRL's old-API environment; Minecraft is started at its first reset.
+
+    Args:
+        port: of a Minecraft that runs already with MineRL's mod; None: one is started.
+
+    Raises:
+        ConnectionError: if nothing listens on that port.
+    """
+    gym = import_minerl()
+    if port is None:
+        return gym.make("MineRLTreechop-v0")
+    from minerl.env.malmo import MinecraftInstance
+
+    instance = MinecraftInstance(port, existing=True)
+    instance.had_to_clean = False
+    if not _is_listening(instance):  # MineRL would start a Minecraft of its own
+        raise ConnectionError(f"no Minecraft listens on port {port}")
+    return gym.make("MineRLTreechop-v0", instances=[instance])
+
+
+def import_minerl() -> Any:
+    """Gym, with MineRL's environments registered.
+
+    Raises:
+        UnavailableError: if one of the packages is missing.
+    """
+    try:
+        with _old_packages():
+            import gym
+            import minerl
+            import shimmy
+    except ImportError as error:
+        raise UnavailableError(f"{NO_MINERL}; {error}.") from None
+    del minerl, shimmy
+    return gym
+
+
+def check_minecraft() -> None:
+    """Looks for what Minecraft cannot start without.
+
+    Raises:
+        UnavailableError: if there is no Java 8.
+    """
+    import_minerl()
+    home = os.environ.get("JAVA_HOME")
+    java = str(Path(home) / "bin" / "java") if home else "java"  # as gradle looks for it
+    try:
+        said = subprocess.run([java, "-version"], capture_output=True, text=True, check=False, timeout=60).stderr
+    except OSError:
+        raise UnavailableError(f"{NO_MINECRAFT} There is no '{java}'.") from None
+    if '"1.8.' not in said:
+        raise UnavailableError(f"{NO_MINECRAFT} '{java}' is {(said.splitlines() or ['of an unknown version'])[0]}.")
+
+
+@contextmanager
+def _old_packages() -> Generator[None]:
+    """Silences what gym and MineRL, no longer maintained, warn of at every turn."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _command(action: Action) -> dict[str, Any]:
+    camera = np.array([action.pitch, action.yaw], np.float32)
+    return {**{key: int(key in action.pressed) for key in KEYS}, "camera": camera}
+
+
+def _is_listening(instance: Any) -> bool:
+    try:
+        socket.create_connection((instance.host, instance.port), timeout=5.0).close()
+    except (OSError, TypeError):
+        return False
+    return True
+
+
+def _cause(error: BaseException) -> str:
+    """The line of a start's output that says most: the first exception, or else the last line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    named = [line for line in lines if "Exception" in line or "rror:" in line]
+    return (named or lines[-1:] or [type(error).__name__])[0]

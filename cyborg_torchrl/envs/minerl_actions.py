@@ -1,0 +1,81 @@
+"""Tables of discrete actions for MineRL Treechop: what each action presses, and by how much it turns the camera."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from cyborg_torchrl.registry import did_you_mean
+
+KEYS = ("attack", "back", "forward", "jump", "left", "right", "sneak", "sprint")
+"""Keys of MineRL's action, each 0 or 1."""
+
+
+class Action(NamedTuple):
+    """One discrete action."""
+
+    pressed: frozenset[str] = frozenset()
+    """Keys held down."""
+    pitch: float = 0.0
+    """Degrees that the camera turns in each frame; up is negative."""
+    yaw: float = 0.0
+    """Degrees that the camera turns in each frame; left is negative."""
+
+
+class ActionTable(NamedTuple):
+    """Discrete actions, with the frame skip and the frame stack that belong to them."""
+
+    actions: tuple[Action, ...]
+    frame_skip: int = 1
+    frame_stack: int = 1
+
+
+def _attacking(*pressed: str, pitch: float = 0.0, yaw: float = 0.0) -> Action:
+    return Action(frozenset(("attack", *pressed)), pitch, yaw)
+
+
+def _walking(*pressed: str, yaw: float = 0.0) -> Action:
+    return _attacking("forward", *pressed, yaw=yaw)
+
+
+TABLES: Mapping[str, ActionTable] = {
+    "seven": ActionTable(
+        (
+            _attacking(),
+            _attacking("forward"),
+            _attacking("forward", "jump"),
+            _attacking(pitch=-10.0),
+            _attacking(pitch=10.0),
+            _attacking(yaw=10.0),
+            _attacking(yaw=-10.0),
+        )
+    ),
+    "five": ActionTable(
+        (_walking(), _attacking(), _walking("jump"), _walking(yaw=-10.0), _walking(yaw=10.0)),
+        frame_skip=4,
+        frame_stack=4,
+    ),
+    "turn_22_5": ActionTable(
+        (
+            _attacking(),
+            _attacking("forward"),
+            _attacking("forward", "jump"),
+            _attacking(pitch=-22.5),
+            _attacking(pitch=22.5),
+            _attacking(yaw=22.5),
+            _attacking(yaw=-22.5),
+        )
+    ),
+}
+"""seven: attack always on. five: attack always on, forward too but in one action. turn_22_5: seven with wide turns."""
+
+
+def action_table(name: str) -> ActionTable:
+    """The table of that name.
+
+    Raises:
+        ValueError: with the nearest that there is.
+    """
+    if name not in TABLES:
+        raise ValueError(f"unknown actions '{name}': {did_you_mean(name, TABLES)}")
+    return TABLES[name]

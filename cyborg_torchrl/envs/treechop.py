@@ -1,0 +1,136 @@
+# pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# (tensordict's and torchrl's annotations are narrower than what they take)
+"""`treechop`: collect wood from pixels, in Crafter (which always runs) or in MineRL (which needs Minecraft)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from numbers import Integral
+from typing import Any
+
+import torch
+from torchrl.envs import CatFrames, EnvBase, ParallelEnv, SerialEnv, TransformedEnv
+
+from cyborg_torchrl import keys
+from cyborg_torchrl.envs.minerl_actions import ActionTable, action_table
+from cyborg_torchrl.envs.seeded_gym import SeededGymWrapper
+from cyborg_torchrl.registry import UnavailableError, did_you_mean, register_environment
+
+TITLES = {"crafter": "crafter_collect_wood", "minerl": "minerl_treechop"}
+"""What each backend is called in logs and summaries."""
+DEFAULT_ACTIONS = {"crafter": "chop", "minerl": "seven"}
+WORKERS = {"serial": SerialEnv, "parallel": ParallelEnv}
+
+
+def treechop_title(options: Mapping[str, Any]) -> str:
+    """What the task is called under these options: Crafter is never called MineRL or Treechop."""
+    return TITLES.get(options.get("backend", "crafter"), "treechop")
+
+
+@register_environment("treechop", title=treechop_title)
+def build_treechop(
+    num_envs: int = 8,
+    *,
+    backend: str = "crafter",
+    max_episode_steps: int = 8000,
+    actions: str | None = None,
+    frame_skip: int | None = None,
+    frame_stack: int | None = None,
+    mortal: bool = True,
+    regrow: int | None = None,
+    port: int | None = None,
+    workers: str = "serial",
+    device: torch.device | str | None = None,
+    seed: int | None = None,
+) -> EnvBase:
+    """Environments side by side, each with its own seed; an episode's return is the wood collected in it.
+
+    Args:
+        num_envs: N.
+        backend: crafter ("Crafter collect-wood", see `CrafterWood`) or minerl (MineRL 0.4.4 Treechop, see
+            `MineRLTreechop`).
+        max_episode_steps: frames of an episode, those that are skipped included.
+        actions: name of a table of actions. crafter: chop (None; 6: stand, walk, do) or all (Crafter's own 17). minerl:
+            seven (None), five or turn_22_5, see `minerl_actions`.
+        frame_skip: frames that each action is repeated for; None: the action table's, 1 for crafter.
+        frame_stack: last observations that are shown together, as channels; None: the action table's, 1 for crafter.
+        mortal: crafter: its own rules; False: health is kept up and every episode lasts `max_episode_steps`.
+        regrow: crafter: steps after which a felled tree stands again; None: its own rules, never.
+        port: minerl: environment i plays on the Minecraft that listens on port + i; None: each starts its own.
+        workers: serial (all in this process) or parallel (each in a process of its own).
+        device: where observations are put.
+        seed: seed that those of the environments are derived from; None draws one.
+
+    Returns:
+        Observation "pixels", [N, 64, 64, 3 * frame_stack] uint8; one action, [N] integer; reward [N, 1], the wood of
+        the step. `max_episode_steps` of it counts actions.
+
+    Raises:
+        ValueError: if an option is impossible, or belongs to the other backend.
+        UnavailableError: if a package or Java is missing.
+    """
+    for name, value, known in (("backend", backend, TITLES), ("workers", workers, WORKERS)):
+        if value not in known:
+            raise ValueError(f"unknown {name} '{value}': {did_you_mean(value, known)}")
+    if backend == "crafter" and port is not None:
+        raise ValueError("port belongs to backend=minerl.")
+    actions = actions or DEFAULT_ACTIONS[backend]
+    table = ActionTable(()) if backend == "crafter" else action_table(actions)
+    frame_skip = table.frame_skip if frame_skip is None else frame_skip
+    frame_stack = table.frame_stack if frame_stack is None else frame_stack
+    counts = {"num_envs": num_envs, "max_episode_steps": max_episode_steps, "regrow": 1 if regrow is None else regrow}
+    for name, value in (counts | {"frame_skip": frame_skip, "frame_stack": frame_stack}).items():
+        if not isinstance(value, Integral) or value < 1:
+            raise ValueError(f"{name} must be an integer >= 1; got {value!r}.")
+    if backend == "crafter":
+        _check_crafter(actions)
+        make = partial(_make_crafter, actions, max_episode_steps, mortal, regrow, frame_skip)
+    else:
+        _check_minerl(port)
+        make = partial(_make_minerl, actions, max_episode_steps, frame_skip)
+    ports = [{"port": None if port is None else port + i} for i in range(num_envs)]
+    env = WORKERS[workers](num_envs, make, create_env_kwargs=ports, device=device)
+    env.max_episode_steps = -(-max_episode_steps // frame_skip)
+    env.set_seed(int(torch.randint(2**31, ())) if seed is None else seed)
+    if frame_stack == 1:
+        return env
+    return TransformedEnv(env, CatFrames(frame_stack, -1, in_keys=[keys.PIXELS]))
+
+
+def _make_crafter(
+    actions: str, max_episode_steps: int, mortal: bool, regrow: int | None, frame_skip: int, port: None
+) -> EnvBase:
+    from cyborg_torchrl.envs.crafter import CrafterWood
+
+    del port
+    game = CrafterWood(actions, max_episode_steps, mortal=mortal, regrow=regrow)
+    return SeededGymWrapper(game, frame_skip=frame_skip, categorical_action_encoding=True)
+
+
+def _make_minerl(actions: str, max_episode_steps: int, frame_skip: int, port: int | None) -> EnvBase:
+    from cyborg_torchrl.envs.minerl import MineRLTreechop, make_treechop
+
+    game = MineRLTreechop(actions, max_episode_steps, make=partial(make_treechop, port))
+    return SeededGymWrapper(game, frame_skip=frame_skip, categorical_action_encoding=True)
+
+
+def _check_crafter(actions: str) -> None:
+    try:
+        from cyborg_torchrl.envs.crafter import TABLES, make_game
+    except ImportError as error:  # gymnasium itself
+        raise UnavailableError(f"backend=crafter needs {error.name}: pip install 'cyborg-torchrl[envs]'") from None
+    if actions not in TABLES:
+        raise ValueError(f"unknown actions '{actions}': {did_you_mean(actions, TABLES)}")
+    make_game()
+
+
+def _check_minerl(port: int | None) -> None:
+    try:
+        from cyborg_torchrl.envs.minerl import check_minecraft, import_minerl
+    except ImportError as error:
+        raise UnavailableError(f"backend=minerl needs {error.name}: make minerl (docs/treechop.md).") from None
+    if port is None:
+        check_minecraft()
+    else:
+        import_minerl()
