@@ -101,7 +101,10 @@ def build_agent(cfg: DictConfig, env: EnvBase) -> PPOAgent:
 def episode_attribute(env: EnvBase | None, name: str) -> int | None:
     """`horizon` or `max_episode_steps` of an environment, if it has one."""
     while env is not None:
-        value = getattr(env, name, None)
+        try:
+            value = getattr(env, name, None)
+        except RecursionError:  # TorchRL's batches of environments that are not started, or closed
+            return None
         if isinstance(value, int):
             return value
         env = getattr(env, "base_env", None)

@@ -46,6 +46,7 @@ def run_experiment(cfg: DictConfig) -> dict[str, Any]:
     started = time.perf_counter()
     progress = Progress(is_shown=cfg.logger.progress)
     trainer, agent, env = build_trainer(cfg, progress.advance)
+    horizon = episode_attribute(env, "horizon")  # now: a closed environment does not tell
     path = Path(cfg.logger.base_dir) / (cfg.logger.run_name or default_run_name(cfg))
     try:
         run = RunDirectory(path, cfg)
@@ -81,7 +82,7 @@ def run_experiment(cfg: DictConfig) -> dict[str, Any]:
         "id": cfg.env.get("id"),
         "backbone": cfg.backbone.name,
         "memory": cfg.memory.name,
-        "horizon": episode_attribute(env, "horizon"),
+        "horizon": horizon,
         "recurrent_mode": cfg.train.recurrent_mode,
         "num_envs": cfg.env.get("num_envs"),
         "total_timesteps": trainer.num_steps,
