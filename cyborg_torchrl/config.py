@@ -69,6 +69,14 @@ class EncoderConfig:
 
 
 @dataclass
+class FusionConfig:
+    """Where the present meets what memory reads."""
+
+    gate: bool = False
+    """Let the present gate the past, so that a question can choose among what is remembered."""
+
+
+@dataclass
 class TrainConfig:
     """PPO."""
 
@@ -108,6 +116,8 @@ class TrainConfig:
     clip_range_vf: float | None = None
     """Clip of the value's change; null: none."""
     vf_coef: float = 0.5
+    """Weight of the critic's loss; 0: no critic, values are zero (with gae_lambda=1 and normalize_advantage=step the
+    baseline of a return is its mean over the environments at that step)."""
     ent_coef: float = 0.0
     max_grad_norm: float = 0.5
     target_kl: float | None = None
@@ -171,6 +181,7 @@ GROUPS = {"backbone": backbones, "memory": memories, "env": environments}
 """Groups whose choices are registered components."""
 NODES = {
     "encoder": EncoderConfig,
+    "fusion": FusionConfig,
     "transforms": TransformsConfig,
     "train": TrainConfig,
     "collector": CollectorConfig,
@@ -189,6 +200,7 @@ class Config:
     memory: Any = field(default_factory=lambda: {"name": "none"})
     """An external memory around the backbone: none or pmm."""
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    fusion: FusionConfig = field(default_factory=FusionConfig)
     transforms: TransformsConfig = field(default_factory=TransformsConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     collector: CollectorConfig = field(default_factory=CollectorConfig)

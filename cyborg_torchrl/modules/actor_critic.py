@@ -54,6 +54,7 @@ class PPOAgent(TensorDictModuleBase):
         batch_dims: leading batch dimensions of the spec's shape.
         policy_scale: factor on the policy head's initial weights.
         value_scale: factor on the value head's initial weights.
+        is_gated: let the present gate the past where they meet.
         env_statistics: running statistics of the environment's transforms, which belong to what was learned; not
             used here, but saved and loaded with the agent.
     """
@@ -67,6 +68,7 @@ class PPOAgent(TensorDictModuleBase):
         batch_dims: int = 0,
         policy_scale: float = 0.01,
         value_scale: float = 0.1,
+        is_gated: bool = False,
         env_statistics: nn.Module | None = None,
     ) -> None:
         super().__init__()
@@ -76,7 +78,7 @@ class PPOAgent(TensorDictModuleBase):
         head = build_action_head(action_spec, width, scale=policy_scale, batch_dims=batch_dims)
         self.encoder, self.backbone = encoder, backbone
         self.fusion = TensorDictModule(
-            PastPresentFusion(core.in_features, width),
+            PastPresentFusion(core.in_features, width, is_gated=is_gated),
             in_keys=[keys.FEATURES, keys.MEMORY_FEATURES],
             out_keys=[keys.JOINT_FEATURES],
         )

@@ -8,26 +8,29 @@ from torch import Tensor, nn
 
 
 class PastPresentFusion(nn.Module):
-    """Normalises the memory's read-out and the present features apart, lets the present gate the past, and adds them.
+    """Normalises the memory's read-out and the present features apart, then adds them.
 
-        joint = (1 + G LayerNorm(present)) LayerNorm(memory) + W LayerNorm(present)       (no W where the widths agree)
+        joint = LayerNorm(memory) + W LayerNorm(present)       (no W where the widths agree)
 
     Under one norm the present drowns the past: a slow memory writes little at each step. With a sum alone, what is seen
-    could not choose among what is remembered, since the heads are linear: a question has to multiply. G begins at zero.
+    cannot choose among what is remembered, since the heads are linear: a question has to multiply. Gated, the past is
+    multiplied by 1 + G LayerNorm(present), with G zero at the start.
 
     Source: feature-wise linear modulation, Perez et al. (2018), of the past by the present.
 
     Args:
         present_features: F, width of the encoder's features.
         memory_features: D, width of the memory features and of the result.
+        is_gated: let the present gate the past.
     """
 
-    def __init__(self, present_features: int, memory_features: int) -> None:
+    def __init__(self, present_features: int, memory_features: int, *, is_gated: bool = False) -> None:
         super().__init__()
         self.past = nn.LayerNorm(memory_features)
         self.present = nn.LayerNorm(present_features)
-        self.gate = nn.Linear(present_features, memory_features, bias=False)
-        nn.init.zeros_(self.gate.weight)
+        self.gate = nn.Linear(present_features, memory_features, bias=False) if is_gated else None
+        if self.gate is not None:
+            nn.init.zeros_(self.gate.weight)
         self.project = (
             nn.Identity()
             if present_features == memory_features
@@ -37,4 +40,5 @@ class PastPresentFusion(nn.Module):
     def forward(self, present: Float[Tensor, "*B F"], memory: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
         """Returns the joint features."""
         past, now = self.past(memory), self.present(present)
-        return torch.addcmul(past + self.project(now), past, self.gate(now))
+        joint = past + self.project(now)
+        return joint if self.gate is None else torch.addcmul(joint, past, self.gate(now))
