@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import Any
+from typing import Any, SupportsInt
 
 import gymnasium
 import numpy as np
@@ -71,7 +71,7 @@ class CrafterWood(gymnasium.Env[Any, Any]):
         self._stumps.clear()
         return _observed(self._game.reset()), {}
 
-    def step(self, action: int) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
+    def step(self, action: SupportsInt) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
         """Takes a step. Returns observation, wood, whether the player died, whether time is up, nothing."""
         if not self.mortal:
             self._game._player.inventory.update(dict.fromkeys(VITALS, 9))

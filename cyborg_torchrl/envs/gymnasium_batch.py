@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -111,10 +111,11 @@ class SuccessReader(BaseInfoDictReader):
 
 
 def batch(
-    make: MakeOne,
+    make: MakeOne | Sequence[MakeOne],
     num_envs: int,
     *,
     workers: int = 0,
+    max_episode_steps: int | None = None,
     reports_success: bool = False,
     device: torch.device | str | None = None,
     seed: int | None = None,
@@ -124,9 +125,10 @@ def batch(
     Its attribute `max_episode_steps` is the longest that an episode can last, None if that is unknown.
 
     Args:
-        make: makes one, with its wrappers.
+        make: makes one, with its wrappers; or one callable for each.
         num_envs: N.
         workers: processes that the environments are split over; 0: all in this process.
+        max_episode_steps: the longest that an episode can last; None: one is made, and asked.
         reports_success: there is an `info["success"]`, read as "success".
         device: where tensors are put.
         seed: seed of all environments, each gets its own from it; None: whatever.
@@ -138,26 +140,26 @@ def batch(
         raise ValueError(f"num_envs must be >= 1; got {num_envs}.")
     if workers < 0 or (workers and num_envs % workers):
         raise ValueError(f"workers = {workers} must divide num_envs = {num_envs}; 0: all in this process.")
-    longest = longest_episode(make)
-    build = partial(_vector, make, num_envs // max(workers, 1), reports_success)
+    makers = list(make) if isinstance(make, Sequence) else [make] * num_envs
+    longest = longest_episode(makers[0]) if max_episode_steps is None else max_episode_steps
     if workers:
-        env: EnvBase = FlatBatch(ParallelEnv(workers, build, device=device))
+        share = num_envs // workers
+        parts = [partial(_vector, makers[i * share : (i + 1) * share], reports_success) for i in range(workers)]
+        env: EnvBase = FlatBatch(ParallelEnv(workers, parts, device=device))
     else:
-        env = build(device=device)
+        env = _vector(makers, reports_success, device)
     env.max_episode_steps = longest
     if seed is not None:
         env.set_seed(seed)
     return env
 
 
-def _vector(
-    make: MakeOne, num_envs: int, reports_success: bool, device: torch.device | str | None = None
-) -> GymnasiumEnv:
+def _vector(makers: Sequence[MakeOne], reports_success: bool, device: torch.device | str | None = None) -> GymnasiumEnv:
     from cyborg_torchrl.envs.gymnasium_vector import SeededVectorEnv
 
-    env = GymnasiumEnv(SeededVectorEnv([make] * num_envs), categorical_action_encoding=True, device=device)
+    env = GymnasiumEnv(SeededVectorEnv(makers), categorical_action_encoding=True, device=device)
     if reports_success:
-        env.set_info_dict_reader(SuccessReader(num_envs))
+        env.set_info_dict_reader(SuccessReader(len(makers)))
     return env
 
 

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsInt
 
 import gymnasium
 import numpy as np
@@ -110,7 +110,7 @@ class MineRLTreechop(gymnasium.Env[Any, Any]):
                 return self._observed(observation), {}
         raise UnavailableError(f"Minecraft could not be restarted in {self.attempts} attempts; see the log above.")
 
-    def step(self, action: int) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
+    def step(self, action: SupportsInt) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
         """Takes a step. Returns observation, logs, whether 64 are possessed, whether it was cut off, info."""
         self._steps += 1
         is_time_up = self._steps >= self.max_episode_steps

@@ -38,34 +38,28 @@ def _walking(*pressed: str, yaw: float = 0.0) -> Action:
     return _attacking("forward", *pressed, yaw=yaw)
 
 
-TABLES: Mapping[str, ActionTable] = {
-    "seven": ActionTable(
+def _seven(degrees: float) -> ActionTable:
+    return ActionTable(
         (
             _attacking(),
             _attacking("forward"),
             _attacking("forward", "jump"),
-            _attacking(pitch=-10.0),
-            _attacking(pitch=10.0),
-            _attacking(yaw=10.0),
-            _attacking(yaw=-10.0),
+            _attacking(pitch=-degrees),
+            _attacking(pitch=degrees),
+            _attacking(yaw=degrees),
+            _attacking(yaw=-degrees),
         )
-    ),
+    )
+
+
+TABLES: Mapping[str, ActionTable] = {
+    "seven": _seven(10.0),
     "five": ActionTable(
         (_walking(), _attacking(), _walking("jump"), _walking(yaw=-10.0), _walking(yaw=10.0)),
         frame_skip=4,
         frame_stack=4,
     ),
-    "turn_22_5": ActionTable(
-        (
-            _attacking(),
-            _attacking("forward"),
-            _attacking("forward", "jump"),
-            _attacking(pitch=-22.5),
-            _attacking(pitch=22.5),
-            _attacking(yaw=22.5),
-            _attacking(yaw=-22.5),
-        )
-    ),
+    "turn_22_5": _seven(22.5),
 }
 """seven: attack always on. five: attack always on, forward too but in one action. turn_22_5: seven with wide turns."""
 

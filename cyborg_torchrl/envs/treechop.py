@@ -10,17 +10,16 @@ from numbers import Integral
 from typing import Any
 
 import torch
-from torchrl.envs import CatFrames, EnvBase, ParallelEnv, SerialEnv, TransformedEnv
+from torchrl.envs import CatFrames, EnvBase, TransformedEnv
 
 from cyborg_torchrl import keys
+from cyborg_torchrl.envs.gymnasium_batch import batch
 from cyborg_torchrl.envs.minerl_actions import ActionTable, action_table
-from cyborg_torchrl.envs.seeded_gym import SeededGymWrapper
 from cyborg_torchrl.registry import UnavailableError, did_you_mean, register_environment
 
 TITLES = {"crafter": "crafter_collect_wood", "minerl": "minerl_treechop"}
 """What each backend is called in logs and summaries."""
 DEFAULT_ACTIONS = {"crafter": "chop", "minerl": "seven"}
-WORKERS = {"serial": SerialEnv, "parallel": ParallelEnv}
 
 
 def treechop_title(options: Mapping[str, Any]) -> str:
@@ -40,7 +39,7 @@ def build_treechop(
     mortal: bool = True,
     regrow: int | None = None,
     port: int | None = None,
-    workers: str = "serial",
+    workers: int = 0,
     device: torch.device | str | None = None,
     seed: int | None = None,
 ) -> EnvBase:
@@ -58,7 +57,7 @@ def build_treechop(
         mortal: crafter: its own rules; False: health is kept up and every episode lasts `max_episode_steps`.
         regrow: crafter: steps after which a felled tree stands again; None: its own rules, never.
         port: minerl: environment i plays on the Minecraft that listens on port + i; None: each starts its own.
-        workers: serial (all in this process) or parallel (each in a process of its own).
+        workers: processes that the environments are split over; 0: all in this process.
         device: where observations are put.
         seed: seed that those of the environments are derived from; None draws one.
 
@@ -70,9 +69,8 @@ def build_treechop(
         ValueError: if an option is impossible, or belongs to the other backend.
         UnavailableError: if a package or Java is missing.
     """
-    for name, value, known in (("backend", backend, TITLES), ("workers", workers, WORKERS)):
-        if value not in known:
-            raise ValueError(f"unknown {name} '{value}': {did_you_mean(value, known)}")
+    if backend not in TITLES:
+        raise ValueError(f"unknown backend '{backend}': {did_you_mean(backend, TITLES)}")
     if backend == "crafter" and port is not None:
         raise ValueError("port belongs to backend=minerl.")
     actions = actions or DEFAULT_ACTIONS[backend]
@@ -85,34 +83,34 @@ def build_treechop(
             raise ValueError(f"{name} must be an integer >= 1; got {value!r}.")
     if backend == "crafter":
         _check_crafter(actions)
-        make = partial(_make_crafter, actions, max_episode_steps, mortal, regrow, frame_skip)
+        makers = [partial(_make_crafter, actions, max_episode_steps, mortal, regrow, frame_skip)] * num_envs
     else:
         _check_minerl(port)
-        make = partial(_make_minerl, actions, max_episode_steps, frame_skip)
-    ports = [{"port": None if port is None else port + i} for i in range(num_envs)]
-    env = WORKERS[workers](num_envs, make, create_env_kwargs=ports, device=device)
-    env.max_episode_steps = -(-max_episode_steps // frame_skip)
-    env.set_seed(int(torch.randint(2**31, ())) if seed is None else seed)
+        ports = [None if port is None else port + i for i in range(num_envs)]
+        makers = [partial(_make_minerl, actions, max_episode_steps, frame_skip, port) for port in ports]
+    longest = -(-max_episode_steps // frame_skip)
+    env = batch(makers, num_envs, workers=workers, max_episode_steps=longest, device=device, seed=seed)
     if frame_stack == 1:
         return env
     return TransformedEnv(env, CatFrames(frame_stack, -1, in_keys=[keys.PIXELS]))
 
 
-def _make_crafter(
-    actions: str, max_episode_steps: int, mortal: bool, regrow: int | None, frame_skip: int, port: None
-) -> EnvBase:
+def _make_crafter(actions: str, max_episode_steps: int, mortal: bool, regrow: int | None, frame_skip: int) -> Any:
     from cyborg_torchrl.envs.crafter import CrafterWood
 
-    del port
-    game = CrafterWood(actions, max_episode_steps, mortal=mortal, regrow=regrow)
-    return SeededGymWrapper(game, frame_skip=frame_skip, categorical_action_encoding=True)
+    return _skipping(CrafterWood(actions, max_episode_steps, mortal=mortal, regrow=regrow), frame_skip)
 
 
-def _make_minerl(actions: str, max_episode_steps: int, frame_skip: int, port: int | None) -> EnvBase:
+def _make_minerl(actions: str, max_episode_steps: int, frame_skip: int, port: int | None) -> Any:
     from cyborg_torchrl.envs.minerl import MineRLTreechop, make_treechop
 
-    game = MineRLTreechop(actions, max_episode_steps, make=partial(make_treechop, port))
-    return SeededGymWrapper(game, frame_skip=frame_skip, categorical_action_encoding=True)
+    return _skipping(MineRLTreechop(actions, max_episode_steps, make=partial(make_treechop, port)), frame_skip)
+
+
+def _skipping(game: Any, frame_skip: int) -> Any:
+    from cyborg_torchrl.envs.gymnasium_vector import FrameSkip
+
+    return game if frame_skip == 1 else FrameSkip(game, frame_skip)
 
 
 def _check_crafter(actions: str) -> None:

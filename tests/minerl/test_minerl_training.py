@@ -54,7 +54,7 @@ def test_killing_minecraft_loses_no_training_step(moment: int, launcher: Any) ->
     """Environment 0's stub is killed before its step `moment`, and started again half a second later on its port."""
     port = start_two(launcher)
     victim = launcher.stubs[-2]
-    trainer, _ = build_trainer(config(port))
+    trainer = build_trainer(config(port)).trainer
     acted = iter(range(10**6))
     policy = trainer.collector.policy
 
@@ -124,7 +124,7 @@ def test_five_actions_skip_and_stack_four(launcher: Any, commands_of: Callable[[
 
 def test_specs_hold_in_processes(launcher: Any) -> None:
     port = start_two(launcher)
-    env = build_treechop(2, backend="minerl", max_episode_steps=8, port=port, workers="parallel", seed=0)
+    env = build_treechop(2, backend="minerl", max_episode_steps=8, port=port, workers=2, seed=0)
     check_env_specs(env)
     assert shown_step(env.rollout(8)["pixels"]).tolist() == [list(range(8))] * 2
     env.close()
