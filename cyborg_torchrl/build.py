@@ -18,7 +18,7 @@ from cyborg_torchrl.collectors import RolloutCollector
 from cyborg_torchrl.config import ConfigError, TrainConfig, resolve_device
 from cyborg_torchrl.cores import Core, MemorylessCore
 from cyborg_torchrl.data import EpisodeBuffer, RecurrentRolloutBuffer, RolloutBuffer
-from cyborg_torchrl.envs.make import tracked
+from cyborg_torchrl.envs.make import episode_attribute, tracked
 from cyborg_torchrl.envs.normalization import statistics_of
 from cyborg_torchrl.envs.transforms import build_transforms
 from cyborg_torchrl.modules import Backbone, PPOAgent, build_encoder
@@ -104,19 +104,6 @@ def build_agent(cfg: DictConfig, env: EnvBase) -> PPOAgent:
         env_statistics=statistics_of(env),
     )
     return agent.to(resolve_device(cfg.train.device))
-
-
-def episode_attribute(env: EnvBase | None, name: str) -> int | None:
-    """`horizon` or `max_episode_steps` of an environment, if it has one."""
-    while env is not None:
-        try:
-            value = getattr(env, name, None)
-        except RecursionError:  # TorchRL's batches of environments that are not started, or closed
-            return None
-        if isinstance(value, int):
-            return value
-        env = getattr(env, "base_env", None)
-    return None
 
 
 def rollout_length(cfg: DictConfig, env: EnvBase) -> int:

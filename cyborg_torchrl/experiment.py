@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from cyborg_torchrl.build import build_env, build_trainer, episode_attribute
+from cyborg_torchrl.build import build_env, build_trainer
 from cyborg_torchrl.config import ConfigError
+from cyborg_torchrl.envs.make import episode_attribute
 from cyborg_torchrl.envs.normalization import freeze_statistics
 from cyborg_torchrl.evaluation import Evaluation, evaluate
 from cyborg_torchrl.modules import PPOAgent

@@ -28,11 +28,18 @@ class UnavailableError(ValueError):
     """A component that cannot run here; the message is one line that says what is missing and how to get it."""
 
 
+MOST_NAMED = 20
+"""Names that a message lists at most."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Returns what helps whoever mistyped `name`: the nearest name that exists, or all of them if none is near."""
+    """Returns what helps whoever mistyped `name`: the nearest name that exists, or what there is if none is near."""
     names = sorted(known)
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"did you mean '{near[0]}'?" if near else f"known: {', '.join(names) or '(none)'}."
+    folded = {other.lower(): other for other in reversed(names)}
+    near = difflib.get_close_matches(name.lower(), folded, n=1, cutoff=0.5)
+    if near:
+        return f"did you mean '{folded[near[0]]}'?"
+    return f"known: {', '.join(names[:MOST_NAMED]) or '(none)'}{', ...' if len(names) > MOST_NAMED else '.'}"
 
 
 class Registry:

@@ -18,6 +18,7 @@ from torchrl.envs import EnvBase
 from torchrl.envs.utils import check_env_specs
 
 from cyborg_torchrl import keys
+from cyborg_torchrl.envs.make import episode_attribute
 
 ENDS = (keys.DONE, keys.TERMINATED, keys.TRUNCATED)
 MOST_STEPS = 300
@@ -81,7 +82,7 @@ def check_environment(
         torch.manual_seed(seed)
         try:
             env.reset()
-            longest = _length(env)
+            longest = episode_attribute(env, "max_episode_steps")
             steps = num_steps or (100 if longest is None else min(2 * longest + 2, MOST_STEPS))
             first = _play(env, seed, steps)
         except Exception as error:  # whatever an environment does: it is what this looks for
@@ -110,14 +111,6 @@ def _find(name: str, check: Callable[[], str]) -> EnvironmentFinding:
 def _line(error: Exception) -> str:
     text = " ".join(str(error).split())
     return text if isinstance(error, _Broken) else f"{type(error).__name__}: {text[:400]}"
-
-
-def _length(env: EnvBase) -> int | None:
-    """What a batch of environments answers is a list; an environment that has been reset is there to be asked."""
-    length = getattr(env, "max_episode_steps", None)
-    lengths = set(length) if isinstance(length, (list, tuple)) else {length}
-    length = lengths.pop() if len(lengths) == 1 else None
-    return length if isinstance(length, int) else None
 
 
 @torch.no_grad()

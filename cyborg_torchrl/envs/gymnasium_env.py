@@ -4,9 +4,7 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
-from collections.abc import Iterable
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -15,7 +13,7 @@ import torch
 from torchrl.envs import EnvBase
 
 from cyborg_torchrl.envs.gymnasium_batch import batch
-from cyborg_torchrl.registry import register_environment
+from cyborg_torchrl.registry import UnavailableError, did_you_mean, register_environment
 
 EXTRA = "pip install 'cyborg-torchrl[envs]'"
 
@@ -24,21 +22,12 @@ def import_package(name: str, *, command: str = EXTRA) -> ModuleType:
     """Imports an optional package.
 
     Raises:
-        ValueError: if it is not installed, with the command that installs it.
+        UnavailableError: if it is not installed, with the command that installs it.
     """
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ValueError(f"the package '{name}' cannot be imported ({error}): {command}") from None
-
-
-def nearest(name: str, known: Iterable[str], what: str) -> str:
-    """One line for an id that does not exist, with the nearest that do."""
-    names = sorted(known)
-    folded = {other.lower(): other for other in names}
-    near = [folded[other] for other in difflib.get_close_matches(name.lower(), folded, n=3, cutoff=0.5)]
-    some = ", ".join(f"'{other}'" for other in near) or ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-    return f"no {what} '{name}': {'did you mean ' if near else 'there are '}{some}{'?' if near else ''}"
+        raise UnavailableError(f"the package '{name}' cannot be imported ({error}): {command}") from None
 
 
 def wrap(env: Any, *, frame_skip: int = 1, **reported: Any) -> Any:
@@ -79,7 +68,7 @@ def make_registered(env_id: str, max_episode_steps: int | None = None, options: 
     try:
         return gymnasium.make(env_id, max_episode_steps=max_episode_steps, disable_env_checker=True, **options or {})
     except gymnasium.error.UnregisteredEnv:
-        raise ValueError(nearest(env_id, gymnasium.registry, "gymnasium id")) from None
+        raise ValueError(f"no gymnasium id '{env_id}': {did_you_mean(env_id, gymnasium.registry)}") from None
     except (gymnasium.error.Error, TypeError, ImportError) as error:
         given = f" with options {options}" if options else ""
         raise ValueError(f"'{env_id}'{given}: {' '.join(str(error).split())}") from None

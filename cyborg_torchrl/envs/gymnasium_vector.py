@@ -12,7 +12,7 @@ import numpy as np
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
-from cyborg_torchrl.modules.encoders.images import MIN_SIDE
+from cyborg_torchrl.modules.encoders.images import is_picture
 
 Info = dict[str, Any]
 Stepped = tuple[Any, float, bool, bool, Info]
@@ -23,8 +23,9 @@ class SeededVectorEnv(SyncVectorEnv):
 
     A seed given by `reseed` is used at each environment's next reset, not before: whoever holds an observation may
     still act on it. One that an episode has just begun with, given again before its first step (as by a collector after
-    its first reset), is not used a second time: no episode is played twice. Seeds of environments that stand in one vector, or in vectors of different seeds, are unrelated
-    (gymnasium's own `seed + i` would let two vectors with neighbouring seeds share most of theirs).
+    its first reset), is not used a second time: no episode is played twice. Seeds of environments that stand in one
+    vector, or in vectors of different seeds, are unrelated (gymnasium's own `seed + i` would let two vectors with
+    neighbouring seeds share most of theirs).
 
     Args:
         makers: one callable for each environment.
@@ -140,7 +141,7 @@ class Plain(gymnasium.ObservationWrapper):
         space = _plain_space(self.inner)
         if space is None:
             raise ValueError(f"nothing of the observation space {self.inner} can be read.")
-        is_image = isinstance(space, spaces.Box) and len(space.shape) == 3 and sorted(space.shape)[1] >= MIN_SIDE
+        is_image = isinstance(space, spaces.Box) and is_picture(space.shape)
         self.key = "pixels" if is_image else "observation"
         self.observation_space = spaces.Dict({self.key: space})
 

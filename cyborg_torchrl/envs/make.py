@@ -53,3 +53,17 @@ def make_env(
 def tracked(env: EnvBase, transforms: Sequence[Transform] = ()) -> TransformedEnv:
     """An environment with `is_init` and episode returns, which are raw: nothing that changes rewards comes before."""
     return TransformedEnv(env, Compose(InitTracker(), RewardSum(), *transforms), auto_unwrap=True)
+
+
+def episode_attribute(env: EnvBase | None, name: str) -> int | None:
+    """`horizon` or `max_episode_steps` of an environment; None if it has none, or its parts have different ones."""
+    while env is not None:
+        try:
+            value = getattr(env, name, None)
+        except RecursionError:  # TorchRL's batches of environments that are not started, or closed
+            return None
+        values = set(value) if isinstance(value, (list, tuple)) else {value}  # a batch answers for each
+        if len(values) == 1 and isinstance(found := values.pop(), int):
+            return found
+        env = getattr(env, "base_env", None)
+    return None

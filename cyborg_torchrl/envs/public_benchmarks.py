@@ -15,8 +15,8 @@ import torch
 from torchrl.envs import EnvBase
 
 from cyborg_torchrl.envs.gymnasium_batch import batch
-from cyborg_torchrl.envs.gymnasium_env import import_package, make_registered, nearest, wrap
-from cyborg_torchrl.registry import register_environment
+from cyborg_torchrl.envs.gymnasium_env import import_package, make_registered, wrap
+from cyborg_torchrl.registry import did_you_mean, register_environment
 
 MEMORY_GYM = (
     "pip install --no-deps memory-gym && pip install pygame-ce (it pins an old gymnasium that it does not need)"
@@ -31,7 +31,7 @@ def _check_id(env_id: str, package: str, what: str, starts: tuple[str, ...] = ()
     by_module = {name: str(spec.entry_point).partition(".")[0] == package for name, spec in registry.items()}
     own = [name for name, is_own in by_module.items() if is_own or name.startswith(starts)]
     if env_id not in own:
-        raise ValueError(nearest(env_id, own, what))
+        raise ValueError(f"no {what} '{env_id}': {did_you_mean(env_id, own)}")
 
 
 def _make_popgym(env_id: str, frame_skip: int, max_episode_steps: int | None, options: dict[str, Any] | None) -> Any:
@@ -80,7 +80,7 @@ def _make_bsuite(env_id: str, frame_skip: int, max_episode_steps: int | None, op
     loader, sweep = import_package("bsuite.bsuite"), import_package("bsuite.sweep")
     adapter = import_package("shimmy.bsuite_compatibility")
     if env_id not in sweep.SETTINGS:
-        raise ValueError(nearest(env_id, sweep.SETTINGS, "bsuite id"))
+        raise ValueError(f"no bsuite id '{env_id}': {did_you_mean(env_id, sweep.SETTINGS)}")
     experiment, _ = loader.unpack_bsuite_id(env_id)
     try:
         inner = loader.load(experiment, {**sweep.SETTINGS[env_id], **(options or {})})

@@ -4,8 +4,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
@@ -16,8 +14,8 @@ from torchrl.envs import CatFrames, EnvBase, RewardClipping, Transform
 
 from cyborg_torchrl import keys
 from cyborg_torchrl.envs.normalization import NormalizeObservation, NormalizeReward
-from cyborg_torchrl.modules.encoders.build import BOOKKEEPING, MAIN
-from cyborg_torchrl.modules.encoders.images import MIN_SIDE, image_layout
+from cyborg_torchrl.modules.encoders.build import default_observations
+from cyborg_torchrl.modules.encoders.images import image_layout, is_picture
 
 
 class PreviousAction(Transform):
@@ -125,7 +123,8 @@ def build_transforms(
     batch_dims = len(env.batch_size)
     transforms: list[Transform] = []
     if normalize_observation:
-        found = [key for key, spec in observations_of(env) if spec.dtype.is_floating_point]
+        spec = env.observation_spec
+        found = [key for key in default_observations(spec) if spec[key].dtype.is_floating_point]
         if not found:
             raise ValueError(
                 "normalize_observation needs observations that are floats; pixels and categories are scaled by the "
@@ -145,30 +144,16 @@ def build_transforms(
     return transforms
 
 
-def observations_of(env: EnvBase) -> Iterator[tuple[NestedKey, TensorSpec]]:
-    """The leaves that an encoder reads by default: "pixels", else all below "observation", else all others."""
-    leaves = [
-        (key, spec)
-        for key, spec in env.observation_spec.items(True, True)
-        if not BOOKKEEPING.intersection((key,) if isinstance(key, str) else (key[0], key[-1]))
-    ]
-    for main in MAIN:
-        below = [(key, spec) for key, spec in leaves if main in (key, key[0])]
-        if below:
-            return iter(below)
-    return iter(leaves)
-
-
 def _frame_stack(env: EnvBase, frames: int, batch_dims: int) -> list[Transform]:
     stacks: dict[int, list[NestedKey]] = {}
-    for key, spec in observations_of(env):
+    for key in default_observations(env.observation_spec):
+        spec = env.observation_spec[key]
         shape = spec.shape[batch_dims:]
         if isinstance(spec, Categorical) or not shape:
             raise ValueError(
                 f"frame_stack stacks pixels and vectors; the observation {key} is {type(spec).__name__} "
                 f"{list(shape)}: leave it out."
             )
-        is_image = len(shape) == 3 and sorted(shape)[1] >= MIN_SIDE
-        dim = -3 if is_image and not image_layout(shape).is_channels_last else -1
+        dim = -3 if is_picture(shape) and not image_layout(shape).is_channels_last else -1
         stacks.setdefault(dim, []).append(key)
     return [CatFrames(frames, dim, in_keys=found) for dim, found in stacks.items()]

@@ -107,20 +107,33 @@ a convolutional network; bytes become [0, 1], and floats too where all are bound
     return TensorDictModule(network, in_keys=chosen, out_keys=[keys.FEATURES])
 
 
+def default_observations(spec: Composite) -> list[NestedKey]:
+    """The leaves that are read where nothing is said: "pixels", else all below "observation", else all observations."""
+    known = _observations(spec)
+    return next((found for key in MAIN if (found := _below(known, key))), known)
+
+
+def _observations(spec: Composite) -> list[NestedKey]:
+    """The leaves that are no bookkeeping."""
+    known: list[NestedKey] = [unravel_key(key) for key in spec.keys(True, True)]
+    return [key for key in known if not BOOKKEEPING.intersection((_path(key)[0], _path(key)[-1]))]
+
+
+def _below(leaves: Sequence[NestedKey], key: NestedKey) -> list[NestedKey]:
+    path = _path(key)
+    return [leaf for leaf in leaves if _path(leaf)[: len(path)] == path]
+
+
 def _chosen_keys(spec: Composite, wanted: Sequence[NestedKey] | None) -> list[NestedKey]:
     """The leaves to read, in the order asked for or that of the spec."""
     known: list[NestedKey] = [unravel_key(key) for key in spec.keys(True, True)]
 
-    def below(key: NestedKey) -> list[NestedKey]:
-        path = _path(key)
-        return [leaf for leaf in known if _path(leaf)[: len(path)] == path]
-
-    observations = [key for key in known if not BOOKKEEPING.intersection((_path(key)[0], _path(key)[-1]))]
-    names = ", ".join(sorted(map(_dotted, observations)))
+    names = ", ".join(sorted(map(_dotted, _observations(spec))))
     if wanted is None:
-        chosen = next((found for key in MAIN if (found := below(key))), observations)
+        chosen = default_observations(spec)
     else:
-        found = {key: below(key) or (below(tuple(key.split("."))) if isinstance(key, str) else []) for key in wanted}
+        dotted = {key: tuple(key.split(".")) if isinstance(key, str) else key for key in wanted}
+        found = {key: _below(known, key) or _below(known, path) for key, path in dotted.items()}
         missing = [key for key, leaves in found.items() if not leaves]
         if missing:
             raise ValueError(f"no observation {missing} in the environment; it has: {names}.")

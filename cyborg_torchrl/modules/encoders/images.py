@@ -11,6 +11,11 @@ MIN_SIDE = 32
 """Sides of what is taken for a picture; what is smaller is a grid or a vector."""
 
 
+def is_picture(shape: Sequence[int]) -> bool:
+    """Whether what has three dimensions is large enough to be taken for a picture."""
+    return len(shape) == 3 and sorted(shape)[1] >= MIN_SIDE
+
+
 class ImageLayout(NamedTuple):
     """How an image lies in a tensor."""
 
