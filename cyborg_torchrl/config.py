@@ -174,7 +174,9 @@ class LoggerConfig:
     progress: bool = True
     """Show a progress bar on stderr."""
     eval_episodes: int = 1000
-    """Fresh greedy episodes after training; 0: none."""
+    """Fresh episodes after training; 0: none."""
+    eval_actions: str = "greedy"
+    """What is done in them: greedy, or sampled as while training (a greedy walker can run against a wall for ever)."""
 
 
 GROUPS = {"backbone": backbones, "memory": memories, "env": environments}
@@ -329,6 +331,7 @@ def validate(cfg: DictConfig) -> None:
         ("train.start_state", train.start_state, ("stored", "initial")),
         ("collector.name", cfg.collector.name, ("rollout", "single", "multi_sync")),
         ("encoder.convolutions", cfg.encoder.convolutions, ("impala", "nature")),
+        ("logger.eval_actions", cfg.logger.eval_actions, ("greedy", "sampled")),
         ("encoder.discrete", cfg.encoder.discrete, ("one_hot", "embedding")),
     ):
         if value not in known:

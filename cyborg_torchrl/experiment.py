@@ -70,7 +70,8 @@ def run_experiment(cfg: DictConfig) -> dict[str, Any]:
                 run.save(_content(agent, trainer), metrics.get("success_rate", metrics.get("mean_reward")))
                 progress.report(metrics)
             if cfg.logger.eval_episodes:
-                result = evaluate_agent(cfg, agent, cfg.logger.eval_episodes)
+                is_greedy = cfg.logger.eval_actions == "greedy"
+                result = evaluate_agent(cfg, agent, cfg.logger.eval_episodes, is_deterministic=is_greedy)
     except KeyboardInterrupt:
         is_interrupted = True
         run.save(_content(agent, trainer), None)
@@ -90,6 +91,7 @@ def run_experiment(cfg: DictConfig) -> dict[str, Any]:
         "seed": cfg.train.seed,
         "success_rate": result.success_rate if result else metrics.get("success_rate"),
         "mean_reward": result.mean_reward if result else metrics.get("mean_reward"),
+        "eval_actions": cfg.logger.eval_actions,
         "eval_episodes": result.episodes if result else 0,
         "train_success_rate": metrics.get("success_rate"),
         "steps_per_second": round(metrics["steps_per_second"], 1) if metrics else None,

@@ -43,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, help="seed of parameters, actions and environments")
     parser.add_argument("--run-name", help="folder of the run")
     parser.add_argument("--base-dir", help="folder of all runs")
-    parser.add_argument("--eval-episodes", type=int, help="fresh greedy episodes after training")
+    parser.add_argument("--eval-episodes", type=int, help="fresh episodes after training")
     return parser
 
 

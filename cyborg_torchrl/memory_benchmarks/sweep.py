@@ -151,7 +151,9 @@ def _score(row: dict[str, Any]) -> float:
 
 def table(rows: Iterable[dict[str, Any]], target: float | None = None) -> Table:
     """One line for each group of runs that differ in nothing but the seed."""
-    result = Table(title="greedy success on fresh episodes, or the mean return where a task knows no success")
+    result = Table(
+        title="success on fresh episodes (greedy by default), or the mean return where a task knows no success"
+    )
     for column in HEADERS:
         is_text = column in ("task", "backbone", "level", "options", "seeds")
         result.add_column(column, justify="left" if is_text else "right")

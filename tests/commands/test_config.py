@@ -49,6 +49,7 @@ def test_schema_default_mode_is_none():
     ("override", "expected"),
     [
         ("backbone=gruu", "did you mean 'gru'"),
+        ("logger.eval_actions=gredy", "unknown logger.eval_actions 'gredy': did you mean 'greedy'"),
         ("env=delaid_cue", "did you mean 'delayed_cue'"),
         ("train=episod", "did you mean 'episode'"),
         ("backbone.hiden_size=3", "did you mean 'backbone.hidden_size'"),

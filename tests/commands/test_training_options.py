@@ -1,11 +1,14 @@
-"""Advantages without a critic, over the mean of each step."""
+"""Advantages without a critic, over the mean of each step; actions of the evaluation."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from cyborg_torchrl.build import build_trainer
 from cyborg_torchrl.config import load_config
+from cyborg_torchrl.envs import DelayedCueEnv
+from cyborg_torchrl.experiment import run_experiment
 
 
 def test_without_a_critic_an_advantage_is_the_return_over_its_steps_mean(tmp_path) -> None:
@@ -24,3 +27,21 @@ def test_without_a_critic_an_advantage_is_the_return_over_its_steps_mean(tmp_pat
     torch.testing.assert_close(steps["advantage"].squeeze(-1), over_mean / over_mean.std())
     trainer.update(rollout)
     assert not trainer.collector.rollout().steps["state_value"].any(), "nobody trains the critic"
+
+
+@pytest.mark.parametrize(("actions", "num_kinds"), [("greedy", 1), ("sampled", 4)])
+def test_evaluation_takes_greedy_or_sampled_actions(actions, num_kinds, tmp_path, monkeypatch) -> None:
+    """An agent without memory answers one and the same query: always the same, or now this and now that."""
+    taken = set()
+    judge = DelayedCueEnv._judge
+
+    def listen(env, action, time, latents):
+        if env.num_envs == 250:  # those of the evaluation
+            taken.update(action[time == env.horizon + 1].tolist())
+        return judge(env, action, time, latents)
+
+    monkeypatch.setattr(DelayedCueEnv, "_judge", listen)
+    overrides = ["env.horizon=2", "train=none", "train.total_timesteps=1", "train.n_epochs=1", "logger=quiet"]
+    overrides += [f"logger.base_dir={tmp_path}", "logger.eval_episodes=250", f"logger.eval_actions={actions}"]
+    assert run_experiment(load_config(overrides=overrides))["eval_actions"] == actions
+    assert len(taken) == num_kinds
