@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for index, (label, runs) in enumerate(groups.items()):
         for number, run in enumerate(runs):
             steps, values = read_curve(run, arguments.column)
-            name = f"{label} ({len(runs)} seeds)" if number == 0 else None
+            name = f"{label} ({len(runs)} seed{'s' * (len(runs) > 1)})" if number == 0 else None
             axes.plot(steps, values, color=f"C{index}", alpha=0.75, marker="o", markersize=3, label=name)
     if arguments.chance is not None:
         axes.axhline(arguments.chance, color="grey", linestyle=":", label="chance")
