@@ -94,15 +94,18 @@ def build_agent(cfg: DictConfig, env: EnvBase) -> PPOAgent:
     except ValueError as error:
         raise ConfigError(f"encoder: {error}") from None
     core = build_core(cfg, cfg.encoder.features, env)
-    agent = PPOAgent(
-        encoder,
-        Backbone(core),
-        env.action_spec,
-        batch_dims=batch_dims,
-        is_gated=cfg.fusion.gate,
-        value_scale=0.1 if cfg.train.vf_coef else 0.0,  # a critic that nobody trains says zero
-        env_statistics=statistics_of(env),
-    )
+    try:
+        agent = PPOAgent(
+            encoder,
+            Backbone(core),
+            env.action_spec,
+            batch_dims=batch_dims,
+            is_gated=cfg.fusion.gate,
+            value_scale=0.1 if cfg.train.vf_coef else 0.0,  # a critic that nobody trains says zero
+            env_statistics=statistics_of(env),
+        )
+    except ValueError as error:
+        raise ConfigError(f"env: {error}") from None
     return agent.to(resolve_device(cfg.train.device))
 
 

@@ -283,9 +283,10 @@ def validate(cfg: DictConfig) -> None:
     """
     _check_keys(cfg)
     train: TrainConfig = cfg.train
-    for key, value in cfg.train.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ConfigError(f"train.{key} must be a finite number; got {value}.")
+    for group in ("train", "transforms"):
+        for key, value in cfg[group].items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ConfigError(f"{group}.{key} must be a finite number; got {value}.")
     for key in ("vf_coef", "ent_coef", "burn_in", "seed"):
         if cfg.train[key] < 0:
             raise ConfigError(f"train.{key} must be 0 or more; got {cfg.train[key]}.")
@@ -319,7 +320,7 @@ def validate(cfg: DictConfig) -> None:
             raise ConfigError(f"train.{key} must lie in [0, 1]; got {value}.")
     options = cfg.env.get("options")
     if options is not None and not isinstance(options, DictConfig):
-        raise ConfigError(f"env.options must be a mapping, as in 'env.options={{gravity: 5.0}}'; got {options!r}.")
+        raise ConfigError(f"env.options must be a mapping, as in 'env.options={{g: 5.0}}'; got {options!r}.")
     if cfg.logger.eval_episodes < 0:
         raise ConfigError(f"logger.eval_episodes must be 0 or more; got {cfg.logger.eval_episodes}.")
     for key, value, known in (

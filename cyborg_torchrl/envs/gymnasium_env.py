@@ -5,6 +5,8 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Generator
+from contextlib import contextmanager
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -39,14 +41,16 @@ def wrap(env: Any, *, frame_skip: int = 1, **reported: Any) -> Any:
         reported: how it reports success and its time limit, and its reset options, for `Reported`.
 
     Raises:
-        ValueError: if frame_skip is below 1 or nothing of the observations can be read.
+        ValueError: if frame_skip is below 1, nothing of the observations can be read, or there is no policy for such
+            actions.
     """
     from gymnasium import spaces
 
-    from cyborg_torchrl.envs.gymnasium_vector import ClipToBounds, FrameSkip, Plain, Reported
+    from cyborg_torchrl.envs.gymnasium_vector import ClipToBounds, FrameSkip, Plain, PlainActions, Reported
 
     if frame_skip < 1:
         raise ValueError(f"frame_skip must be >= 1; got {frame_skip}.")
+    env = PlainActions(env)
     if isinstance(env.action_space, spaces.Box):
         env = ClipToBounds(env)
     if reported:
@@ -66,12 +70,38 @@ def make_registered(env_id: str, max_episode_steps: int | None = None, options: 
     if max_episode_steps is not None and max_episode_steps < 1:
         raise ValueError(f"max_episode_steps must be >= 1; got {max_episode_steps}.")
     try:
-        return gymnasium.make(env_id, max_episode_steps=max_episode_steps, disable_env_checker=True, **options or {})
+        with one_line_errors(env_id, options, gymnasium.error.Error, TypeError, ImportError):
+            env = gymnasium.make(env_id, max_episode_steps=max_episode_steps, disable_env_checker=True, **options or {})
+            if options:  # some are looked at in the first episode
+                env.reset()
+            return env
+    except gymnasium.error.NamespaceNotFound:
+        namespace = env_id.rpartition("/")[0]
+        raise ValueError(
+            f"no gymnasium id '{env_id}': nothing is registered under '{namespace}'. Is its package installed? "
+            f"'module:{env_id}' imports a module that registers it."
+        ) from None
     except gymnasium.error.UnregisteredEnv:
         raise ValueError(f"no gymnasium id '{env_id}': {did_you_mean(env_id, gymnasium.registry)}") from None
-    except (gymnasium.error.Error, TypeError, ImportError) as error:
+
+
+@contextmanager
+def one_line_errors(env_id: str, options: dict[str, Any] | None, *expected: type[Exception]) -> Generator[None]:
+    """Around the making of an environment: what it raises becomes a ValueError in one line.
+
+    That is any error where there are options, which environments refuse in many ways, and those expected otherwise. An
+    id that does not exist is left to the caller.
+    """
+    unregistered = import_package("gymnasium").error.UnregisteredEnv
+    refusals = (Exception,) if options else expected
+    try:
+        yield
+    except unregistered:
+        raise
+    except refusals as error:
         given = f" with options {options}" if options else ""
-        raise ValueError(f"'{env_id}'{given}: {' '.join(str(error).split())}") from None
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"'{env_id}'{given}: {said}") from None
 
 
 def _make(env_id: str, frame_skip: int, max_episode_steps: int | None, options: dict[str, Any] | None) -> Any:

@@ -68,8 +68,12 @@ class MemoryTaskEnv(gymnasium.Env[np.ndarray, np.int64]):
             self.torch_env.set_seed(seed)
         return _observation(self.torch_env.reset())[0], {}
 
-    def step(self, action: np.int64) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        """Takes one step."""
+    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        """Takes one step.
+
+        Raises:
+            ValueError: for an action that is not one of the task's.
+        """
         after = _step(self.torch_env, np.asarray([action]))
         success, done, terminated, truncated = (
             after.get(key).item() for key in (keys.SUCCESS, keys.DONE, keys.TERMINATED, keys.TRUNCATED)
@@ -100,7 +104,7 @@ class MemoryTaskVectorEnv(gymnasium.vector.VectorEnv[np.ndarray, np.ndarray, np.
         self.single_observation_space, self.single_action_space = _spaces(self.torch_env)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
-        self._is_over = np.zeros(num_envs, dtype=np.bool_)
+        self._is_over: np.ndarray | None = None
 
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
@@ -123,7 +127,14 @@ class MemoryTaskVectorEnv(gymnasium.vector.VectorEnv[np.ndarray, np.ndarray, np.
         return _observation(self.torch_env.reset()), {}
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        """Takes one step in each environment, or begins the next episode where the last one ended the step before."""
+        """Takes one step in each environment, or begins the next episode where the last one ended the step before.
+
+        Raises:
+            gymnasium.error.ResetNeeded: before the first reset.
+            ValueError: for an action that is not one of the task's.
+        """
+        if self._is_over is None:
+            raise gymnasium.error.ResetNeeded("call reset before the first step.")
         is_new = self._is_over
         if is_new.all():  # a step would draw random numbers for episodes that are over
             zeros = np.zeros(self.num_envs)
@@ -162,6 +173,9 @@ def _observation(tensordict: TensorDictBase) -> np.ndarray:
 
 @torch.no_grad()
 def _step(env: MemoryTask, actions: np.ndarray) -> TensorDictBase:
+    most = env.action_spec.n - 1
+    if not np.issubdtype(actions.dtype, np.integer) or actions.min() < 0 or actions.max() > most:
+        raise ValueError(f"actions are whole numbers from 0 to {most}; got {actions.tolist()}.")
     action = torch.as_tensor(actions, dtype=torch.long, device=env.device)
     return env.step(TensorDict({keys.ACTION: action}, env.batch_size, device=env.device)).get(keys.NEXT)
 

@@ -82,6 +82,31 @@ class FrameSkip(gymnasium.Wrapper):
         return observation, total, terminated, truncated, info  # pyright: ignore[reportPossiblyUnboundVariable]
 
 
+class PlainActions(gymnasium.ActionWrapper):
+    """Actions in spaces that there are policies for; discrete ones start at 0.
+
+    Raises:
+        ValueError: if there is no policy for such actions.
+    """
+
+    def __init__(self, env: gymnasium.Env) -> None:
+        super().__init__(env)
+        space = env.action_space
+        self.start: Any = 0
+        if isinstance(space, spaces.Discrete) or (isinstance(space, spaces.MultiDiscrete) and len(space.shape) == 1):
+            self.start = space.start
+            self.action_space = _plain_space(space)
+        elif not (isinstance(space, spaces.Box) and len(space.shape) == 1 and space.dtype.kind == "f"):
+            raise ValueError(
+                f"there is no policy for actions in {' '.join(str(space).split())}: it takes Discrete, MultiDiscrete "
+                "of one dimension, and Box of one dimension and floats."
+            )
+
+    def action(self, action: Any) -> Any:
+        """The environment's own number of an action."""
+        return action + self.start if isinstance(self.action_space, (spaces.Discrete, spaces.MultiDiscrete)) else action
+
+
 class ClipToBounds(gymnasium.ActionWrapper):
     """Clips continuous actions to their bounds, which stay known; gymnasium's `ClipAction` makes them infinite."""
 

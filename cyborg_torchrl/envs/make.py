@@ -46,6 +46,10 @@ def make_env(
     for option in options:
         if option not in known:
             raise ValueError(f"environment '{name}' has no option '{option}': {did_you_mean(option, known)}")
+    known = set(options_of(build_transforms)) - {"env", "gamma"}
+    for option in transforms or {}:
+        if option not in known:
+            raise ValueError(f"no transform '{option}': {did_you_mean(option, known)}")
     env = builder(**options, device=device, seed=seed)
     return tracked(env, build_transforms(env, gamma=gamma, **(transforms or {})))
 

@@ -79,6 +79,8 @@ class MemoryTask(EnvBase):
         device: torch.device | str | None,
         seed: int | None,
     ) -> None:
+        if seed is not None:
+            check_least(seed=(seed, 0))
         super().__init__(device=device, batch_size=[num_envs])
         self.num_envs, self.horizon, self.max_episode_steps = num_envs, horizon, max_episode_steps
         self.num_answers = num_answers

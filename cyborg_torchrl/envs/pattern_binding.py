@@ -26,8 +26,9 @@ class PatternBindingEnv(MemoryTask):
 
     An episode lasts `2 patterns + horizon` steps: the patterns one by one, each a shape and a colour that no other
     pattern of the episode has, `horizon` blank steps, and a probe of each pattern, in an order drawn for each episode.
-    A probe is the pattern, or its shape with the colour of another, drawn each by itself: whoever remembers shapes and
-    colours, but not which belonged together, is at chance.
+    Half of the probes are the patterns; the others have exchanged their colours among each other. So each shape and
+    each colour is probed once, whatever the answers are: whoever remembers shapes and colours, but not which belonged
+    together, is at chance.
 
     - Observation, [N, 2 (patterns + 1) + 1] float: shape and colour, each as one-hot of `patterns + 1`; the probe flag
       (last entry). A blank step is all zero.
@@ -35,7 +36,8 @@ class PatternBindingEnv(MemoryTask):
     - Reward: +1 for a right answer, -1 for a wrong one, 0 otherwise. The last answer terminates the episode.
     - "success", [N, 1] float: share of right answers.
 
-    Chance is 1 / 2.
+    Chance is 1 / 2. Which probes are recombined is drawn for each by itself, except that one alone has nothing to
+    exchange with: then none or two are.
 
     Args:
         num_envs: N, environments side by side.
@@ -86,13 +88,30 @@ class PatternBindingEnv(MemoryTask):
     def _draw(self) -> Latents:
         shape, colour = self.permutations(self.kinds, self.patterns), self.permutations(self.kinds, self.patterns)
         probe = self.permutations(self.patterns)
-        is_bound = self.randint(2, self.patterns) > 0
-        other = (probe + 1 + self.randint(self.patterns - 1, self.patterns)).remainder(self.patterns)
+        is_bound, owner = self._recombine()
         return {
             "shape": torch.cat([shape, shape.gather(1, probe)], 1),  # of the patterns, then of the probes
-            "colour": torch.cat([colour, colour.gather(1, torch.where(is_bound, probe, other))], 1),
-            "is_bound": is_bound,
+            "colour": torch.cat([colour, colour.gather(1, owner.gather(1, probe))], 1),
+            "is_bound": is_bound.gather(1, probe),
         }
+
+    def _recombine(self) -> tuple[Tensor, Tensor]:
+        """Draws which patterns are probed as they were, and whose colour each is probed with, [N, patterns] both."""
+        number = torch.arange(self.patterns, device=self.device)
+        is_bound = self.randint(2, self.patterns) > 0
+        order = self.permutations(self.patterns)
+        # one alone becomes none or two, with equal chance: half of all are recombined all the same
+        is_alone = (~is_bound).sum(1, keepdim=True) == 1
+        rank = order + self.patterns * is_bound  # the recombined first
+        second = torch.zeros_like(is_bound).scatter(1, rank.argsort(1)[:, 1:2], True)
+        is_pair = self.randint(2, 1) > 0
+        is_bound = torch.where(is_alone, torch.where(is_pair, is_bound & ~second, True), is_bound)
+        # each of the recombined takes the colour of the next in a ring of them
+        ring = (order + self.patterns * is_bound).argsort(1)
+        many = (~is_bound).sum(1, keepdim=True)
+        following = torch.where(number + 1 < many, number + 1, 0).expand_as(ring)
+        partner = torch.where(number < many, ring.gather(1, following), ring)
+        return is_bound, torch.empty_like(ring).scatter(1, ring, partner)
 
     def _show(self, time: Tensor, latents: Latents) -> Tensor:
         is_pattern, is_probe = time < self.patterns, time >= self.patterns + self.horizon

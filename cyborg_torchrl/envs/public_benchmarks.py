@@ -15,7 +15,7 @@ import torch
 from torchrl.envs import EnvBase
 
 from cyborg_torchrl.envs.gymnasium_batch import batch
-from cyborg_torchrl.envs.gymnasium_env import import_package, make_registered, wrap
+from cyborg_torchrl.envs.gymnasium_env import import_package, make_registered, one_line_errors, wrap
 from cyborg_torchrl.registry import did_you_mean, register_environment
 
 MEMORY_GYM = (
@@ -82,10 +82,13 @@ def _make_bsuite(env_id: str, frame_skip: int, max_episode_steps: int | None, op
     if env_id not in sweep.SETTINGS:
         raise ValueError(f"no bsuite id '{env_id}': {did_you_mean(env_id, sweep.SETTINGS)}")
     experiment, _ = loader.unpack_bsuite_id(env_id)
-    try:
-        inner = loader.load(experiment, {**sweep.SETTINGS[env_id], **(options or {})})
-    except TypeError as error:
-        raise ValueError(f"'{env_id}' with options {options}: {error}") from None
+    settings = {**sweep.SETTINGS[env_id], **(options or {})}
+    with one_line_errors(env_id, options):
+        inner = loader.load(experiment, settings)
+        if options:  # some are only noticed in a step, which one that is thrown away takes
+            tried = loader.load(experiment, settings)
+            tried.reset()
+            tried.step(tried.action_spec().generate_value())
     env = adapter.BSuiteCompatibilityV0(inner)
     known = [getattr(inner, name) + more for name, more in BSUITE_LENGTHS if hasattr(inner, name)]
     limits = [*known, *([] if max_episode_steps is None else [max_episode_steps])]

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
@@ -118,8 +120,12 @@ def build_transforms(
         clip_reward: rewards to [-clip_reward, clip_reward]; None: not.
 
     Raises:
-        ValueError: if there is nothing to normalise or to stack.
+        ValueError: if there is nothing to normalise or to stack, or a number is out of range.
     """
+    if frame_stack < 1:
+        raise ValueError(f"frame_stack must be >= 1; got {frame_stack}.")
+    if clip_reward is not None and not 0.0 < clip_reward < math.inf:
+        raise ValueError(f"clip_reward must be a finite number greater than 0; got {clip_reward}.")
     batch_dims = len(env.batch_size)
     transforms: list[Transform] = []
     if normalize_observation:

@@ -22,6 +22,8 @@ def positive(text: str) -> int:
 def writable(text: str) -> Path:
     """A file in a folder that is there."""
     path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"'{path}' is a folder")
     if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"there is no folder '{path.parent}'")
     return path

@@ -15,6 +15,7 @@ import csv
 import itertools
 import json
 import re
+import shlex
 import subprocess
 import sys
 from collections import defaultdict
@@ -41,6 +42,12 @@ MEASURED: tuple[str, ...] = (
     "success_rate", "mean_reward", "episode_horizon", "env_steps", "total_updates", "steps_per_second",
     "total_seconds", "peak_rss_mb", "error",
 )  # fmt: skip
+OWN_OPTIONS = {
+    "train.seed": "--seeds", "env": "--tasks", "env.id": "--tasks TASK:ID", "id": "--tasks TASK:ID",
+    "backbone": "--backbones", "env.level": "--levels", "env.horizon": "--horizons",
+    "train.total_timesteps": "--total-timesteps", "logger.base_dir": "--base-dir",
+}  # fmt: skip
+"""What a table would be wrong about if it were changed behind its back."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +77,7 @@ class Cell:
         """What it changes in its configuration."""
         given = {"env.level": self.level, "env.horizon": self.horizon, "train.total_timesteps": self.total_timesteps}
         chosen = [f"{key}={value}" for key, value in given.items() if value is not None]
-        return [*task_overrides(self.task), f"backbone={self.backbone}", *chosen, *self.overrides.split()]
+        return [*task_overrides(self.task), f"backbone={self.backbone}", *chosen, *shlex.split(self.overrides)]
 
     def command(self, base_dir: str) -> list[str]:
         """The suite's command line."""
@@ -91,11 +98,18 @@ def run_cell(cell: Cell, base_dir: str) -> dict[str, Any]:
 
 
 def read_rows(path: Path) -> dict[Cell, dict[str, Any]]:
-    """Reads the finished cells of an output file; none if there is no file. Failed cells are run again."""
-    if not path.exists():
+    """Reads the finished cells of an output file; none if there is no file. Failed cells are run again.
+
+    Raises:
+        ValueError: if the file is no sweep's.
+    """
+    if not path.exists() or not path.stat().st_size:
         return {}
     with path.open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if not row["error"]]
+        reader = csv.DictReader(file)
+        if tuple(reader.fieldnames or ()) != (*ASKED, *MEASURED):
+            raise ValueError(f"'{path}' was not written by this sweep: give another --output, or remove it.")
+        rows = [row for row in reader if not row["error"]]
     return {_cell_of(row): row for row in rows}
 
 
@@ -198,6 +212,8 @@ def run_cells(cells: Sequence[Cell], base_dir: str, output: Path, jobs: int) -> 
 
     Raises:
         KeyboardInterrupt: when interrupted; what has ended by then is in the file.
+        OSError: if the file cannot be written.
+        ValueError: if the file is no sweep's.
     """
     finished = read_rows(output)
     console = Console(stderr=True)
@@ -205,7 +221,7 @@ def run_cells(cells: Sequence[Cell], base_dir: str, output: Path, jobs: int) -> 
     if rows:
         console.print(f"{len(rows)} of {len(cells)} runs are taken from {output}; remove it to run them again")
     output.parent.mkdir(parents=True, exist_ok=True)
-    is_new = not output.exists()
+    is_new = not output.exists() or not output.stat().st_size
     pool = ThreadPoolExecutor(max(1, jobs))
     with output.open("a", newline="") as file, Progress(console=console) as progress:
         writer = csv.DictWriter(file, (*ASKED, *MEASURED), restval="")
@@ -232,16 +248,21 @@ def run_cells(cells: Sequence[Cell], base_dir: str, output: Path, jobs: int) -> 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the sweep. Returns 0, 1 if a run failed, 2 for a configuration that cannot be, 130 if interrupted."""
-    arguments = build_parser().parse_intermixed_args(argv)
+    parser = build_parser()
+    arguments = parser.parse_intermixed_args(argv)
     output: Path = arguments.output or Path(arguments.base_dir) / "results.csv"
     grid = itertools.product(
         arguments.tasks, arguments.backbones, arguments.levels, arguments.horizons, range(arguments.seeds)
     )
-    overrides = " ".join(arguments.overrides)
-    cells = [
+    overrides = shlex.join(arguments.overrides)
+    cells = list(dict.fromkeys(
         Cell(task, backbone, horizon, seed, arguments.total_timesteps, overrides, level, arguments.config)
         for task, backbone, level, horizon, seed in grid
-    ]
+    ))  # fmt: skip
+    for override in arguments.overrides:
+        key = override.lstrip("+~").partition("=")[0]
+        if key in OWN_OPTIONS:
+            parser.error(f"'{override}' is the sweep's own to say: use {OWN_OPTIONS[key]}")
     try:  # what is wrong for all runs is said once, and at once
         for cell in cells:
             if cell.seed == 0:
@@ -253,6 +274,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows = run_cells(cells, arguments.base_dir, output, arguments.jobs)
     except KeyboardInterrupt:
         return 130
+    except (OSError, ValueError) as error:  # of the output file: runs report theirs in the table
+        print(f"error: --output: {error}", file=sys.stderr)
+        return 2
     Console(width=200).print(table(rows, arguments.target))
     if arguments.markdown:
         arguments.markdown.write_text(markdown(rows, arguments.target))

@@ -89,6 +89,44 @@ def test_finished_cells_are_found_again(tmp_path) -> None:
     assert set(sweep.read_rows(tmp_path / "results.csv")) == set(cells[:2])
 
 
+@pytest.mark.parametrize("content", ["step,loss\n1,2\n", "no table\n"])
+def test_a_file_of_something_else_is_not_written_to(tmp_path, content: str, capsys) -> None:
+    output = tmp_path / "other.csv"
+    output.write_text(content)
+    assert sweep.main(["--tasks", "n_back", "--seeds", "1", "--output", str(output)]) == 2
+    assert "was not written by this sweep" in capsys.readouterr().err
+    assert output.read_text() == content
+
+
+@pytest.mark.parametrize("option", ["--output", "--markdown"])
+def test_a_folder_is_refused_before_anything_runs(tmp_path, option: str, capsys) -> None:
+    try:
+        code = sweep.main(["--tasks", "n_back", "--seeds", "1", "--base-dir", str(tmp_path), option, str(tmp_path)])
+    except SystemExit as stopped:
+        code = stopped.code
+    assert code == 2
+    assert str(tmp_path) in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("override", ["train.seed=3", "backbone=gru", "env=tmaze", "id=CartPole-v1"])
+def test_what_the_table_says_is_not_changed_behind_its_back(override: str, capsys) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        sweep.main(["--tasks", "n_back", "--seeds", "1", override])
+    assert stopped.value.code == 2
+    assert "is the sweep's own to say: use --" in capsys.readouterr().err
+
+
+def test_a_cell_is_run_once_and_its_overrides_stay_whole(tmp_path, monkeypatch) -> None:
+    ran = []
+    monkeypatch.setattr(sweep, "run_cell", lambda cell, base_dir: ran.append(cell) or row(cell, 1.0))
+    options = ["--tasks", "gymnasium:Pendulum-v1", "gymnasium:Pendulum-v1", "--config", "public_benchmark"]
+    spaced = "env.options={g: 5.0}"
+    assert sweep.main([*options, "--seeds", "1", "--base-dir", str(tmp_path), spaced, "train.n_epochs=1"]) == 0
+    assert len(ran) == 1
+    assert ran[0].changes()[-2:] == [spaced, "train.n_epochs=1"]
+
+
 def test_markdown_has_a_line_for_each_group() -> None:
     rows = [row(sweep.Cell(task, "lru", None, seed), 1.0) for task in ("n_back", "tmaze") for seed in range(2)]
     lines = sweep.markdown(rows).splitlines()
@@ -101,6 +139,12 @@ def test_make_env_names_what_is_wrong() -> None:
         make_env("delaid_cue")
     with pytest.raises(ValueError, match="environment 'n_back' has no option 'horizn': did you mean 'horizon'"):
         make_env("n_back", horizn=3)
+    with pytest.raises(ValueError, match="no transform 'previus_action': did you mean 'previous_action'"):
+        make_env("n_back", transforms={"previus_action": True})
+    with pytest.raises(ValueError, match="frame_stack must be >= 1; got 0"):
+        make_env("n_back", transforms={"frame_stack": 0})
+    with pytest.raises(ValueError, match="seed must be >= 0; got -1"):
+        make_env("n_back", seed=-1)
     env = make_env("n_back", num_envs=3, horizon=4, seed=0, transforms={"previous_action": True})
     assert env.batch_size == (3,)
     assert {"observation", "previous_action", "is_init"} <= set(env.reset().keys())

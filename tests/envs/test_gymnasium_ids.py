@@ -143,6 +143,22 @@ def test_seeds() -> None:
         env.reset(seed=list(range(32)))
 
 
+def test_a_step_before_the_first_reset_is_refused() -> None:
+    for env in (make_vec("CyborgMemory/DelayedCue-v0", 2), gymnasium.make("CyborgMemory/DelayedCue-v0")):
+        with pytest.raises(gymnasium.error.ResetNeeded):
+            env.step(env.action_space.sample())
+
+
+@pytest.mark.parametrize("action", [7, -1, 0.5])
+def test_actions_outside_the_space_are_refused(action: float) -> None:
+    many, one = make_vec("CyborgMemory/DelayedCue-v0", 2, cues=4), gymnasium.make("CyborgMemory/DelayedCue-v0", cues=4)
+    many.reset(seed=0), one.reset(seed=0)
+    with pytest.raises(ValueError, match=r"actions are whole numbers from 0 to 3; got"):
+        many.step(np.asarray([0, action]))
+    with pytest.raises(ValueError, match=r"actions are whole numbers from 0 to 3; got"):
+        one.step(action)
+
+
 def test_options_reach_the_task() -> None:
     env = gymnasium.make("CyborgMemory/DelayedCue-v0", horizon=20, cues=7)
     assert (env.unwrapped.torch_env.horizon, env.action_space.n) == (20, 7)

@@ -124,7 +124,10 @@ def pattern_binding(env, of) -> list[Step]:
     probes = list(zip(shapes[env.patterns :], colours[env.patterns :], strict=True))
     assert len({shape for shape, _ in patterns}) == len({colour for _, colour in patterns}) == env.patterns
     assert {shape for shape, _ in patterns} == {shape for shape, _ in probes}
-    assert {colour for _, colour in patterns} >= {colour for _, colour in probes}
+    assert sorted(colour for _, colour in patterns) == sorted(colour for _, colour in probes), (
+        "no colour tells anything"
+    )
+    assert sum(probe not in patterns for probe in probes) != 1
 
     def seen(shape: int, colour: int, flag: float) -> list[float]:
         return [*hot(shape, kinds), *hot(colour, kinds), flag]
@@ -311,6 +314,17 @@ def test_half_of_the_comparisons_match_whatever_the_symbols() -> None:
     assert (is_match.float().mean(0) - 0.5).abs().max() < 0.12
     others = (symbols[:, 3:] - symbols[:, :-3]).remainder(5)[~is_match]
     assert (others.bincount()[1:] / len(others) - 0.25).abs().max() < 0.03
+
+
+@pytest.mark.parametrize("patterns", [2, 3, 8])
+def test_half_of_the_probes_are_recombined_whatever_is_seen_of_them(patterns: int) -> None:
+    env = TASKS["pattern_binding"](40_000, patterns=patterns, horizon=0, seed=0)
+    env.reset()
+    is_bound, shape, colour = (env._latents[name].float() for name in ("is_bound", "shape", "colour"))
+    assert is_bound.mean(0) == pytest.approx(0.5, abs=0.01)
+    seen = torch.stack([shape[:, patterns:], colour[:, patterns:]], -1).flatten(1)  # the probes alone
+    together = torch.corrcoef(torch.cat([seen, is_bound], 1).t())[: 2 * patterns, 2 * patterns :]
+    assert together.abs().max() < 0.025
 
 
 def test_levels_are_those_of_the_table() -> None:

@@ -381,7 +381,11 @@ def test_short_form_of_the_id() -> None:
         ("memory_gym", ["env.options={comand_count: [3]}"], "comand_count"),
         ("gymnasium", ["id=CartPol-v1"], "no gymnasium id 'CartPol-v1': did you mean 'CartPole-v1'"),
         ("gymnasium", ["env.options={gravitation: 3}"], "'CartPole-v1' with options .*gravitation"),
-        ("gymnasium", ["env.options=3"], "options must be a mapping, as in 'env.options={gravity: 5.0}'; got 3"),
+        ("gymnasium", ["id=ALE/Pongg-v5"], "nothing is registered under 'ALE'. Is its package installed"),
+        ("minigrid", ["env.options={agent_view_size: 4}"], "'MiniGrid-MemoryS13-v0' with options .*agent_view_size"),
+        ("minigrid", ["env.options={size: 1}"], "'MiniGrid-MemoryS13-v0' with options .*size"),
+        ("bsuite", ["env.options={memory_length: -3}"], "'memory_len/10' with options .*memory_length"),
+        ("gymnasium", ["env.options=3"], "options must be a mapping, as in 'env.options={g: 5.0}'; got 3"),
         ("gymnasium", ["env.frame_skip=0"], "frame_skip must be >= 1; got 0"),
         ("gymnasium", ["env.max_episode_steps=0"], "max_episode_steps must be >= 1; got 0"),
         ("gymnasium", ["env.workers=3"], "workers = 3 must divide num_envs = 16"),
@@ -413,6 +417,63 @@ def test_missing_packages_are_told_with_the_command(
     with pytest.raises(ConfigError) as caught:
         build_env(load_config(overrides=[f"env={name}"]))
     assert command in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+class Acted(gymnasium.Env):
+    """Pays for the action that it was sent."""
+
+    observation_space = gymnasium.spaces.Box(0.0, 1.0, (1,))
+
+    def __init__(self, actions: gymnasium.Space) -> None:
+        self.action_space = actions
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
+        super().reset(seed=seed)
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict]:
+        assert self.action_space.contains(action)
+        return np.zeros(1, np.float32), float(np.sum(action)), False, False, {}
+
+
+@pytest.fixture
+def acted(monkeypatch: pytest.MonkeyPatch) -> Callable[[gymnasium.Space], str]:
+    def register(actions: gymnasium.Space) -> str:
+        spec = gymnasium.envs.registration.EnvSpec("Acted-v0", Acted, kwargs={"actions": actions}, max_episode_steps=9)
+        monkeypatch.setitem(gymnasium.registry, "Acted-v0", spec)
+        return "Acted-v0"
+
+    return register
+
+
+def test_discrete_actions_may_start_anywhere(acted: Callable[[gymnasium.Space], str]) -> None:
+    env = build_gymnasium(id=acted(gymnasium.spaces.Discrete(3, start=5)), num_envs=3, seed=0)
+    assert env.action_spec.n == 3
+    after = env.step(env.reset().set("action", torch.tensor([0, 1, 2])))
+    assert after["next", "reward"].flatten().tolist() == [5.0, 6.0, 7.0]
+    many = build_gymnasium(id=acted(gymnasium.spaces.MultiDiscrete([2, 3], start=[10, 20])), num_envs=2, seed=0)
+    after = many.step(many.reset().set("action", torch.tensor([[0, 0], [1, 2]])))
+    assert after["next", "reward"].flatten().tolist() == [30.0, 33.0]
+
+
+@pytest.mark.parametrize(
+    "actions",
+    [
+        gymnasium.spaces.MultiBinary(3),
+        gymnasium.spaces.Box(0, 5, (2,), dtype=np.int64),
+        gymnasium.spaces.Box(0.0, 1.0, (2, 2)),
+        gymnasium.spaces.Tuple([gymnasium.spaces.Discrete(2)]),
+        gymnasium.spaces.Dict({"a": gymnasium.spaces.Discrete(2)}),
+        gymnasium.spaces.MultiDiscrete([[2, 2], [2, 2]]),
+    ],
+    ids=lambda space: type(space).__name__,
+)
+def test_actions_without_a_policy_are_told_in_one_line(
+    acted: Callable[[gymnasium.Space], str], actions: gymnasium.Space
+) -> None:
+    with pytest.raises(ConfigError, match="there is no policy for actions in") as caught:
+        build_env(load_config(overrides=["env=gymnasium", f"id={acted(actions)}"]))
     assert "\n" not in str(caught.value)
 
 

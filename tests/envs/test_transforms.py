@@ -289,6 +289,7 @@ def test_statistics_over_several_processes_are_refused(option: str) -> None:
     [
         ("transforms.frame_stack=0", "transforms.frame_stack must be greater than 0"),
         ("transforms.clip_reward=-1", "transforms.clip_reward must be greater than 0"),
+        ("transforms.clip_reward=nan", "transforms.clip_reward must be a finite number; got nan"),
         ("transforms.previous_acton=true", "did you mean 'transforms.previous_action'"),
     ],
 )
