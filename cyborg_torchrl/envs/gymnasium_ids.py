@@ -137,9 +137,9 @@ class MemoryTaskVectorEnv(gymnasium.vector.VectorEnv[np.ndarray, np.ndarray, np.
             raise gymnasium.error.ResetNeeded("call reset before the first step.")
         is_new = self._is_over
         if is_new.all():  # a step would draw random numbers for episodes that are over
-            zeros = np.zeros(self.num_envs)
-            self._is_over = zeros.astype(np.bool_)
-            return _observation(self.torch_env.reset()), zeros, self._is_over.copy(), self._is_over.copy(), {}
+            zeros, is_over = np.zeros(self.num_envs), np.zeros(self.num_envs, dtype=np.bool_)
+            self._is_over = is_over
+            return _observation(self.torch_env.reset()), zeros, is_over.copy(), is_over.copy(), {}
         after = _step(self.torch_env, np.where(is_new, 0, actions))
         observation = _observation(after)
         reward, success, terminated, truncated = (
@@ -155,8 +155,8 @@ class MemoryTaskVectorEnv(gymnasium.vector.VectorEnv[np.ndarray, np.ndarray, np.
             mask = torch.as_tensor(is_new, device=self.torch_env.device).unsqueeze(-1)
             begun = self.torch_env.reset(TensorDict({"_reset": mask}, [self.num_envs]))
             observation = np.where(is_new[:, None], _observation(begun), observation)
-        self._is_over = terminated | truncated
-        is_over = self._is_over.copy()
+        is_over = terminated | truncated
+        self._is_over = is_over.copy()
         info = {"success": np.where(is_over, success, 0).astype(success.dtype), "_success": is_over}
         return observation, reward, terminated, truncated, info if is_over.any() else {}
 
