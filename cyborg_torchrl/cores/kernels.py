@@ -1,4 +1,4 @@
-"""mamba-ssm's CUDA kernels behind our scans' signatures: stored states, resets and initial states included.
+"""Which scan runs; and mamba-ssm's CUDA kernels behind our scans' signatures: stored states, resets, initial states.
 
 The package's operations are wrapped, not its modules, which expose none of these. Nothing is imported until a kernel
 is asked for.
@@ -15,9 +15,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from cyborg_torchrl.cores.native import DTYPES, library
 from cyborg_torchrl.registry import did_you_mean
 
-KERNELS = ("auto", "torch", "cuda")
 LOGGER = logging.getLogger(__name__)
 TINY_STEP = 1e-9
 """Step size of the virtual inputs that put a stored state into a kernel that starts from zero."""
@@ -29,30 +29,40 @@ class Kernel:
     """Which scan a Mamba core runs.
 
     Args:
-        name: "torch"; "cuda", mamba-ssm's kernels; or "auto": those where the package and a CUDA tensor are there.
+        name: "torch"; "cpp", the C++ scan (float32 and float64 on a CPU); "cuda", mamba-ssm's kernels; or "auto": the
+            fastest that is there.
+        scans: the scans by name; "torch" is always there.
 
     Raises:
-        ValueError: for another name.
+        ValueError: for a name that is not among them.
     """
 
-    def __init__(self, name: str) -> None:
-        if name not in KERNELS:
-            raise ValueError(f"unknown kernel '{name}': {did_you_mean(name, KERNELS)}")
-        self.name = name
+    def __init__(self, name: str, scans: dict[str, Callable[..., Any]]) -> None:
+        if name not in ("auto", *scans):
+            raise ValueError(f"unknown kernel '{name}': {did_you_mean(name, ('auto', *scans))}")
+        self.name, self.scans = name, scans
 
-    def is_cuda_on(self, device: torch.device) -> bool:
-        """Whether sequences on that device go to the CUDA kernels. Logs the choice once.
+    def choose(self, device: torch.device, dtype: torch.dtype) -> str:
+        """The name of the scan for sequences on that device. Logs once what a GPU gets.
 
         Raises:
-            RuntimeError: if "cuda" was asked for and cannot be had.
+            RuntimeError: if another than "auto" was asked for and cannot be had.
         """
-        if self.name == "torch" or (self.name == "auto" and device.type != "cuda"):
-            return False
-        reason = _why_not() if device.type == "cuda" else f"the tensors are on {device}"
-        if self.name == "cuda" and reason:
-            raise RuntimeError(f"kernel 'cuda' cannot be used: {reason}; use kernel 'auto' or 'torch'.")
-        _log_once("mamba-ssm's CUDA kernels" if not reason else f"the torch path ({reason})")
-        return not reason
+        if self.name == "torch":
+            return "torch"
+        fast = self.name if self.name != "auto" else ("cuda" if device.type == "cuda" else "cpp")
+        if fast not in self.scans:
+            return "torch"
+        reason = _why_no_cuda(device) if fast == "cuda" else _why_no_cpp(device, dtype)
+        if reason and self.name != "auto":
+            raise RuntimeError(f"kernel '{self.name}' cannot be used: {reason}; use kernel 'auto' or 'torch'.")
+        if fast == "cuda":
+            _log_once("mamba-ssm's CUDA kernels" if not reason else f"the torch path ({reason})")
+        return "torch" if reason else fast
+
+    def scan_for(self, tensor: Tensor) -> Callable[..., Any]:
+        """The scan for sequences like this tensor; see `choose`."""
+        return self.scans[self.choose(tensor.device, tensor.dtype)]
 
 
 def selective_scan_cuda(
@@ -167,9 +177,21 @@ def _operations() -> dict[str, Callable[..., Any]]:
     return {"selective_scan_fn": selective_scan_fn, "mamba_chunk_scan_combined": mamba_chunk_scan_combined}
 
 
+def _why_no_cuda(device: torch.device) -> str:
+    return _why_not() if device.type == "cuda" else f"the tensors are on {device}"
+
+
+def _why_no_cpp(device: torch.device, dtype: torch.dtype) -> str:
+    if device.type != "cpu":
+        return f"the tensors are on {device}"
+    if dtype not in DTYPES:
+        return f"the tensors are {dtype}"
+    return "" if library() else "it was not built here, where the package was installed without a C++ compiler"
+
+
 @cache
 def _why_not() -> str:
-    """Why the kernels cannot be used; empty if they can."""
+    """Why mamba-ssm's kernels cannot be used; empty if they can."""
     try:
         _operations()
     except ImportError as error:

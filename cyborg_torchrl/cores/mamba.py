@@ -13,8 +13,11 @@ from cyborg_torchrl.cores.abstract import Core, InitialState, State
 from cyborg_torchrl.cores.causal_conv import causal_conv, causal_conv_step
 from cyborg_torchrl.cores.gated_readout import gated_readout
 from cyborg_torchrl.cores.kernels import Kernel, selective_scan_cuda
+from cyborg_torchrl.cores.native import selective_scan_cpp
 from cyborg_torchrl.cores.selective_scan import LOG2_E, selective_scan
 from cyborg_torchrl.cores.timescale import build_readout, rms_normalize, step_size_bias, step_sizes
+
+SCANS = {"torch": selective_scan, "cpp": selective_scan_cpp, "cuda": selective_scan_cuda}
 
 
 class MambaBlock(Core):
@@ -43,7 +46,7 @@ class MambaBlock(Core):
         readout_groups: groups of the time-scale norm.
         official: compute what the official block computes (no norms, biases trained, D starting at 1).
         learn_initial_state: make the initial state a parameter.
-        kernel: "torch", "cuda" (mamba-ssm's), or "auto": CUDA's where the package and a CUDA tensor are there.
+        kernel: "torch", "cpp" (the C++ scan, on a CPU), "cuda" (mamba-ssm's), or "auto": the fastest that is there.
 
     Source: Gu and Dao (2023), "Mamba"; norms: Lieber et al. (2024), "Jamba".
     """
@@ -78,7 +81,7 @@ class MambaBlock(Core):
         timescales = 1.0 / (d_state * step_sizes(d_inner, max_horizon))
         self.readout = build_readout("none" if official else readout, d_inner, readout_groups, timescales)
         self.initial = InitialState(self.state_shapes, learn_initial_state)
-        self.kernel = Kernel(kernel)
+        self.kernel = Kernel(kernel, SCANS)
         with torch.no_grad():
             bound = self.dt_rank**-0.5
             self.dt_proj.weight.uniform_(-bound, bound)
@@ -93,6 +96,11 @@ class MambaBlock(Core):
         u, z = self.in_proj(x).chunk(2, -1)
         u, conv = causal_conv_step(u, *self._conv_parameters(), state["mamba_conv"])
         delta, b, c = self._select(u)
+        if self.kernel.choose(x.device, x.dtype) == "cpp":  # the same code as over a sequence, so that both round alike
+            is_init, ssm = torch.zeros(1, x.shape[0], dtype=torch.bool), state["mamba_ssm"]
+            u_1, delta_1, b_1, c_1 = (row.unsqueeze(0) for row in (u, delta, b, c))
+            y, ssm = selective_scan_cpp(u_1, delta_1, -torch.exp(self.A_log), b_1, c_1, ssm, is_init, ssm)
+            return self._emit(y.squeeze(0), u, z), {"mamba_conv": conv, "mamba_ssm": ssm}
         # [B, N, D] in memory and in the order of the scan, so that both round alike
         decay = torch.exp2(delta.unsqueeze(1) * (-torch.exp(self.A_log).t() * LOG2_E))
         drive = (delta * u).unsqueeze(1) * b.unsqueeze(2)
@@ -111,8 +119,9 @@ class MambaBlock(Core):
         u, z = (F.linear(x, weight) for weight in self.in_proj.weight.chunk(2))
         u, conv = causal_conv(u, *self._conv_parameters(), state["mamba_conv"], is_init, initial["mamba_conv"])
         delta, b, c = self._select(u)
-        scan = selective_scan_cuda if self.kernel.is_cuda_on(x.device) else selective_scan
-        y, ssm = scan(u, delta, -torch.exp(self.A_log), b, c, state["mamba_ssm"], is_init, initial["mamba_ssm"])
+        y, ssm = self.kernel.scan_for(x)(
+            u, delta, -torch.exp(self.A_log), b, c, state["mamba_ssm"], is_init, initial["mamba_ssm"]
+        )
         y = self.out_proj(gated_readout(y, u, z, self.D, self.readout))
         return y.transpose(0, 1), {"mamba_conv": conv, "mamba_ssm": ssm}
 

@@ -85,7 +85,7 @@ class Mamba2Block(Core):
         timescales = (1.0 / (d_state * step_sizes(heads, max_horizon))).repeat_interleave(headdim)
         self.readout = build_readout("none" if official else readout, d_inner, readout_groups, timescales)
         self.initial = InitialState(self.state_shapes, learn_initial_state)
-        self.kernel = Kernel(kernel)
+        self.kernel = Kernel(kernel, {"torch": ssd_scan, "cuda": ssd_scan_cuda})
         # repeats one number a head for all of its channels; broadcasting over rows of 8 is far slower
         self.spread: Tensor
         self.register_buffer("spread", torch.eye(heads).repeat_interleave(headdim, 1), persistent=False)
@@ -114,9 +114,8 @@ class Mamba2Block(Core):
         z, xbc, dt = (F.linear(x, weight) for weight in self.in_proj.weight.split(self.parts))
         xbc, conv = causal_conv(xbc, *self._conv_parameters(), state["mamba_conv"], is_init, initial["mamba_conv"])
         u, b, c, delta, a = self._select(xbc, dt)
-        scan = ssd_scan_cuda if self.kernel.is_cuda_on(x.device) else ssd_scan
         heads = u.unflatten(-1, (-1, self.headdim))
-        y, ssm = scan(heads, delta, a, b, c, state["mamba_ssm"], is_init, initial["mamba_ssm"])
+        y, ssm = self.kernel.scan_for(x)(heads, delta, a, b, c, state["mamba_ssm"], is_init, initial["mamba_ssm"])
         y = gated_readout(y.flatten(-2), u, z, torch.matmul(self.D, self.spread), self.readout)
         return self.out_proj(self.norm(y)).transpose(0, 1), {"mamba_conv": conv, "mamba_ssm": ssm}
 

@@ -64,4 +64,4 @@ def masked_standardize(
 def explained_variance(prediction: Float[Tensor, "*B"], target: Float[Tensor, "*B"]) -> Float[Tensor, ""]:
     """1 - Var(target - prediction) / Var(target); 1 is perfect, 0 is no better than the mean."""
     variance = target.var()
-    return 1.0 - (target - prediction).var() / variance.clamp_min(torch.finfo(variance.dtype).eps)
+    return 1.0 - (target - prediction).var() / variance.clamp_min(torch.finfo(variance.dtype).eps ** 2)

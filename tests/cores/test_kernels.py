@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cyborg_torchrl.cores import kernels
+from cyborg_torchrl.cores import kernels, native
 from cyborg_torchrl.cores.kernels import Kernel, selective_scan_cuda, ssd_scan_cuda
 from cyborg_torchrl.cores.selective_scan import selective_scan
 from cyborg_torchrl.cores.ssd import ssd_scan
@@ -93,23 +93,40 @@ def test_stored_states_and_resets_through_the_signature_of_mamba_2(mamba_ssm) ->
     assert_same(ssd_scan, wrapped, mamba2_arguments(), 1e-6, 1e-5)
 
 
-@pytest.mark.parametrize("name", ["auto", "torch"])
-def test_the_cpu_takes_the_torch_path(name: str) -> None:
-    assert not Kernel(name).is_cuda_on(torch.device("cpu"))
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+SCANS = {name: lambda: None for name in ("torch", "cpp", "cuda")}
+BUILT = pytest.mark.skipif(native.library() is None, reason="needs the C++ scan")
+
+
+def test_a_cpu_takes_the_torch_path_where_nothing_else_is(monkeypatch) -> None:
+    monkeypatch.setattr(kernels, "library", lambda: None)
+    assert Kernel("auto", SCANS).choose(CPU, torch.float32) == "torch"
+    with pytest.raises(
+        RuntimeError, match=r"'cpp' cannot be used: it was not built here.*use kernel 'auto' or 'torch'"
+    ):
+        Kernel("cpp", SCANS).choose(CPU, torch.float32)
+
+
+@BUILT
+def test_a_cpu_takes_the_cpp_scan_where_it_can() -> None:
+    assert [Kernel("auto", SCANS).choose(CPU, dtype) for dtype in (torch.float32, torch.bfloat16)] == ["cpp", "torch"]
+    assert Kernel("torch", SCANS).choose(CPU, torch.float32) == "torch"
+    assert Kernel("auto", {"torch": SCANS["torch"]}).choose(CPU, torch.float32) == "torch"
+    with pytest.raises(RuntimeError, match=r"the tensors are torch\.bfloat16"):
+        Kernel("cpp", SCANS).choose(CPU, torch.bfloat16)
 
 
 def test_a_kernel_that_cannot_be_had_is_a_clear_error() -> None:
     with pytest.raises(RuntimeError, match="the tensors are on cpu; use kernel 'auto' or 'torch'"):
-        Kernel("cuda").is_cuda_on(torch.device("cpu"))
+        Kernel("cuda", SCANS).choose(CPU, torch.float32)
 
 
 def test_an_unknown_kernel_is_named() -> None:
     with pytest.raises(ValueError, match="unknown kernel 'cudda': did you mean 'cuda'"):
-        Kernel("cudda")
+        Kernel("cudda", SCANS)
 
 
 def test_auto_without_the_package_says_so_once(monkeypatch, caplog) -> None:
-    gpu = torch.device("cuda")
     for cached in (kernels._why_not, kernels._log_once):
         cached.cache_clear()
 
@@ -118,14 +135,14 @@ def test_auto_without_the_package_says_so_once(monkeypatch, caplog) -> None:
 
     monkeypatch.setattr(kernels, "_operations", missing)
     with caplog.at_level("INFO"):
-        assert not any(Kernel("auto").is_cuda_on(gpu) for _ in range(3))
+        assert {Kernel("auto", SCANS).choose(GPU, torch.float32) for _ in range(3)} == {"torch"}
     lines = [record.message for record in caplog.records if record.name == kernels.__name__]
     assert lines == [
         "Mamba runs on the torch path (mamba-ssm is not usable here (No module named 'mamba_ssm'); "
         "see docs/backbones/mamba.md)."
     ]
     with pytest.raises(RuntimeError, match="No module named 'mamba_ssm'"):
-        Kernel("cuda").is_cuda_on(gpu)
+        Kernel("cuda", SCANS).choose(GPU, torch.float32)
     kernels._why_not.cache_clear()
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cyborg_torchrl.cores import blocks, gated_linear_scan, selective_scan, ssd_scan
+from cyborg_torchrl.cores import blocks, gated_linear_scan, native, selective_scan, ssd_scan
 from cyborg_torchrl.cores.causal_conv import causal_conv, causal_conv_step
 
 T, B, D, N = 7, 3, 2, 2
@@ -33,8 +33,15 @@ def selective_case() -> tuple:
     return (
         selective_scan,
         [double(T, B, D), positive(T, B, D), a, double(T, B, N), double(T, B, N), double(B, D, N)],
-        (double(B, D, N)),
+        double(B, D, N),
     )
+
+
+def selective_cpp_case() -> tuple:
+    if native.library() is None:
+        pytest.skip("the C++ scan is not built here")
+    _, arguments, initial = selective_case()
+    return native.selective_scan_cpp, arguments, initial
 
 
 def ssd_case() -> tuple:
@@ -47,7 +54,7 @@ def conv_case() -> tuple:
     return causal_conv, [double(T, B, D), double(D, 4), double(D), double(B, D, 4)], double(B, D, 4)
 
 
-CASES = pytest.mark.parametrize("case", [linear_case, selective_case, ssd_case, conv_case])
+CASES = pytest.mark.parametrize("case", [linear_case, selective_case, selective_cpp_case, ssd_case, conv_case])
 
 
 @CASES
@@ -59,8 +66,9 @@ def test_gradients_are_right(case, share: float) -> None:
 
 
 @SHARES
-def test_the_selective_scan_is_a_loop(share: float) -> None:
-    scan, (u, delta, a, b, c, h_0), initial = selective_case()
+@pytest.mark.parametrize("case", [selective_case, selective_cpp_case])
+def test_the_selective_scan_is_a_loop(case, share: float) -> None:
+    scan, (u, delta, a, b, c, h_0), initial = case()
     is_init = torch.rand(T, B) < share
     y, last = scan(u, delta, a, b, c, h_0, is_init, initial)
     h_t = h_0
@@ -80,6 +88,7 @@ def test_blocks_of_any_length_compute_the_same(monkeypatch, case, block_numel: i
     for numel in (2**19, block_numel):
         for module in (sys.modules[selective_scan.__module__], blocks):
             monkeypatch.setattr(module, "BLOCK_NUMEL", numel)
+        monkeypatch.setattr(native, "LENGTH", min(32, numel // (B * D * N) + 1))
         results_of_scan = scan(*arguments, is_init, initial)
         y, last = results_of_scan if isinstance(results_of_scan, tuple) else (results_of_scan, results_of_scan)
         results.append([y, last, *torch.autograd.grad(y.square().sum() + last.sum(), [*arguments, initial])])
@@ -123,11 +132,89 @@ def test_the_convolution_is_torchs_own_where_nothing_restarts() -> None:
     torch.testing.assert_close(y, expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("scan", [selective_scan, ssd_scan, gated_linear_scan])
+@pytest.mark.parametrize("scan", [selective_scan, native.selective_scan_cpp, ssd_scan, gated_linear_scan])
 def test_no_steps_are_refused(scan) -> None:
     name = scan.__name__
-    case = {"selective_scan": selective_case, "ssd_scan": ssd_case, "gated_linear_scan": linear_case}[name]
+    case = {
+        "selective_scan": selective_case,
+        "selective_scan_cpp": selective_case,
+        "ssd_scan": ssd_case,
+        "gated_linear_scan": linear_case,
+    }[name]
     _, arguments, initial = case()
     arguments = [x[:0] if x.shape[0] == T else x for x in arguments]
-    with pytest.raises(ValueError, match=f"{name} needs at least one step"):
+    with pytest.raises(ValueError, match="scan needs at least one step"):
         scan(*arguments, torch.zeros(0, B, dtype=torch.bool), initial)
+
+
+BUILT = pytest.mark.skipif(native.library() is None, reason="the C++ scan is not built here")
+EDGES = [(1, 1, 1, 1), (65, 2, 16, 16), (33, 5, 35, 16), (40, 3, 7, 33)]
+"""[T, B, D, N]: single, whole tiles and chunks, parts of both, and any number of state numbers."""
+
+
+@BUILT
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float64, 1e-13), (torch.float32, 2e-5)])
+@pytest.mark.parametrize("sizes", EDGES)
+def test_the_cpp_scan_equals_the_torch_scan(sizes, dtype, close: float, threads: int) -> None:
+    steps, batch, channels, numbers = sizes
+    shapes = [(steps, batch, channels)] * 2 + [(channels, numbers)] + [(steps, batch, numbers)] * 2
+    u, delta, a, b, c, h_0, initial = (
+        torch.randn(*shape, dtype=dtype) for shape in [*shapes, *[(batch, channels, numbers)] * 2]
+    )
+    floats = [x.requires_grad_() for x in (u, torch.exp(delta - 2), -torch.exp(a), b, c, h_0, initial)]
+    is_init = torch.rand(steps, batch) < 0.1
+    used, results = torch.get_num_threads(), []
+    torch.set_num_threads(threads)
+    try:
+        for scan in (native.selective_scan_cpp, selective_scan):
+            y, last = scan(*floats[:-1], is_init, floats[-1])
+            loss = (y * torch.arange(y.numel(), dtype=dtype).reshape(y.shape).sin()).sum() + last.square().sum()
+            results.append([y, last, *torch.autograd.grad(loss, floats)])
+    finally:
+        torch.set_num_threads(used)
+    for ours, expected in zip(*results, strict=True):
+        scale = float(expected.detach().abs().max().clamp_min(1))
+        torch.testing.assert_close(ours, expected, rtol=0, atol=close * scale)
+
+
+@BUILT
+def test_torch_finds_nothing_wrong_with_the_operator() -> None:
+    _, (u, delta, a, b, c, h_0), initial = selective_case()
+    floats = [x.detach().contiguous().requires_grad_() for x in (u, delta, a.t(), b, c)]
+    states = [x.detach().transpose(1, 2).contiguous().requires_grad_() for x in (h_0, initial)]
+    for length in (3, 32):
+        torch.library.opcheck(native._forward, (*floats, *states, torch.rand(T, B) < 0.3, length))
+
+
+@BUILT
+def test_the_cpp_scan_forgets_what_was_before_a_reset() -> None:
+    scan, arguments, initial = selective_cpp_case()
+    h_0 = torch.full_like(arguments[-1], float("nan")).requires_grad_()
+    is_init = torch.zeros(T, B, dtype=torch.bool)
+    is_init[0] = True
+    y, last = scan(*arguments[:-1], h_0, is_init, initial)
+    grads = torch.autograd.grad(y.sum() + last.sum(), [*arguments[:-1], h_0, initial])
+    assert all(bool(x.isfinite().all()) for x in (y, last, *grads))
+    assert not grads[-2].any()
+
+
+@BUILT
+def test_far_decays_are_exact() -> None:
+    """A step size of 1e-7 must leave 1 - 1e-7, and one of 1000 nothing."""
+    ones = torch.ones(1, 1, 1)
+    for size in (1e-7, 1e-3, 1.0, 80.0, 1000.0):
+        h_0 = torch.ones(1, 1, 1)
+        arguments = (
+            0 * ones,
+            size * ones,
+            -torch.ones(1, 1),
+            ones,
+            ones,
+            h_0,
+            torch.zeros(1, 1, dtype=torch.bool),
+            h_0,
+        )
+        _, last = native.selective_scan_cpp(*arguments)
+        expected = torch.exp(-torch.tensor(size, dtype=torch.float64)).float()
+        torch.testing.assert_close(last.squeeze(), expected, rtol=1.2e-7, atol=2e-38)

@@ -1,0 +1,279 @@
+// The selective scan of Mamba-1 and its gradient for CPUs. Plain C++ behind a C interface: it is built without torch's
+// headers, so it fits every version of torch, and is called with pointers (native.py). It is built once for each
+// instruction set; the one that torch itself uses is loaded.
+//
+// Channels lie in the lanes of vectors, one tile of W channels at a time; the numbers of the state are looped over.
+// The forward pass keeps the states before every `length`-th step; the backward pass runs each such chunk again.
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <thread>
+#include <vector>
+
+#if defined(__AVX512F__)
+#define BYTES 64
+#elif defined(__AVX__)
+#define BYTES 32
+#else
+#define BYTES 16
+#endif
+#define INLINE inline __attribute__((always_inline))
+
+namespace {
+
+template <class T> struct Lanes;
+
+template <> struct Lanes<float> {
+    typedef float V __attribute__((vector_size(BYTES)));
+    typedef int32_t I __attribute__((vector_size(BYTES)));
+    static constexpr int mantissa = 23, bias = 127;
+    static constexpr float lowest = -126.0f, highest = 127.0f, rounder = 12582912.0f;  // 1.5 * 2^23
+    static constexpr int degree = 5;
+    static constexpr float q[] = {0.69314718802622878f, 0.24022650760568127f,   0.055503571142190779f,
+                                  0.009618082557277855f, 0.0013390863364671234f, 0.00015453162945120690f};
+};
+
+template <> struct Lanes<double> {
+    typedef double V __attribute__((vector_size(BYTES)));
+    typedef int64_t I __attribute__((vector_size(BYTES)));
+    static constexpr int mantissa = 52, bias = 1023;
+    static constexpr double lowest = -1022.0, highest = 1023.0, rounder = 6755399441055744.0;  // 1.5 * 2^52
+    static constexpr int degree = 11;
+    static constexpr double q[] = {0.69314718055994530925,   0.24022650695910071233,    0.055504108664821627039,
+                                   0.0096181291076284794928, 0.0013333558146406470697,  0.00015403530393370733411,
+                                   1.5252733841556772589e-5, 1.321548680870556279e-6,   1.0178057087733941105e-7,
+                                   7.0548973041554992774e-9, 4.455817908336064493e-10, 2.5729324177362304214e-11};
+};
+
+template <class T> using Vec = typename Lanes<T>::V;
+template <class T> constexpr int W = BYTES / sizeof(T);
+
+// 2^x. On [-1/2, 1/2] it is 1 + x q(x), q interpolated at Chebyshev's nodes: exact at 0, where decays live.
+template <class T> INLINE Vec<T> exp2(Vec<T> x) {
+    typedef Lanes<T> L;
+    x = x < L::lowest ? Vec<T>{} + L::lowest : x;  // NaN passes through
+    x = x > L::highest ? Vec<T>{} + L::highest : x;
+    const Vec<T> whole = (x + L::rounder) - L::rounder;
+    const Vec<T> f = x - whole;
+    Vec<T> q = Vec<T>{} + L::q[L::degree];
+#pragma GCC unroll 12
+    for (int k = L::degree - 1; k >= 0; --k) q = q * f + L::q[k];
+    const typename L::I exponent = (__builtin_convertvector(whole, typename L::I) + L::bias) << L::mantissa;
+    Vec<T> scale;
+    std::memcpy(&scale, &exponent, sizeof scale);
+    return (q * f + T(1)) * scale;
+}
+
+template <class T> INLINE Vec<T> load(const T* from, int lanes) {
+    Vec<T> v{};
+    if (lanes == W<T>) std::memcpy(&v, from, sizeof v);
+    else for (int i = 0; i < lanes; ++i) v[i] = from[i];
+    return v;
+}
+
+template <class T> INLINE void store(T* to, Vec<T> v, int lanes) {
+    if (lanes == W<T>) std::memcpy(to, &v, sizeof v);
+    else for (int i = 0; i < lanes; ++i) to[i] = v[i];
+}
+
+template <class T> INLINE T sum(Vec<T> v) {
+    T total = 0;
+    for (int i = 0; i < W<T>; ++i) total += v[i];
+    return total;
+}
+
+template <class T> struct Sizes { int64_t steps, batch, channels, numbers, length; };
+
+template <class T> struct Inputs {
+    const T *u, *delta, *a, *b, *c, *h_0, *initial;  // [T, B, D] x 2, [N, D], [T, B, N] x 2, [B, N, D] x 2
+    const uint8_t* is_init;                          // [T, B]
+};
+
+template <class T> struct Gradients {
+    const T *y, *last;                             // [T, B, D], [B, N, D]
+    T *u, *delta, *a, *b, *c, *h_0, *initial;      // like the inputs; a is one for each thread
+};
+
+template <class T> class Aligned {  // room for vectors; std::vector does not align them before C++17's new
+    std::vector<Vec<T>> room;
+  public:
+    explicit Aligned(int64_t count) : room(count) {}
+    Vec<T>* data() { return room.data(); }
+};
+
+// NS: the number of state numbers where it is known, or 0
+template <class T, int NS>
+void forward_rows(Sizes<T> s, Inputs<T> in, T* y, T* last, T* starts, int64_t first, int64_t end) {
+    const int64_t N = NS ? NS : s.numbers, D = s.channels;
+    constexpr T log2e = T(1.4426950408889634074);
+    Aligned<T> room(2 * N);
+    Vec<T>*h = room.data(), *a2 = h + N;
+    for (int64_t row = first; row < end; ++row)
+        for (int64_t d = 0; d < D; d += W<T>) {
+            const int lanes = int(std::min<int64_t>(W<T>, D - d));
+            const T *initial = in.initial + row * N * D + d, *h_0 = in.h_0 + row * N * D + d;
+            for (int64_t n = 0; n < N; ++n) {
+                a2[n] = load<T>(in.a + n * D + d, lanes) * log2e;
+                h[n] = load<T>(h_0 + n * D, lanes);
+            }
+            for (int64_t t = 0; t < s.steps; ++t) {
+                if (starts && t % s.length == 0) {
+                    T* to = starts + ((t / s.length) * s.batch + row) * N * D + d;
+                    for (int64_t n = 0; n < N; ++n) store<T>(to + n * D, h[n], lanes);
+                }
+                const int64_t at = t * s.batch + row;
+                if (in.is_init[at])
+                    for (int64_t n = 0; n < N; ++n) h[n] = load<T>(initial + n * D, lanes);
+                const Vec<T> delta = load<T>(in.delta + at * D + d, lanes);
+                const Vec<T> written = delta * load<T>(in.u + at * D + d, lanes);
+                const T *b = in.b + at * N, *c = in.c + at * N;
+                Vec<T> read{};
+#pragma GCC unroll 4
+                for (int64_t n = 0; n < N; ++n) {
+                    h[n] = exp2<T>(delta * a2[n]) * h[n] + written * b[n];
+                    read += h[n] * c[n];
+                }
+                store<T>(y + at * D + d, read, lanes);
+            }
+            for (int64_t n = 0; n < N; ++n) store<T>(last + row * N * D + n * D + d, h[n], lanes);
+        }
+}
+
+template <class T, int NS>
+void backward_rows(Sizes<T> s, Inputs<T> in, const T* starts, Gradients<T> g, T* grad_a, int64_t first,
+                   int64_t end) {
+    const int64_t N = NS ? NS : s.numbers, D = s.channels, L = s.length;
+    const int64_t tiles = (D + W<T> - 1) / W<T>, chunks = (s.steps + L - 1) / L;
+    constexpr T log2e = T(1.4426950408889634074);
+    // for one chunk: states before each step and after the last, decays; sums over tiles of what B and C get
+    Aligned<T> room((L + 1) * N + 3 * L * N + 2 * tiles * N + 2 * N);
+    Vec<T>* states = room.data();
+    Vec<T>*decay = states + (L + 1) * N, *sum_b = decay + L * N, *sum_c = sum_b + L * N;
+    Vec<T>*carry = sum_c + L * N, *sum_a = carry + tiles * N, *a = sum_a + tiles * N, *part = a + N;
+    std::fill(sum_a, sum_a + tiles * N, Vec<T>{});
+    for (int64_t row = first; row < end; ++row) {
+        for (int64_t k = 0; k < tiles; ++k)
+            for (int64_t n = 0; n < N; ++n) {
+                const int lanes = int(std::min<int64_t>(W<T>, D - k * W<T>));
+                carry[k * N + n] = load<T>(g.last + row * N * D + n * D + k * W<T>, lanes);
+            }
+        for (int64_t chunk = chunks - 1; chunk >= 0; --chunk) {
+            const int64_t begin = chunk * L, steps = std::min(L, s.steps - begin);
+            std::fill(sum_b, sum_b + steps * N, Vec<T>{});
+            std::fill(sum_c, sum_c + steps * N, Vec<T>{});
+            for (int64_t k = 0; k < tiles; ++k) {
+                const int64_t d = k * W<T>;
+                const int lanes = int(std::min<int64_t>(W<T>, D - d));
+                const T* initial = in.initial + row * N * D + d;
+                const T* from = starts + (chunk * s.batch + row) * N * D + d;
+                for (int64_t n = 0; n < N; ++n) {
+                    a[n] = load<T>(in.a + n * D + d, lanes);
+                    states[n] = load<T>(from + n * D, lanes);
+                    part[n] = Vec<T>{};
+                }
+                for (int64_t i = 0; i < steps; ++i) {
+                    const int64_t at = (begin + i) * s.batch + row;
+                    Vec<T>*h = states + i * N, *next = h + N, *kept = decay + i * N, *into = sum_c + i * N;
+                    if (in.is_init[at])  // what the step before has read is not needed any more
+                        for (int64_t n = 0; n < N; ++n) h[n] = load<T>(initial + n * D, lanes);
+                    const Vec<T> delta = load<T>(in.delta + at * D + d, lanes);
+                    const Vec<T> written = delta * load<T>(in.u + at * D + d, lanes);
+                    const Vec<T> grad_y = load<T>(g.y + at * D + d, lanes);
+                    const T* b = in.b + at * N;
+#pragma GCC unroll 4
+                    for (int64_t n = 0; n < N; ++n) {
+                        kept[n] = exp2<T>(delta * (a[n] * log2e));
+                        next[n] = kept[n] * h[n] + written * b[n];
+                        into[n] += next[n] * grad_y;
+                    }
+                }
+                Vec<T>* carried = carry + k * N;
+                for (int64_t i = steps - 1; i >= 0; --i) {
+                    const int64_t at = (begin + i) * s.batch + row;
+                    const Vec<T>*h = states + i * N, *kept = decay + i * N;
+                    Vec<T>* into = sum_b + i * N;
+                    const Vec<T> delta = load<T>(in.delta + at * D + d, lanes), u = load<T>(in.u + at * D + d, lanes);
+                    const Vec<T> written = delta * u, grad_y = load<T>(g.y + at * D + d, lanes);
+                    const T *b = in.b + at * N, *c = in.c + at * N;
+                    Vec<T> grad_written{}, grad_delta{};
+#pragma GCC unroll 4
+                    for (int64_t n = 0; n < N; ++n) {
+                        const Vec<T> grad = carried[n] + grad_y * c[n];
+                        into[n] += grad * written;
+                        grad_written += grad * b[n];
+                        carried[n] = kept[n] * grad;
+                        const Vec<T> exponent = carried[n] * h[n];
+                        grad_delta += exponent * a[n];
+                        part[n] += exponent * delta;
+                    }
+                    store<T>(g.u + at * D + d, grad_written * delta, lanes);
+                    store<T>(g.delta + at * D + d, grad_delta + grad_written * u, lanes);
+                    if (in.is_init[at])
+                        for (int64_t n = 0; n < N; ++n) {
+                            T* to = g.initial + row * N * D + n * D + d;
+                            store<T>(to, load<T>(to, lanes) + carried[n], lanes);
+                            carried[n] = Vec<T>{};
+                        }
+                }
+                for (int64_t n = 0; n < N; ++n) sum_a[k * N + n] += part[n];
+            }
+            for (int64_t i = 0; i < steps; ++i)
+                for (int64_t n = 0; n < N; ++n) {
+                    const int64_t at = ((begin + i) * s.batch + row) * N + n;
+                    g.b[at] = sum<T>(sum_b[i * N + n]);
+                    g.c[at] = sum<T>(sum_c[i * N + n]);
+                }
+        }
+        for (int64_t k = 0; k < tiles; ++k)
+            for (int64_t n = 0; n < N; ++n) {
+                const int lanes = int(std::min<int64_t>(W<T>, D - k * W<T>));
+                store<T>(g.h_0 + row * N * D + n * D + k * W<T>, carry[k * N + n], lanes);
+            }
+    }
+    for (int64_t k = 0; k < tiles; ++k)
+        for (int64_t n = 0; n < N; ++n) {
+            const int lanes = int(std::min<int64_t>(W<T>, D - k * W<T>));
+            store<T>(grad_a + n * D + k * W<T>, sum_a[k * N + n], lanes);
+        }
+}
+
+// Rows [0, rows) split over threads; run(thread, first, end).
+template <class Run> void split(int64_t rows, int64_t threads, Run run) {
+    threads = std::max<int64_t>(1, std::min(threads, rows));
+    std::vector<std::thread> others;
+    for (int64_t i = 1; i < threads; ++i)
+        others.emplace_back([=] { run(i, rows * i / threads, rows * (i + 1) / threads); });
+    run(0, 0, rows / threads);
+    for (auto& other : others) other.join();
+}
+
+}  // namespace
+
+#define INTERFACE(T, name)                                                                                            \
+    extern "C" void cyborg_scan_forward_##name(const int64_t* sizes, int64_t threads, const T* const* inputs,         \
+                                               const uint8_t* is_init, T* y, T* last, T* starts) {                    \
+        const Sizes<T> s{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]};                                           \
+        const Inputs<T> in{inputs[0], inputs[1], inputs[2], inputs[3], inputs[4], inputs[5], inputs[6], is_init};     \
+        split(s.batch, threads, [=](int64_t, int64_t first, int64_t end) {                                            \
+            s.numbers == 16 ? forward_rows<T, 16>(s, in, y, last, starts, first, end)                                 \
+                            : forward_rows<T, 0>(s, in, y, last, starts, first, end);                                 \
+        });                                                                                                           \
+    }                                                                                                                 \
+    extern "C" void cyborg_scan_backward_##name(const int64_t* sizes, int64_t threads, const T* const* inputs,        \
+                                                const uint8_t* is_init, const T* starts, const T* grad_y,             \
+                                                const T* grad_last, T* const* grads) {                                \
+        const Sizes<T> s{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]};                                           \
+        const Inputs<T> in{inputs[0], inputs[1], inputs[2], inputs[3], inputs[4], inputs[5], inputs[6], is_init};     \
+        const Gradients<T> g{grad_y,   grad_last, grads[0], grads[1], grads[2],                                       \
+                             grads[3], grads[4],  grads[5], grads[6]};                                                \
+        split(s.batch, threads, [=](int64_t thread, int64_t first, int64_t end) {                                     \
+            T* grad_a = g.a + thread * s.numbers * s.channels;                                                        \
+            s.numbers == 16 ? backward_rows<T, 16>(s, in, starts, g, grad_a, first, end)                              \
+                            : backward_rows<T, 0>(s, in, starts, g, grad_a, first, end);                              \
+        });                                                                                                           \
+    }
+// What the caller must have been written for: raised with every change of the functions above.
+extern "C" int64_t cyborg_scan_interface() { return 1; }
+INTERFACE(float, float32)
+INTERFACE(double, float64)
