@@ -10,7 +10,7 @@ from cyborg_torchrl.experiment import run_experiment
 @pytest.mark.parametrize("seed", range(3))
 def test_a_corridor_of_a_thousand(tmp_path, seed):
     changes = [f"train.seed={seed}", f"logger.base_dir={tmp_path}", "logger=quiet", "env.num_envs=16"]
-    cfg = load_config(overrides=["env=tmaze", "env.level=hard", "train.total_timesteps=500000", *changes])
+    cfg = load_config(overrides=["env=tmaze", "env.level=hard", "train.total_timesteps=1000000", *changes])
     assert run_experiment(cfg)["success_rate"] >= 0.95
 
 
