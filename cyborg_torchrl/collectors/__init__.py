@@ -1,5 +1,6 @@
 """Collection."""
 
+from cyborg_torchrl.collectors.fused_collector import FusedCollector
 from cyborg_torchrl.collectors.rollout_collector import RolloutCollector
 
-__all__ = ["RolloutCollector"]
+__all__ = ["FusedCollector", "RolloutCollector"]

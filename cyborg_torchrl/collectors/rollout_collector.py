@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -17,6 +18,7 @@ from torchrl.modules import set_recurrent_mode
 from torchrl.modules.utils.utils import _maybe_append_env_transforms_from_module as append_transforms
 
 from cyborg_torchrl import keys
+from cyborg_torchrl.collectors.fusion import Columns, Entries, FusedEnv, FusedPolicy, NotFusable
 from cyborg_torchrl.data import Rollout
 from cyborg_torchrl.modules.replay import memory_state_keys
 from cyborg_torchrl.objectives import value_after
@@ -31,6 +33,8 @@ class RolloutCollector:
     made. Where an episode is cut off, the value of its last observation is taken at once, while the state that
     belongs to it is there: ("next", "state_value").
 
+    Native environments are stepped on tensors alone (see `FusedCollector`), with the same results.
+
     Args:
         env: batched, or not; `InitTracker` and the policy's primers are added if they are missing.
         policy: acts; its memory states are found by their names under "next".
@@ -39,6 +43,7 @@ class RolloutCollector:
         value_operator: from an observation and a memory state to "state_value"; also asked at every step if the policy
             does not write it.
         keyframe_steps: from T to the steps before which states are kept; None: before the first.
+        is_fused: step on tensors alone where that is possible.
 
     Raises:
         ValueError: if frames_per_batch is not a multiple of the number of environments, or total_frames of it.
@@ -53,6 +58,7 @@ class RolloutCollector:
         total_frames: int,
         value_operator: TensorDictModuleBase,
         keyframe_steps: Callable[[int], Sequence[int]] | None = None,
+        is_fused: bool = True,
     ) -> None:
         num_envs = env.batch_size.numel()
         if frames_per_batch < 1 or frames_per_batch % num_envs:
@@ -72,6 +78,10 @@ class RolloutCollector:
         self._dropped = [*self.state_keys, *(unravel_key((keys.NEXT, key)) for key in self.state_keys)]
         with torch.no_grad():  # here, as TorchRL's collectors do, so that both take the same random numbers
             self._carried = self.env.reset()
+        self._fused: tuple[FusedPolicy, FusedEnv] | None = None
+        if is_fused:
+            with contextlib.suppress(NotFusable):
+                self._fused = FusedPolicy(policy), FusedEnv(self.env)
 
     def __iter__(self) -> Iterator[Rollout]:
         """Yields rollouts until `total_frames` steps have been taken."""
@@ -81,26 +91,56 @@ class RolloutCollector:
     @torch.no_grad()
     def rollout(self) -> Rollout:
         """Takes the steps of one rollout; episodes go on where the last one ended."""
-        rows: list[TensorDictBase] = []
-        states: list[list[TensorDictBase | Tensor]] = []
-        wanted = set(self.at)
         with set_exploration_type(ExplorationType.RANDOM), set_recurrent_mode(False):
-            carried = self._carried
-            entries = _whole_entries(carried, self.state_keys)
-            for t in range(self.steps):
-                if t in wanted:
-                    # not copied: a step makes new tensors, and leaves those before as they are
-                    states.append([carried.get(entry) for entry in entries])
-                played, carried = self.env.step_and_maybe_reset(self.policy(carried))
-                rows.append(self._recorded(played, is_last=t == self.steps - 1))
-        self._carried = carried
+            steps, states = self._rollout_on_tensors(*self._fused) if self._fused else self._rollout()
         dim = len(self.env.batch_size)
-        kept = {entry: _stack(values, dim) for entry, values in zip(entries, zip(*states, strict=True), strict=True)}
-        batch = [*self.env.batch_size, len(self.at)]
-        steps, keyframes = torch.stack(rows, dim), TensorDict(kept, batch)
+        entries = _whole_entries(states[0], self.state_keys) if states else []
+        kept = {entry: _stack([state.get(entry) for state in states], dim) for entry in entries}
+        keyframes = TensorDict(kept, [*self.env.batch_size, len(self.at)])
         if dim == 0:
             steps, keyframes = steps.unsqueeze(0), keyframes.unsqueeze(0)
         return Rollout(steps.filter_empty_(), keyframes, self.at)
+
+    def _rollout(self) -> tuple[TensorDictBase, list[TensorDictBase]]:
+        """Steps [*N, T], and the tensordicts with the states before the steps of `at`."""
+        rows: list[TensorDictBase] = []
+        states: list[TensorDictBase] = []
+        wanted = set(self.at)
+        for t in range(self.steps):
+            if t in wanted:
+                # not copied: a step makes new tensors, and leaves those before as they are
+                states.append(self._carried.select(*self.state_keys))
+            played, self._carried = self.env.step_and_maybe_reset(self.policy(self._carried))
+            rows.append(self._recorded(played, is_last=t == self.steps - 1))
+        return torch.stack(rows, len(self.env.batch_size)), states
+
+    def _rollout_on_tensors(self, policy: FusedPolicy, env: FusedEnv) -> tuple[TensorDictBase, list[TensorDictBase]]:
+        """The same, for a native environment."""
+        carried: Entries = {unravel_key(key): value for key, value in self._carried.items(True, True)}
+        states: list[TensorDictBase] = []
+        wanted, dropped, batch = set(self.at), set(self._dropped), self.env.batch_size
+        columns = Columns(self.steps)
+        policy.begin(batch.numel())
+        after: Entries = {}
+        is_over: Tensor | None = carried[keys.IS_INIT]
+        for t in range(self.steps):
+            if t in wanted:
+                states.append(TensorDict({key: carried[key] for key in self.state_keys}, batch))
+            written = policy(carried, may_begin=is_over is not None)
+            after, begins, is_over = env.step(carried, written)
+            columns.append(
+                [(key, value) for key, value in {**carried, **written}.items() if key not in dropped],
+                [(key, value) for key, value in after.items() if key not in self.state_keys],
+            )
+            carried = begins
+        self._carried = TensorDict(carried, batch, device=self.env.device)
+        steps = TensorDict(columns.tensors, [*batch, self.steps])
+        # native episodes are never cut off but by the end of the rollout
+        value, last = torch.zeros_like(steps.get(keys.VALUE)), TensorDict(after, batch)
+        is_cut = ~last.get(keys.TERMINATED).squeeze(-1)
+        if bool(is_cut.any()):
+            value[is_cut, -1] = value_after(last[is_cut], self.value_operator)
+        return steps.set((keys.NEXT, keys.VALUE), value), states
 
     def set_seed(self, seed: int) -> int | None:
         """Seeds the environment. Returns a seed for the next one, as TorchRL does."""

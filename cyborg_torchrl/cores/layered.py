@@ -110,7 +110,10 @@ class LayeredCore(Core):
             y = self.readouts[index](y)
             next_states.append(next_l)
         columns = zip(*next_states, strict=True)
-        return y, {name: torch.stack(column, 1) for name, column in zip(self.state_names, columns, strict=True)}
+        return y, {
+            name: column[0].unsqueeze(1) if len(column) == 1 else torch.stack(column, 1)
+            for name, column in zip(self.state_names, columns, strict=True)
+        }
 
 
 def layered_core_builder(layer: Callable[[int, int, int, bool], RecurrentLayer]) -> Callable[..., LayeredCore]:

@@ -34,10 +34,10 @@ class _Gates(NamedTuple):
 
 def _gates(decay_gate: Tensor, input_gate: Tensor, x: Tensor, rate: Tensor) -> _Gates:
     opening, gate = torch.sigmoid(decay_gate), torch.sigmoid(input_gate)
-    log_decay = opening * (-2.0 * rate)
-    # expm1 keeps 1 - a^2 exact for time constants far beyond 1/eps steps
-    power = torch.sqrt(-torch.expm1(2.0 * log_decay))
-    return _Gates(torch.exp(log_decay), power * gate * x, opening, power, gate)
+    # a - 1, from which 1 - a^2 is exact for time constants far beyond 1/eps steps
+    loss = torch.expm1(opening * (-2.0 * rate))
+    power = torch.sqrt(-loss * (2.0 + loss))
+    return _Gates(1.0 + loss, power * gate * x, opening, power, gate)
 
 
 class _GatedRecurrence(torch.autograd.Function):

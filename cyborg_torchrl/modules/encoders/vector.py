@@ -31,7 +31,8 @@ class VectorEncoder(nn.Module):
     def forward(self, *observations: Float[Tensor, "*B _"]) -> Float[Tensor, "*B F"]:
         """Concatenates the observations, in the precision of the weights, and embeds them."""
         dtype = next(self.network.parameters()).dtype
-        return self.network(torch.cat([observation.to(dtype) for observation in observations], -1))
+        parts = [observation.to(dtype) for observation in observations]
+        return self.network(parts[0] if len(parts) == 1 else torch.cat(parts, -1))
 
 
 class ScaledVector(nn.Module):

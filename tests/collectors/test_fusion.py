@@ -1,0 +1,202 @@
+"""Steps on tensors: bit by bit what TorchRL's collector yields, or a reason why not."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModule
+from torchrl.collectors import Collector
+
+from cyborg_torchrl.build import build_agent, build_buffer, build_env
+from cyborg_torchrl.collectors import FusedCollector, RolloutCollector
+from cyborg_torchrl.collectors.fusion import _logsumexp
+from cyborg_torchrl.config import load_config
+
+STEPS = 70  # more than one block of steps, and a part of one
+CASES = [
+    ["env=delayed_cue", "env.horizon=5", "backbone=lru"],
+    ["env=copy_memory", "env.level=easy", "env.horizon=3", "backbone=mamba_gru", "backbone.hidden_size=16"],
+    ["env=tmaze", "env.horizon=6", "backbone=lstm", "backbone.num_layers=2"],  # with clipped rewards
+    ["env=distractor_nav", "env.level=easy", "env.horizon=4", "backbone=gru", "memory=pmm", "fusion.gate=true"],
+    ["env=n_back", "env.level=easy", "env.horizon=9", "backbone=pseudo_mamba", "backbone.learn_initial_state=true"],
+    ["env=multi_cue_delay", "env.level=easy", "env.horizon=3", "train.recurrent_mode=none"],
+]
+
+
+def parts(options: list[str], num_envs: int = 3):
+    torch.manual_seed(0)
+    cfg = load_config(overrides=[*options, f"env.num_envs={num_envs}", f"train.n_steps={STEPS}"])
+    env = build_env(cfg)
+    return cfg, env, build_agent(cfg, env)
+
+
+def collector(kind: type[Collector], options: list[str], *, actor_alone: bool = False, **more) -> Collector:
+    _, env, agent = parts(options)
+    frames = STEPS * env.batch_size[0]
+    policy = agent.get_policy_operator() if actor_alone else agent
+    more = {"frames_per_batch": frames, "total_frames": 3 * frames, "auto_register_policy_transforms": True, **more}
+    made = kind(env, policy, **more)
+    made.set_seed(3)
+    torch.manual_seed(5)
+    return made
+
+
+def batches(kind: type[Collector], options: list[str], **more) -> list[TensorDictBase]:
+    """All batches; one collector after the other, since both draw from the same random numbers."""
+    return [batch.clone() for batch in collector(kind, options, **more)]
+
+
+def assert_equal(ours: TensorDictBase, theirs: TensorDictBase) -> None:
+    assert ours.batch_size == theirs.batch_size
+    assert ours.names == theirs.names
+    names = {str(key) for key in theirs.keys(True, True)}
+    assert {str(key) for key in ours.keys(True, True)} == names
+    for key in theirs.keys(True, True):
+        assert (ours[key].shape, ours[key].dtype) == (theirs[key].shape, theirs[key].dtype), key
+        assert torch.equal(ours[key], theirs[key]), key
+
+
+@pytest.mark.parametrize("options", CASES, ids=lambda options: options[0])
+def test_batches_equal_torchrls_bit_by_bit(options: list[str]) -> None:
+    assert not collector(FusedCollector, options).why_not_fused
+    for ours, theirs in zip(batches(FusedCollector, options), batches(Collector, options), strict=True):
+        assert_equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"actor_alone": True},
+        {"reset_at_each_iter": True},
+        {"track_traj_ids": False},
+        {"set_truncated": True},
+        {"return_same_td": True},
+        {"split_trajs": True},
+        {"init_random_frames": 3 * STEPS},
+        {"total_frames": 5 * STEPS},
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore:split_trajs=True", "ignore:total_frames")
+def test_options_do_what_they_do_there(more: dict) -> None:
+    ours, theirs = (batches(kind, CASES[0], **more) for kind in (FusedCollector, Collector))
+    assert len(ours) == (2 if "total_frames" in more else 3)
+    for a, b in zip(ours, theirs, strict=True):
+        assert_equal(a, b)
+
+
+def test_what_was_yielded_stays() -> None:
+    first, second, _ = collector(FusedCollector, CASES[0])
+    theirs = batches(Collector, CASES[0])
+    assert_equal(first, theirs[0])
+    assert_equal(second, theirs[1])
+
+
+def test_it_goes_on_from_a_state_dict() -> None:
+    made = collector(FusedCollector, CASES[0])
+    next(iter(made))
+    other = collector(FusedCollector, CASES[0])
+    other.load_state_dict(made.state_dict())
+    assert other._frames == made._frames == 3 * STEPS
+    assert len(list(other)) == 2
+
+
+def test_weights_that_are_replaced_are_used() -> None:
+    made = collector(FusedCollector, CASES[0])
+    iterator = iter(made)
+    next(iterator)
+    agent = made._orig_policy
+    new = {name: torch.randn_like(value) for name, value in agent.state_dict().items()}
+    agent.load_state_dict(new)
+    after = next(iterator)
+    with torch.no_grad():
+        first = agent.get_value_operator()(after[:, 0].clone()).get("state_value")
+    torch.testing.assert_close(after["state_value"][:, 0], first)
+
+
+class Wrapped(TensorDictModule):
+    """Not a plain TensorDictModule."""
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (["env=gymnasium", "env.id=CartPole-v1"], "is not one of the native environments"),
+        (["transforms.previous_action=true"], "the environment has a PreviousAction"),
+        ({"exploration_type": "mode"}, "other than sampled actions"),
+        ({"use_buffers": False}, "no buffers to collect into"),
+        ("wrapped", "the policy has a Wrapped"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_fused_is_collected_as_torchrl_does_it_and_said_once(change, reason: str, caplog) -> None:
+    options = [*CASES[0], *change] if isinstance(change, list) else CASES[0]
+    if isinstance(change, list) and change[0] == "env=gymnasium":
+        options = [*change, "train.recurrent_mode=burn_in"]
+    more = dict(change) if isinstance(change, dict) else {}
+    if "exploration_type" in more:
+        from torchrl.envs.utils import ExplorationType
+
+        more["exploration_type"] = ExplorationType.MODE
+    found = {}
+    with caplog.at_level(logging.WARNING):
+        for kind in (FusedCollector, Collector):
+            _, env, agent = parts(options)
+            if change == "wrapped":
+                agent.encoder = Wrapped(agent.encoder.module, agent.encoder.in_keys, agent.encoder.out_keys)
+            frames = STEPS * env.batch_size[0]
+            made = kind(
+                env,
+                agent,
+                frames_per_batch=frames,
+                total_frames=2 * frames,
+                auto_register_policy_transforms=True,
+                **more,
+            )
+            made.set_seed(3)
+            torch.manual_seed(5)
+            found[kind] = list(made)
+            made.shutdown()
+    for ours, theirs in zip(found[FusedCollector], found[Collector], strict=True):
+        assert_equal(ours, theirs)
+    said = [record.message for record in caplog.records if "without fusion" in record.message]
+    assert len(said) == 1
+    assert reason in said[0]
+
+
+@pytest.mark.parametrize(
+    "options", [*CASES, [*CASES[0], "train=burn_in", "train.seq_len=16", "train.burn_in=4"]], ids=str
+)
+def test_our_collector_yields_the_same_with_and_without(options: list[str]) -> None:
+    rollouts = []
+    for is_fused in (True, False):
+        cfg, env, agent = parts(options)
+        frames = STEPS * env.batch_size[0]
+        made = RolloutCollector(
+            env,
+            agent,
+            frames_per_batch=frames,
+            total_frames=3 * frames,
+            value_operator=agent.get_value_operator(),
+            keyframe_steps=build_buffer(cfg, env, STEPS).keyframe_steps,
+            is_fused=is_fused,
+        )
+        assert (made._fused is not None) == is_fused
+        made.set_seed(3)
+        torch.manual_seed(5)
+        rollouts.append(list(made))
+    for ours, theirs in zip(*rollouts, strict=True):
+        assert ours.at == theirs.at
+        for a, b in ((ours.steps, theirs.steps), (ours.keyframes, theirs.keyframes)):
+            assert {str(key) for key in a.keys(True, True)} == {str(key) for key in b.keys(True, True)}
+            for key in b.keys(True, True):
+                assert torch.equal(a[key], b[key]), key
+
+
+def test_the_log_of_sums_is_torchs_bit_by_bit() -> None:
+    for scale in (1e-3, 1.0, 50.0):
+        logits = scale * torch.randn(1000, 7)
+        assert torch.equal(_logsumexp(logits), logits.logsumexp(-1, keepdim=True))
