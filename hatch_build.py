@@ -1,4 +1,4 @@
-"""Builds the C++ scan while the package is installed, where there is a compiler. Without it nothing lacks but speed."""
+"""Builds what is in C++ while the package is installed, where there is a compiler. Without it only speed lacks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ X86 = {
     "avx2": ["-mavx2", "-mfma"],
     "default": [],
 }
-FLAGS = ["-O3", "-std=c++17", "-fPIC", "-shared", "-pthread", "-Wno-psabi"]
+FLAGS = ["-O3", "-fno-math-errno", "-std=c++17", "-fPIC", "-shared", "-pthread", "-Wno-psabi"]
 
 
 class NativeBuildHook(BuildHookInterface):
@@ -38,16 +38,17 @@ class NativeBuildHook(BuildHookInterface):
         return X86 if platform.machine().lower() in ("x86_64", "amd64") else {"default": []}
 
     def _compile(self, target: str) -> Path | None:
-        path = CORES / f"_selective_scan_{target}.so"
+        path = CORES / f"_native_{target}.so"
         path.unlink(missing_ok=True)
+        sources = sorted(map(str, (CORES / "csrc").glob("*.cpp")))
         compiler = shlex.split(os.environ.get("CXX", "")) or [shutil.which("c++") or shutil.which("g++") or ""]
-        command = [*compiler, *FLAGS, *self._targets()[target], "-o", str(path), str(CORES / "csrc/selective_scan.cpp")]
+        command = [*compiler, *FLAGS, *self._targets()[target], "-o", str(path), *sources]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
         except (OSError, subprocess.TimeoutExpired) as error:
-            self.app.display_info(f"no C++ scan for {target}: {error}")
+            self.app.display_info(f"no C++ recurrences for {target}: {error}")
             return None
         if done.returncode:
-            self.app.display_info(f"no C++ scan for {target}: {done.stderr.strip()[-500:]}")
+            self.app.display_info(f"no C++ recurrences for {target}: {done.stderr.strip()[-500:]}")
             return None
         return path

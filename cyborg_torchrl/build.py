@@ -14,7 +14,7 @@ from torchrl.collectors import Collector, MultiSyncCollector
 from torchrl.data import LazyMemmapStorage, LazyTensorStorage
 from torchrl.envs import EnvBase
 
-from cyborg_torchrl.collectors import RolloutCollector
+from cyborg_torchrl.collectors import FusedCollector, RolloutCollector
 from cyborg_torchrl.config import ConfigError, TrainConfig, resolve_device
 from cyborg_torchrl.cores import Core, MemorylessCore
 from cyborg_torchrl.data import EpisodeBuffer, RecurrentRolloutBuffer, RolloutBuffer
@@ -172,8 +172,9 @@ def build_collector(
     if cfg.collector.name == "rollout":
         options |= {"value_operator": agent.get_value_operator(), "keyframe_steps": buffer.keyframe_steps}
         collector = RolloutCollector(env, agent, **options)
-    elif cfg.collector.name == "single":
-        collector = Collector(env, agent, auto_register_policy_transforms=True, **options)
+    elif cfg.collector.name in ("single", "fused"):
+        kind = FusedCollector if cfg.collector.name == "fused" else Collector
+        collector = kind(env, agent, auto_register_policy_transforms=True, **options)
     else:
         workers = cfg.collector.num_workers
         _check_workers(cfg)

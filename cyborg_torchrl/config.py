@@ -156,8 +156,8 @@ class CollectorConfig:
     """How rollouts are collected."""
 
     name: str = "rollout"
-    """rollout: in this process, without a memory state for every step. single: TorchRL's in this process. multi_sync:
-    env.num_envs split over worker processes."""
+    """rollout: in this process, without a memory state for every step. single: TorchRL's in this process. fused: the
+    same, stepped on tensors. multi_sync: env.num_envs split over worker processes."""
     num_workers: int = 2
     """Processes of multi_sync."""
 
@@ -330,7 +330,7 @@ def validate(cfg: DictConfig) -> None:
         ("train.state_dtype", train.state_dtype, STATE_DTYPES),
         ("train.storage", train.storage, STORAGES),
         ("train.start_state", train.start_state, ("stored", "initial")),
-        ("collector.name", cfg.collector.name, ("rollout", "single", "multi_sync")),
+        ("collector.name", cfg.collector.name, ("rollout", "fused", "single", "multi_sync")),
         ("encoder.convolutions", cfg.encoder.convolutions, ("impala", "nature")),
         ("logger.eval_actions", cfg.logger.eval_actions, ("greedy", "sampled")),
         ("encoder.discrete", cfg.encoder.discrete, ("one_hot", "embedding")),

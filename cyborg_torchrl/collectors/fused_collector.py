@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -71,11 +72,26 @@ class FusedCollector(Collector):
             carried = begins
         for key, value in {**before, **carried}.items():
             self._carrier.set(key, value)
-        if self._columns is None:
-            self._columns = columns.tensors
-            rollout = TensorDict(self._columns, self._final_rollout.batch_size, names=self._final_rollout.names)
-            self._final_rollout = rollout
-        return self._maybe_set_truncated(self._final_rollout)
+        rollout = TensorDict(columns.tensors, self._final_rollout.batch_size, names=self._final_rollout.names)
+        if self.return_same_td:
+            self._columns, self._final_rollout = columns.tensors, rollout
+        return self._maybe_set_truncated(rollout)
+
+    def iterator(self) -> Iterator[TensorDictBase]:
+        """As TorchRL's, without its copy of each rollout where the rollout has tensors of its own."""
+        if self._fused is None or self.return_same_td or self.replay_buffer is not None:
+            yield from super().iterator()
+            return
+        while self._frames < self.total_frames:
+            self._iter += 1
+            rollout = self.rollout()
+            if rollout is self._final_rollout:  # of random actions, as TorchRL takes them
+                rollout = rollout.clone()
+            self._increment_frames(rollout.numel())
+            rollout = self._postproc(rollout)
+            if self.post_collect_hook is not None:
+                self.post_collect_hook(rollout)
+            yield rollout
 
     def _fuse(self) -> str:
         """Prepares what runs on tensors; returns why there is none."""
@@ -99,8 +115,9 @@ class FusedCollector(Collector):
         return ""
 
     def _devices(self) -> set[torch.device]:
+        policy: Any = self._orig_policy
         named = {self.storing_device, self.policy_device, self.env_device, self.env.device} - {None}
-        return named | {parameter.device for parameter in self._orig_policy.parameters()}
+        return named | {parameter.device for parameter in policy.parameters()}
 
     def _next_traj_ids(self, traj_ids: Tensor, is_over: Tensor | None) -> Tensor:
         if is_over is None:

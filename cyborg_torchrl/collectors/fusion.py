@@ -10,6 +10,7 @@ forms, so results are equal bit by bit, random numbers included.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any, cast
 
 import torch
 from tensordict.nn import (
@@ -21,6 +22,7 @@ from tensordict.nn import (
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor, distributions, nn
 from torch.nn import functional as F
+from torchrl.data import Composite
 from torchrl.envs import EnvBase, InitTracker, RewardClipping, RewardSum, TensorDictPrimer, Transform, TransformedEnv
 
 from cyborg_torchrl import keys
@@ -37,8 +39,8 @@ class NotFusable(Exception):
     """Why something cannot be run on tensors alone."""
 
 
-STACKED = 64
-"""Steps that are kept apart before they are put side by side: memory for a copy of so many, and no more."""
+STACKED = 16
+"""Steps that are kept apart before they are put side by side: few enough to be still in the cache by then."""
 
 
 class Columns:
@@ -311,7 +313,7 @@ def _clip(transform: RewardClipping) -> Callable[[Entries, Entries], None]:
     return then
 
 
-def _parts(key: NestedKey) -> tuple[str, ...]:
+def _parts(key: NestedKey) -> tuple[Any, ...]:
     return key if isinstance(key, tuple) else (key,)
 
 
@@ -327,9 +329,9 @@ def _unwrapped(env: EnvBase) -> tuple[list[Transform], EnvBase]:
 
 
 def _defaults(primer: TensorDictPrimer, task: MemoryTask) -> Entries:
-    values = primer.default_value
+    values, primers = primer.default_value, cast("Composite", primer.primers)
     found: Entries = {}
-    for key, spec in primer.primers.items(True, True):
+    for key, spec in primers.items(True, True):
         key = unravel_key(key)
         value = values.get(key, None) if isinstance(values, Mapping) else values
         if not isinstance(value, (int, float)) or spec.shape[:1] != (task.num_envs,):

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from typing import cast
 
 import torch
 from tensordict import TensorDict, TensorDictBase, lazy_stack
@@ -112,7 +113,7 @@ class RolloutCollector:
                 states.append(self._carried.select(*self.state_keys))
             played, self._carried = self.env.step_and_maybe_reset(self.policy(self._carried))
             rows.append(self._recorded(played, is_last=t == self.steps - 1))
-        return torch.stack(rows, len(self.env.batch_size)), states
+        return cast("TensorDictBase", torch.stack(rows, len(self.env.batch_size))), states
 
     def _rollout_on_tensors(self, policy: FusedPolicy, env: FusedEnv) -> tuple[TensorDictBase, list[TensorDictBase]]:
         """The same, for a native environment."""

@@ -11,7 +11,9 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional as F
 
 from cyborg_torchrl.cores.blocks import blocks
+from cyborg_torchrl.cores.gated_recurrence_cpp import gated_recurrence_cpp
 from cyborg_torchrl.cores.layered import LayerState, RecurrentLayer, layered_core_builder
+from cyborg_torchrl.cores.native import is_native
 from cyborg_torchrl.cores.resets import reset_steps
 from cyborg_torchrl.cores.timescale import log_spaced_timescales
 from cyborg_torchrl.registry import register_backbone
@@ -112,6 +114,20 @@ def _gates_backward(
     return -2.0 * grad_log.sum((0, 1))
 
 
+def gated_recurrence(
+    decay_gate: Float[Tensor, "T B D"],
+    input_gate: Float[Tensor, "T B D"],
+    x: Float[Tensor, "T B D"],
+    rate: Float[Tensor, " D"],
+    h_0: Float[Tensor, "B D"],
+    is_init: Bool[Tensor, "T B"],
+    initial: Float[Tensor, "B D"],
+) -> Float[Tensor, "T B D"]:
+    """The states of an `LRULayer` from its gates on; see `gated_recurrence_cpp`, which it is the equal of."""
+    arguments = (decay_gate, input_gate, x, rate, h_0, is_init, initial)
+    return _GatedRecurrence.apply(*arguments)  # pyright: ignore[reportReturnType, reportCallIssue]
+
+
 class LRULayer(RecurrentLayer):
     """Gated real linear recurrent unit.
 
@@ -138,8 +154,15 @@ class LRULayer(RecurrentLayer):
 
     def step(self, x: Float[Tensor, "B F"], state: LayerState) -> tuple[Tensor, LayerState]:
         """One step."""
-        gates = _gates(*self._inputs(x))
-        hidden = torch.addcmul(gates.drive, gates.decay, state[0])
+        inputs = self._inputs(x)
+        if is_native(x):  # the same code as over a sequence, so that both round alike
+            decay_gate, input_gate, value, rate = inputs
+            is_init = torch.zeros(1, x.shape[0], dtype=torch.bool)
+            rows = (decay_gate.unsqueeze(0), input_gate.unsqueeze(0), value.unsqueeze(0))
+            hidden = gated_recurrence_cpp(rows[0], rows[1], rows[2], rate, state[0], is_init, state[0]).squeeze(0)
+        else:
+            gates = _gates(*inputs)
+            hidden = torch.addcmul(gates.drive, gates.decay, state[0])
         return hidden, (hidden,)
 
     def forward(
@@ -150,9 +173,8 @@ class LRULayer(RecurrentLayer):
         initial: LayerState,
     ) -> tuple[Tensor, LayerState]:
         """A sequence."""
-        hidden: Tensor = _GatedRecurrence.apply(  # pyright: ignore[reportAssignmentType, reportCallIssue]
-            *self._inputs(x), state[0], is_init, initial[0]
-        )
+        recur = gated_recurrence_cpp if is_native(x) else gated_recurrence
+        hidden = recur(*self._inputs(x), state[0], is_init, initial[0])
         return hidden, (hidden[-1],)
 
     def _inputs(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

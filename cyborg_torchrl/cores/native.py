@@ -1,4 +1,4 @@
-"""The selective scan in C++, where it was built: found, loaded, and made an operator of torch.
+"""What was built in C++: found, and loaded.
 
 It is built when the package is installed, where there is a compiler (`hatch_build.py`), for the instruction sets that
 torch itself distinguishes. Nothing is missing without it but speed.
@@ -10,20 +10,24 @@ import ctypes
 import os
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
 from torch import Tensor
 
-LENGTH = 32
-"""Steps of which one state is kept; the backward pass computes those between again."""
 DTYPES = {torch.float32: "float32", torch.float64: "float64"}
 CAPABILITIES = ("avx512", "avx2", "default")
-INTERFACE = 1
+INTERFACE = 3
 """Number of the functions' interface; a library of another is as good as none."""
-POINTER = ctypes.c_void_p
 FOLDER = Path(__file__).parent
+POINTER, INTEGER = ctypes.c_void_p, ctypes.c_int64
+ARGUMENTS = {
+    "scan_forward": [POINTER, INTEGER, *[POINTER] * 5],
+    "scan_backward": [POINTER, INTEGER, *[POINTER] * 6],
+    "recur": [POINTER, INTEGER, *[POINTER] * 3],
+    "recur_backward": [POINTER, INTEGER, *[POINTER] * 6],
+    "norm": [POINTER, INTEGER, ctypes.c_double, *[POINTER] * 3],
+    "norm_backward": [POINTER, INTEGER, ctypes.c_double, *[POINTER] * 4],
+}
 
 
 @cache
@@ -33,163 +37,40 @@ def library() -> ctypes.CDLL | None:
     usable = CAPABILITIES[CAPABILITIES.index(capability) :] if capability in CAPABILITIES else CAPABILITIES[-1:]
     for name in usable:
         try:
-            found = ctypes.CDLL(os.fspath(FOLDER / f"_selective_scan_{name}.so"))
+            found = ctypes.CDLL(os.fspath(FOLDER / f"_native_{name}.so"))
         except OSError:  # not built, or built on another system
             continue
-        if found.cyborg_scan_interface() == INTERFACE:
-            for name in DTYPES.values():
-                getattr(found, f"cyborg_scan_forward_{name}").argtypes = [POINTER, ctypes.c_int64, *[POINTER] * 5]
-                getattr(found, f"cyborg_scan_backward_{name}").argtypes = [POINTER, ctypes.c_int64, *[POINTER] * 6]
+        if found.cyborg_interface() == INTERFACE:
             return found
     return None
 
 
-def selective_scan_cpp(
-    u: Float[Tensor, "T B D"],
-    delta: Float[Tensor, "T B D"],
-    a: Float[Tensor, "D N"],
-    b: Float[Tensor, "T B N"],
-    c: Float[Tensor, "T B N"],
-    h_0: Float[Tensor, "B D N"],
-    is_init: Bool[Tensor, "T B"],
-    initial: Float[Tensor, "B D N"],
-) -> tuple[Float[Tensor, "T B D"], Float[Tensor, "B D N"]]:
-    """`selective_scan` in C++, on as many threads as torch uses: the environments are split over them.
+def is_native(*tensors: Tensor) -> bool:
+    """Whether there are C++ functions for these tensors."""
+    first = tensors[0]
+    return first.device.type == "cpu" and first.dtype in DTYPES and library() is not None
 
-    Args:
-        u: and all others: as in `selective_scan`; float32 or float64, on a CPU.
+
+@cache
+def function(name: str, dtype: torch.dtype) -> ctypes._NamedFuncPointer:
+    """A C++ function for numbers of a type.
 
     Raises:
-        ValueError: if there is no step.
         RuntimeError: if it was not built here.
     """
-    if u.shape[0] == 0:
-        raise ValueError("selective_scan needs at least one step; got T == 0.")
-    floats = (u, delta, a.t(), b, c, h_0.transpose(1, 2), initial.transpose(1, 2))
-    floats = tuple(tensor.contiguous() for tensor in floats)
-    keeps_states = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in floats)
-    y, last, _ = _forward(*floats, is_init.contiguous(), LENGTH if keeps_states else 0)
-    return y, last.transpose(1, 2)
-
-
-def _library() -> ctypes.CDLL:
     found = library()
     if found is None:
-        raise RuntimeError("the C++ scan was not built here: install the package where there is a C++ compiler.")
-    return found
+        raise RuntimeError("nothing was built in C++ here: install the package where there is a C++ compiler.")
+    run = found[f"cyborg_{name}_{DTYPES[dtype]}"]
+    run.argtypes, run.restype = ARGUMENTS[name], None
+    return run
 
 
-def _pointers(*tensors: Tensor) -> ctypes.Array[ctypes.c_void_p]:
-    return (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
+def pointers(*tensors: Tensor) -> ctypes.Array[ctypes.c_void_p]:
+    """Where the tensors lie, as C++ takes them."""
+    return (POINTER * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
 
 
-def _sizes(u: Tensor, b: Tensor, length: int) -> ctypes.Array[ctypes.c_int64]:
-    return (ctypes.c_int64 * 5)(*u.shape, b.shape[-1], max(length, 1))
-
-
-@torch.library.custom_op(
-    "cyborg_torchrl::selective_scan",
-    mutates_args=(),
-    device_types="cpu",
-    schema="(Tensor u, Tensor delta, Tensor a, Tensor b, Tensor c, Tensor h_0, Tensor initial, Tensor is_init, "
-    "int length) -> (Tensor, Tensor, Tensor)",
-)
-def _forward(
-    u: Tensor,
-    delta: Tensor,
-    a: Tensor,
-    b: Tensor,
-    c: Tensor,
-    h_0: Tensor,
-    initial: Tensor,
-    is_init: Tensor,
-    length: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What is read [T, B, D], the last state [B, N, D], and the states before every `length`-th step; 0: none.
-
-    States have N before D here, and all tensors are contiguous.
-    """
-    y, last = torch.empty_like(u), torch.empty_like(h_0)
-    starts = _starts(u, h_0, length)
-    run = getattr(_library(), f"cyborg_scan_forward_{DTYPES[u.dtype]}")
-    run(
-        _sizes(u, b, length),
-        torch.get_num_threads(),
-        _pointers(u, delta, a, b, c, h_0, initial),
-        is_init.data_ptr(),
-        y.data_ptr(),
-        last.data_ptr(),
-        starts.data_ptr() if length else None,
-    )
-    return y, last, starts
-
-
-@torch.library.custom_op(
-    "cyborg_torchrl::selective_scan_backward",
-    mutates_args=(),
-    device_types="cpu",
-    schema="(Tensor grad_y, Tensor grad_last, Tensor u, Tensor delta, Tensor a, Tensor b, Tensor c, Tensor h_0, "
-    "Tensor initial, Tensor is_init, Tensor starts, int length) -> (" + ", ".join(["Tensor"] * 7) + ")",
-)
-def _backward(
-    grad_y: Tensor,
-    grad_last: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    a: Tensor,
-    b: Tensor,
-    c: Tensor,
-    h_0: Tensor,
-    initial: Tensor,
-    is_init: Tensor,
-    starts: Tensor,
-    length: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the float arguments of the forward pass, in their order."""
-    threads = min(torch.get_num_threads(), u.shape[1])
-    grad_a = a.new_empty(threads, *a.shape)
-    grads = [torch.empty_like(tensor) for tensor in (u, delta, b, c, h_0)]
-    grad_u, grad_delta, grad_b, grad_c, grad_h_0 = grads
-    grad_initial = torch.zeros_like(initial)
-    run = getattr(_library(), f"cyborg_scan_backward_{DTYPES[u.dtype]}")
-    run(
-        _sizes(u, b, length),
-        threads,
-        _pointers(u, delta, a, b, c, h_0, initial),
-        is_init.data_ptr(),
-        starts.data_ptr(),
-        grad_y.data_ptr(),
-        grad_last.data_ptr(),
-        _pointers(grad_u, grad_delta, grad_a, grad_b, grad_c, grad_h_0, grad_initial),
-    )
-    return grad_u, grad_delta, grad_a.sum(0), grad_b, grad_c, grad_h_0, grad_initial
-
-
-def _starts(u: Tensor, h_0: Tensor, length: int) -> Tensor:
-    return u.new_empty((u.shape[0] + length - 1) // length if length else 0, *h_0.shape)
-
-
-def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    u, h_0, length = arguments[0], arguments[5], arguments[-1]
-    return torch.empty_like(u), torch.empty_like(h_0), _starts(u, h_0, length)
-
-
-def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    return tuple(torch.empty_like(tensor) for tensor in arguments[2:9])
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.length = inputs
-    ctx.save_for_backward(*tensors, output[2])
-    ctx.mark_non_differentiable(output[2])
-
-
-def _gradients(ctx: Any, grad_y: Tensor, grad_last: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    *tensors, starts = ctx.saved_tensors
-    grads = _backward(grad_y.contiguous(), grad_last.contiguous(), *tensors, starts, ctx.length)
-    return *grads, None, None
-
-
-_forward.register_fake(_fake_forward)
-_backward.register_fake(_fake_backward)
-_forward.register_autograd(_gradients, setup_context=_setup_context)
+def integers(*values: int) -> ctypes.Array[ctypes.c_int64]:
+    """Numbers, as C++ takes them."""
+    return (INTEGER * len(values))(*values)

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from cyborg_torchrl.cores.blocks import blocks
+from cyborg_torchrl.cores.group_norm_cpp import group_norm_cpp
+from cyborg_torchrl.cores.native import is_native
 
 READOUTS = ("timescale_norm", "none")
 
@@ -97,6 +99,8 @@ class TimescaleNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
         """Returns the normalised read-out, of the same shape."""
+        if is_native(x) and x.dtype == self.average.dtype:
+            return group_norm_cpp(x, self.timescales, self.groups, self.eps)
         if torch.is_grad_enabled() and x.requires_grad and x.ndim > 1:
             return _GroupNorm.apply(x, self)  # pyright: ignore[reportReturnType]
         return x * self.factors(x)

@@ -8,7 +8,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from cyborg_torchrl.cores import blocks, gated_linear_scan, native, selective_scan, ssd_scan
+from cyborg_torchrl.cores import (
+    blocks,
+    gated_linear_scan,
+    gated_recurrence_cpp,
+    group_norm_cpp,
+    lru,
+    native,
+    selective_scan,
+    selective_scan_cpp,
+    ssd_scan,
+    timescale,
+)
 from cyborg_torchrl.cores.causal_conv import causal_conv, causal_conv_step
 
 T, B, D, N = 7, 3, 2, 2
@@ -41,7 +52,18 @@ def selective_cpp_case() -> tuple:
     if native.library() is None:
         pytest.skip("the C++ scan is not built here")
     _, arguments, initial = selective_case()
-    return native.selective_scan_cpp, arguments, initial
+    return selective_scan_cpp.selective_scan_cpp, arguments, initial
+
+
+def gated_case(scan=lru.gated_recurrence) -> tuple:
+    rate = positive(D)
+    return scan, [double(T, B, D), double(T, B, D), double(T, B, D), rate, double(B, D)], double(B, D)
+
+
+def gated_cpp_case() -> tuple:
+    if native.library() is None:
+        pytest.skip("nothing is built in C++ here")
+    return gated_case(gated_recurrence_cpp.gated_recurrence_cpp)
 
 
 def ssd_case() -> tuple:
@@ -54,7 +76,9 @@ def conv_case() -> tuple:
     return causal_conv, [double(T, B, D), double(D, 4), double(D), double(B, D, 4)], double(B, D, 4)
 
 
-CASES = pytest.mark.parametrize("case", [linear_case, selective_case, selective_cpp_case, ssd_case, conv_case])
+CASES = pytest.mark.parametrize(
+    "case", [linear_case, gated_case, gated_cpp_case, selective_case, selective_cpp_case, ssd_case, conv_case]
+)
 
 
 @CASES
@@ -88,7 +112,7 @@ def test_blocks_of_any_length_compute_the_same(monkeypatch, case, block_numel: i
     for numel in (2**19, block_numel):
         for module in (sys.modules[selective_scan.__module__], blocks):
             monkeypatch.setattr(module, "BLOCK_NUMEL", numel)
-        monkeypatch.setattr(native, "LENGTH", min(32, numel // (B * D * N) + 1))
+        monkeypatch.setattr(selective_scan_cpp, "LENGTH", min(32, numel // (B * D * N) + 1))
         results_of_scan = scan(*arguments, is_init, initial)
         y, last = results_of_scan if isinstance(results_of_scan, tuple) else (results_of_scan, results_of_scan)
         results.append([y, last, *torch.autograd.grad(y.square().sum() + last.sum(), [*arguments, initial])])
@@ -132,7 +156,7 @@ def test_the_convolution_is_torchs_own_where_nothing_restarts() -> None:
     torch.testing.assert_close(y, expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("scan", [selective_scan, native.selective_scan_cpp, ssd_scan, gated_linear_scan])
+@pytest.mark.parametrize("scan", [selective_scan, selective_scan_cpp.selective_scan_cpp, ssd_scan, gated_linear_scan])
 def test_no_steps_are_refused(scan) -> None:
     name = scan.__name__
     case = {
@@ -145,6 +169,44 @@ def test_no_steps_are_refused(scan) -> None:
     arguments = [x[:0] if x.shape[0] == T else x for x in arguments]
     with pytest.raises(ValueError, match="scan needs at least one step"):
         scan(*arguments, torch.zeros(0, B, dtype=torch.bool), initial)
+
+
+@SHARES
+@pytest.mark.parametrize("case", [gated_case, gated_cpp_case])
+def test_the_gated_recurrence_is_a_loop(case, share: float) -> None:
+    scan, (decay_gate, input_gate, x, rate, h_0), initial = case()
+    is_init = torch.rand(T, B) < share
+    states = scan(decay_gate, input_gate, x, rate, h_0, is_init, initial)
+    h_t = h_0
+    for t in range(T):
+        decay = torch.exp(-2.0 * torch.sigmoid(decay_gate[t]) * rate)
+        h_t = torch.where(is_init[t, :, None], initial, h_t)
+        h_t = decay * h_t + torch.sqrt(1 - decay**2) * torch.sigmoid(input_gate[t]) * x[t]
+        torch.testing.assert_close(states[t], h_t, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("has_timescales", [False, True])
+@pytest.mark.parametrize(("features", "groups"), [(24, 4), (7, 16), (64, 16), (10, 1)])
+def test_the_norm_in_groups_is_what_it_says(monkeypatch, features: int, groups: int, has_timescales: bool) -> None:
+    timescales = torch.rand(features, dtype=torch.float64) + 0.5 if has_timescales else None
+    norm = timescale.TimescaleNorm(features, groups, 1e-4, timescales).double()
+    x = double(3, 5, features)
+    with torch.no_grad():
+        x[1, 2] = 0.0  # what is exactly zero stays zero, and gets no gradient
+    scaled = (x if timescales is None else x * timescales).unflatten(-1, (norm.groups, -1))
+    mean = scaled.square().mean(-1, keepdim=True)
+    y = (scaled * torch.rsqrt(mean + 1e-4)).masked_fill(mean == 0, 0.0).flatten(-2)
+    weights = torch.randn(x.shape, dtype=torch.float64)
+    expected = [y, torch.autograd.grad((y * weights).sum(), x)[0]]
+    for is_native in (True, False):
+        monkeypatch.setattr(timescale, "is_native", lambda _, is_native=is_native: is_native and native.library())
+        y = norm(x)
+        with torch.no_grad():
+            torch.testing.assert_close(norm(x), y, rtol=1e-13, atol=1e-13)
+        close = 1e-12 if is_native else 1e-6  # torch's means are products with float32 shares
+        for ours, right in zip((y, torch.autograd.grad((y * weights).sum(), x)[0]), expected, strict=True):
+            torch.testing.assert_close(ours, right, rtol=close, atol=close)
+            assert not ours[1, 2].any()
 
 
 BUILT = pytest.mark.skipif(native.library() is None, reason="the C++ scan is not built here")
@@ -167,10 +229,35 @@ def test_the_cpp_scan_equals_the_torch_scan(sizes, dtype, close: float, threads:
     used, results = torch.get_num_threads(), []
     torch.set_num_threads(threads)
     try:
-        for scan in (native.selective_scan_cpp, selective_scan):
+        for scan in (selective_scan_cpp.selective_scan_cpp, selective_scan):
             y, last = scan(*floats[:-1], is_init, floats[-1])
             loss = (y * torch.arange(y.numel(), dtype=dtype).reshape(y.shape).sin()).sum() + last.square().sum()
             results.append([y, last, *torch.autograd.grad(loss, floats)])
+    finally:
+        torch.set_num_threads(used)
+    for ours, expected in zip(*results, strict=True):
+        scale = float(expected.detach().abs().max().clamp_min(1))
+        torch.testing.assert_close(ours, expected, rtol=0, atol=close * scale)
+
+
+@BUILT
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float64, 1e-13), (torch.float32, 2e-5)])
+@pytest.mark.parametrize("sizes", EDGES)
+def test_the_cpp_recurrence_equals_torchs(sizes, dtype, close: float, threads: int) -> None:
+    steps, batch, channels, _ = sizes
+    gates = [torch.randn(steps, batch, channels, dtype=dtype, requires_grad=True) for _ in range(3)]
+    # time constants from a step to far beyond 1 / eps steps
+    rate = torch.logspace(-9, 0, channels, dtype=dtype).requires_grad_()
+    states = [torch.randn(batch, channels, dtype=dtype, requires_grad=True) for _ in range(2)]
+    is_init = torch.rand(steps, batch) < 0.1
+    used, results = torch.get_num_threads(), []
+    torch.set_num_threads(threads)
+    try:
+        for scan in (gated_recurrence_cpp.gated_recurrence_cpp, lru.gated_recurrence):
+            hidden = scan(*gates, rate, states[0], is_init, states[1])
+            loss = (hidden * torch.arange(hidden.numel(), dtype=dtype).reshape(hidden.shape).sin()).sum()
+            results.append([hidden, *torch.autograd.grad(loss, [*gates, rate, *states])])
     finally:
         torch.set_num_threads(used)
     for ours, expected in zip(*results, strict=True):
@@ -184,7 +271,11 @@ def test_torch_finds_nothing_wrong_with_the_operator() -> None:
     floats = [x.detach().contiguous().requires_grad_() for x in (u, delta, a.t(), b, c)]
     states = [x.detach().transpose(1, 2).contiguous().requires_grad_() for x in (h_0, initial)]
     for length in (3, 32):
-        torch.library.opcheck(native._forward, (*floats, *states, torch.rand(T, B) < 0.3, length))
+        torch.library.opcheck(selective_scan_cpp._forward, (*floats, *states, torch.rand(T, B) < 0.3, length))
+    _, floats, initial = gated_case()
+    floats = [x.detach().requires_grad_() for x in (*floats, initial)]
+    torch.library.opcheck(gated_recurrence_cpp._forward, (*floats, torch.rand(T, B) < 0.3))
+    torch.library.opcheck(group_norm_cpp._forward, (double(3, 8).detach().requires_grad_(), None, 2, 1e-4))
 
 
 @BUILT
@@ -215,6 +306,6 @@ def test_far_decays_are_exact() -> None:
             torch.zeros(1, 1, dtype=torch.bool),
             h_0,
         )
-        _, last = native.selective_scan_cpp(*arguments)
+        _, last = selective_scan_cpp.selective_scan_cpp(*arguments)
         expected = torch.exp(-torch.tensor(size, dtype=torch.float64)).float()
         torch.testing.assert_close(last.squeeze(), expected, rtol=1.2e-7, atol=2e-38)

@@ -5,83 +5,9 @@
 // Channels lie in the lanes of vectors, one tile of W channels at a time; the numbers of the state are looped over.
 // The forward pass keeps the states before every `length`-th step; the backward pass runs each such chunk again.
 
-#include <algorithm>
-#include <cstdint>
-#include <cstring>
-#include <thread>
-#include <vector>
-
-#if defined(__AVX512F__)
-#define BYTES 64
-#elif defined(__AVX__)
-#define BYTES 32
-#else
-#define BYTES 16
-#endif
-#define INLINE inline __attribute__((always_inline))
+#include "lanes.h"
 
 namespace {
-
-template <class T> struct Lanes;
-
-template <> struct Lanes<float> {
-    typedef float V __attribute__((vector_size(BYTES)));
-    typedef int32_t I __attribute__((vector_size(BYTES)));
-    static constexpr int mantissa = 23, bias = 127;
-    static constexpr float lowest = -126.0f, highest = 127.0f, rounder = 12582912.0f;  // 1.5 * 2^23
-    static constexpr int degree = 5;
-    static constexpr float q[] = {0.69314718802622878f, 0.24022650760568127f,   0.055503571142190779f,
-                                  0.009618082557277855f, 0.0013390863364671234f, 0.00015453162945120690f};
-};
-
-template <> struct Lanes<double> {
-    typedef double V __attribute__((vector_size(BYTES)));
-    typedef int64_t I __attribute__((vector_size(BYTES)));
-    static constexpr int mantissa = 52, bias = 1023;
-    static constexpr double lowest = -1022.0, highest = 1023.0, rounder = 6755399441055744.0;  // 1.5 * 2^52
-    static constexpr int degree = 11;
-    static constexpr double q[] = {0.69314718055994530925,   0.24022650695910071233,    0.055504108664821627039,
-                                   0.0096181291076284794928, 0.0013333558146406470697,  0.00015403530393370733411,
-                                   1.5252733841556772589e-5, 1.321548680870556279e-6,   1.0178057087733941105e-7,
-                                   7.0548973041554992774e-9, 4.455817908336064493e-10, 2.5729324177362304214e-11};
-};
-
-template <class T> using Vec = typename Lanes<T>::V;
-template <class T> constexpr int W = BYTES / sizeof(T);
-
-// 2^x. On [-1/2, 1/2] it is 1 + x q(x), q interpolated at Chebyshev's nodes: exact at 0, where decays live.
-template <class T> INLINE Vec<T> exp2(Vec<T> x) {
-    typedef Lanes<T> L;
-    x = x < L::lowest ? Vec<T>{} + L::lowest : x;  // NaN passes through
-    x = x > L::highest ? Vec<T>{} + L::highest : x;
-    const Vec<T> whole = (x + L::rounder) - L::rounder;
-    const Vec<T> f = x - whole;
-    Vec<T> q = Vec<T>{} + L::q[L::degree];
-#pragma GCC unroll 12
-    for (int k = L::degree - 1; k >= 0; --k) q = q * f + L::q[k];
-    const typename L::I exponent = (__builtin_convertvector(whole, typename L::I) + L::bias) << L::mantissa;
-    Vec<T> scale;
-    std::memcpy(&scale, &exponent, sizeof scale);
-    return (q * f + T(1)) * scale;
-}
-
-template <class T> INLINE Vec<T> load(const T* from, int lanes) {
-    Vec<T> v{};
-    if (lanes == W<T>) std::memcpy(&v, from, sizeof v);
-    else for (int i = 0; i < lanes; ++i) v[i] = from[i];
-    return v;
-}
-
-template <class T> INLINE void store(T* to, Vec<T> v, int lanes) {
-    if (lanes == W<T>) std::memcpy(to, &v, sizeof v);
-    else for (int i = 0; i < lanes; ++i) to[i] = v[i];
-}
-
-template <class T> INLINE T sum(Vec<T> v) {
-    T total = 0;
-    for (int i = 0; i < W<T>; ++i) total += v[i];
-    return total;
-}
 
 template <class T> struct Sizes { int64_t steps, batch, channels, numbers, length; };
 
@@ -238,16 +164,6 @@ void backward_rows(Sizes<T> s, Inputs<T> in, const T* starts, Gradients<T> g, T*
         }
 }
 
-// Rows [0, rows) split over threads; run(thread, first, end).
-template <class Run> void split(int64_t rows, int64_t threads, Run run) {
-    threads = std::max<int64_t>(1, std::min(threads, rows));
-    std::vector<std::thread> others;
-    for (int64_t i = 1; i < threads; ++i)
-        others.emplace_back([=] { run(i, rows * i / threads, rows * (i + 1) / threads); });
-    run(0, 0, rows / threads);
-    for (auto& other : others) other.join();
-}
-
 }  // namespace
 
 #define INTERFACE(T, name)                                                                                            \
@@ -273,7 +189,7 @@ template <class Run> void split(int64_t rows, int64_t threads, Run run) {
                             : backward_rows<T, 0>(s, in, starts, g, grad_a, first, end);                              \
         });                                                                                                           \
     }
-// What the caller must have been written for: raised with every change of the functions above.
-extern "C" int64_t cyborg_scan_interface() { return 1; }
+// What the caller must have been written for: raised with every change of a function's arguments.
+extern "C" int64_t cyborg_interface() { return 3; }
 INTERFACE(float, float32)
 INTERFACE(double, float64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from jaxtyping import Float
@@ -28,9 +29,14 @@ class VectorEncoder(nn.Module):
             in_features = width
         self.network = nn.Sequential(*layers, nn.Linear(in_features, features, bias=False))
 
+    @property
+    def last(self) -> nn.Linear:
+        """The map to the features."""
+        return cast("nn.Linear", self.network[-1])
+
     def forward(self, *observations: Float[Tensor, "*B _"]) -> Float[Tensor, "*B F"]:
         """Concatenates the observations, in the precision of the weights, and embeds them."""
-        dtype = next(self.network.parameters()).dtype
+        dtype = self.last.weight.dtype
         parts = [observation.to(dtype) for observation in observations]
         return self.network(parts[0] if len(parts) == 1 else torch.cat(parts, -1))
 

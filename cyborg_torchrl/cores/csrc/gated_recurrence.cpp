@@ -1,0 +1,106 @@
+// The gated linear recurrence of `lru`, gates included, and its gradient. See lanes.h and native.py.
+//
+//     a = exp(-2 sigmoid(decay_gate) rate);   h = a h_before + sqrt(1 - a^2) sigmoid(input_gate) x
+//
+// Steps come one after the other, each over all of a thread's rows: what is read and written lies side by side.
+
+#include "lanes.h"
+
+namespace {
+
+struct Shape { int64_t steps, batch, channels; };
+
+template <class T> struct Gates {
+    Vec<T> loss, decay, opening, gate, power;  // loss = decay - 1
+    INLINE Gates(Vec<T> decay_gate, Vec<T> input_gate, Vec<T> rate) {
+        opening = sigmoid<T>(decay_gate);
+        gate = sigmoid<T>(input_gate);
+        loss = expm1<T>(opening * (rate * T(-2)));
+        decay = loss + T(1);
+        power = sqrt<T>(-loss * (loss + T(2)));
+    }
+};
+
+template <class T>
+void recur(Shape s, const T* const* in, const uint8_t* is_init, T* states, int64_t first, int64_t end) {
+    const T *decay_gate = in[0], *input_gate = in[1], *x = in[2], *rate = in[3], *h_0 = in[4], *initial = in[5];
+    const int64_t D = s.channels;
+    for (int64_t t = 0; t < s.steps; ++t)
+        for (int64_t row = first; row < end; ++row) {
+            const int64_t at = (t * s.batch + row) * D;
+            const T* before = is_init[t * s.batch + row] ? initial + row * D
+                              : t ? states + at - s.batch * D : h_0 + row * D;
+            for (int64_t d = 0; d < D; d += W<T>) {
+                const int k = int(std::min<int64_t>(W<T>, D - d));
+                const Gates<T> g(load<T>(decay_gate + at + d, k), load<T>(input_gate + at + d, k),
+                                 load<T>(rate + d, k));
+                const Vec<T> drive = g.power * g.gate * load<T>(x + at + d, k);
+                store<T>(states + at + d, g.decay * load<T>(before + d, k) + drive, k);
+            }
+        }
+}
+
+template <class T>
+void recur_backward(Shape s, const T* const* in, const uint8_t* is_init, const T* states, const T* grad_states,
+                    T* const* grads, T* grad_rate, int64_t first, int64_t end) {
+    const T *decay_gate = in[0], *input_gate = in[1], *x = in[2], *rate = in[3], *h_0 = in[4], *initial = in[5];
+    T *grad_decay_gate = grads[0], *grad_input_gate = grads[1], *grad_x = grads[2], *carry = grads[3],
+      *grad_initial = grads[4];  // the carried gradient ends as that of h_0; it and grad_initial begin at zero
+    const int64_t D = s.channels;
+    std::vector<Vec<T>> of_step((D + W<T> - 1) / W<T>);  // summed by steps first: many small numbers lose less
+    for (int64_t t = s.steps - 1; t >= 0; --t) {
+        std::fill(of_step.begin(), of_step.end(), Vec<T>{});
+        for (int64_t row = first; row < end; ++row) {
+            const int64_t at = (t * s.batch + row) * D, state = row * D;
+            const bool begins = is_init[t * s.batch + row];
+            const T* before = begins ? initial + state : t ? states + at - s.batch * D : h_0 + state;
+            for (int64_t d = 0; d < D; d += W<T>) {
+                const int k = int(std::min<int64_t>(W<T>, D - d));
+                const Vec<T> rates = load<T>(rate + d, k), input = load<T>(x + at + d, k);
+                const Gates<T> g(load<T>(decay_gate + at + d, k), load<T>(input_gate + at + d, k), rates);
+                const Vec<T> grad = load<T>(grad_states + at + d, k) + load<T>(carry + state + d, k);
+                const Vec<T> through = grad * g.gate, to_x = through * g.power;
+                store<T>(grad_x + at + d, to_x, k);
+                store<T>(grad_input_gate + at + d, to_x * input * (T(1) - g.gate), k);
+                // a d/da (h a + sqrt(1 - a^2) v) = a (h - a v / sqrt(1 - a^2))
+                const Vec<T> safe = g.power < T(1e-18) ? Vec<T>{} + T(1e-18) : g.power;
+                const Vec<T> to_log = (grad * load<T>(before + d, k) - g.decay * through * input / safe) * g.decay *
+                                      g.opening;
+                store<T>(grad_decay_gate + at + d, to_log * (T(1) - g.opening) * (rates * T(-2)), k);
+                of_step[d / W<T>] -= T(2) * to_log;
+                const Vec<T> passed = g.decay * grad;
+                if (begins) {
+                    T* to = grad_initial + state + d;
+                    store<T>(to, load<T>(to, k) + passed, k);
+                }
+                store<T>(carry + state + d, begins ? Vec<T>{} : passed, k);
+            }
+        }
+        for (int64_t d = 0; d < D; d += W<T>) {
+            const int k = int(std::min<int64_t>(W<T>, D - d));
+            store<T>(grad_rate + d, load<T>(grad_rate + d, k) + of_step[d / W<T>], k);
+        }
+    }
+}
+
+}  // namespace
+
+#define INTERFACE(T, name)                                                                                            \
+    extern "C" void cyborg_recur_##name(const int64_t* sizes, int64_t threads, const T* const* inputs,                \
+                                        const uint8_t* is_init, T* states) {                                          \
+        const Shape s{sizes[0], sizes[1], sizes[2]};                                                                  \
+        split(s.batch, threads, [=](int64_t, int64_t first, int64_t end) {                                            \
+            recur<T>(s, inputs, is_init, states, first, end);                                                         \
+        });                                                                                                           \
+    }                                                                                                                 \
+    extern "C" void cyborg_recur_backward_##name(const int64_t* sizes, int64_t threads, const T* const* inputs,       \
+                                                 const uint8_t* is_init, const T* states, const T* grad_states,       \
+                                                 T* const* grads, T* grad_rate) {                                     \
+        const Shape s{sizes[0], sizes[1], sizes[2]};                                                                  \
+        split(s.batch, threads, [=](int64_t thread, int64_t first, int64_t end) {                                     \
+            recur_backward<T>(s, inputs, is_init, states, grad_states, grads, grad_rate + thread * s.channels, first, \
+                              end);                                                                                   \
+        });                                                                                                           \
+    }
+INTERFACE(float, float32)
+INTERFACE(double, float64)

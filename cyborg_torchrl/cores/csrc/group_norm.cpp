@@ -1,0 +1,67 @@
+// Root-mean-square norm of rows in groups of neighbouring channels, and its gradient. See native.py.
+//
+//     y = x s;   y := y / sqrt(mean_group(y^2) + eps), zero where the group is zero
+
+#include "lanes.h"
+
+namespace {
+
+struct Shape { int64_t rows, channels, size; };
+
+template <class T, class Term> INLINE T total(int64_t size, Term term) {  // four sums, which do not wait for each other
+    T sums[4] = {0, 0, 0, 0};
+    int64_t i = 0;
+    for (; i + 4 <= size; i += 4)
+        for (int k = 0; k < 4; ++k) sums[k] += term(i + k);
+    for (; i < size; ++i) sums[0] += term(i);
+    return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
+template <class T> INLINE T loudness(const T* x, const T* scales, int64_t size, T eps) {
+    const T mean = scales ? total<T>(size, [=](int64_t i) { const T v = x[i] * scales[i]; return v * v; }) / T(size)
+                          : total<T>(size, [=](int64_t i) { return x[i] * x[i]; }) / T(size);
+    return mean == T(0) ? T(0) : T(1) / std::sqrt(mean + eps);
+}
+
+template <class T>
+void normalise(Shape s, T eps, const T* x, const T* scales, T* y, int64_t first, int64_t end) {
+    for (int64_t at = first * s.channels; at < end * s.channels; at += s.size) {
+        const T* own = scales ? scales + at % s.channels : nullptr;
+        const T factor = loudness(x + at, own, s.size, eps);
+        for (int64_t i = 0; i < s.size; ++i) y[at + i] = x[at + i] * (own ? factor * own[i] : factor);
+    }
+}
+
+template <class T>
+void normalise_backward(Shape s, T eps, const T* x, const T* scales, const T* grad_y, T* grad_x, int64_t first,
+                        int64_t end) {
+    for (int64_t at = first * s.channels; at < end * s.channels; at += s.size) {
+        const T* own = scales ? scales + at % s.channels : nullptr;
+        const T factor = loudness(x + at, own, s.size, eps);
+        const T *v = x + at, *g = grad_y + at;
+        const auto y = [=](int64_t i) { return v[i] * (own ? factor * own[i] : factor); };
+        const T mean = total<T>(s.size, [=](int64_t i) { return g[i] * y(i); }) / T(s.size);
+        for (int64_t i = 0; i < s.size; ++i)
+            grad_x[at + i] = (own ? factor * own[i] : factor) * (g[i] - y(i) * mean);
+    }
+}
+
+}  // namespace
+
+#define INTERFACE(T, name)                                                                                            \
+    extern "C" void cyborg_norm_##name(const int64_t* sizes, int64_t threads, double eps, const T* x, const T* scales, \
+                                       T* y) {                                                                        \
+        const Shape s{sizes[0], sizes[1], sizes[2]};                                                                  \
+        split(s.rows, threads, [=](int64_t, int64_t first, int64_t end) {                                             \
+            normalise<T>(s, T(eps), x, scales, y, first, end);                                                        \
+        });                                                                                                           \
+    }                                                                                                                 \
+    extern "C" void cyborg_norm_backward_##name(const int64_t* sizes, int64_t threads, double eps, const T* x,        \
+                                                const T* scales, const T* grad_y, T* grad_x) {                        \
+        const Shape s{sizes[0], sizes[1], sizes[2]};                                                                  \
+        split(s.rows, threads, [=](int64_t, int64_t first, int64_t end) {                                             \
+            normalise_backward<T>(s, T(eps), x, scales, grad_y, grad_x, first, end);                                  \
+        });                                                                                                           \
+    }
+INTERFACE(float, float32)
+INTERFACE(double, float64)

@@ -1,0 +1,119 @@
+"""The gated recurrence of `lru` in C++ as an operator of torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from cyborg_torchrl.cores.native import function, integers, pointers
+
+
+def gated_recurrence_cpp(
+    decay_gate: Float[Tensor, "T B D"],
+    input_gate: Float[Tensor, "T B D"],
+    x: Float[Tensor, "T B D"],
+    rate: Float[Tensor, " D"],
+    h_0: Float[Tensor, "B D"],
+    is_init: Bool[Tensor, "T B"],
+    initial: Float[Tensor, "B D"],
+) -> Float[Tensor, "T B D"]:
+    """The states of an `LRULayer`, on as many threads as torch uses: the environments are split over them.
+
+        a_t = exp(-2 sigmoid(decay_gate_t) rate)
+        h_t = a_t * h_{t-1} + sqrt(1 - a_t^2) * sigmoid(input_gate_t) * x_t,   h_{t-1} := initial where is_init_t
+
+    Args:
+        decay_gate: what opens the way out of memory, before its sigmoid.
+        input_gate: what opens the way into it, before its sigmoid.
+        x: what is written.
+        rate: positive.
+        h_0: the state before the first step.
+        is_init: where an episode begins; whatever was before it, NaN too, is forgotten.
+        initial: the state that episodes begin from.
+
+    Raises:
+        RuntimeError: if it was not built here.
+    """
+    tensors = [tensor.contiguous() for tensor in (decay_gate, input_gate, x, rate, h_0, initial, is_init)]
+    # without a gradient, without what an operator costs
+    run = _forward if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors) else _run
+    return run(*tensors)
+
+
+def _run(
+    decay_gate: Tensor, input_gate: Tensor, x: Tensor, rate: Tensor, h_0: Tensor, initial: Tensor, is_init: Tensor
+) -> Tensor:
+    states = torch.empty_like(x)
+    function("recur", x.dtype)(
+        integers(*x.shape),
+        torch.get_num_threads(),
+        pointers(decay_gate, input_gate, x, rate, h_0, initial),
+        is_init.data_ptr(),
+        states.data_ptr(),
+    )
+    return states
+
+
+_FLOATS = "Tensor decay_gate, Tensor input_gate, Tensor x, Tensor rate, Tensor h_0, Tensor initial, Tensor is_init"
+_forward = torch.library.custom_op(
+    "cyborg_torchrl::gated_recurrence", mutates_args=(), device_types="cpu", schema=f"({_FLOATS}) -> Tensor"
+)(_run)
+
+
+@torch.library.custom_op(
+    "cyborg_torchrl::gated_recurrence_backward",
+    mutates_args=(),
+    device_types="cpu",
+    schema=f"(Tensor grad_states, {_FLOATS}, Tensor states) -> (" + ", ".join(["Tensor"] * 6) + ")",
+)
+def _backward(
+    grad_states: Tensor,
+    decay_gate: Tensor,
+    input_gate: Tensor,
+    x: Tensor,
+    rate: Tensor,
+    h_0: Tensor,
+    initial: Tensor,
+    is_init: Tensor,
+    states: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the float arguments of the forward pass, in their order."""
+    threads = max(1, min(torch.get_num_threads(), x.shape[1]))
+    grad_rate = rate.new_zeros(threads, *rate.shape)
+    grads = [torch.empty_like(x) for _ in range(3)]
+    grad_h_0, grad_initial = torch.zeros_like(h_0), torch.zeros_like(initial)
+    function("recur_backward", x.dtype)(
+        integers(*x.shape),
+        threads,
+        pointers(decay_gate, input_gate, x, rate, h_0, initial),
+        is_init.data_ptr(),
+        states.data_ptr(),
+        grad_states.data_ptr(),
+        pointers(*grads, grad_h_0, grad_initial),
+        grad_rate.data_ptr(),
+    )
+    return grads[0], grads[1], grads[2], grad_rate.sum(0), grad_h_0, grad_initial
+
+
+def _fake_forward(*arguments: Any) -> Tensor:
+    return torch.empty_like(arguments[2])
+
+
+def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(tensor) for tensor in arguments[1:7])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs, output)
+
+
+def _gradients(ctx: Any, grad_states: Tensor) -> tuple[Tensor | None, ...]:
+    return *_backward(grad_states.contiguous(), *ctx.saved_tensors), None
+
+
+_forward.register_fake(_fake_forward)
+_backward.register_fake(_fake_backward)
+_forward.register_autograd(_gradients, setup_context=_setup_context)

@@ -1,0 +1,86 @@
+"""The norm in groups of channels in C++ as an operator of torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from cyborg_torchrl.cores.native import function, integers
+
+
+def group_norm_cpp(
+    x: Float[Tensor, "*B D"], scales: Float[Tensor, " D"] | None, groups: int, eps: float
+) -> Float[Tensor, "*B D"]:
+    """What `TimescaleNorm` computes, on as many threads as torch uses.
+
+    Args:
+        x: rows.
+        scales: what the channels are multiplied by first; None: nothing.
+        groups: number of groups; divides D.
+        eps: floor of the mean square.
+
+    Raises:
+        RuntimeError: if it was not built here.
+    """
+    x = x.contiguous()
+    run = _forward if torch.is_grad_enabled() and x.requires_grad else _run  # without what an operator costs
+    return run(x, scales, groups, eps)
+
+
+def _arguments(x: Tensor, scales: Tensor | None, groups: int, eps: float) -> tuple[Any, ...]:
+    channels = x.shape[-1]
+    sizes = integers(x.numel() // channels, channels, channels // groups)
+    return sizes, torch.get_num_threads(), eps, x.data_ptr(), None if scales is None else scales.data_ptr()
+
+
+def _run(x: Tensor, scales: Tensor | None, groups: int, eps: float) -> Tensor:
+    y = torch.empty_like(x)
+    function("norm", x.dtype)(*_arguments(x, scales, groups, eps), y.data_ptr())
+    return y
+
+
+_forward = torch.library.custom_op(
+    "cyborg_torchrl::group_norm",
+    mutates_args=(),
+    device_types="cpu",
+    schema="(Tensor x, Tensor? scales, int groups, float eps) -> Tensor",
+)(_run)
+
+
+@torch.library.custom_op(
+    "cyborg_torchrl::group_norm_backward",
+    mutates_args=(),
+    device_types="cpu",
+    schema="(Tensor grad_y, Tensor x, Tensor? scales, int groups, float eps) -> Tensor",
+)
+def _backward(grad_y: Tensor, x: Tensor, scales: Tensor | None, groups: int, eps: float) -> Tensor:
+    grad_x = torch.empty_like(x)
+    function("norm_backward", x.dtype)(*_arguments(x, scales, groups, eps), grad_y.data_ptr(), grad_x.data_ptr())
+    return grad_x
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, scales, ctx.groups, ctx.eps = inputs
+    ctx.has_scales = scales is not None
+    ctx.save_for_backward(x, *([scales] if ctx.has_scales else []))
+
+
+def _gradients(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+    x, scales = ctx.saved_tensors if ctx.has_scales else (*ctx.saved_tensors, None)
+    return _backward(grad_y.contiguous(), x, scales, ctx.groups, ctx.eps), None, None, None
+
+
+def _fake_forward(x: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _fake_backward(grad_y: Tensor, x: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x)
+
+
+_forward.register_fake(_fake_forward)
+_backward.register_fake(_fake_backward)
+_forward.register_autograd(_gradients, setup_context=_setup_context)

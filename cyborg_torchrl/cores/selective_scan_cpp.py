@@ -1,0 +1,153 @@
+"""The selective scan in C++ as an operator of torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from cyborg_torchrl.cores.native import function, integers, pointers
+
+LENGTH = 32
+"""Steps of which one state is kept; the backward pass computes those between again."""
+
+
+def selective_scan_cpp(
+    u: Float[Tensor, "T B D"],
+    delta: Float[Tensor, "T B D"],
+    a: Float[Tensor, "D N"],
+    b: Float[Tensor, "T B N"],
+    c: Float[Tensor, "T B N"],
+    h_0: Float[Tensor, "B D N"],
+    is_init: Bool[Tensor, "T B"],
+    initial: Float[Tensor, "B D N"],
+) -> tuple[Float[Tensor, "T B D"], Float[Tensor, "B D N"]]:
+    """`selective_scan` in C++, on as many threads as torch uses: the environments are split over them.
+
+    Args:
+        u: and all others: as in `selective_scan`; float32 or float64, on a CPU.
+
+    Raises:
+        ValueError: if there is no step.
+        RuntimeError: if it was not built here.
+    """
+    if u.shape[0] == 0:
+        raise ValueError("selective_scan needs at least one step; got T == 0.")
+    tensors = (u, delta, a.t(), b, c, h_0.transpose(1, 2), initial.transpose(1, 2), is_init)
+    arguments: list[Any] = [tensor.contiguous() for tensor in tensors]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in arguments):
+        y, last, _ = _forward(*arguments, LENGTH)
+    else:
+        arguments.append(0)
+        y, last, _ = _run(*arguments)  # without what an operator costs
+    return y, last.transpose(1, 2)
+
+
+def _run(
+    u: Tensor,
+    delta: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    h_0: Tensor,
+    initial: Tensor,
+    is_init: Tensor,
+    length: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What is read [T, B, D], the last state [B, N, D], and the states before every `length`-th step; 0: none.
+
+    States have N before D here, and all tensors are contiguous.
+    """
+    y, last = torch.empty_like(u), torch.empty_like(h_0)
+    starts = _starts(u, h_0, length)
+    function("scan_forward", u.dtype)(
+        integers(*u.shape, b.shape[-1], max(length, 1)),
+        torch.get_num_threads(),
+        pointers(u, delta, a, b, c, h_0, initial),
+        is_init.data_ptr(),
+        y.data_ptr(),
+        last.data_ptr(),
+        starts.data_ptr() if length else None,
+    )
+    return y, last, starts
+
+
+_forward = torch.library.custom_op(
+    "cyborg_torchrl::selective_scan",
+    mutates_args=(),
+    device_types="cpu",
+    schema="(Tensor u, Tensor delta, Tensor a, Tensor b, Tensor c, Tensor h_0, Tensor initial, Tensor is_init, "
+    "int length) -> (Tensor, Tensor, Tensor)",
+)(_run)
+
+
+@torch.library.custom_op(
+    "cyborg_torchrl::selective_scan_backward",
+    mutates_args=(),
+    device_types="cpu",
+    schema="(Tensor grad_y, Tensor grad_last, Tensor u, Tensor delta, Tensor a, Tensor b, Tensor c, Tensor h_0, "
+    "Tensor initial, Tensor is_init, Tensor starts, int length) -> (" + ", ".join(["Tensor"] * 7) + ")",
+)
+def _backward(
+    grad_y: Tensor,
+    grad_last: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    h_0: Tensor,
+    initial: Tensor,
+    is_init: Tensor,
+    starts: Tensor,
+    length: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the float arguments of the forward pass, in their order."""
+    threads = min(torch.get_num_threads(), u.shape[1])
+    grad_a = a.new_empty(threads, *a.shape)
+    grads = [torch.empty_like(tensor) for tensor in (u, delta, b, c, h_0)]
+    grad_u, grad_delta, grad_b, grad_c, grad_h_0 = grads
+    grad_initial = torch.zeros_like(initial)
+    function("scan_backward", u.dtype)(
+        integers(*u.shape, b.shape[-1], max(length, 1)),
+        threads,
+        pointers(u, delta, a, b, c, h_0, initial),
+        is_init.data_ptr(),
+        starts.data_ptr(),
+        grad_y.data_ptr(),
+        grad_last.data_ptr(),
+        pointers(grad_u, grad_delta, grad_a, grad_b, grad_c, grad_h_0, grad_initial),
+    )
+    return grad_u, grad_delta, grad_a.sum(0), grad_b, grad_c, grad_h_0, grad_initial
+
+
+def _starts(u: Tensor, h_0: Tensor, length: int) -> Tensor:
+    return u.new_empty((u.shape[0] + length - 1) // length if length else 0, *h_0.shape)
+
+
+def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    u, h_0, length = arguments[0], arguments[5], arguments[-1]
+    return torch.empty_like(u), torch.empty_like(h_0), _starts(u, h_0, length)
+
+
+def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(tensor) for tensor in arguments[2:9])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.length = inputs
+    ctx.save_for_backward(*tensors, output[2])
+    ctx.mark_non_differentiable(output[2])
+
+
+def _gradients(ctx: Any, grad_y: Tensor, grad_last: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    *tensors, starts = ctx.saved_tensors
+    grads = _backward(grad_y.contiguous(), grad_last.contiguous(), *tensors, starts, ctx.length)
+    return *grads, None, None
+
+
+_forward.register_fake(_fake_forward)
+_backward.register_fake(_fake_backward)
+_forward.register_autograd(_gradients, setup_context=_setup_context)

@@ -1,0 +1,1 @@
+"""How fast: our collection and training beside others', in one run."""

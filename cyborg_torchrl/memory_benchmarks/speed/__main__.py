@@ -1,0 +1,157 @@
+"""How fast we collect and train, beside others, in one run on one thread.
+
+python -m cyborg_torchrl.memory_benchmarks.speed --output speed.json --plot speed.png
+
+collection: FusedCollector, TorchRL's Collector and a raw PyTorch loop, with the same networks and the same task.
+update: one rollout, learned again and again. end_to_end: collection and update beside other libraries, with the same
+steps, epochs and minibatches. horizons: ours alone, time per step and memory per stored step from 40 steps to 10,000.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from cyborg_torchrl.memory_benchmarks.arguments import picture, positive, writable
+from cyborg_torchrl.memory_benchmarks.speed.baselines import BASELINES, MissingPackage
+from cyborg_torchrl.memory_benchmarks.speed.measure import Subject, rows_of, take_turns
+from cyborg_torchrl.memory_benchmarks.speed.plot import draw
+from cyborg_torchrl.memory_benchmarks.speed.subjects import Case, collection, training, updating
+from cyborg_torchrl.process import prepare_cpu
+
+PARTS = ("collection", "update", "end_to_end", "horizons")
+PACKAGES = ("torch", "torchrl", "tensordict", "sb3-contrib", "pufferlib", "numpy")
+Row = dict[str, Any]
+
+
+def comparisons(arguments: argparse.Namespace) -> list[tuple[Row, Callable[[], list[Subject]]]]:
+    """What is compared: what each row says about it, and what builds its subjects."""
+    found: list[tuple[Row, Callable[[], list[Subject]]]] = []
+
+    def add(part: str, case: Case, build: Callable[[], list[Subject]]) -> None:
+        about = {key: value for key, value in case._asdict().items() if key != "n_steps"}
+        found.append(({"part": part, **about, "steps": case.steps}, build))
+
+    for count in arguments.num_envs if "collection" in arguments.parts else []:
+        for backbone in arguments.backbones:
+            case = Case(backbone, count, arguments.horizon, arguments.width, n_steps=arguments.collected)
+            add("collection", case, lambda case=case: collection(case))
+    for backbone in arguments.backbones if "update" in arguments.parts else []:
+        case = Case(backbone, 64, arguments.horizon, arguments.width)
+        add("update", case, lambda case=case: [updating(case)])
+    if "end_to_end" in arguments.parts:
+        for horizon in dict.fromkeys((40, arguments.horizon)):
+            cases = [Case(backbone, 64, horizon, arguments.width) for backbone in arguments.backbones]
+            add("end_to_end", cases[0], lambda cases=cases: _beside_others(cases, arguments.beside))
+    for horizon in arguments.horizons if "horizons" in arguments.parts else []:
+        case = Case(arguments.backbones[0], 64, horizon, arguments.width)
+        add("horizons", case, lambda case=case: [training(case)])
+    return found
+
+
+def _beside_others(cases: list[Case], beside: Sequence[str]) -> list[Subject]:
+    subjects = [training(case, f"ours, {case.backbone}") for case in cases]
+    for name in beside:
+        try:
+            subjects.append(BASELINES[name](cases[0]))
+        except MissingPackage as error:
+            print(f"{name} is left out: {error}", file=sys.stderr)
+    return subjects
+
+
+def memory_of(case: Case) -> float:
+    """Peak memory in MiB of a process of its own that trains on one rollout."""
+    code = (
+        "from cyborg_torchrl.memory_benchmarks.speed.__main__ import *; "
+        f"prepare_cpu(1); training(Case(*{tuple(case)!r}))[1](); print(peak_rss_mb())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return float(done.stdout.strip().splitlines()[-1])
+
+
+def machine() -> Row:
+    """What the figures depend on."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": versions,
+    }
+
+
+def table_of(rows: list[Row]) -> Table:
+    """The rows as a table."""
+    table = Table(title="in turns in one process; ratios are medians over neighbouring runs")
+    for name in ("part", "subject", "backbone", "envs", "horizon", "steps/s", "µs/step", "cpu µs/step", "first is x"):
+        table.add_column(name, justify="left" if name in ("part", "subject", "backbone") else "right")
+    for row in rows:
+        table.add_row(
+            row["part"], row["subject"], row["backbone"], f"{row['num_envs']:,}", f"{row['horizon']:,}",
+            f"{row['steps_per_second']:,.0f}", f"{row['wall_us_per_step']:.2f}", f"{row['cpu_us_per_step']:.2f}",
+            f"{row['first_is_times_as_fast']:.2f}",
+        )  # fmt: skip
+    return table
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measures, prints a table and writes it. Returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--backbones", nargs="+", default=["lru", "lstm"])
+    parser.add_argument("--num-envs", nargs="+", type=positive, default=[16, 64, 256, 1024], help="of collection")
+    parser.add_argument("--horizon", type=positive, default=1000)
+    parser.add_argument("--horizons", nargs="+", type=positive, default=[40, 100, 1000, 10_000])
+    parser.add_argument("--collected", type=positive, default=256, help="steps of a rollout where only that is timed")
+    parser.add_argument("--width", type=positive, default=128)
+    parser.add_argument("--beside", nargs="*", choices=list(BASELINES), default=list(BASELINES))
+    parser.add_argument("--repeats", type=positive, default=5)
+    parser.add_argument("--threads", type=positive, default=1)
+    parser.add_argument("--output", type=writable, help="JSON file for all figures")
+    parser.add_argument("--plot", type=picture, help="picture of the comparisons")
+    arguments = parser.parse_args(argv)
+    prepare_cpu(arguments.threads)
+    rows: list[Row] = []
+    todo = comparisons(arguments)
+    with Progress(transient=True) as progress:
+        bar = progress.add_task("measuring", total=len(todo))
+        for about, build in todo:
+            timings = take_turns(build(), arguments.repeats, on_run=lambda: None)
+            found = rows_of(timings, about)
+            if about["part"] == "horizons":
+                case = Case(about["backbone"], about["num_envs"], about["horizon"], about["width"])
+                found[0]["peak_memory_mb"] = memory_of(case)
+            rows += found
+            progress.advance(bar)
+            if arguments.output:  # nothing is lost if it is stopped
+                _write(arguments.output, rows)
+    Console(width=160).print(table_of(rows))
+    if arguments.plot:
+        draw(rows, arguments.plot)
+    return 0
+
+
+def _write(path: Path, rows: list[Row]) -> None:
+    path.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,196 @@
+# pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+"""Other libraries' recurrent PPO on the same task, for the same number of steps, epochs and minibatches."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.distributions import Categorical
+
+from cyborg_torchrl.envs import DelayedCueEnv
+from cyborg_torchrl.memory_benchmarks.speed.measure import Subject
+from cyborg_torchrl.memory_benchmarks.speed.subjects import Case
+
+LEARNING_RATE, CLIP, ENTROPY, VALUE, GAMMA, LAMBDA = 2.5e-4, 0.2, 0.01, 0.5, 0.99, 0.95
+
+
+class MissingPackage(Exception):
+    """A library that is not installed."""
+
+
+class LoopPPO:
+    """Recurrent PPO in the manner of CleanRL's single files.
+
+    nn.LSTM is stepped in a Python loop that zeroes its state where episodes begin; sequences are whole rollouts, and
+    minibatches are of environments. Written for this benchmark after the description of the method.
+
+    Source: the method of Huang et al. (2022), "CleanRL".
+
+    Args:
+        case: sizes.
+    """
+
+    def __init__(self, case: Case) -> None:
+        torch.manual_seed(0)
+        self.case = case
+        self.task = DelayedCueEnv(case.num_envs, horizon=case.horizon, seed=0)
+        width, features = case.width, self.task.observation_spec["observation"].shape[-1]
+        self.encoder = nn.Sequential(nn.Linear(features, width), nn.Tanh())
+        self.memory = nn.LSTM(width, width)
+        self.policy, self.value = nn.Linear(width, self.task.cues), nn.Linear(width, 1)
+        modules = (self.encoder, self.memory, self.policy, self.value)
+        self.parameters = [parameter for module in modules for parameter in module.parameters()]
+        self.optimizer = torch.optim.Adam(self.parameters, LEARNING_RATE, eps=1e-5)
+        self.shown, _ = self.task.restart()
+        zero = torch.zeros(1, case.num_envs, width)
+        self.state, self.begins = (zero, zero.clone()), torch.ones(case.num_envs)
+
+    def __call__(self) -> int:
+        """One rollout and its update; returns its steps."""
+        steps, envs = self.case.steps, self.case.num_envs
+        first = tuple(part.clone() for part in self.state)
+        shown = torch.zeros(steps, envs, self.shown.shape[-1])
+        actions = torch.zeros(steps, envs, dtype=torch.long)
+        log_probs, rewards, begins, values = torch.zeros(4, steps, envs).unbind(0)
+        with torch.no_grad():
+            for t in range(steps):
+                shown[t], begins[t] = self.shown, self.begins
+                hidden, self.state = self._remember(self.encoder(self.shown)[None], self.begins[None], self.state)
+                chosen = Categorical(logits=self.policy(hidden[0]))
+                actions[t] = chosen.sample()
+                log_probs[t], values[t] = chosen.log_prob(actions[t]), self.value(hidden[0]).squeeze(-1)
+                self.shown, _, reward, over = self.task.advance(actions[t])
+                rewards[t], is_over = reward.squeeze(-1), over.squeeze(-1)
+                if is_over.any():
+                    self.shown, _ = self.task.restart(is_over)
+                self.begins = is_over.float()
+            hidden, _ = self._remember(self.encoder(self.shown)[None], self.begins[None], self.state)
+            advantages = self._advantages(rewards, values, begins, self.value(hidden[0]).squeeze(-1))
+        returns = advantages + values
+        for _ in range(self.case.n_epochs):
+            for at in torch.randperm(envs).tensor_split(self.case.num_minibatches):
+                self._learn(
+                    shown[:, at], begins[:, at], tuple(part[:, at] for part in first), actions[:, at],
+                    log_probs[:, at], advantages[:, at], returns[:, at],
+                )  # fmt: skip
+        return steps * envs
+
+    def _remember(self, features: Tensor, begins: Tensor, state: tuple[Tensor, ...]):
+        outputs = []
+        for x_t, begins_t in zip(features, begins, strict=True):
+            keep = (1.0 - begins_t).view(1, -1, 1)
+            y_t, state = self.memory(x_t[None], tuple(keep * part for part in state))
+            outputs.append(y_t)
+        return torch.cat(outputs), state
+
+    def _advantages(self, rewards: Tensor, values: Tensor, begins: Tensor, last_value: Tensor) -> Tensor:
+        advantages, carried = torch.zeros_like(rewards), torch.zeros_like(last_value)
+        next_value, goes_on = last_value, 1.0 - self.begins
+        for t in reversed(range(rewards.shape[0])):
+            delta = rewards[t] + GAMMA * next_value * goes_on - values[t]
+            carried = delta + GAMMA * LAMBDA * goes_on * carried
+            advantages[t], next_value, goes_on = carried, values[t], 1.0 - begins[t]
+        return advantages
+
+    def _learn(self, shown, begins, state, actions, old_log_probs, advantages, returns) -> None:
+        hidden, _ = self._remember(self.encoder(shown), begins, state)
+        dist = Categorical(logits=self.policy(hidden))
+        ratio = (dist.log_prob(actions) - old_log_probs).exp()
+        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+        loss = torch.max(-advantages * ratio, -advantages * ratio.clamp(1 - CLIP, 1 + CLIP)).mean()
+        loss = loss + VALUE * 0.5 * (self.value(hidden).squeeze(-1) - returns).square().mean()
+        loss = loss - ENTROPY * dist.entropy().mean()
+        self.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.parameters, 0.5)
+        self.optimizer.step()
+
+
+def cleanrl_style(case: Case) -> Subject:
+    """The loop above."""
+    return "CleanRL-style LSTM", LoopPPO(case)
+
+
+def sb3(case: Case) -> Subject:
+    """sb3-contrib's RecurrentPPO with an LSTM of the same width.
+
+    Raises:
+        MissingPackage: without sb3-contrib.
+    """
+    if importlib.util.find_spec("sb3_contrib") is None:
+        raise MissingPackage("sb3-contrib is not installed: pip install 'cyborg-torchrl[speed]'")
+    from sb3_contrib import RecurrentPPO
+
+    frames = case.num_envs * case.steps
+    model = RecurrentPPO(
+        "MlpLstmPolicy",
+        _vec_env(case),
+        n_steps=case.steps,
+        batch_size=frames // case.num_minibatches,
+        n_epochs=case.n_epochs,
+        policy_kwargs={
+            "lstm_hidden_size": case.width,
+            "net_arch": [],
+            "enable_critic_lstm": False,
+            "shared_lstm": True,
+        },
+        device="cpu",
+        seed=0,
+    )
+
+    def run() -> int:
+        model.learn(frames, reset_num_timesteps=False)
+        return frames
+
+    return "sb3-contrib RecurrentPPO", run
+
+
+def _vec_env(case: Case):
+    """The task as one of sb3's vector environments: the same tensors, without a copy for each environment."""
+    import gymnasium
+    from stable_baselines3.common.vec_env import VecEnv
+
+    class Task(VecEnv):
+        def __init__(self) -> None:
+            self.task = DelayedCueEnv(case.num_envs, horizon=case.horizon, seed=0)
+            features = self.task.observation_spec["observation"].shape[-1]
+            space = gymnasium.spaces.Box(0.0, 1.0, (features,), np.float32)
+            super().__init__(case.num_envs, space, gymnasium.spaces.Discrete(self.task.cues))
+
+        def reset(self):
+            return self.task.restart()[0].numpy()
+
+        def step_async(self, actions) -> None:
+            self.actions = torch.as_tensor(actions)
+
+        def step_wait(self):
+            shown, _, reward, over = self.task.advance(self.actions)
+            infos: list[dict] = [{} for _ in range(case.num_envs)]
+            is_over = over.squeeze(-1)
+            if is_over.any():
+                for index in is_over.nonzero().flatten().tolist():
+                    infos[index] = {"terminal_observation": shown[index].numpy(), "TimeLimit.truncated": False}
+                shown, _ = self.task.restart(is_over)
+            return shown.numpy(), reward.squeeze(-1).numpy(), is_over.numpy(), infos
+
+        def close(self) -> None: ...
+
+        def get_attr(self, attr_name, indices=None):
+            return [None] * case.num_envs
+
+        def set_attr(self, attr_name, value, indices=None) -> None: ...
+
+        def env_method(self, method_name, *args, indices=None, **kwargs):
+            return [None] * case.num_envs
+
+        def env_is_wrapped(self, wrapper_class, indices=None):
+            return [False] * case.num_envs
+
+    return Task()
+
+
+BASELINES: dict[str, Callable[[Case], Subject]] = {"sb3": sb3, "cleanrl": cleanrl_style}

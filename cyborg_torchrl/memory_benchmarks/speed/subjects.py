@@ -1,0 +1,165 @@
+# pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# (tensordict's and torchrl's annotations are narrower than what they take)
+"""What is timed of our own, TorchRL's collector beside it, and the raw loop that both are measured by."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+from torchrl.collectors import Collector
+
+from cyborg_torchrl.build import build_agent, build_env, build_trainer, prepare_process
+from cyborg_torchrl.collectors import FusedCollector
+from cyborg_torchrl.config import load_config
+from cyborg_torchrl.cores import restart
+from cyborg_torchrl.envs import DelayedCueEnv
+from cyborg_torchrl.memory_benchmarks.speed.measure import Subject
+from cyborg_torchrl.modules import PPOAgent
+
+
+class Case(NamedTuple):
+    """What all subjects of a comparison share."""
+
+    backbone: str
+    num_envs: int
+    horizon: int
+    width: int = 128
+    n_steps: int | None = None
+    """Steps of a rollout; None: an episode, horizon + 2."""
+    n_epochs: int = 4
+    num_minibatches: int = 4
+    seq_len: int | None = None
+    """Truncated BPTT in sequences of so many steps; None: whole episodes."""
+
+    @property
+    def steps(self) -> int:
+        """Steps of a rollout."""
+        return self.n_steps or self.horizon + 2
+
+    def load(self) -> DictConfig:
+        """The configuration."""
+        mode = [] if self.seq_len is None else ["train=tbptt", f"train.seq_len={self.seq_len}"]
+        return load_config(
+            overrides=[
+                *mode,
+                f"env.num_envs={self.num_envs}",
+                f"env.horizon={self.horizon}",
+                f"backbone={self.backbone}",
+                f"backbone.hidden_size={self.width}",
+                f"encoder.features={self.width}",
+                f"train.n_steps={self.steps}",
+                f"train.n_epochs={self.n_epochs}",
+                f"train.num_minibatches={self.num_minibatches}",
+                f"train.total_timesteps={10**12}",
+            ]
+        )
+
+
+def collection(case: Case) -> list[Subject]:
+    """Our collector, TorchRL's with the same policy and environment, and the raw loop."""
+    frames = case.num_envs * case.steps
+    subjects: list[Subject] = []
+    for name, kind in (("ours (FusedCollector)", FusedCollector), ("torchrl Collector", Collector)):
+        env, agent = _parts(case)
+        collector = kind(env, agent, frames_per_batch=frames, total_frames=-1, auto_register_policy_transforms=True)
+        subjects.append((name, _next_of(iter(collector), frames)))
+    collector = build_trainer(case.load()).trainer.collector
+    subjects.append(("ours (states not kept)", _next_of(iter(collector), frames)))
+    env, agent = _parts(case)
+    subjects.append(("raw PyTorch loop", RawLoop(env.base_env, agent, case.steps)))
+    return subjects
+
+
+def training(case: Case, name: str = "ours") -> Subject:
+    """Collection and update together."""
+    trainer = build_trainer(case.load()).trainer
+    rollouts = iter(trainer.collector)
+
+    def run() -> int:
+        rollout = next(rollouts)
+        trainer.update(rollout)
+        return case.num_envs * case.steps
+
+    return name, run
+
+
+def updating(case: Case, name: str = "ours") -> Subject:
+    """The update of one rollout, again and again."""
+    trainer = build_trainer(case.load()).trainer
+    rollout = next(iter(trainer.collector))
+
+    def run() -> int:
+        trainer.update(rollout)
+        return case.num_envs * case.steps
+
+    return name, run
+
+
+class RawLoop:
+    """The same networks and the same task without TorchRL: what an expert would write for this case alone.
+
+    Keeps what PPO needs and nothing else; no states but the first, nothing under "next" but reward and end.
+
+    Args:
+        task: the environment.
+        agent: the networks.
+        steps: T.
+    """
+
+    def __init__(self, task: DelayedCueEnv, agent: PPOAgent, steps: int) -> None:
+        self.task, self.steps = task, steps
+        self.encoder, self.core, self.fusion = agent.encoder.module, agent.backbone.core, agent.fusion.module
+        self.policy, self.value = agent.policy_head.module, agent.value_head.module
+        count = task.num_envs
+        shown, _ = task.restart()
+        self.observation, self.state = shown, self.core.initial_state(count)
+        self.is_init: Tensor | None = torch.ones(count, dtype=torch.bool)
+        self.observations = shown.new_empty(steps, *shown.shape)
+        self.actions = torch.empty(steps, count, dtype=torch.long)
+        self.log_probs, self.values, self.rewards = torch.empty(3, steps, count).unbind(0)
+        self.is_inits, self.ends = torch.zeros(2, steps, count, dtype=torch.bool).unbind(0)
+
+    @torch.no_grad()
+    def __call__(self) -> int:
+        """One rollout; returns its steps."""
+        initial = self.core.initial_state(self.task.num_envs)
+        self.is_inits.zero_()
+        for t in range(self.steps):
+            if self.is_init is not None:
+                self.state = restart(self.state, initial, self.is_init)
+                self.is_inits[t] = self.is_init
+            features = self.encoder(self.observation)
+            memory, self.state = self.core.step(features, self.state)
+            joint = self.fusion(features, memory)
+            log_probs = torch.log_softmax(self.policy(joint), -1)
+            probs = log_probs.exp()
+            action = (probs / torch.empty_like(probs).exponential_()).argmax(-1)
+            self.observations[t] = self.observation
+            self.actions[t] = action
+            self.log_probs[t] = log_probs.gather(-1, action.unsqueeze(-1)).squeeze(-1)
+            self.values[t] = self.value(joint).squeeze(-1)
+            self.observation, _, reward, over = self.task.advance(action)
+            self.rewards[t], self.ends[t] = reward.squeeze(-1), over.squeeze(-1)
+            self.is_init = over.squeeze(-1) if bool(over.any()) else None
+            if self.is_init is not None:
+                self.observation, _ = self.task.restart(self.is_init)
+        return self.steps * self.task.num_envs
+
+
+def _parts(case: Case):
+    cfg = case.load()
+    prepare_process(cfg)
+    env = build_env(cfg)
+    return env, build_agent(cfg, env)
+
+
+def _next_of(iterator: Iterator, frames: int):
+    def run() -> int:
+        next(iterator)
+        return frames
+
+    return run
