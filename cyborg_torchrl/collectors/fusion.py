@@ -21,12 +21,12 @@ from tensordict.nn import (
 )
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor, distributions, nn
-from torch.nn import functional as F
 from torchrl.data import Composite
 from torchrl.envs import EnvBase, InitTracker, RewardClipping, RewardSum, TensorDictPrimer, Transform, TransformedEnv
 
 from cyborg_torchrl import keys
 from cyborg_torchrl.cores import restart
+from cyborg_torchrl.cores.linear import Linear, linear
 from cyborg_torchrl.envs.memory_task import MemoryTask
 from cyborg_torchrl.modules import Backbone, PPOAgent
 
@@ -166,10 +166,10 @@ class _BackboneStep:
 
 def _function(module: nn.Module) -> Callable[..., Tensor | tuple[Tensor, ...]]:
     """A linear layer without the module around it; its parameters are looked up at each call, as they are replaced."""
-    if type(module) is not nn.Linear or module._forward_hooks or module._forward_pre_hooks:
+    if type(module) not in (nn.Linear, Linear) or module._forward_hooks or module._forward_pre_hooks:
         return module
     parameters = module._parameters
-    return lambda x: F.linear(x, parameters["weight"], parameters["bias"])
+    return lambda x: linear(x, parameters["weight"], parameters["bias"])
 
 
 def _module_call(module: TensorDictModule) -> Call:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from cyborg_torchrl.cores.layered import LayerState, RecurrentLayer, layered_core_builder
+from cyborg_torchrl.cores.linear import linear
 from cyborg_torchrl.cores.resets import reset_steps
 from cyborg_torchrl.cores.timescale import log_spaced_timescales
 from cyborg_torchrl.registry import register_backbone
@@ -149,7 +150,7 @@ class GRULayer(RecurrentLayer):
         sign = torch.ones_like(self.bias_ih)
         sign[self.features : 2 * self.features] = -1.0  # from z to 1 - z
         bias_sign = sign * self.bias_mask
-        gates_x = nn.functional.linear(x, self.weight_ih * sign.unsqueeze(-1), self.bias_ih * bias_sign)
+        gates_x = linear(x, self.weight_ih * sign.unsqueeze(-1), self.bias_ih * bias_sign)
         hidden: Tensor = _GRURecurrence.apply(  # pyright: ignore[reportAssignmentType, reportCallIssue]
             gates_x, self.weight_hh * sign.unsqueeze(-1), self.bias_hh * bias_sign, state[0], is_init, initial[0]
         )

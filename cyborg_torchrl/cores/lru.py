@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from cyborg_torchrl.cores.blocks import blocks
 from cyborg_torchrl.cores.gated_recurrence_cpp import gated_recurrence_cpp
 from cyborg_torchrl.cores.layered import LayerState, RecurrentLayer, layered_core_builder
+from cyborg_torchrl.cores.linear import Linear
 from cyborg_torchrl.cores.native import is_native
 from cyborg_torchrl.cores.resets import reset_steps
 from cyborg_torchrl.cores.timescale import log_spaced_timescales
@@ -146,9 +147,9 @@ class LRULayer(RecurrentLayer):
         super().__init__()
         self.state_names = ("hidden",)
         self.features = hidden_size
-        self.decay_gate = nn.Linear(in_features, hidden_size)
-        self.input_gate = nn.Linear(in_features, hidden_size)
-        self.input = nn.Linear(in_features, hidden_size, bias=input_bias)
+        self.decay_gate = Linear(in_features, hidden_size)
+        self.input_gate = Linear(in_features, hidden_size)
+        self.input = Linear(in_features, hidden_size, bias=input_bias)
         rate = 1.0 / log_spaced_timescales(hidden_size, max_horizon)
         self.rate = nn.Parameter(torch.log(torch.expm1(rate)))
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from cyborg_torchrl.cores.layered import LayerState, RecurrentLayer, layered_core_builder
+from cyborg_torchrl.cores.linear import linear
 from cyborg_torchrl.cores.resets import reset_steps
 from cyborg_torchrl.cores.timescale import log_spaced_timescales
 from cyborg_torchrl.registry import register_backbone
@@ -150,7 +151,7 @@ class LSTMLayer(RecurrentLayer):
         return hidden, (hidden[-1], cell[-1])
 
     def _gates_x(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.weight_ih, (self.bias_ih + self.bias_hh) * self.bias_mask)
+        return linear(x, self.weight_ih, (self.bias_ih + self.bias_hh) * self.bias_mask)
 
 
 build_lstm = register_backbone("lstm")(layered_core_builder(LSTMLayer))

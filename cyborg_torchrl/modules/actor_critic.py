@@ -22,6 +22,7 @@ from torchrl.modules import set_recurrent_mode
 
 from cyborg_torchrl import keys
 from cyborg_torchrl.cores import State
+from cyborg_torchrl.cores.linear import Linear
 from cyborg_torchrl.modules.action_heads import build_action_head
 from cyborg_torchrl.modules.backbone import Backbone
 from cyborg_torchrl.modules.fusion import PastPresentFusion
@@ -83,7 +84,7 @@ class PPOAgent(TensorDictModuleBase):
             out_keys=[keys.JOINT_FEATURES],
         )
         self.policy_head = TensorDictModule(head.network, in_keys=[keys.JOINT_FEATURES], out_keys=head.param_keys)
-        value_network = nn.Linear(width, 1)
+        value_network = Linear(width, 1)
         with torch.no_grad():
             value_network.weight *= value_scale
             value_network.bias.zero_()

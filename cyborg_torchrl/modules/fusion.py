@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from cyborg_torchrl.cores.linear import Linear
+
 
 class PastPresentFusion(nn.Module):
     """Normalises the memory's read-out and the present features apart, then adds them.
@@ -28,13 +30,13 @@ class PastPresentFusion(nn.Module):
         super().__init__()
         self.past = nn.LayerNorm(memory_features)
         self.present = nn.LayerNorm(present_features)
-        self.gate = nn.Linear(present_features, memory_features, bias=False) if is_gated else None
+        self.gate = Linear(present_features, memory_features, bias=False) if is_gated else None
         if self.gate is not None:
             nn.init.zeros_(self.gate.weight)
         self.project = (
             nn.Identity()
             if present_features == memory_features
-            else nn.Linear(present_features, memory_features, bias=False)
+            else Linear(present_features, memory_features, bias=False)
         )
 
     def forward(self, present: Float[Tensor, "*B F"], memory: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:

@@ -13,6 +13,7 @@ from cyborg_torchrl.cores import (
     gated_linear_scan,
     gated_recurrence_cpp,
     group_norm_cpp,
+    linear,
     lru,
     native,
     selective_scan,
@@ -309,3 +310,30 @@ def test_far_decays_are_exact() -> None:
         _, last = selective_scan_cpp.selective_scan_cpp(*arguments)
         expected = torch.exp(-torch.tensor(size, dtype=torch.float64)).float()
         torch.testing.assert_close(last.squeeze(), expected, rtol=1.2e-7, atol=2e-38)
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("shape", [(linear.MIN_ROWS, 7), (40, 30, 16), (3, 5)])
+def test_a_linear_map_and_its_gradients_are_right(shape: tuple[int, ...], has_bias: bool) -> None:
+    x, weight, bias = torch.randn(*shape), torch.randn(5, shape[-1]), torch.randn(5) if has_bias else None
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        floats = [None if value is None else value.to(dtype).requires_grad_() for value in (x, weight, bias)]
+        y = linear.linear(*floats) if dtype is torch.float32 else torch.nn.functional.linear(*floats)
+        grads = torch.autograd.grad(y.sin().sum(), [value for value in floats if value is not None])
+        results.append([y.double(), *(grad.double() for grad in grads)])
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(
+            ours, expected, rtol=0, atol=1e-5 * float(expected.detach().abs().max().clamp_min(1))
+        )
+
+
+def test_a_linear_map_has_second_gradients_and_can_be_mapped_over() -> None:
+    x, weight = (torch.randn(*shape, requires_grad=True) for shape in ((linear.MIN_ROWS, 7), (5, 7)))
+    (grad_x,) = torch.autograd.grad(linear.linear(x, weight).square().sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(grad_x.sum(), weight)
+    double_x, double_weight = x.detach().double(), weight.detach().double().requires_grad_()
+    (expected,) = torch.autograd.grad((2 * double_x @ double_weight.t() @ double_weight).sum(), double_weight)
+    torch.testing.assert_close(second.double(), expected, rtol=1e-4, atol=1e-3)
+    mapped = torch.func.vmap(linear.linear, (0, None))(x.detach().expand(3, -1, -1), weight.detach())
+    torch.testing.assert_close(mapped[1], linear.linear(x, weight).detach(), rtol=1e-5, atol=1e-5)

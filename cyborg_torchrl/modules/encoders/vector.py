@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from cyborg_torchrl.cores.linear import Linear
+
 
 class VectorEncoder(nn.Module):
     """Embeds vectors: one linear map without bias by default.
@@ -25,9 +27,9 @@ class VectorEncoder(nn.Module):
         super().__init__()
         layers: list[nn.Module] = []
         for width in hidden_sizes:
-            layers += [nn.Linear(in_features, width, bias=False), nn.SiLU()]
+            layers += [Linear(in_features, width, bias=False), nn.SiLU()]
             in_features = width
-        self.network = nn.Sequential(*layers, nn.Linear(in_features, features, bias=False))
+        self.network = nn.Sequential(*layers, Linear(in_features, features, bias=False))
 
     @property
     def last(self) -> nn.Linear:
