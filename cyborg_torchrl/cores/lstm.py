@@ -9,6 +9,8 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from cyborg_torchrl.cores.layered import LayerState, RecurrentLayer, layered_core_builder
 from cyborg_torchrl.cores.linear import linear
+from cyborg_torchrl.cores.lstm_cpp import lstm_cpp
+from cyborg_torchrl.cores.native import is_native
 from cyborg_torchrl.cores.resets import reset_steps
 from cyborg_torchrl.cores.timescale import log_spaced_timescales
 from cyborg_torchrl.registry import register_backbone
@@ -94,6 +96,20 @@ class _LSTMRecurrence(torch.autograd.Function):
         return grad_gates_x, grad_weight, carry_h, carry_c, None, grad_initial_h, grad_initial_c
 
 
+def lstm_recurrence(
+    gates_x: Float[Tensor, "T B G"],
+    weight_hh: Float[Tensor, "G D"],
+    h_0: Float[Tensor, "B D"],
+    c_0: Float[Tensor, "B D"],
+    is_init: Bool[Tensor, "T B"],
+    initial_h: Float[Tensor, "B D"],
+    initial_c: Float[Tensor, "B D"],
+) -> tuple[Float[Tensor, "T B D"], Float[Tensor, "T B D"]]:
+    """The states of an `LSTMLayer` from its gates on; see `lstm_cpp`, which it is the equal of."""
+    arguments = (gates_x, weight_hh, h_0, c_0, is_init, initial_h, initial_c)
+    return _LSTMRecurrence.apply(*arguments)  # pyright: ignore[reportReturnType]
+
+
 class LSTMLayer(RecurrentLayer):
     """Long short-term memory, with torch's equations, gate order (i, f, g, o) and parameter shapes.
 
@@ -130,6 +146,11 @@ class LSTMLayer(RecurrentLayer):
     def step(self, x: Float[Tensor, "B F"], state: LayerState) -> tuple[Tensor, LayerState]:
         """One step."""
         hidden, cell = state
+        if is_native(x):  # the same code as over a sequence, so that both round alike
+            is_init, gates_x = torch.zeros(1, x.shape[0], dtype=torch.bool), self._gates_x(x).unsqueeze(0)
+            rows = lstm_cpp(gates_x, self.weight_hh, hidden, cell, is_init, hidden, cell)
+            hidden, cell = rows[0].squeeze(0), rows[1].squeeze(0)
+            return hidden, (hidden, cell)
         # the same operations as in a sequence, in the same order: the read-out's norm magnifies rounding
         gates = torch.addmm(self._gates_x(x), hidden, self.weight_hh.t())
         i, f, g, o = gates.chunk(4, -1)
@@ -145,9 +166,8 @@ class LSTMLayer(RecurrentLayer):
         initial: LayerState,
     ) -> tuple[Tensor, LayerState]:
         """A sequence."""
-        hidden, cell = _LSTMRecurrence.apply(  # pyright: ignore[reportGeneralTypeIssues]
-            self._gates_x(x), self.weight_hh, *state, is_init, *initial
-        )
+        recur = lstm_cpp if is_native(x) else lstm_recurrence
+        hidden, cell = recur(self._gates_x(x), self.weight_hh, *state, is_init, *initial)
         return hidden, (hidden[-1], cell[-1])
 
     def _gates_x(self, x: Tensor) -> Tensor:

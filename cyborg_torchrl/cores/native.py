@@ -16,7 +16,7 @@ from torch import Tensor
 
 DTYPES = {torch.float32: "float32", torch.float64: "float64"}
 CAPABILITIES = ("avx512", "avx2", "default")
-INTERFACE = 3
+INTERFACE = 4
 """Number of the functions' interface; a library of another is as good as none."""
 FOLDER = Path(__file__).parent
 POINTER, INTEGER = ctypes.c_void_p, ctypes.c_int64
@@ -25,6 +25,8 @@ ARGUMENTS = {
     "scan_backward": [POINTER, INTEGER, *[POINTER] * 6],
     "recur": [POINTER, INTEGER, *[POINTER] * 3],
     "recur_backward": [POINTER, INTEGER, *[POINTER] * 6],
+    "lstm": [POINTER, INTEGER, *[POINTER] * 3],
+    "lstm_backward": [POINTER, INTEGER, *[POINTER] * 3],
     "norm": [POINTER, INTEGER, ctypes.c_double, *[POINTER] * 3],
     "norm_backward": [POINTER, INTEGER, ctypes.c_double, *[POINTER] * 4],
 }
@@ -66,9 +68,9 @@ def function(name: str, dtype: torch.dtype) -> ctypes._NamedFuncPointer:
     return run
 
 
-def pointers(*tensors: Tensor) -> ctypes.Array[ctypes.c_void_p]:
-    """Where the tensors lie, as C++ takes them."""
-    return (POINTER * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
+def pointers(*tensors: Tensor | None) -> ctypes.Array[ctypes.c_void_p]:
+    """Where the tensors lie, as C++ takes them; None is nowhere."""
+    return (POINTER * len(tensors))(*[None if tensor is None else tensor.data_ptr() for tensor in tensors])
 
 
 def integers(*values: int) -> ctypes.Array[ctypes.c_int64]:

@@ -15,6 +15,8 @@ from cyborg_torchrl.cores import (
     group_norm_cpp,
     linear,
     lru,
+    lstm,
+    lstm_cpp,
     native,
     selective_scan,
     selective_scan_cpp,
@@ -67,6 +69,22 @@ def gated_cpp_case() -> tuple:
     return gated_case(gated_recurrence_cpp.gated_recurrence_cpp)
 
 
+def lstm_case(scan=lstm.lstm_recurrence) -> tuple:
+    floats = [double(T, B, 4 * D), double(4 * D, D), double(B, D), double(B, D), double(B, D)]
+
+    def states(*arguments: Tensor) -> tuple[Tensor, Tensor]:  # the last argument is the one initial state
+        *first, initial_h_and_c, is_init, initial_h = arguments
+        return scan(*first, is_init, initial_h, initial_h_and_c)
+
+    return states, floats, double(B, D)
+
+
+def lstm_cpp_case() -> tuple:
+    if native.library() is None:
+        pytest.skip("nothing is built in C++ here")
+    return lstm_case(lstm_cpp.lstm_cpp)
+
+
 def ssd_case() -> tuple:
     a = (-positive(D).detach()).requires_grad_()
     arguments = [double(T, B, D, 3), positive(T, B, D), a, double(T, B, N), double(T, B, N), double(B, D, 3, N)]
@@ -78,7 +96,18 @@ def conv_case() -> tuple:
 
 
 CASES = pytest.mark.parametrize(
-    "case", [linear_case, gated_case, gated_cpp_case, selective_case, selective_cpp_case, ssd_case, conv_case]
+    "case",
+    [
+        linear_case,
+        gated_case,
+        gated_cpp_case,
+        lstm_case,
+        lstm_cpp_case,
+        selective_case,
+        selective_cpp_case,
+        ssd_case,
+        conv_case,
+    ],
 )
 
 
@@ -267,6 +296,33 @@ def test_the_cpp_recurrence_equals_torchs(sizes, dtype, close: float, threads: i
 
 
 @BUILT
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float64, 1e-12), (torch.float32, 2e-5)])
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (40, 13, 16), (33, 5, 35), (9, 23, 64)])
+def test_the_cpp_lstm_equals_torchs(sizes, dtype, close: float, threads: int) -> None:
+    steps, batch, size = sizes
+    shapes = [(steps, batch, 4 * size), (4 * size, size), *[(batch, size)] * 4]
+    floats = [(torch.randn(*shape, dtype=dtype) * size**-0.25).requires_grad_() for shape in shapes]
+    is_init = torch.rand(steps, batch) < 0.1
+    used, results = torch.get_num_threads(), []
+    torch.set_num_threads(threads)
+    try:
+        for scan in (lstm_cpp.lstm_cpp, lstm.lstm_recurrence):
+            hidden, cell = scan(*floats[:4], is_init, *floats[4:])
+            with torch.no_grad():
+                alone = scan(*floats[:4], is_init, *floats[4:])
+            assert torch.equal(alone[0], hidden)
+            assert torch.equal(alone[1], cell)
+            loss = hidden.sum() + (cell * torch.arange(cell.numel(), dtype=dtype).reshape(cell.shape).sin()).sum()
+            results.append([hidden, cell, *torch.autograd.grad(loss, floats)])
+    finally:
+        torch.set_num_threads(used)
+    for ours, expected in zip(*results, strict=True):
+        scale = float(expected.detach().abs().max().clamp_min(1))
+        torch.testing.assert_close(ours, expected, rtol=0, atol=close * scale)
+
+
+@BUILT
 def test_torch_finds_nothing_wrong_with_the_operator() -> None:
     _, (u, delta, a, b, c, h_0), initial = selective_case()
     floats = [x.detach().contiguous().requires_grad_() for x in (u, delta, a.t(), b, c)]
@@ -276,6 +332,9 @@ def test_torch_finds_nothing_wrong_with_the_operator() -> None:
     _, floats, initial = gated_case()
     floats = [x.detach().requires_grad_() for x in (*floats, initial)]
     torch.library.opcheck(gated_recurrence_cpp._forward, (*floats, torch.rand(T, B) < 0.3))
+    _, floats, initial = lstm_case()
+    floats = [x.detach().requires_grad_() for x in (*floats, initial)]
+    torch.library.opcheck(lstm_cpp._forward, (*floats, torch.rand(T, B) < 0.3))
     torch.library.opcheck(group_norm_cpp._forward, (double(3, 8).detach().requires_grad_(), None, 2, 1e-4))
 
 

@@ -78,6 +78,12 @@ template <class T> INLINE Vec<T> expm1(Vec<T> x) {
 
 template <class T> INLINE Vec<T> sigmoid(Vec<T> x) { return T(1) / (T(1) + exp2<T>(x * T(-1.4426950408889634074))); }
 
+template <class T> INLINE Vec<T> tanh(Vec<T> x) {
+    const Vec<T> grown = expm1<T>(x * T(2));
+    const Vec<T> quotient = grown / (grown + T(2));
+    return x > T(20) ? Vec<T>{} + T(1) : quotient;  // where the quotient would be of infinities
+}
+
 template <class T> INLINE Vec<T> sqrt(Vec<T> x) {
     for (int i = 0; i < W<T>; ++i) x[i] = std::sqrt(x[i]);
     return x;
