@@ -7,8 +7,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from cyborg_torchrl.cores.gru_cpp import gru_cpp
 from cyborg_torchrl.cores.layered import LayerState, RecurrentLayer, layered_core_builder
 from cyborg_torchrl.cores.linear import linear
+from cyborg_torchrl.cores.native import is_native
 from cyborg_torchrl.cores.resets import reset_steps
 from cyborg_torchrl.cores.timescale import log_spaced_timescales
 from cyborg_torchrl.registry import register_backbone
@@ -92,6 +94,19 @@ class _GRURecurrence(torch.autograd.Function):
         return flat.view(steps, batch, -1), grad_weight, grad_bias, carry, None, grad_initial
 
 
+def gru_recurrence(
+    gates_x: Float[Tensor, "T B G"],
+    weight_hh: Float[Tensor, "G D"],
+    bias_hh: Float[Tensor, " G"],
+    h_0: Float[Tensor, "B D"],
+    is_init: Bool[Tensor, "T B"],
+    initial: Float[Tensor, "B D"],
+) -> Float[Tensor, "T B D"]:
+    """The states of a `GRULayer` from its gates on; see `gru_cpp`, which it is the equal of."""
+    arguments = (gates_x, weight_hh, bias_hh, h_0, is_init, initial)
+    return _GRURecurrence.apply(*arguments)  # pyright: ignore[reportReturnType]
+
+
 class GRULayer(RecurrentLayer):
     """Gated recurrent unit, with torch's equations, gate order (r, z, n) and parameter shapes.
 
@@ -131,6 +146,11 @@ class GRULayer(RecurrentLayer):
     def step(self, x: Float[Tensor, "B F"], state: LayerState) -> tuple[Tensor, LayerState]:
         """One step."""
         size = self.features
+        if is_native(x):  # the same code as over a sequence, so that both round alike
+            is_init = torch.zeros(1, x.shape[0], dtype=torch.bool)
+            gates_x, *recurrent = self._signed(x.unsqueeze(0))
+            hidden = gru_cpp(gates_x, *recurrent, state[0], is_init, state[0]).squeeze(0)
+            return hidden, (hidden,)
         gates_x = nn.functional.linear(x, self.weight_ih, self.bias_ih * self.bias_mask)
         gates_h = nn.functional.linear(state[0], self.weight_hh, self.bias_hh * self.bias_mask)
         reset = torch.sigmoid(gates_x[:, :size] + gates_h[:, :size])
@@ -147,14 +167,17 @@ class GRULayer(RecurrentLayer):
         initial: LayerState,
     ) -> tuple[Tensor, LayerState]:
         """A sequence."""
+        recur = gru_cpp if is_native(x) else gru_recurrence
+        hidden = recur(*self._signed(x), state[0], is_init, initial[0])
+        return hidden, (hidden[-1],)
+
+    def _signed(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The input's part of the gates, and weight and bias of the state's, with 1 - z in place of z."""
         sign = torch.ones_like(self.bias_ih)
-        sign[self.features : 2 * self.features] = -1.0  # from z to 1 - z
+        sign[self.features : 2 * self.features] = -1.0
         bias_sign = sign * self.bias_mask
         gates_x = linear(x, self.weight_ih * sign.unsqueeze(-1), self.bias_ih * bias_sign)
-        hidden: Tensor = _GRURecurrence.apply(  # pyright: ignore[reportAssignmentType, reportCallIssue]
-            gates_x, self.weight_hh * sign.unsqueeze(-1), self.bias_hh * bias_sign, state[0], is_init, initial[0]
-        )
-        return hidden, (hidden[-1],)
+        return gates_x, self.weight_hh * sign.unsqueeze(-1), self.bias_hh * bias_sign
 
 
 build_gru = register_backbone("gru")(layered_core_builder(GRULayer))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 DTYPES = {torch.float32: "float32", torch.float64: "float64"}
 CAPABILITIES = ("avx512", "avx2", "default")
-INTERFACE = 4
+INTERFACE = 5
 """Number of the functions' interface; a library of another is as good as none."""
 FOLDER = Path(__file__).parent
 POINTER, INTEGER = ctypes.c_void_p, ctypes.c_int64
@@ -25,6 +25,8 @@ ARGUMENTS = {
     "scan_backward": [POINTER, INTEGER, *[POINTER] * 6],
     "recur": [POINTER, INTEGER, *[POINTER] * 3],
     "recur_backward": [POINTER, INTEGER, *[POINTER] * 6],
+    "gru": [POINTER, INTEGER, *[POINTER] * 3],
+    "gru_backward": [POINTER, INTEGER, *[POINTER] * 3],
     "lstm": [POINTER, INTEGER, *[POINTER] * 3],
     "lstm_backward": [POINTER, INTEGER, *[POINTER] * 3],
     "norm": [POINTER, INTEGER, ctypes.c_double, *[POINTER] * 3],

@@ -13,6 +13,8 @@ from cyborg_torchrl.cores import (
     gated_linear_scan,
     gated_recurrence_cpp,
     group_norm_cpp,
+    gru,
+    gru_cpp,
     linear,
     lru,
     lstm,
@@ -85,6 +87,16 @@ def lstm_cpp_case() -> tuple:
     return lstm_case(lstm_cpp.lstm_cpp)
 
 
+def gru_case(scan=gru.gru_recurrence) -> tuple:
+    return scan, [double(T, B, 3 * D), double(3 * D, D), double(3 * D), double(B, D)], double(B, D)
+
+
+def gru_cpp_case() -> tuple:
+    if native.library() is None:
+        pytest.skip("nothing is built in C++ here")
+    return gru_case(gru_cpp.gru_cpp)
+
+
 def ssd_case() -> tuple:
     a = (-positive(D).detach()).requires_grad_()
     arguments = [double(T, B, D, 3), positive(T, B, D), a, double(T, B, N), double(T, B, N), double(B, D, 3, N)]
@@ -101,6 +113,8 @@ CASES = pytest.mark.parametrize(
         linear_case,
         gated_case,
         gated_cpp_case,
+        gru_case,
+        gru_cpp_case,
         lstm_case,
         lstm_cpp_case,
         selective_case,
@@ -299,6 +313,31 @@ def test_the_cpp_recurrence_equals_torchs(sizes, dtype, close: float, threads: i
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize(("dtype", "close"), [(torch.float64, 1e-12), (torch.float32, 2e-5)])
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (40, 13, 16), (33, 5, 35), (9, 23, 64)])
+def test_the_cpp_gru_equals_torchs(sizes, dtype, close: float, threads: int) -> None:
+    steps, batch, size = sizes
+    shapes = [(steps, batch, 3 * size), (3 * size, size), (3 * size,), *[(batch, size)] * 2]
+    floats = [(torch.randn(*shape, dtype=dtype) * size**-0.25).requires_grad_() for shape in shapes]
+    is_init = torch.rand(steps, batch) < 0.1
+    used, results = torch.get_num_threads(), []
+    torch.set_num_threads(threads)
+    try:
+        for scan in (gru_cpp.gru_cpp, gru.gru_recurrence):
+            states = scan(*floats[:4], is_init, floats[4])
+            with torch.no_grad():
+                assert torch.equal(scan(*floats[:4], is_init, floats[4]), states)
+            loss = (states * torch.arange(states.numel(), dtype=dtype).reshape(states.shape).sin()).sum()
+            results.append([states, *torch.autograd.grad(loss, floats)])
+    finally:
+        torch.set_num_threads(used)
+    for ours, expected in zip(*results, strict=True):
+        scale = float(expected.detach().abs().max().clamp_min(1))
+        torch.testing.assert_close(ours, expected, rtol=0, atol=close * scale)
+
+
+@BUILT
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float64, 1e-12), (torch.float32, 2e-5)])
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (40, 13, 16), (33, 5, 35), (9, 23, 64)])
 def test_the_cpp_lstm_equals_torchs(sizes, dtype, close: float, threads: int) -> None:
     steps, batch, size = sizes
     shapes = [(steps, batch, 4 * size), (4 * size, size), *[(batch, size)] * 4]
@@ -334,6 +373,9 @@ def test_torch_finds_nothing_wrong_with_the_operator() -> None:
     torch.library.opcheck(gated_recurrence_cpp._forward, (*floats, torch.rand(T, B) < 0.3))
     _, floats, initial = lstm_case()
     floats = [x.detach().requires_grad_() for x in (*floats, initial)]
+    _, gru_floats, initial_h = gru_case()
+    gru_floats = [x.detach().requires_grad_() for x in (*gru_floats, initial_h)]
+    torch.library.opcheck(gru_cpp._forward, (*gru_floats, torch.rand(T, B) < 0.3))
     torch.library.opcheck(lstm_cpp._forward, (*floats, torch.rand(T, B) < 0.3))
     torch.library.opcheck(group_norm_cpp._forward, (double(3, 8).detach().requires_grad_(), None, 2, 1e-4))
 

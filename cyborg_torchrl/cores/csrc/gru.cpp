@@ -1,0 +1,102 @@
+// The gated recurrent unit from the input's part of its gates on, and its gradient. See multiply.h and native.py.
+//
+//     r, u = sigmoid(gates_x + h W + b);   n = tanh(gates_x + r (h W + b));   h := h + u (n - h)
+
+#include "multiply.h"
+
+namespace {
+
+struct Shape { int64_t steps, batch, size; };
+
+// kept (r, u, n, and h W + b of n) and previous are what the gradient needs; without them (nullptr) rooms are used again
+template <class T>
+void gru(Shape s, const T* const* in, const uint8_t* is_init, T* const* out, int64_t first, int64_t end) {
+    const T *gates_x = in[0], *weight = in[1], *bias = in[2], *h_0 = in[3], *initial = in[4];
+    T* states = out[0];
+    const int64_t H = s.size, rows = end - first, step = s.batch * H;
+    std::vector<T> gates(rows * 3 * H), room(out[2] ? 0 : rows * H);
+    for (int64_t t = 0; t < s.steps; ++t) {
+        T* previous = out[2] ? out[2] + t * step + first * H : room.data();
+        for (int64_t row = first; row < end; ++row) {
+            const T* from = is_init[t * s.batch + row] ? initial + row * H
+                            : t ? states + (t - 1) * step + row * H : h_0 + row * H;
+            std::memcpy(previous + (row - first) * H, from, H * sizeof(T));
+            std::memcpy(gates.data() + (row - first) * 3 * H, bias, 3 * H * sizeof(T));
+        }
+        multiply<T>(previous, weight, gates.data(), rows, H, 3 * H);
+        for (int64_t row = first; row < end; ++row) {
+            const T *x = gates_x + (t * s.batch + row) * 3 * H, *own = gates.data() + (row - first) * 3 * H;
+            T* kept = out[1] ? out[1] + (t * s.batch + row) * 4 * H : nullptr;
+            for (int64_t d = 0; d < H; d += W<T>) {
+                const int k = int(std::min<int64_t>(W<T>, H - d));
+                const Vec<T> r = sigmoid<T>(load<T>(x + d, k) + load<T>(own + d, k));
+                const Vec<T> u = sigmoid<T>(load<T>(x + H + d, k) + load<T>(own + H + d, k));
+                const Vec<T> from_h = load<T>(own + 2 * H + d, k), h = load<T>(previous + (row - first) * H + d, k);
+                const Vec<T> n = tanh<T>(load<T>(x + 2 * H + d, k) + r * from_h);
+                store<T>(states + t * step + row * H + d, h + u * (n - h), k);
+                if (kept) {
+                    store<T>(kept + d, r, k);
+                    store<T>(kept + H + d, u, k);
+                    store<T>(kept + 2 * H + d, n, k);
+                    store<T>(kept + 3 * H + d, from_h, k);
+                }
+            }
+        }
+    }
+}
+
+// carry ends as the gradient of h_0; it and that of the initial state begin at zero
+template <class T>
+void gru_backward(Shape s, const T* const* in, const uint8_t* is_init, T* const* out, int64_t first, int64_t end) {
+    const T *grad_states = in[0], *weight = in[1], *kept = in[2], *previous = in[3];
+    T *grad_gates_x = out[0], *grad_gates_h = out[1], *carry = out[2], *grad_initial = out[3];
+    const int64_t H = s.size, rows = end - first, step = s.batch * H;
+    for (int64_t t = s.steps - 1; t >= 0; --t) {
+        for (int64_t row = first; row < end; ++row) {
+            const int64_t at = t * step + row * H, gate = (t * s.batch + row) * 3 * H;
+            const T* own = kept + (t * s.batch + row) * 4 * H;
+            for (int64_t d = 0; d < H; d += W<T>) {
+                const int k = int(std::min<int64_t>(W<T>, H - d));
+                const Vec<T> r = load<T>(own + d, k), u = load<T>(own + H + d, k), n = load<T>(own + 2 * H + d, k);
+                const Vec<T> grad = load<T>(grad_states + at + d, k) + load<T>(carry + row * H + d, k);
+                const Vec<T> to_n = grad * u * (T(1) - n * n);
+                const Vec<T> to_r = to_n * load<T>(own + 3 * H + d, k) * r * (T(1) - r);
+                const Vec<T> to_u = grad * (n - load<T>(previous + at + d, k)) * u * (T(1) - u);
+                store<T>(grad_gates_x + gate + d, to_r, k);
+                store<T>(grad_gates_x + gate + H + d, to_u, k);
+                store<T>(grad_gates_x + gate + 2 * H + d, to_n, k);
+                store<T>(grad_gates_h + gate + d, to_r, k);
+                store<T>(grad_gates_h + gate + H + d, to_u, k);
+                store<T>(grad_gates_h + gate + 2 * H + d, to_n * r, k);
+                store<T>(carry + row * H + d, grad * (T(1) - u), k);
+            }
+        }
+        multiply<T>(grad_gates_h + (t * s.batch + first) * 3 * H, weight, carry + first * H, rows, 3 * H, H);
+        for (int64_t row = first; row < end; ++row)
+            if (is_init[t * s.batch + row])
+                for (int64_t d = row * H; d < (row + 1) * H; ++d) {
+                    grad_initial[d] += carry[d];
+                    carry[d] = T(0);
+                }
+    }
+}
+
+}  // namespace
+
+#define INTERFACE(T, name)                                                                                            \
+    extern "C" void cyborg_gru_##name(const int64_t* sizes, int64_t threads, const T* const* inputs,                  \
+                                      const uint8_t* is_init, T* const* outputs) {                                    \
+        const Shape s{sizes[0], sizes[1], sizes[2]};                                                                  \
+        split(s.batch, threads, [=](int64_t, int64_t first, int64_t end) {                                            \
+            gru<T>(s, inputs, is_init, outputs, first, end);                                                          \
+        });                                                                                                           \
+    }                                                                                                                 \
+    extern "C" void cyborg_gru_backward_##name(const int64_t* sizes, int64_t threads, const T* const* inputs,         \
+                                               const uint8_t* is_init, T* const* outputs) {                           \
+        const Shape s{sizes[0], sizes[1], sizes[2]};                                                                  \
+        split(s.batch, threads, [=](int64_t, int64_t first, int64_t end) {                                            \
+            gru_backward<T>(s, inputs, is_init, outputs, first, end);                                                 \
+        });                                                                                                           \
+    }
+INTERFACE(float, float32)
+INTERFACE(double, float64)
