@@ -148,8 +148,8 @@ class GRULayer(RecurrentLayer):
         size = self.features
         if is_native(x):  # the same code as over a sequence, so that both round alike
             is_init = torch.zeros(1, x.shape[0], dtype=torch.bool)
-            gates_x, *recurrent = self._signed(x.unsqueeze(0))
-            hidden = gru_cpp(gates_x, *recurrent, state[0], is_init, state[0]).squeeze(0)
+            gates_x, weight, bias = self._signed(x.unsqueeze(0))
+            hidden = gru_cpp(gates_x, weight, bias, state[0], is_init, state[0]).squeeze(0)
             return hidden, (hidden,)
         gates_x = nn.functional.linear(x, self.weight_ih, self.bias_ih * self.bias_mask)
         gates_h = nn.functional.linear(state[0], self.weight_hh, self.bias_hh * self.bias_mask)
@@ -168,7 +168,8 @@ class GRULayer(RecurrentLayer):
     ) -> tuple[Tensor, LayerState]:
         """A sequence."""
         recur = gru_cpp if is_native(x) else gru_recurrence
-        hidden = recur(*self._signed(x), state[0], is_init, initial[0])
+        gates_x, weight, bias = self._signed(x)
+        hidden = recur(gates_x, weight, bias, state[0], is_init, initial[0])
         return hidden, (hidden[-1],)
 
     def _signed(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -167,7 +167,8 @@ class LSTMLayer(RecurrentLayer):
     ) -> tuple[Tensor, LayerState]:
         """A sequence."""
         recur = lstm_cpp if is_native(x) else lstm_recurrence
-        hidden, cell = recur(self._gates_x(x), self.weight_hh, *state, is_init, *initial)
+        (h_0, c_0), (initial_h, initial_c) = state, initial
+        hidden, cell = recur(self._gates_x(x), self.weight_hh, h_0, c_0, is_init, initial_h, initial_c)
         return hidden, (hidden[-1], cell[-1])
 
     def _gates_x(self, x: Tensor) -> Tensor:
