@@ -12,9 +12,7 @@ from cyborg_torchrl.cores.native import function, integers, pointers
 
 
 def gated_recurrence_cpp(
-    decay_gate: Float[Tensor, "T B D"],
-    input_gate: Float[Tensor, "T B D"],
-    x: Float[Tensor, "T B D"],
+    inputs: Float[Tensor, "T B I"],
     rate: Float[Tensor, " D"],
     h_0: Float[Tensor, "B D"],
     is_init: Bool[Tensor, "T B"],
@@ -26,9 +24,7 @@ def gated_recurrence_cpp(
         h_t = a_t * h_{t-1} + sqrt(1 - a_t^2) * sigmoid(input_gate_t) * x_t,   h_{t-1} := initial where is_init_t
 
     Args:
-        decay_gate: what opens the way out of memory, before its sigmoid.
-        input_gate: what opens the way into it, before its sigmoid.
-        x: what is written.
+        inputs: decay_gate, input_gate and x side by side; I = 3 D.
         rate: positive.
         h_0: the state before the first step.
         is_init: where an episode begins; whatever was before it, NaN too, is forgotten.
@@ -37,29 +33,27 @@ def gated_recurrence_cpp(
     Raises:
         RuntimeError: if it was not built here.
     """
-    tensors = [tensor.contiguous() for tensor in (decay_gate, input_gate, x, rate, h_0, initial, is_init)]
+    tensors = [tensor.contiguous() for tensor in (inputs, rate, h_0, initial, is_init)]
     # without a gradient, without what an operator costs
     run = _forward if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors) else _run
     return run(*tensors)
 
 
-def _run(
-    decay_gate: Tensor, input_gate: Tensor, x: Tensor, rate: Tensor, h_0: Tensor, initial: Tensor, is_init: Tensor
-) -> Tensor:
-    states = torch.empty_like(x)
-    function("recur", x.dtype)(
-        integers(*x.shape),
+def _run(inputs: Tensor, rate: Tensor, h_0: Tensor, initial: Tensor, is_init: Tensor) -> Tensor:
+    states = inputs.new_empty(inputs.shape[0], *h_0.shape)
+    function("recur", inputs.dtype)(
+        integers(*states.shape),
         torch.get_num_threads(),
-        pointers(decay_gate, input_gate, x, rate, h_0, initial),
+        pointers(inputs, rate, h_0, initial),
         is_init.data_ptr(),
         states.data_ptr(),
     )
     return states
 
 
-_FLOATS = "Tensor decay_gate, Tensor input_gate, Tensor x, Tensor rate, Tensor h_0, Tensor initial, Tensor is_init"
+_INPUTS = "Tensor inputs, Tensor rate, Tensor h_0, Tensor initial, Tensor is_init"
 _forward = torch.library.custom_op(
-    "cyborg_torchrl::gated_recurrence", mutates_args=(), device_types="cpu", schema=f"({_FLOATS}) -> Tensor"
+    "cyborg_torchrl::gated_recurrence", mutates_args=(), device_types="cpu", schema=f"({_INPUTS}) -> Tensor"
 )(_run)
 
 
@@ -67,43 +61,40 @@ _forward = torch.library.custom_op(
     "cyborg_torchrl::gated_recurrence_backward",
     mutates_args=(),
     device_types="cpu",
-    schema=f"(Tensor grad_states, {_FLOATS}, Tensor states) -> (" + ", ".join(["Tensor"] * 6) + ")",
+    schema=f"(Tensor grad_states, {_INPUTS}, Tensor states) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _backward(
     grad_states: Tensor,
-    decay_gate: Tensor,
-    input_gate: Tensor,
-    x: Tensor,
+    inputs: Tensor,
     rate: Tensor,
     h_0: Tensor,
     initial: Tensor,
     is_init: Tensor,
     states: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the float arguments of the forward pass, in their order."""
-    threads = max(1, min(torch.get_num_threads(), x.shape[1]))
+    threads = max(1, min(torch.get_num_threads(), h_0.shape[0]))
     grad_rate = rate.new_zeros(threads, *rate.shape)
-    grads = [torch.empty_like(x) for _ in range(3)]
-    grad_h_0, grad_initial = torch.zeros_like(h_0), torch.zeros_like(initial)
-    function("recur_backward", x.dtype)(
-        integers(*x.shape),
+    grad_inputs, grad_h_0, grad_initial = torch.empty_like(inputs), torch.zeros_like(h_0), torch.zeros_like(initial)
+    function("recur_backward", inputs.dtype)(
+        integers(*states.shape),
         threads,
-        pointers(decay_gate, input_gate, x, rate, h_0, initial),
+        pointers(inputs, rate, h_0, initial),
         is_init.data_ptr(),
         states.data_ptr(),
         grad_states.data_ptr(),
-        pointers(*grads, grad_h_0, grad_initial),
+        pointers(grad_inputs, grad_h_0, grad_initial),
         grad_rate.data_ptr(),
     )
-    return grads[0], grads[1], grads[2], grad_rate.sum(0), grad_h_0, grad_initial
+    return grad_inputs, grad_rate.sum(0), grad_h_0, grad_initial
 
 
-def _fake_forward(*arguments: Any) -> Tensor:
-    return torch.empty_like(arguments[2])
+def _fake_forward(inputs: Tensor, rate: Tensor, h_0: Tensor, *_: Any) -> Tensor:
+    return inputs.new_empty(inputs.shape[0], *h_0.shape)
 
 
-def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    return tuple(torch.empty_like(tensor) for tensor in arguments[1:7])
+def _fake_backward(grad_states: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(tensor) for tensor in tensors[:4])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

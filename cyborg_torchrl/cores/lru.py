@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from cyborg_torchrl.cores.blocks import blocks
 from cyborg_torchrl.cores.gated_recurrence_cpp import gated_recurrence_cpp
 from cyborg_torchrl.cores.layered import LayerState, RecurrentLayer, layered_core_builder
-from cyborg_torchrl.cores.linear import Linear
+from cyborg_torchrl.cores.linear import Joined, Linear, linear
 from cyborg_torchrl.cores.native import is_native
 from cyborg_torchrl.cores.resets import reset_steps
 from cyborg_torchrl.cores.timescale import log_spaced_timescales
@@ -116,16 +116,14 @@ def _gates_backward(
 
 
 def gated_recurrence(
-    decay_gate: Float[Tensor, "T B D"],
-    input_gate: Float[Tensor, "T B D"],
-    x: Float[Tensor, "T B D"],
+    inputs: Float[Tensor, "T B I"],
     rate: Float[Tensor, " D"],
     h_0: Float[Tensor, "B D"],
     is_init: Bool[Tensor, "T B"],
     initial: Float[Tensor, "B D"],
 ) -> Float[Tensor, "T B D"]:
     """The states of an `LRULayer` from its gates on; see `gated_recurrence_cpp`, which it is the equal of."""
-    arguments = (decay_gate, input_gate, x, rate, h_0, is_init, initial)
+    arguments = (*inputs.chunk(3, -1), rate, h_0, is_init, initial)
     return _GatedRecurrence.apply(*arguments)  # pyright: ignore[reportReturnType, reportCallIssue]
 
 
@@ -150,19 +148,22 @@ class LRULayer(RecurrentLayer):
         self.decay_gate = Linear(in_features, hidden_size)
         self.input_gate = Linear(in_features, hidden_size)
         self.input = Linear(in_features, hidden_size, bias=input_bias)
+        self.has_input_bias = input_bias
+        self.no_bias: Tensor
+        self.register_buffer("no_bias", torch.zeros(hidden_size), persistent=False)
+        self._joined = Joined()
         rate = 1.0 / log_spaced_timescales(hidden_size, max_horizon)
         self.rate = nn.Parameter(torch.log(torch.expm1(rate)))
 
     def step(self, x: Float[Tensor, "B F"], state: LayerState) -> tuple[Tensor, LayerState]:
         """One step."""
-        inputs = self._inputs(x)
+        rate = F.softplus(self.rate)
         if is_native(x):  # the same code as over a sequence, so that both round alike
-            decay_gate, input_gate, value, rate = inputs
             is_init = torch.zeros(1, x.shape[0], dtype=torch.bool)
-            rows = (decay_gate.unsqueeze(0), input_gate.unsqueeze(0), value.unsqueeze(0))
-            hidden = gated_recurrence_cpp(rows[0], rows[1], rows[2], rate, state[0], is_init, state[0]).squeeze(0)
+            inputs = linear(x, *self._joined.of(*self._parameters_side_by_side())).unsqueeze(0)
+            hidden = gated_recurrence_cpp(inputs, rate, state[0], is_init, state[0]).squeeze(0)
         else:
-            gates = _gates(*inputs)
+            gates = _gates(self.decay_gate(x), self.input_gate(x), self.input(x), rate)
             hidden = torch.addcmul(gates.drive, gates.decay, state[0])
         return hidden, (hidden,)
 
@@ -175,11 +176,15 @@ class LRULayer(RecurrentLayer):
     ) -> tuple[Tensor, LayerState]:
         """A sequence."""
         recur = gated_recurrence_cpp if is_native(x) else gated_recurrence
-        hidden = recur(*self._inputs(x), state[0], is_init, initial[0])
+        inputs = linear(x, *self._joined.of(*self._parameters_side_by_side()))
+        hidden = recur(inputs, F.softplus(self.rate), state[0], is_init, initial[0])
         return hidden, (hidden[-1],)
 
-    def _inputs(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.decay_gate(x), self.input_gate(x), self.input(x), F.softplus(self.rate)
+    def _parameters_side_by_side(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        bias = self.input.bias if self.has_input_bias else self.no_bias
+        weights = (self.decay_gate.weight, self.input_gate.weight, self.input.weight)
+        biases = (self.decay_gate.bias, self.input_gate.bias, bias)
+        return weights, biases
 
 
 build_lru = register_backbone("lru")(layered_core_builder(LRULayer))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 DTYPES = {torch.float32: "float32", torch.float64: "float64"}
 CAPABILITIES = ("avx512", "avx2", "default")
-INTERFACE = 5
+INTERFACE = 6
 """Number of the functions' interface; a library of another is as good as none."""
 FOLDER = Path(__file__).parent
 POINTER, INTEGER = ctypes.c_void_p, ctypes.c_int64

@@ -61,8 +61,7 @@ def selective_cpp_case() -> tuple:
 
 
 def gated_case(scan=lru.gated_recurrence) -> tuple:
-    rate = positive(D)
-    return scan, [double(T, B, D), double(T, B, D), double(T, B, D), rate, double(B, D)], double(B, D)
+    return scan, [double(T, B, 3 * D), positive(D), double(B, D)], double(B, D)
 
 
 def gated_cpp_case() -> tuple:
@@ -218,9 +217,10 @@ def test_no_steps_are_refused(scan) -> None:
 @SHARES
 @pytest.mark.parametrize("case", [gated_case, gated_cpp_case])
 def test_the_gated_recurrence_is_a_loop(case, share: float) -> None:
-    scan, (decay_gate, input_gate, x, rate, h_0), initial = case()
+    scan, (inputs, rate, h_0), initial = case()
     is_init = torch.rand(T, B) < share
-    states = scan(decay_gate, input_gate, x, rate, h_0, is_init, initial)
+    states = scan(inputs, rate, h_0, is_init, initial)
+    decay_gate, input_gate, x = inputs.chunk(3, -1)
     h_t = h_0
     for t in range(T):
         decay = torch.exp(-2.0 * torch.sigmoid(decay_gate[t]) * rate)
@@ -290,7 +290,7 @@ def test_the_cpp_scan_equals_the_torch_scan(sizes, dtype, close: float, threads:
 @pytest.mark.parametrize("sizes", EDGES)
 def test_the_cpp_recurrence_equals_torchs(sizes, dtype, close: float, threads: int) -> None:
     steps, batch, channels, _ = sizes
-    gates = [torch.randn(steps, batch, channels, dtype=dtype, requires_grad=True) for _ in range(3)]
+    inputs = torch.randn(steps, batch, 3 * channels, dtype=dtype, requires_grad=True)
     # time constants from a step to far beyond 1 / eps steps
     rate = torch.logspace(-9, 0, channels, dtype=dtype).requires_grad_()
     states = [torch.randn(batch, channels, dtype=dtype, requires_grad=True) for _ in range(2)]
@@ -299,9 +299,9 @@ def test_the_cpp_recurrence_equals_torchs(sizes, dtype, close: float, threads: i
     torch.set_num_threads(threads)
     try:
         for scan in (gated_recurrence_cpp.gated_recurrence_cpp, lru.gated_recurrence):
-            hidden = scan(*gates, rate, states[0], is_init, states[1])
+            hidden = scan(inputs, rate, states[0], is_init, states[1])
             loss = (hidden * torch.arange(hidden.numel(), dtype=dtype).reshape(hidden.shape).sin()).sum()
-            results.append([hidden, *torch.autograd.grad(loss, [*gates, rate, *states])])
+            results.append([hidden, *torch.autograd.grad(loss, [inputs, rate, *states])])
     finally:
         torch.set_num_threads(used)
     for ours, expected in zip(*results, strict=True):
@@ -438,3 +438,22 @@ def test_a_linear_map_has_second_gradients_and_can_be_mapped_over() -> None:
     torch.testing.assert_close(second.double(), expected, rtol=1e-4, atol=1e-3)
     mapped = torch.func.vmap(linear.linear, (0, None))(x.detach().expand(3, -1, -1), weight.detach())
     torch.testing.assert_close(mapped[1], linear.linear(x, weight).detach(), rtol=1e-5, atol=1e-5)
+
+
+def test_joined_maps_follow_their_parameters() -> None:
+    joined, maps = linear.Joined(), [torch.nn.Linear(3, 2) for _ in range(2)]
+
+    def both() -> Tensor:
+        weights, biases = tuple(m.weight for m in maps), tuple(m.bias for m in maps)
+        return torch.nn.functional.linear(torch.ones(1, 3), *joined.of(weights, biases))
+
+    def apart() -> Tensor:
+        return torch.cat([m(torch.ones(1, 3)) for m in maps], -1)
+
+    with torch.no_grad():
+        for change in (lambda: None, lambda: maps[1].bias.add_(1.0), lambda: maps.reverse()):
+            change()
+            torch.testing.assert_close(both(), apart())
+        assert joined.of((maps[0].weight,), (maps[0].bias,))[0] is joined.of((maps[0].weight,), (maps[0].bias,))[0]
+    both().sum().backward()
+    assert maps[0].weight.grad is not None

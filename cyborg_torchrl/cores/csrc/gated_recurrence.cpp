@@ -2,6 +2,7 @@
 //
 //     a = exp(-2 sigmoid(decay_gate) rate);   h = a h_before + sqrt(1 - a^2) sigmoid(input_gate) x
 //
+// decay_gate, input_gate and x lie side by side: `inputs` is [T, B, 3 D].
 // Steps come one after the other, each over all of a thread's rows: what is read and written lies side by side.
 
 #include "lanes.h"
@@ -23,18 +24,18 @@ template <class T> struct Gates {
 
 template <class T>
 void recur(Shape s, const T* const* in, const uint8_t* is_init, T* states, int64_t first, int64_t end) {
-    const T *decay_gate = in[0], *input_gate = in[1], *x = in[2], *rate = in[3], *h_0 = in[4], *initial = in[5];
+    const T *inputs = in[0], *rate = in[1], *h_0 = in[2], *initial = in[3];
     const int64_t D = s.channels;
     for (int64_t t = 0; t < s.steps; ++t)
         for (int64_t row = first; row < end; ++row) {
             const int64_t at = (t * s.batch + row) * D;
+            const T* own = inputs + 3 * at;
             const T* before = is_init[t * s.batch + row] ? initial + row * D
                               : t ? states + at - s.batch * D : h_0 + row * D;
             for (int64_t d = 0; d < D; d += W<T>) {
                 const int k = int(std::min<int64_t>(W<T>, D - d));
-                const Gates<T> g(load<T>(decay_gate + at + d, k), load<T>(input_gate + at + d, k),
-                                 load<T>(rate + d, k));
-                const Vec<T> drive = g.power * g.gate * load<T>(x + at + d, k);
+                const Gates<T> g(load<T>(own + d, k), load<T>(own + D + d, k), load<T>(rate + d, k));
+                const Vec<T> drive = g.power * g.gate * load<T>(own + 2 * D + d, k);
                 store<T>(states + at + d, g.decay * load<T>(before + d, k) + drive, k);
             }
         }
@@ -43,9 +44,9 @@ void recur(Shape s, const T* const* in, const uint8_t* is_init, T* states, int64
 template <class T>
 void recur_backward(Shape s, const T* const* in, const uint8_t* is_init, const T* states, const T* grad_states,
                     T* const* grads, T* grad_rate, int64_t first, int64_t end) {
-    const T *decay_gate = in[0], *input_gate = in[1], *x = in[2], *rate = in[3], *h_0 = in[4], *initial = in[5];
-    T *grad_decay_gate = grads[0], *grad_input_gate = grads[1], *grad_x = grads[2], *carry = grads[3],
-      *grad_initial = grads[4];  // the carried gradient ends as that of h_0; it and grad_initial begin at zero
+    const T *inputs = in[0], *rate = in[1], *h_0 = in[2], *initial = in[3];
+    // the carried gradient ends as that of h_0; it and that of the initial state begin at zero
+    T *grad_inputs = grads[0], *carry = grads[1], *grad_initial = grads[2];
     const int64_t D = s.channels;
     std::vector<Vec<T>> of_step((D + W<T> - 1) / W<T>);  // summed by steps first: many small numbers lose less
     for (int64_t t = s.steps - 1; t >= 0; --t) {
@@ -53,25 +54,27 @@ void recur_backward(Shape s, const T* const* in, const uint8_t* is_init, const T
         for (int64_t row = first; row < end; ++row) {
             const int64_t at = (t * s.batch + row) * D, state = row * D;
             const bool begins = is_init[t * s.batch + row];
+            const T* own = inputs + 3 * at;
+            T* to = grad_inputs + 3 * at;
             const T* before = begins ? initial + state : t ? states + at - s.batch * D : h_0 + state;
             for (int64_t d = 0; d < D; d += W<T>) {
                 const int k = int(std::min<int64_t>(W<T>, D - d));
-                const Vec<T> rates = load<T>(rate + d, k), input = load<T>(x + at + d, k);
-                const Gates<T> g(load<T>(decay_gate + at + d, k), load<T>(input_gate + at + d, k), rates);
+                const Vec<T> rates = load<T>(rate + d, k), input = load<T>(own + 2 * D + d, k);
+                const Gates<T> g(load<T>(own + d, k), load<T>(own + D + d, k), rates);
                 const Vec<T> grad = load<T>(grad_states + at + d, k) + load<T>(carry + state + d, k);
                 const Vec<T> through = grad * g.gate, to_x = through * g.power;
-                store<T>(grad_x + at + d, to_x, k);
-                store<T>(grad_input_gate + at + d, to_x * input * (T(1) - g.gate), k);
+                store<T>(to + 2 * D + d, to_x, k);
+                store<T>(to + D + d, to_x * input * (T(1) - g.gate), k);
                 // a d/da (h a + sqrt(1 - a^2) v) = a (h - a v / sqrt(1 - a^2))
                 const Vec<T> safe = g.power < T(1e-18) ? Vec<T>{} + T(1e-18) : g.power;
                 const Vec<T> to_log = (grad * load<T>(before + d, k) - g.decay * through * input / safe) * g.decay *
                                       g.opening;
-                store<T>(grad_decay_gate + at + d, to_log * (T(1) - g.opening) * (rates * T(-2)), k);
+                store<T>(to + d, to_log * (T(1) - g.opening) * (rates * T(-2)), k);
                 of_step[d / W<T>] -= T(2) * to_log;
                 const Vec<T> passed = g.decay * grad;
                 if (begins) {
-                    T* to = grad_initial + state + d;
-                    store<T>(to, load<T>(to, k) + passed, k);
+                    T* sum = grad_initial + state + d;
+                    store<T>(sum, load<T>(sum, k) + passed, k);
                 }
                 store<T>(carry + state + d, begins ? Vec<T>{} : passed, k);
             }
