@@ -1,7 +1,7 @@
 """TorchRL components for reinforcement learning with memory."""
 
 from cyborg_torchrl import keys
-from cyborg_torchrl.collectors import RolloutCollector
+from cyborg_torchrl.collectors import FusedCollector, RolloutCollector
 from cyborg_torchrl.config import ConfigError, load_config
 from cyborg_torchrl.data import EpisodeBuffer, RecurrentRolloutBuffer, Rollout, RolloutBuffer
 from cyborg_torchrl.diagnostics import check_recurrent
@@ -20,6 +20,7 @@ __all__ = [
     "DelayedCueEnv",
     "EpisodeBuffer",
     "Evaluation",
+    "FusedCollector",
     "PPOAgent",
     "PPOTrainer",
     "RecurrentClipPPOLoss",

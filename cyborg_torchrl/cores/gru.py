@@ -9,7 +9,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from cyborg_torchrl.cores.gru_cpp import gru_cpp
 from cyborg_torchrl.cores.layered import LayerState, RecurrentLayer, layered_core_builder
-from cyborg_torchrl.cores.linear import linear
+from cyborg_torchrl.cores.linear import Derived, linear
 from cyborg_torchrl.cores.native import is_native
 from cyborg_torchrl.cores.resets import reset_steps
 from cyborg_torchrl.cores.timescale import log_spaced_timescales
@@ -138,6 +138,7 @@ class GRULayer(RecurrentLayer):
         bias_mask[2 * hidden_size :] = float(input_bias)
         self.bias_mask: Tensor
         self.register_buffer("bias_mask", bias_mask, persistent=False)
+        self._signed = Derived(_signed)
         update = slice(hidden_size, 2 * hidden_size)
         with torch.no_grad():
             self.weight_hh[update] *= 0.1
@@ -148,8 +149,9 @@ class GRULayer(RecurrentLayer):
         size = self.features
         if is_native(x):  # the same code as over a sequence, so that both round alike
             is_init = torch.zeros(1, x.shape[0], dtype=torch.bool)
-            gates_x, weight, bias = self._signed(x.unsqueeze(0))
-            hidden = gru_cpp(gates_x, weight, bias, state[0], is_init, state[0]).squeeze(0)
+            weight_ih, bias_ih, weight, bias, weight_t = self._of_parameters()
+            gates_x = linear(x, weight_ih, bias_ih).unsqueeze(0)
+            hidden = gru_cpp(gates_x, weight, bias, state[0], is_init, state[0], weight_t).squeeze(0)
             return hidden, (hidden,)
         gates_x = nn.functional.linear(x, self.weight_ih, self.bias_ih * self.bias_mask)
         gates_h = nn.functional.linear(state[0], self.weight_hh, self.bias_hh * self.bias_mask)
@@ -168,17 +170,25 @@ class GRULayer(RecurrentLayer):
     ) -> tuple[Tensor, LayerState]:
         """A sequence."""
         recur = gru_cpp if is_native(x) else gru_recurrence
-        gates_x, weight, bias = self._signed(x)
+        weight_ih, bias_ih, weight, bias, _ = self._of_parameters()
+        gates_x = linear(x, weight_ih, bias_ih)
         hidden = recur(gates_x, weight, bias, state[0], is_init, initial[0])
         return hidden, (hidden[-1],)
 
-    def _signed(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The input's part of the gates, and weight and bias of the state's, with 1 - z in place of z."""
-        sign = torch.ones_like(self.bias_ih)
-        sign[self.features : 2 * self.features] = -1.0
-        bias_sign = sign * self.bias_mask
-        gates_x = linear(x, self.weight_ih * sign.unsqueeze(-1), self.bias_ih * bias_sign)
-        return gates_x, self.weight_hh * sign.unsqueeze(-1), self.bias_hh * bias_sign
+    def _of_parameters(self) -> tuple[Tensor, ...]:
+        return self._signed.of(self.weight_ih, self.bias_ih, self.weight_hh, self.bias_hh, self.bias_mask)
+
+
+def _signed(
+    weight_ih: Tensor, bias_ih: Tensor, weight_hh: Tensor, bias_hh: Tensor, bias_mask: Tensor
+) -> tuple[Tensor, ...]:
+    """Weights and biases with 1 - z in place of z, and the transposed weight of the state."""
+    sign = torch.ones_like(bias_ih)
+    size = len(bias_ih) // 3
+    sign[size : 2 * size] = -1.0
+    rows, biases = sign.unsqueeze(-1), sign * bias_mask
+    weight = weight_hh * rows
+    return weight_ih * rows, bias_ih * biases, weight, bias_hh * biases, weight.detach().t().contiguous()
 
 
 build_gru = register_backbone("gru")(layered_core_builder(GRULayer))

@@ -19,6 +19,7 @@ def gru_cpp(
     h_0: Float[Tensor, "B D"],
     is_init: Bool[Tensor, "T B"],
     initial: Float[Tensor, "B D"],
+    weight_t: Float[Tensor, "D G"] | None = None,
 ) -> Float[Tensor, "T B D"]:
     """The states of a `GRULayer`, on as many threads as torch uses.
 
@@ -31,6 +32,7 @@ def gru_cpp(
         h_0: the state before the first step.
         is_init: where an episode begins; whatever was before it, NaN too, is forgotten.
         initial: the state that episodes begin from.
+        weight_t: weight_hh, transposed and contiguous, where it is at hand and no gradient is asked for.
 
     Raises:
         RuntimeError: if it was not built here.
@@ -39,13 +41,15 @@ def gru_cpp(
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return _forward(*tensors)[0]
     states = gates_x.new_empty(gates_x.shape[0], *h_0.shape)
-    _run(tensors, states, None, None)  # without what an operator costs, and what a gradient needs
+    _run(tensors, states, None, None, weight_t)  # without what an operator costs, and what a gradient needs
     return states
 
 
-def _run(tensors: Any, states: Tensor, kept: Tensor | None, previous: Tensor | None) -> None:
+def _run(
+    tensors: Any, states: Tensor, kept: Tensor | None, previous: Tensor | None, weight_t: Tensor | None = None
+) -> None:
     gates_x, weight_hh, bias_hh, h_0, initial, is_init = tensors
-    weight = weight_hh.t().contiguous()
+    weight = weight_hh.t().contiguous() if weight_t is None else weight_t
     function("gru", gates_x.dtype)(
         integers(*states.shape),
         torch.get_num_threads(),

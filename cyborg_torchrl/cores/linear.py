@@ -6,7 +6,9 @@ over the rows of a whole sequence oneDNN, which torch ships too, was measured 2.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
+from operator import is_
 from pathlib import Path
 from typing import Any
 
@@ -42,33 +44,43 @@ class Linear(nn.Linear):
         return linear(input, self.weight, self.bias)
 
 
-class Joined:
-    """Weights and biases of several maps of one input as those of one map, [sum(D), F] and [sum(D)].
+class Derived:
+    """What is computed from parameters alone, again only when one of them has changed.
 
-    One product of all is faster than one of each. Where no gradient is asked for, as while acting, what was joined is
-    kept as long as none of the parameters changes.
+    Where a gradient is asked for it is computed each time; while acting, once for all steps between two updates.
+
+    Args:
+        function: from parameters to tensors; at the top level of a module, so that it can be pickled.
     """
 
-    def __init__(self) -> None:
-        self._parts: tuple[Tensor, ...] = ()
-        self._versions: list[int] = []
-        self._whole: tuple[Tensor, Tensor] | None = None
+    def __init__(self, function: Callable[..., tuple[Tensor, ...]]) -> None:
+        self.function = function
+        self._forget()
 
-    def of(self, weights: tuple[Tensor, ...], biases: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        """The weight and the bias of one map."""
+    def of(self, *parameters: Tensor) -> tuple[Tensor, ...]:
+        """What the function makes of them."""
         if torch.is_grad_enabled():
-            return torch.cat(weights), torch.cat(biases)
-        parts = weights + biases
-        versions = [part._version for part in parts]
-        is_same = len(parts) == len(self._parts) and all(a is b for a, b in zip(parts, self._parts, strict=True))
-        if self._whole is None or not is_same or versions != self._versions:
-            self._parts, self._versions = parts, versions
-            self._whole = torch.cat(weights), torch.cat(biases)
-        return self._whole
+            return self.function(*parameters)
+        versions = [parameter._version for parameter in parameters]
+        is_same = len(parameters) == len(self._parameters) and all(map(is_, parameters, self._parameters))
+        if not is_same or versions != self._versions:
+            self._parameters, self._versions = parameters, versions
+            self._derived = self.function(*parameters)
+        return self._derived
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Nothing is kept in copies."""
-        return {"_parts": (), "_versions": [], "_whole": None}
+    def __getstate__(self) -> Callable[..., tuple[Tensor, ...]]:
+        """Copies begin anew."""
+        return self.function
+
+    def __setstate__(self, state: Callable[..., tuple[Tensor, ...]]) -> None:
+        """Begins anew."""
+        self.function = state
+        self._forget()
+
+    def _forget(self) -> None:
+        self._parameters: tuple[Tensor, ...] = ()
+        self._versions: list[int] = []
+        self._derived: tuple[Tensor, ...] = ()
 
 
 class _Linear(torch.autograd.Function):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from cyborg_torchrl.cores.layered import LayerState, RecurrentLayer, layered_core_builder
-from cyborg_torchrl.cores.linear import linear
+from cyborg_torchrl.cores.linear import Derived, linear
 from cyborg_torchrl.cores.lstm_cpp import lstm_cpp
 from cyborg_torchrl.cores.native import is_native
 from cyborg_torchrl.cores.resets import reset_steps
@@ -138,6 +138,7 @@ class LSTMLayer(RecurrentLayer):
         bias_mask[2 * hidden_size : 3 * hidden_size] = float(input_bias)
         self.bias_mask: Tensor
         self.register_buffer("bias_mask", bias_mask, persistent=False)
+        self._derived = Derived(_bias_and_transposed)
         log_timescales = log_spaced_timescales(hidden_size, max_horizon).log()
         with torch.no_grad():
             self.bias_hh[:hidden_size] = -log_timescales
@@ -148,7 +149,8 @@ class LSTMLayer(RecurrentLayer):
         hidden, cell = state
         if is_native(x):  # the same code as over a sequence, so that both round alike
             is_init, gates_x = torch.zeros(1, x.shape[0], dtype=torch.bool), self._gates_x(x).unsqueeze(0)
-            rows = lstm_cpp(gates_x, self.weight_hh, hidden, cell, is_init, hidden, cell)
+            _, weight_t = self._of_parameters()
+            rows = lstm_cpp(gates_x, self.weight_hh, hidden, cell, is_init, hidden, cell, weight_t)
             hidden, cell = rows[0].squeeze(0), rows[1].squeeze(0)
             return hidden, (hidden, cell)
         # the same operations as in a sequence, in the same order: the read-out's norm magnifies rounding
@@ -172,7 +174,16 @@ class LSTMLayer(RecurrentLayer):
         return hidden, (hidden[-1], cell[-1])
 
     def _gates_x(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight_ih, (self.bias_ih + self.bias_hh) * self.bias_mask)
+        return linear(x, self.weight_ih, self._of_parameters()[0])
+
+    def _of_parameters(self) -> tuple[Tensor, ...]:
+        return self._derived.of(self.bias_ih, self.bias_hh, self.bias_mask, self.weight_hh)
+
+
+def _bias_and_transposed(
+    bias_ih: Tensor, bias_hh: Tensor, bias_mask: Tensor, weight_hh: Tensor
+) -> tuple[Tensor, Tensor]:
+    return (bias_ih + bias_hh) * bias_mask, weight_hh.detach().t().contiguous()
 
 
 build_lstm = register_backbone("lstm")(layered_core_builder(LSTMLayer))

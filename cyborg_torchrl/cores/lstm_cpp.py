@@ -20,6 +20,7 @@ def lstm_cpp(
     is_init: Bool[Tensor, "T B"],
     initial_h: Float[Tensor, "B D"],
     initial_c: Float[Tensor, "B D"],
+    weight_t: Float[Tensor, "D G"] | None = None,
 ) -> tuple[Float[Tensor, "T B D"], Float[Tensor, "T B D"]]:
     """The hidden and cell states of an `LSTMLayer`, on as many threads as torch uses.
 
@@ -31,6 +32,7 @@ def lstm_cpp(
         is_init: where an episode begins; whatever was before it, NaN too, is forgotten.
         initial_h: the hidden state that episodes begin from.
         initial_c: the cell state that episodes begin from.
+        weight_t: weight_hh, transposed and contiguous, where it is at hand and no gradient is asked for.
 
     Raises:
         RuntimeError: if it was not built here.
@@ -40,7 +42,7 @@ def lstm_cpp(
         hidden, cell, _, _ = _forward(*tensors)
     else:
         hidden, cell = _states(gates_x, h_0)
-        _run(tensors, hidden, cell, None, None)  # without what an operator costs, and what a gradient needs
+        _run(tensors, hidden, cell, None, None, weight_t)  # without what an operator costs, and what a gradient needs
     return hidden, cell
 
 
@@ -48,9 +50,16 @@ def _states(gates_x: Tensor, h_0: Tensor) -> tuple[Tensor, Tensor]:
     return gates_x.new_empty(gates_x.shape[0], *h_0.shape), gates_x.new_empty(gates_x.shape[0], *h_0.shape)
 
 
-def _run(tensors: Any, hidden: Tensor, cell: Tensor, gates: Tensor | None, previous_h: Tensor | None) -> None:
+def _run(
+    tensors: Any,
+    hidden: Tensor,
+    cell: Tensor,
+    gates: Tensor | None,
+    previous_h: Tensor | None,
+    weight_t: Tensor | None = None,
+) -> None:
     gates_x, weight_hh, h_0, c_0, initial_h, initial_c, is_init = tensors
-    weight = weight_hh.t().contiguous()
+    weight = weight_hh.t().contiguous() if weight_t is None else weight_t
     function("lstm", gates_x.dtype)(
         integers(*hidden.shape),
         torch.get_num_threads(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 
 import pytest
@@ -440,20 +441,19 @@ def test_a_linear_map_has_second_gradients_and_can_be_mapped_over() -> None:
     torch.testing.assert_close(mapped[1], linear.linear(x, weight).detach(), rtol=1e-5, atol=1e-5)
 
 
-def test_joined_maps_follow_their_parameters() -> None:
-    joined, maps = linear.Joined(), [torch.nn.Linear(3, 2) for _ in range(2)]
+def doubled(*parameters: Tensor) -> tuple[Tensor, ...]:
+    return tuple(2 * parameter for parameter in parameters)
 
-    def both() -> Tensor:
-        weights, biases = tuple(m.weight for m in maps), tuple(m.bias for m in maps)
-        return torch.nn.functional.linear(torch.ones(1, 3), *joined.of(weights, biases))
 
-    def apart() -> Tensor:
-        return torch.cat([m(torch.ones(1, 3)) for m in maps], -1)
-
+def test_what_is_derived_from_parameters_follows_them() -> None:
+    derived, parameters = linear.Derived(doubled), [torch.nn.Parameter(torch.randn(3)) for _ in range(2)]
     with torch.no_grad():
-        for change in (lambda: None, lambda: maps[1].bias.add_(1.0), lambda: maps.reverse()):
+        for change in (lambda: None, lambda: parameters[1].add_(1.0), lambda: parameters.reverse()):
             change()
-            torch.testing.assert_close(both(), apart())
-        assert joined.of((maps[0].weight,), (maps[0].bias,))[0] is joined.of((maps[0].weight,), (maps[0].bias,))[0]
-    both().sum().backward()
-    assert maps[0].weight.grad is not None
+            for ours, expected in zip(derived.of(*parameters), doubled(*parameters), strict=True):
+                assert torch.equal(ours, expected)
+        assert derived.of(*parameters)[0] is derived.of(*parameters)[0]
+        copied = copy.deepcopy(derived)
+        assert copied.of(*parameters)[0] is not derived.of(*parameters)[0]
+    derived.of(*parameters)[0].sum().backward()
+    assert parameters[0].grad is not None
