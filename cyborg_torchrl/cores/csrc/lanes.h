@@ -27,6 +27,7 @@ template <> struct Lanes<float> {
     typedef int32_t I __attribute__((vector_size(BYTES)));
     static constexpr int mantissa = 23, bias = 127;
     static constexpr float lowest = -126.0f, highest = 127.0f, rounder = 12582912.0f;  // 1.5 * 2^23
+    static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;  // high has few digits: products are exact
     static constexpr int degree = 5;
     static constexpr float q[] = {0.69314718802622878f, 0.24022650760568127f,   0.055503571142190779f,
                                   0.009618082557277855f, 0.0013390863364671234f, 0.00015453162945120690f};
@@ -37,6 +38,7 @@ template <> struct Lanes<double> {
     typedef int64_t I __attribute__((vector_size(BYTES)));
     static constexpr int mantissa = 52, bias = 1023;
     static constexpr double lowest = -1022.0, highest = 1023.0, rounder = 6755399441055744.0;  // 1.5 * 2^52
+    static constexpr double ln2_high = 6.93147180369123816490e-01, ln2_low = 1.90821492927058770002e-10;
     static constexpr int degree = 11;
     static constexpr double q[] = {0.69314718055994530925,   0.24022650695910071233,    0.055504108664821627039,
                                    0.0096181291076284794928, 0.0013333558146406470697,  0.00015403530393370733411,
@@ -69,14 +71,33 @@ template <class T> INLINE Vec<T> exp2(Vec<T> x) {
     return (fraction + T(1)) * scale;
 }
 
-// exp(x) - 1, exact near 0.
+// e^x = (1 + fraction) * scale, with the digits of x that x log2(e) would lose.
+template <class T> INLINE void split_exp(Vec<T> x, Vec<T>& fraction, Vec<T>& scale) {
+    typedef Lanes<T> L;
+    constexpr T log2e = T(1.4426950408889634074);
+    x = x < L::lowest / log2e ? Vec<T>{} + L::lowest / log2e : x;  // NaN passes through
+    x = x > L::highest / log2e ? Vec<T>{} + L::highest / log2e : x;
+    const Vec<T> whole = (x * log2e + L::rounder) - L::rounder;
+    const Vec<T> rest = (x - whole * L::ln2_high) - whole * L::ln2_low;
+    Vec<T> one;
+    split_exp2<T>(rest * log2e, fraction, one);  // of [-1/2, 1/2], but for rounding: one is 2^0
+    const typename L::I exponent = (__builtin_convertvector(whole, typename L::I) + L::bias) << L::mantissa;
+    std::memcpy(&scale, &exponent, sizeof scale);
+    fraction = fraction * one + (one - T(1));
+}
+
+// e^x - 1, exact near 0.
 template <class T> INLINE Vec<T> expm1(Vec<T> x) {
     Vec<T> fraction, scale;
-    split_exp2<T>(x * T(1.4426950408889634074), fraction, scale);
+    split_exp<T>(x, fraction, scale);
     return fraction * scale + (scale - T(1));
 }
 
-template <class T> INLINE Vec<T> sigmoid(Vec<T> x) { return T(1) / (T(1) + exp2<T>(x * T(-1.4426950408889634074))); }
+template <class T> INLINE Vec<T> sigmoid(Vec<T> x) {
+    Vec<T> fraction, scale;
+    split_exp<T>(-x, fraction, scale);
+    return T(1) / (T(1) + (fraction + T(1)) * scale);
+}
 
 template <class T> INLINE Vec<T> tanh(Vec<T> x) {
     const Vec<T> grown = expm1<T>(x * T(2));

@@ -6,17 +6,15 @@
 
 namespace {
 
-// R rows of c and two vectors of its columns stay in registers while the rows of b go by.
+// R rows of the product and two vectors of its columns stay in registers while the rows of b go by. c is added at the end:
+// begun with, a large c (a bias of time constants) would round every term to its own digits.
 template <class T, int R>
 INLINE void multiply_block(const T* a, int64_t stride_a, const T* b, int64_t inner, int64_t columns, T* c,
                            int64_t left) {
     const int first = int(std::min<int64_t>(W<T>, left)), second = int(std::min<int64_t>(W<T>, left - first));
     Vec<T> sums[R][2];
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-        sums[r][0] = load<T>(c + r * columns, first);
-        sums[r][1] = load<T>(c + r * columns + first, second);
-    }
+    for (int r = 0; r < R; ++r) sums[r][0] = sums[r][1] = Vec<T>{};
     if (first + second == 2 * W<T>)
         for (int64_t k = 0; k < inner; ++k) {
             const Vec<T> b_0 = load<T>(b + k * columns, W<T>), b_1 = load<T>(b + k * columns + W<T>, W<T>);
@@ -37,8 +35,9 @@ INLINE void multiply_block(const T* a, int64_t stride_a, const T* b, int64_t inn
         }
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-        store<T>(c + r * columns, sums[r][0], first);
-        store<T>(c + r * columns + first, sums[r][1], second);
+        T* row = c + r * columns;
+        store<T>(row, load<T>(row, first) + sums[r][0], first);
+        store<T>(row + first, load<T>(row + first, second) + sums[r][1], second);
     }
 }
 
