@@ -74,7 +74,8 @@ def _beside_others(cases: list[Case], beside: Sequence[str]) -> list[Subject]:
 def memory_of(case: Case) -> float:
     """Peak memory in MiB of a process of its own that trains on one rollout."""
     code = (
-        "from cyborg_torchrl.memory_benchmarks.speed.__main__ import *; "
+        "from cyborg_torchrl.experiment import peak_rss_mb; from cyborg_torchrl.process import prepare_cpu; "
+        "from cyborg_torchrl.memory_benchmarks.speed.subjects import Case, training; "
         f"prepare_cpu(1); training(Case(*{tuple(case)!r}))[1](); print(peak_rss_mb())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
