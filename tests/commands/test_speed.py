@@ -12,19 +12,9 @@ from cyborg_torchrl.memory_benchmarks.speed.baselines import LoopPPO
 from cyborg_torchrl.memory_benchmarks.speed.measure import Timing, rows_of, take_turns
 from cyborg_torchrl.memory_benchmarks.speed.subjects import Case, collection
 
-SMALL = "--num-envs 4 --horizon 5 --collected 8 --width 8 --repeats 1 --backbones lru".split()
-    "--num-envs",
-    "4",
-    "--horizon",
-    "5",
-    "--collected",
-    "8",
-    "--width",
-    "8",
-    "--repeats",
-    "1",
-    "--backbones",
-    "lru",
+SMALL = [
+    *["--num-envs", "4", "--horizon", "5", "--collected", "8"],
+    *["--width", "8", "--repeats", "1", "--backbones", "lru"],
 ]
 
 
