@@ -76,6 +76,10 @@ class LayeredCore(Core):
 
     def step(self, x: Float[Tensor, "B F"], state: State) -> tuple[Float[Tensor, "B D"], State]:
         """One step through all layers."""
+        if len(self.layers) == 1:  # without what several need: its time counts while acting
+            values = tuple(state[name].select(1, 0) for name in self.state_names)
+            y, after = self.layers[0].step(x, values)  # pyright: ignore[reportCallIssue]
+            return self.readouts[0](y), {n: v.unsqueeze(1) for n, v in zip(self.state_names, after, strict=True)}
 
         def run(layer: RecurrentLayer, y: Tensor, state_l: LayerState, _: int):
             return layer.step(y, state_l)

@@ -86,7 +86,7 @@ class DelayedCueEnv(MemoryTask):
 
     def _show(self, time: Tensor, latents: Latents) -> Tensor:
         kind = torch.where(time == 0, latents["cue"], self.cues)
-        return self._shown[kind + (time == self.horizon + 1)]
+        return self._shown.index_select(0, kind + (time == self.horizon + 1))
 
     def _judge(self, action: Tensor, time: Tensor, latents: Latents) -> Judgement:
         is_query = time == self.horizon + 1

@@ -33,6 +33,7 @@ class PastPresentFusion(nn.Module):
         self.gate = Linear(present_features, memory_features, bias=False) if is_gated else None
         if self.gate is not None:
             nn.init.zeros_(self.gate.weight)
+        self.is_same_width = present_features == memory_features
         self.project = (
             nn.Identity()
             if present_features == memory_features
@@ -42,5 +43,5 @@ class PastPresentFusion(nn.Module):
     def forward(self, present: Float[Tensor, "*B F"], memory: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
         """Returns the joint features."""
         past, now = self.past(memory), self.present(present)
-        joint = past + self.project(now)
+        joint = past + (now if self.is_same_width else self.project(now))
         return joint if self.gate is None else torch.addcmul(joint, past, self.gate(now))

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cyborg_torchrl.cores.linear import Linear
+from cyborg_torchrl.cores.linear import Linear, linear
 
 
 class VectorEncoder(nn.Module):
@@ -38,9 +38,12 @@ class VectorEncoder(nn.Module):
 
     def forward(self, *observations: Float[Tensor, "*B _"]) -> Float[Tensor, "*B F"]:
         """Concatenates the observations, in the precision of the weights, and embeds them."""
-        dtype = self.last.weight.dtype
+        last = self.last
+        dtype = last.weight.dtype
         parts = [observation.to(dtype) for observation in observations]
-        return self.network(parts[0] if len(parts) == 1 else torch.cat(parts, -1))
+        x = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+        # one map alone, without the sequence around it: its time counts while acting
+        return self.network(x) if len(self.network) > 1 else linear(x, last.weight)
 
 
 class ScaledVector(nn.Module):
