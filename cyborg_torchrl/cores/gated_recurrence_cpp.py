@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from cyborg_torchrl.cores.native import function, integers, pointers
+from cyborg_torchrl.cores.native import function, integers, needs_operator, pointers
 
 
 def gated_recurrence_cpp(
@@ -35,8 +35,7 @@ def gated_recurrence_cpp(
     """
     tensors = [tensor.contiguous() for tensor in (inputs, rate, h_0, initial, is_init)]
     # without a gradient, without what an operator costs
-    run = _forward if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors) else _run
-    return run(*tensors)
+    return (_forward if needs_operator(tensors) else _run)(*tensors)
 
 
 def _run(inputs: Tensor, rate: Tensor, h_0: Tensor, initial: Tensor, is_init: Tensor) -> Tensor:

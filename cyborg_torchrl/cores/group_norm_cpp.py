@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cyborg_torchrl.cores.native import function, integers
+from cyborg_torchrl.cores.native import function, integers, needs_operator
 
 
 def group_norm_cpp(
@@ -26,7 +26,7 @@ def group_norm_cpp(
         RuntimeError: if it was not built here.
     """
     x = x.contiguous()
-    run = _forward if torch.is_grad_enabled() and x.requires_grad else _run  # without what an operator costs
+    run = _forward if needs_operator([x]) else _run  # without what an operator costs
     return run(x, scales, groups, eps)
 
 

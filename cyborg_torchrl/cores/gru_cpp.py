@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from cyborg_torchrl.cores.linear import linear
-from cyborg_torchrl.cores.native import function, integers, pointers
+from cyborg_torchrl.cores.native import function, integers, needs_operator, pointers
 
 
 def gru_cpp(
@@ -38,7 +38,7 @@ def gru_cpp(
         RuntimeError: if it was not built here.
     """
     tensors = [tensor.contiguous() for tensor in (gates_x, weight_hh, bias_hh, h_0, initial, is_init)]
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+    if needs_operator(tensors):
         return _forward(*tensors)[0]
     states = gates_x.new_empty(gates_x.shape[0], *h_0.shape)
     _run(tensors, states, None, None, weight_t)  # without what an operator costs, and what a gradient needs

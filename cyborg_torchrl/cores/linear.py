@@ -59,7 +59,7 @@ class Derived:
 
     def of(self, *parameters: Tensor) -> tuple[Tensor, ...]:
         """What the function makes of them."""
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self.function(*parameters)
         versions = [parameter._version for parameter in parameters]
         is_same = len(parameters) == len(self._parameters) and all(map(is_, parameters, self._parameters))
@@ -112,11 +112,11 @@ def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def _takes_onednn(x: Tensor) -> bool:
     return (
-        x.device.type == "cpu"
+        not torch.compiler.is_compiling()
+        and x.device.type == "cpu"
         and _is_faster_here()
         and not torch.is_autocast_enabled("cpu")
         and not torch._C._are_functorch_transforms_active()  # which know no rule for it
-        and not torch.compiler.is_compiling()
     )
 
 

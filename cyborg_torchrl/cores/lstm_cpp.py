@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from cyborg_torchrl.cores.linear import linear
-from cyborg_torchrl.cores.native import function, integers, pointers
+from cyborg_torchrl.cores.native import function, integers, needs_operator, pointers
 
 
 def lstm_cpp(
@@ -38,7 +38,7 @@ def lstm_cpp(
         RuntimeError: if it was not built here.
     """
     tensors = [tensor.contiguous() for tensor in (gates_x, weight_hh, h_0, c_0, initial_h, initial_c, is_init)]
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+    if needs_operator(tensors):
         hidden, cell, _, _ = _forward(*tensors)
     else:
         hidden, cell = _states(gates_x, h_0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
@@ -49,10 +50,18 @@ def library() -> ctypes.CDLL | None:
     return None
 
 
-def is_native(*tensors: Tensor) -> bool:
-    """Whether there are C++ functions for these tensors."""
-    first = tensors[0]
-    return first.device.type == "cpu" and first.dtype in DTYPES and library() is not None
+IS_BUILT = library() is not None
+
+
+def is_native(tensor: Tensor) -> bool:
+    """Whether there are C++ functions for such tensors."""
+    return IS_BUILT and tensor.device.type == "cpu" and tensor.dtype in DTYPES
+
+
+def needs_operator(tensors: Iterable[Tensor]) -> bool:
+    """Whether a C++ function has to be called as torch's operator: for a gradient, or to be compiled."""
+    is_differentiated = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return is_differentiated or torch.compiler.is_compiling()
 
 
 @cache

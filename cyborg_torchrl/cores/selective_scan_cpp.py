@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from cyborg_torchrl.cores.native import function, integers, pointers
+from cyborg_torchrl.cores.native import function, integers, needs_operator, pointers
 
 LENGTH = 32
 """Steps of which one state is kept; the backward pass computes those between again."""
@@ -37,7 +37,7 @@ def selective_scan_cpp(
         raise ValueError("selective_scan needs at least one step; got T == 0.")
     tensors = (u, delta, a.t(), b, c, h_0.transpose(1, 2), initial.transpose(1, 2), is_init)
     arguments: list[Any] = [tensor.contiguous() for tensor in tensors]
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in arguments):
+    if needs_operator(arguments):
         y, last, _ = _forward(*arguments, LENGTH)
     else:
         arguments.append(0)
