@@ -254,6 +254,25 @@ def test_the_norm_in_groups_is_what_it_says(monkeypatch, features: int, groups: 
             assert not ours[1, 2].any()
 
 
+def assert_scans_agree(scans, run, floats: list[Tensor], close: float, threads: int) -> None:
+    """What `run(scan)` returns, and its gradients, agree between scans, without a gradient too."""
+    used, results = torch.get_num_threads(), []
+    torch.set_num_threads(threads)
+    try:
+        for scan in scans:
+            outputs = run(scan)
+            with torch.no_grad():
+                assert all(torch.equal(alone, output) for alone, output in zip(run(scan), outputs, strict=True))
+            weights = [torch.arange(x.numel(), dtype=x.dtype).reshape(x.shape).sin() for x in outputs]
+            loss = sum((x * weight).sum() for x, weight in zip(outputs, weights, strict=True))
+            results.append([*outputs, *torch.autograd.grad(loss, floats)])
+    finally:
+        torch.set_num_threads(used)
+    for ours, expected in zip(*results, strict=True):
+        scale = float(expected.detach().abs().max().clamp_min(1))
+        torch.testing.assert_close(ours, expected, rtol=0, atol=close * scale)
+
+
 BUILT = pytest.mark.skipif(native.library() is None, reason="the C++ scan is not built here")
 EDGES = [(1, 1, 1, 1), (65, 2, 16, 16), (33, 5, 35, 16), (40, 3, 7, 33)]
 """[T, B, D, N]: single, whole tiles and chunks, parts of both, and any number of state numbers."""
@@ -271,18 +290,8 @@ def test_the_cpp_scan_equals_the_torch_scan(sizes, dtype, close: float, threads:
     )
     floats = [x.requires_grad_() for x in (u, torch.exp(delta - 2), -torch.exp(a), b, c, h_0, initial)]
     is_init = torch.rand(steps, batch) < 0.1
-    used, results = torch.get_num_threads(), []
-    torch.set_num_threads(threads)
-    try:
-        for scan in (selective_scan_cpp.selective_scan_cpp, selective_scan):
-            y, last = scan(*floats[:-1], is_init, floats[-1])
-            loss = (y * torch.arange(y.numel(), dtype=dtype).reshape(y.shape).sin()).sum() + last.square().sum()
-            results.append([y, last, *torch.autograd.grad(loss, floats)])
-    finally:
-        torch.set_num_threads(used)
-    for ours, expected in zip(*results, strict=True):
-        scale = float(expected.detach().abs().max().clamp_min(1))
-        torch.testing.assert_close(ours, expected, rtol=0, atol=close * scale)
+    scans = (selective_scan_cpp.selective_scan_cpp, selective_scan)
+    assert_scans_agree(scans, lambda scan: scan(*floats[:-1], is_init, floats[-1]), floats, close, threads)
 
 
 @BUILT
@@ -296,18 +305,14 @@ def test_the_cpp_recurrence_equals_torchs(sizes, dtype, close: float, threads: i
     rate = torch.logspace(-9, 0, channels, dtype=dtype).requires_grad_()
     states = [torch.randn(batch, channels, dtype=dtype, requires_grad=True) for _ in range(2)]
     is_init = torch.rand(steps, batch) < 0.1
-    used, results = torch.get_num_threads(), []
-    torch.set_num_threads(threads)
-    try:
-        for scan in (gated_recurrence_cpp.gated_recurrence_cpp, lru.gated_recurrence):
-            hidden = scan(inputs, rate, states[0], is_init, states[1])
-            loss = (hidden * torch.arange(hidden.numel(), dtype=dtype).reshape(hidden.shape).sin()).sum()
-            results.append([hidden, *torch.autograd.grad(loss, [inputs, rate, *states])])
-    finally:
-        torch.set_num_threads(used)
-    for ours, expected in zip(*results, strict=True):
-        scale = float(expected.detach().abs().max().clamp_min(1))
-        torch.testing.assert_close(ours, expected, rtol=0, atol=close * scale)
+    scans = (gated_recurrence_cpp.gated_recurrence_cpp, lru.gated_recurrence)
+    assert_scans_agree(
+        scans,
+        lambda scan: [scan(inputs, rate, states[0], is_init, states[1])],
+        [inputs, rate, *states],
+        close,
+        threads,
+    )
 
 
 @BUILT
@@ -319,20 +324,8 @@ def test_the_cpp_gru_equals_torchs(sizes, dtype, close: float, threads: int) -> 
     shapes = [(steps, batch, 3 * size), (3 * size, size), (3 * size,), *[(batch, size)] * 2]
     floats = [(torch.randn(*shape, dtype=dtype) * size**-0.25).requires_grad_() for shape in shapes]
     is_init = torch.rand(steps, batch) < 0.1
-    used, results = torch.get_num_threads(), []
-    torch.set_num_threads(threads)
-    try:
-        for scan in (gru_cpp.gru_cpp, gru.gru_recurrence):
-            states = scan(*floats[:4], is_init, floats[4])
-            with torch.no_grad():
-                assert torch.equal(scan(*floats[:4], is_init, floats[4]), states)
-            loss = (states * torch.arange(states.numel(), dtype=dtype).reshape(states.shape).sin()).sum()
-            results.append([states, *torch.autograd.grad(loss, floats)])
-    finally:
-        torch.set_num_threads(used)
-    for ours, expected in zip(*results, strict=True):
-        scale = float(expected.detach().abs().max().clamp_min(1))
-        torch.testing.assert_close(ours, expected, rtol=0, atol=close * scale)
+    scans = (gru_cpp.gru_cpp, gru.gru_recurrence)
+    assert_scans_agree(scans, lambda scan: [scan(*floats[:4], is_init, floats[4])], floats, close, threads)
 
 
 @BUILT
@@ -344,22 +337,8 @@ def test_the_cpp_lstm_equals_torchs(sizes, dtype, close: float, threads: int) ->
     shapes = [(steps, batch, 4 * size), (4 * size, size), *[(batch, size)] * 4]
     floats = [(torch.randn(*shape, dtype=dtype) * size**-0.25).requires_grad_() for shape in shapes]
     is_init = torch.rand(steps, batch) < 0.1
-    used, results = torch.get_num_threads(), []
-    torch.set_num_threads(threads)
-    try:
-        for scan in (lstm_cpp.lstm_cpp, lstm.lstm_recurrence):
-            hidden, cell = scan(*floats[:4], is_init, *floats[4:])
-            with torch.no_grad():
-                alone = scan(*floats[:4], is_init, *floats[4:])
-            assert torch.equal(alone[0], hidden)
-            assert torch.equal(alone[1], cell)
-            loss = hidden.sum() + (cell * torch.arange(cell.numel(), dtype=dtype).reshape(cell.shape).sin()).sum()
-            results.append([hidden, cell, *torch.autograd.grad(loss, floats)])
-    finally:
-        torch.set_num_threads(used)
-    for ours, expected in zip(*results, strict=True):
-        scale = float(expected.detach().abs().max().clamp_min(1))
-        torch.testing.assert_close(ours, expected, rtol=0, atol=close * scale)
+    scans = (lstm_cpp.lstm_cpp, lstm.lstm_recurrence)
+    assert_scans_agree(scans, lambda scan: scan(*floats[:4], is_init, *floats[4:]), floats, close, threads)
 
 
 @BUILT
