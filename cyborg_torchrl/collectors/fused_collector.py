@@ -61,15 +61,15 @@ class FusedCollector(Collector):
         carried: Entries = {unravel_key(key): value for key, value in self._carrier.items(True, True)}
         policy.begin(self.n_env)
         before: Entries = {}
-        is_over = carried[keys.IS_INIT]
+        may_begin = True
         for _ in range(self.frames_per_batch):
-            written = policy(carried, may_begin=is_over is not None)
+            written = policy(carried, may_begin=may_begin)
             after, begins, is_over = env.step(carried, written)
             before = {**carried, **{key: value for key, value in written.items() if not _is_next(key)}}
             columns.append(before.items(), after.items())
             if self.track_traj_ids:
                 begins[TRAJ_IDS] = self._next_traj_ids(carried[TRAJ_IDS], is_over)
-            carried = begins
+            carried, may_begin = begins, is_over is not None
         for key, value in {**before, **carried}.items():
             self._carrier.set(key, value)
         rollout = TensorDict(columns.tensors, self._final_rollout.batch_size, names=self._final_rollout.names)

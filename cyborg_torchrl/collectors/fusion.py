@@ -173,6 +173,8 @@ def _function(module: nn.Module) -> Callable[..., Tensor | tuple[Tensor, ...]]:
 
 
 def _module_call(module: TensorDictModule) -> Call:
+    if module._kwargs or module.method_kwargs or module.method is not None or module._get_kwargs:
+        raise NotFusable("the policy calls one of its networks in a way of its own")
     network = _function(module.module)
     reads, writes = [unravel_key(key) for key in module.in_keys], [unravel_key(key) for key in module.out_keys]
 

@@ -123,17 +123,17 @@ class RolloutCollector:
         columns = Columns(self.steps)
         policy.begin(batch.numel())
         after: Entries = {}
-        is_over: Tensor | None = carried[keys.IS_INIT]
+        may_begin = True
         for t in range(self.steps):
             if t in wanted:
                 states.append(TensorDict({key: carried[key] for key in self.state_keys}, batch))
-            written = policy(carried, may_begin=is_over is not None)
+            written = policy(carried, may_begin=may_begin)
             after, begins, is_over = env.step(carried, written)
             columns.append(
                 [(key, value) for key, value in {**carried, **written}.items() if key not in dropped],
                 [(key, value) for key, value in after.items() if key not in self.state_keys],
             )
-            carried = begins
+            carried, may_begin = begins, is_over is not None
         self._carried = TensorDict(carried, batch, device=self.env.device)
         steps = TensorDict(columns.tensors, [*batch, self.steps])
         # native episodes are never cut off but by the end of the rollout
