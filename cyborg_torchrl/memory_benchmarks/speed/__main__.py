@@ -4,7 +4,7 @@ python -m cyborg_torchrl.memory_benchmarks.speed --output speed.json --plot spee
 
 collection: FusedCollector, TorchRL's Collector and a raw PyTorch loop, with the same networks and the same task.
 update: one rollout, learned again and again. end_to_end: collection and update beside other libraries, with the same
-steps, epochs and minibatches. horizons: ours alone, time per step and memory per stored step from 40 steps to 10,000.
+steps, epochs and minibatches. truncated: the same beside PufferLib, one epoch of 64-step BPTT. horizons: ours alone, time per step and memory per stored step from 40 steps to 10,000.
 """
 
 from __future__ import annotations
@@ -25,14 +25,16 @@ from rich.progress import Progress
 from rich.table import Table
 
 from cyborg_torchrl.memory_benchmarks.arguments import picture, positive, writable
-from cyborg_torchrl.memory_benchmarks.speed.baselines import BASELINES, MissingPackage
+from cyborg_torchrl.memory_benchmarks.speed.baselines import BASELINES, MissingPackage, pufferlib
 from cyborg_torchrl.memory_benchmarks.speed.measure import Subject, rows_of, take_turns
 from cyborg_torchrl.memory_benchmarks.speed.plot import draw
 from cyborg_torchrl.memory_benchmarks.speed.subjects import Case, collection, training, updating
 from cyborg_torchrl.process import prepare_cpu
 
-PARTS = ("collection", "update", "end_to_end", "horizons")
-PACKAGES = ("torch", "torchrl", "tensordict", "sb3-contrib", "pufferlib", "numpy")
+PARTS = ("collection", "update", "end_to_end", "truncated", "horizons")
+PACKAGES = ("torch", "torchrl", "tensordict", "sb3-contrib", "numpy")
+SHORT = 64
+"""Steps of a sequence in truncated BPTT: PufferLib's own default."""
 Row = dict[str, Any]
 
 
@@ -55,6 +57,10 @@ def comparisons(arguments: argparse.Namespace) -> list[tuple[Row, Callable[[], l
         for horizon in dict.fromkeys((40, arguments.horizon)):
             cases = [Case(backbone, 64, horizon, arguments.width) for backbone in arguments.backbones]
             add("end_to_end", cases[0], lambda cases=cases: _beside_others(cases, arguments.beside))
+    if "truncated" in arguments.parts:
+        short = {"n_steps": 16 * SHORT, "n_epochs": 1, "seq_len": SHORT}
+        cases = [Case(name, 64, 16 * SHORT - 2, arguments.width, **short) for name in arguments.backbones]
+        add("truncated", cases[0], lambda cases=cases: _beside_pufferlib(cases, arguments.pufferlib_python))
     for horizon in arguments.horizons if "horizons" in arguments.parts else []:
         case = Case(arguments.backbones[0], 64, horizon, arguments.width)
         add("horizons", case, lambda case=case: [training(case)])
@@ -68,6 +74,15 @@ def _beside_others(cases: list[Case], beside: Sequence[str]) -> list[Subject]:
             subjects.append(BASELINES[name](cases[0]))
         except MissingPackage as error:
             print(f"{name} is left out: {error}", file=sys.stderr)
+    return subjects
+
+
+def _beside_pufferlib(cases: list[Case], python: str | None) -> list[Subject]:
+    subjects = [training(case, f"ours, {case.backbone}") for case in cases]
+    try:
+        subjects.append(pufferlib(cases[0], python))
+    except MissingPackage as error:
+        print(f"PufferLib is left out: {error}", file=sys.stderr)
     return subjects
 
 
@@ -124,6 +139,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--collected", type=positive, default=256, help="steps of a rollout where only that is timed")
     parser.add_argument("--width", type=positive, default=128)
     parser.add_argument("--beside", nargs="*", choices=list(BASELINES), default=list(BASELINES))
+    parser.add_argument(
+        "--pufferlib-python", help="interpreter of an environment that has PufferLib, whose packages exclude ours"
+    )
     parser.add_argument("--repeats", type=positive, default=5)
     parser.add_argument("--threads", type=positive, default=1)
     parser.add_argument("--output", type=writable, help="JSON file for all figures")

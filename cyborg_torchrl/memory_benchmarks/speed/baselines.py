@@ -3,8 +3,14 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
+import json
+import subprocess
+import tempfile
+import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -194,3 +200,36 @@ def _vec_env(case: Case):
 
 
 BASELINES: dict[str, Callable[[Case], Subject]] = {"sb3": sb3, "cleanrl": cleanrl_style}
+
+
+def pufferlib(case: Case, python: str | None) -> Subject:
+    """PufferLib's PPO with its LSTM, in a process of its own that is told when to run.
+
+    Args:
+        case: sizes; `seq_len` is its `bptt_horizon`.
+        python: the interpreter of an environment that has PufferLib.
+
+    Raises:
+        MissingPackage: if there is no such interpreter, or no PufferLib in it.
+    """
+    if python is None:
+        raise MissingPackage("name the interpreter of an environment that has it: --pufferlib-python")
+    sizes = {**case._asdict(), "steps": case.steps, "threads": torch.get_num_threads()}
+    script = Path(__file__).with_name("pufferlib_process.py")
+    process = subprocess.Popen(
+        [python, str(script), json.dumps(sizes)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tempfile.gettempdir(),
+    )  # fmt: skip
+    atexit.register(process.kill)
+    ready = process.stdout.readline().split()
+    if ready[:1] != ["ready"]:
+        last = (process.stderr.read().strip().splitlines() or ["it ended"])[-1]
+        raise MissingPackage(f"{python} does not run it: {last}")
+    threading.Thread(target=process.stderr.read, daemon=True).start()  # or it would wait, once the pipe is full
+
+    def run() -> int:
+        process.stdin.write("\n")
+        process.stdin.flush()
+        return int(process.stdout.readline())
+
+    return f"PufferLib {ready[1]} LSTM", run

@@ -24,6 +24,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
             "collection": f"collection, {row['backbone']}, {row['num_envs']:,} environments",
             "update": "update",
             "end_to_end": f"end to end, horizon {row['horizon']:,}",
+            "truncated": f"one epoch of {row['seq_len']}-step BPTT",
             "horizons": "end to end, ours",
         }[row["part"]]
         panels.setdefault(title, []).append(row)
