@@ -14,7 +14,7 @@ from torchrl.collectors import Collector, MultiSyncCollector
 from torchrl.data import LazyMemmapStorage, LazyTensorStorage
 from torchrl.envs import EnvBase
 
-from cyborg_torchrl.collectors import FusedCollector, RolloutCollector
+from cyborg_torchrl.collectors import FusedCollector, OverlappedCollector, RolloutCollector
 from cyborg_torchrl.config import ConfigError, TrainConfig, resolve_device
 from cyborg_torchrl.cores import Core, MemorylessCore
 from cyborg_torchrl.data import EpisodeBuffer, RecurrentRolloutBuffer, RolloutBuffer
@@ -38,7 +38,9 @@ def prepare_process(cfg: DictConfig) -> None:
     torch.manual_seed(cfg.train.seed)
 
 
-def build_env(cfg: DictConfig, *, num_envs: int | None = None, seed: int | None = None) -> EnvBase:
+def build_env(
+    cfg: DictConfig, *, num_envs: int | None = None, seed: int | None = None, workers: int | None = None
+) -> EnvBase:
     """Builds the environment of a configuration, batched, with `is_init`, episode returns and its transforms.
 
     Episode returns are raw: nothing that changes rewards comes before them.
@@ -47,12 +49,15 @@ def build_env(cfg: DictConfig, *, num_envs: int | None = None, seed: int | None 
         cfg: the configuration.
         num_envs: in place of env.num_envs.
         seed: in place of train.seed.
+        workers: in place of env.workers.
 
     Raises:
         ConfigError: if the environment refuses its options.
     """
     options = _options(cfg.env)
     options["num_envs"] = options.get("num_envs", 1) if num_envs is None else num_envs
+    if workers is not None:
+        options["workers"] = workers
     seed = cfg.train.seed if seed is None else seed
     try:
         env = environments.get(cfg.env.name)(**options, device=resolve_device(cfg.train.device), seed=seed)
@@ -175,6 +180,9 @@ def build_collector(
     elif cfg.collector.name in ("single", "fused"):
         kind = FusedCollector if cfg.collector.name == "fused" else Collector
         collector = kind(env, agent, auto_register_policy_transforms=True, **options)
+    elif cfg.collector.name == "overlapped":
+        options |= {"value_operator": agent.get_value_operator(), "keyframe_steps": buffer.keyframe_steps}
+        collector = OverlappedCollector(_groups(cfg, env), agent, **options)
     else:
         workers = cfg.collector.num_workers
         _check_workers(cfg)
@@ -188,18 +196,34 @@ def build_collector(
     return collector
 
 
+def _groups(cfg: DictConfig, env: EnvBase) -> list[EnvBase]:
+    """The environments of a configuration in several groups, each with its share of the processes."""
+    groups, num_envs, workers = cfg.collector.groups, env.batch_size.numel(), cfg.env.get("workers")
+    _check_statistics(cfg)
+    for key, value in (("env.num_envs", num_envs), ("env.workers", workers or 0)):
+        if value % groups:
+            raise ConfigError(f"collector.groups = {groups} does not divide {key} = {value}.")
+    share = workers // groups if workers else None
+    return [build_env(cfg, num_envs=num_envs // groups, seed=cfg.train.seed + i, workers=share) for i in range(groups)]
+
+
 def _check_workers(cfg: DictConfig) -> None:
     """What cannot be split over the processes of a collector."""
-    for key in ("normalize_observation", "normalize_reward"):
-        if cfg.transforms[key]:
-            raise ConfigError(
-                f"transforms.{key} keeps one statistic over all environments, which the processes of "
-                "collector=multi_sync do not share: use collector=rollout, with env.workers if there is such a key."
-            )
+    _check_statistics(cfg)
     if cfg.env.get("workers"):
         raise ConfigError(
             "env.workers and collector=multi_sync both start processes: use env.workers=0, or collector=rollout."
         )
+
+
+def _check_statistics(cfg: DictConfig) -> None:
+    """What keeps one statistic over all environments."""
+    for key in ("normalize_observation", "normalize_reward"):
+        if cfg.transforms[key]:
+            raise ConfigError(
+                f"transforms.{key} keeps one statistic over all environments, which the parts of collector="
+                f"{cfg.collector.name} do not share: use collector=rollout, with env.workers if there is such a key."
+            )
 
 
 def build_loss(cfg: DictConfig, agent: PPOAgent) -> RecurrentClipPPOLoss:

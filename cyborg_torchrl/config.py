@@ -157,9 +157,12 @@ class CollectorConfig:
 
     name: str = "rollout"
     """rollout: in this process, without a memory state for every step. single: TorchRL's in this process. fused: the
-    same, stepped on tensors. multi_sync: env.num_envs split over worker processes."""
+    same, stepped on tensors. multi_sync: env.num_envs split over worker processes. overlapped: env.num_envs split into
+    groups, the policy acting for one while another steps, in env.workers processes where there are some."""
     num_workers: int = 2
     """Processes of multi_sync."""
+    groups: int = 2
+    """Groups of overlapped."""
 
 
 @dataclass
@@ -307,6 +310,7 @@ def validate(cfg: DictConfig) -> None:
         "encoder.features": cfg.encoder.features,
         "encoder.embedding_size": cfg.encoder.embedding_size,
         "collector.num_workers": cfg.collector.num_workers,
+        "collector.groups": cfg.collector.groups,
         "transforms.frame_stack": cfg.transforms.frame_stack,
     }
     optional = {"train.n_steps": train.n_steps, "train.seq_len": train.seq_len, "train.target_kl": train.target_kl}
@@ -330,7 +334,7 @@ def validate(cfg: DictConfig) -> None:
         ("train.state_dtype", train.state_dtype, STATE_DTYPES),
         ("train.storage", train.storage, STORAGES),
         ("train.start_state", train.start_state, ("stored", "initial")),
-        ("collector.name", cfg.collector.name, ("rollout", "fused", "single", "multi_sync")),
+        ("collector.name", cfg.collector.name, ("rollout", "fused", "single", "multi_sync", "overlapped")),
         ("encoder.convolutions", cfg.encoder.convolutions, ("impala", "nature")),
         ("logger.eval_actions", cfg.logger.eval_actions, ("greedy", "sampled")),
         ("encoder.discrete", cfg.encoder.discrete, ("one_hot", "embedding")),

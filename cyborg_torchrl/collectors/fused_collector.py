@@ -10,13 +10,15 @@ from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
-from tensordict.utils import NestedKey, unravel_key
+from tensordict.utils import NestedKey
 from torch import Tensor
 from torchrl.collectors import Collector
 from torchrl.envs.utils import ExplorationType
 
 from cyborg_torchrl import keys
-from cyborg_torchrl.collectors.fusion import Columns, Entries, FusedEnv, FusedPolicy, NotFusable
+from cyborg_torchrl.collectors.entries import Columns, Entries, NotFusable, flat
+from cyborg_torchrl.collectors.fused_env import EnvStep, env_step
+from cyborg_torchrl.collectors.fused_policy import FusedPolicy
 
 LOGGER = logging.getLogger(__name__)
 TRAJ_IDS = ("collector", "traj_ids")
@@ -28,8 +30,9 @@ class FusedCollector(Collector):
     Iteration, seeding, weight updates, state_dict and all options are TorchRL's own. A rollout of a native environment
     (a `MemoryTask`, with TorchRL's InitTracker, RewardSum and TensorDictPrimer around it) with a policy made of
     TensorDictModules and our `Backbone` is taken without any tensordict in between: the same operations in the same
-    order, so batches equal those of `Collector` bit by bit for the same seed, in a fraction of the time. Anything else
-    is collected as TorchRL does it; the first time, the reason is logged.
+    order, so batches equal those of `Collector` bit by bit for the same seed, in a fraction of the time. Any other
+    environment is stepped by TorchRL between steps of the policy on tensors; any other policy, or option that excludes
+    both, is left to TorchRL. The reason is logged once.
 
     Args:
         *args: as for `Collector`.
@@ -38,13 +41,14 @@ class FusedCollector(Collector):
     """
 
     def __init__(self, *args: Any, auto_register_policy_transforms: bool = True, **kwargs: Any) -> None:
-        self._fused: tuple[FusedPolicy, FusedEnv] | None = None
+        self._fused: tuple[FusedPolicy, EnvStep] | None = None
         self._columns: Entries | None = None
         super().__init__(*args, auto_register_policy_transforms=auto_register_policy_transforms, **kwargs)
         self.why_not_fused = self._fuse()
-        """Why rollouts are collected as TorchRL does it; empty if they are not."""
+        """Why the environment is stepped, or all is done, as TorchRL does it; empty if neither is."""
         if self.why_not_fused:
-            LOGGER.warning("collected without fusion, as TorchRL does it: %s.", self.why_not_fused)
+            what = "the environment is stepped" if self._fused else "collected"
+            LOGGER.warning("%s without fusion, as TorchRL does it: %s.", what, self.why_not_fused)
 
     @torch.no_grad()
     def rollout(self) -> TensorDictBase:
@@ -58,7 +62,7 @@ class FusedCollector(Collector):
             self._start_new_trajectories()
         policy, env = self._fused
         columns = Columns(self.frames_per_batch, self._columns)
-        carried: Entries = {unravel_key(key): value for key, value in self._carrier.items(True, True)}
+        carried = flat(self._carrier)
         policy.begin(self.n_env)
         before: Entries = {}
         may_begin = True
@@ -109,10 +113,11 @@ class FusedCollector(Collector):
             if holds:
                 return reason
         try:
-            self._fused = FusedPolicy(self._orig_policy), FusedEnv(self.env)
-        except NotFusable as reason:
-            return str(reason)
-        return ""
+            step, reason = env_step(self.env)
+            self._fused = FusedPolicy(self._orig_policy), step
+        except NotFusable as error:
+            return str(error)
+        return reason
 
     def _devices(self) -> set[torch.device]:
         policy: Any = self._orig_policy

@@ -19,7 +19,9 @@ from torchrl.modules import set_recurrent_mode
 from torchrl.modules.utils.utils import _maybe_append_env_transforms_from_module as append_transforms
 
 from cyborg_torchrl import keys
-from cyborg_torchrl.collectors.fusion import Columns, Entries, FusedEnv, FusedPolicy, NotFusable
+from cyborg_torchrl.collectors.entries import NotFusable
+from cyborg_torchrl.collectors.fused_policy import policy_step
+from cyborg_torchrl.collectors.track import Track
 from cyborg_torchrl.data import Rollout
 from cyborg_torchrl.modules.replay import memory_state_keys
 from cyborg_torchrl.objectives import value_after
@@ -34,7 +36,7 @@ class RolloutCollector:
     made. Where an episode is cut off, the value of its last observation is taken at once, while the state that
     belongs to it is there: ("next", "state_value").
 
-    Native environments are stepped on tensors alone (see `FusedCollector`), with the same results.
+    Policies are run, and native environments stepped, on tensors alone (see `FusedCollector`), with the same results.
 
     Args:
         env: batched, or not; `InitTracker` and the policy's primers are added if they are missing.
@@ -79,10 +81,11 @@ class RolloutCollector:
         self._dropped = [*self.state_keys, *(unravel_key((keys.NEXT, key)) for key in self.state_keys)]
         with torch.no_grad():  # here, as TorchRL's collectors do, so that both take the same random numbers
             self._carried = self.env.reset()
-        self._fused: tuple[FusedPolicy, FusedEnv] | None = None
-        if is_fused:
+        self._track: Track | None = None
+        if is_fused and keys.VALUE in policy.out_keys:
             with contextlib.suppress(NotFusable):
-                self._fused = FusedPolicy(policy), FusedEnv(self.env)
+                acts, _ = policy_step(policy, self.env)
+                self._track = Track(self.env, acts, value_operator, self.state_keys, self.at)
 
     def __iter__(self) -> Iterator[Rollout]:
         """Yields rollouts until `total_frames` steps have been taken."""
@@ -93,12 +96,9 @@ class RolloutCollector:
     def rollout(self) -> Rollout:
         """Takes the steps of one rollout; episodes go on where the last one ended."""
         with set_exploration_type(ExplorationType.RANDOM), set_recurrent_mode(False):
-            steps, states = self._rollout_on_tensors(*self._fused) if self._fused else self._rollout()
-        dim = len(self.env.batch_size)
-        entries = _whole_entries(states[0], self.state_keys) if states else []
-        kept = {entry: _stack([state.get(entry) for state in states], dim) for entry in entries}
-        keyframes = TensorDict(kept, [*self.env.batch_size, len(self.at)])
-        if dim == 0:
+            steps, states = self._rollout_on_tensors(self._track) if self._track else self._rollout()
+        keyframes = stacked_states(states, self.state_keys, self.env)
+        if len(self.env.batch_size) == 0:
             steps, keyframes = steps.unsqueeze(0), keyframes.unsqueeze(0)
         return Rollout(steps.filter_empty_(), keyframes, self.at)
 
@@ -115,33 +115,14 @@ class RolloutCollector:
             rows.append(self._recorded(played, is_last=t == self.steps - 1))
         return cast("TensorDictBase", torch.stack(rows, len(self.env.batch_size))), states
 
-    def _rollout_on_tensors(self, policy: FusedPolicy, env: FusedEnv) -> tuple[TensorDictBase, list[TensorDictBase]]:
-        """The same, for a native environment."""
-        carried: Entries = {unravel_key(key): value for key, value in self._carried.items(True, True)}
-        states: list[TensorDictBase] = []
-        wanted, dropped, batch = set(self.at), set(self._dropped), self.env.batch_size
-        columns = Columns(self.steps)
-        policy.begin(batch.numel())
-        after: Entries = {}
-        may_begin = True
-        for t in range(self.steps):
-            if t in wanted:
-                states.append(TensorDict({key: carried[key] for key in self.state_keys}, batch))
-            written = policy(carried, may_begin=may_begin)
-            after, begins, is_over = env.step(carried, written)
-            columns.append(
-                [(key, value) for key, value in {**carried, **written}.items() if key not in dropped],
-                [(key, value) for key, value in after.items() if key not in self.state_keys],
-            )
-            carried, may_begin = begins, is_over is not None
-        self._carried = TensorDict(carried, batch, device=self.env.device)
-        steps = TensorDict(columns.tensors, [*batch, self.steps])
-        # native episodes are never cut off but by the end of the rollout
-        value, last = torch.zeros_like(steps.get(keys.VALUE)), TensorDict(after, batch)
-        is_cut = ~last.get(keys.TERMINATED).squeeze(-1)
-        if bool(is_cut.any()):
-            value[is_cut, -1] = value_after(last[is_cut], self.value_operator)
-        return steps.set((keys.NEXT, keys.VALUE), value), states
+    def _rollout_on_tensors(self, track: Track) -> tuple[TensorDictBase, list[TensorDictBase]]:
+        """The same on flat entries."""
+        track.begin(self._carried, self.steps)
+        track.policy.begin(self.env.batch_size.numel())
+        for _ in range(self.steps):
+            track.take(track.step(track.act()))
+        steps, self._carried = track.end()
+        return steps, track.states
 
     def set_seed(self, seed: int) -> int | None:
         """Seeds the environment. Returns a seed for the next one, as TorchRL does."""
@@ -166,6 +147,14 @@ class RolloutCollector:
             value[mask] = value_after(following[mask], self.value_operator)
         record.set((keys.NEXT, keys.VALUE), value)
         return record
+
+
+def stacked_states(states: Sequence[TensorDictBase], state_keys: Sequence[NestedKey], env: EnvBase) -> TensorDict:
+    """Memory states [*N] of some steps as keyframes [*N, steps]."""
+    dim = len(env.batch_size)
+    entries = _whole_entries(states[0], state_keys) if states else []
+    kept = {entry: _stack([state.get(entry) for state in states], dim) for entry in entries}
+    return TensorDict(kept, [*env.batch_size, len(states)])
 
 
 def _whole_entries(tensordict: TensorDictBase, state_keys: Sequence[NestedKey]) -> list[NestedKey]:

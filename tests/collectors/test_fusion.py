@@ -12,7 +12,7 @@ from torchrl.collectors import Collector
 
 from cyborg_torchrl.build import build_agent, build_buffer, build_env
 from cyborg_torchrl.collectors import FusedCollector, RolloutCollector
-from cyborg_torchrl.collectors.fusion import _logsumexp
+from cyborg_torchrl.collectors.fused_policy import _logsumexp
 from cyborg_torchrl.config import load_config
 
 STEPS = 70  # more than one block of steps, and a part of one
@@ -184,7 +184,7 @@ def test_our_collector_yields_the_same_with_and_without(options: list[str]) -> N
             keyframe_steps=build_buffer(cfg, env, STEPS).keyframe_steps,
             is_fused=is_fused,
         )
-        assert (made._fused is not None) == is_fused
+        assert (made._track is not None) == is_fused
         made.set_seed(3)
         torch.manual_seed(5)
         rollouts.append(list(made))

@@ -4,7 +4,8 @@ python -m cyborg_torchrl.memory_benchmarks.speed --output speed.json --plot spee
 
 collection: FusedCollector, TorchRL's Collector and a raw PyTorch loop, with the same networks and the same task.
 update: one rollout, learned again and again. end_to_end: collection and update beside other libraries, with the same
-steps, epochs and minibatches. truncated: the same beside PufferLib, one epoch of 64-step BPTT. horizons: ours alone, time per step and memory per stored step from 40 steps to 10,000.
+steps, epochs and minibatches. truncated: the same beside PufferLib, one epoch of 64-step BPTT. horizons: ours alone,
+time per step and memory per stored step from 40 steps to 10,000.
 """
 
 from __future__ import annotations

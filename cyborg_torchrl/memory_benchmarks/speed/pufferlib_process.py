@@ -69,16 +69,17 @@ def make_trainer(sizes: dict):
     task = make_task(sizes["num_envs"], sizes["horizon"])
     width, steps = sizes["width"], sizes["num_envs"] * sizes["steps"]
     policy = pufferlib.models.LSTMWrapper(task, pufferlib.models.Default(task, width), width, width)
-    config = dict(
-        seed=0, torch_deterministic=True, cpu_offload=False, device="cpu", optimizer="adam", anneal_lr=False,
-        precision="float32", total_timesteps=10**12, learning_rate=2.5e-4, gamma=0.99, gae_lambda=0.95,
-        update_epochs=sizes["n_epochs"], clip_coef=0.2, vf_coef=0.5, vf_clip_coef=0.2, max_grad_norm=0.5,
-        ent_coef=0.01, adam_beta1=0.9, adam_beta2=0.999, adam_eps=1e-5, data_dir=tempfile.gettempdir(),
-        checkpoint_interval=10**9, batch_size=steps, minibatch_size=steps // sizes["num_minibatches"],
-        max_minibatch_size=steps, bptt_horizon=sizes["seq_len"], compile=False, compile_mode="default",
-        compile_fullgraph=False, vtrace_rho_clip=1.0, vtrace_c_clip=1.0, prio_alpha=0.8, prio_beta0=0.2,
-        use_rnn=True, env="delayed_cue",
-    )  # fmt: skip
+    config = {
+        "seed": 0, "torch_deterministic": True, "cpu_offload": False, "device": "cpu", "optimizer": "adam",
+        "anneal_lr": False, "precision": "float32", "total_timesteps": 10**12, "learning_rate": 2.5e-4, "gamma": 0.99,
+        "gae_lambda": 0.95, "update_epochs": sizes["n_epochs"], "clip_coef": 0.2, "vf_coef": 0.5, "vf_clip_coef": 0.2,
+        "max_grad_norm": 0.5, "ent_coef": 0.01, "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_eps": 1e-5,
+        "data_dir": tempfile.gettempdir(), "checkpoint_interval": 10**9, "batch_size": steps,
+        "minibatch_size": steps // sizes["num_minibatches"], "max_minibatch_size": steps,
+        "bptt_horizon": sizes["seq_len"], "compile": False, "compile_mode": "default", "compile_fullgraph": False,
+        "vtrace_rho_clip": 1.0, "vtrace_c_clip": 1.0, "prio_alpha": 0.8, "prio_beta0": 0.2, "use_rnn": True,
+        "env": "delayed_cue",
+    }  # fmt: skip
 
     class Trainer(pufferlib.pufferl.PuffeRL):
         def print_dashboard(self, *args, **kwargs) -> None: ...

@@ -1,0 +1,181 @@
+# pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# (tensordict's and torchrl's annotations are narrower than what they take)
+"""One step of an environment and its transforms on tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import torch
+from tensordict import TensorDict
+from tensordict.utils import NestedKey, unravel_key
+from torch import Tensor
+from torchrl.data import Composite
+from torchrl.envs import EnvBase, InitTracker, RewardClipping, RewardSum, TensorDictPrimer, Transform, TransformedEnv
+
+from cyborg_torchrl import keys
+from cyborg_torchrl.collectors.entries import Entries, NotFusable, flat
+from cyborg_torchrl.envs.memory_task import MemoryTask
+
+Step = tuple[Entries, Entries, Tensor | None]
+"""What was there after a step, what the next begins with, and where episodes begin there; None: nowhere."""
+
+
+class FusedEnv:
+    """A native environment and its transforms as one step on entries.
+
+    Args:
+        env: a `MemoryTask` behind any of TorchRL's InitTracker, RewardSum, RewardClipping and TensorDictPrimer.
+
+    Raises:
+        NotFusable: if it is anything else.
+    """
+
+    def __init__(self, env: EnvBase) -> None:
+        transforms, task = _unwrapped(env)
+        if not isinstance(task, MemoryTask):
+            raise NotFusable(f"{type(task).__name__} is not one of the native environments")
+        self.task = task
+        self.is_ever_cut = False
+        self.never = torch.zeros(task.num_envs, 1, dtype=torch.bool, device=task.device)
+        self.defaults: Entries = {}
+        """What entries are where an episode begins: sums of rewards, memory states."""
+        self.has_is_init = False
+        self._then: list[Callable[[Entries, Entries], None]] = []
+        for transform in transforms:
+            if type(transform) is InitTracker:
+                self.has_is_init = True
+            elif type(transform) is RewardSum and list(transform.in_keys) == [keys.REWARD]:
+                self._then.append(self._sum(unravel_key(transform.out_keys[0])))
+            elif type(transform) is RewardClipping:
+                self._then.append(_clip(transform))
+            elif type(transform) is TensorDictPrimer and not transform.random:
+                self.defaults |= _defaults(transform, task)
+            else:
+                raise NotFusable(f"the environment has a {type(transform).__name__}")
+
+    def step(self, carried: Entries, written: Entries) -> Step:
+        """Takes a step.
+
+        Args:
+            carried: the entries before it.
+            written: what the policy made of them.
+
+        Returns:
+            The entries after the step (under "next" in a tensordict), those that the next step begins with, and where
+            episodes begin there, [N, 1].
+        """
+        observation, success, reward, terminated = self.task.advance(written[keys.ACTION])
+        after: Entries = {
+            keys.OBSERVATION: observation,
+            keys.SUCCESS: success,
+            keys.REWARD: reward,
+            keys.DONE: terminated,
+            keys.TERMINATED: terminated,
+            keys.TRUNCATED: self.never,
+        }
+        if self.has_is_init:
+            after[keys.IS_INIT] = self.never
+        for then in self._then:
+            then(after, carried)
+        for key in self.defaults:
+            if key not in after:
+                after[key] = written.get((keys.NEXT, *_parts(key)), carried[key])
+        begins = dict(after)
+        del begins[keys.REWARD]
+        if not bool(terminated.any()):
+            return after, begins, None
+        begins[keys.OBSERVATION], begins[keys.SUCCESS] = self.task.restart(terminated.squeeze(-1))
+        begins[keys.DONE] = begins[keys.TERMINATED] = self.never
+        if self.has_is_init:
+            begins[keys.IS_INIT] = terminated
+        for key, default in self.defaults.items():
+            is_over = terminated.view(-1, *(1,) * (default.ndim - 1))
+            begins[key] = torch.where(is_over, default, after[key])
+        return after, begins, terminated
+
+    def _sum(self, key: NestedKey) -> Callable[[Entries, Entries], None]:
+        self.defaults[key] = torch.zeros(self.never.shape, device=self.never.device)
+
+        def then(after: Entries, carried: Entries) -> None:
+            after[key] = carried[key] + after[keys.REWARD]
+
+        return then
+
+
+def _clip(transform: RewardClipping) -> Callable[[Entries, Entries], None]:
+    low, high = transform.clamp_min, transform.clamp_max
+
+    def then(after: Entries, _: Entries) -> None:
+        after[keys.REWARD] = after[keys.REWARD].clamp(low, high)
+
+    return then
+
+
+def _parts(key: NestedKey) -> tuple[Any, ...]:
+    return key if isinstance(key, tuple) else (key,)
+
+
+def _unwrapped(env: EnvBase) -> tuple[list[Transform], EnvBase]:
+    """The transforms around an environment, the innermost first, and what they are around."""
+    transforms: list[Transform] = []
+    while isinstance(env, TransformedEnv):
+        transform = env.transform
+        parts = list(getattr(transform, "transforms", [transform])) if transform is not None else []
+        transforms = [*parts, *transforms]
+        env = env.base_env
+    return transforms, env
+
+
+def _defaults(primer: TensorDictPrimer, task: MemoryTask) -> Entries:
+    values, primers = primer.default_value, cast("Composite", primer.primers)
+    found: Entries = {}
+    for key, spec in primers.items(True, True):
+        key = unravel_key(key)
+        value = values.get(key, None) if isinstance(values, Mapping) else values
+        if not isinstance(value, (int, float)) or spec.shape[:1] != (task.num_envs,):
+            raise NotFusable("the environment's primer has values of its own")
+        found[key] = torch.full(spec.shape, value, dtype=spec.dtype, device=task.device)
+    return found
+
+
+class OpaqueEnv:
+    """Any other environment of one batch dimension: a step is TorchRL's own, between flat entries.
+
+    Args:
+        env: with all its transforms.
+
+    Raises:
+        NotFusable: if it has another number of batch dimensions.
+    """
+
+    def __init__(self, env: EnvBase) -> None:
+        if len(env.batch_size) != 1:
+            raise NotFusable(f"the environment has the batch size {list(env.batch_size)}")
+        self.env = env
+        self.is_ever_cut = True
+
+    def step(self, carried: Entries, written: Entries) -> Step:
+        """Takes a step, as `FusedEnv.step` does."""
+        played = TensorDict({**carried, **written}, self.env.batch_size, device=self.env.device)
+        played, begins = self.env.step_and_maybe_reset(played)
+        after = flat(played.get(keys.NEXT))
+        is_over = after[keys.DONE]
+        return after, flat(begins), is_over if bool(is_over.any()) else None
+
+
+EnvStep = FusedEnv | OpaqueEnv
+"""Both take the same steps."""
+
+
+def env_step(env: EnvBase) -> tuple[EnvStep, str]:
+    """What steps an environment on entries, and why TorchRL has to do it; empty if it has not.
+
+    Raises:
+        NotFusable: if neither can.
+    """
+    try:
+        return FusedEnv(env), ""
+    except NotFusable as reason:
+        return OpaqueEnv(env), str(reason)

@@ -1,0 +1,208 @@
+# pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# (tensordict's and torchrl's annotations are narrower than what they take)
+"""One step of a policy on tensors: what its TensorDict modules compute, without them.
+
+A policy becomes a list of calls, each reading entries of a flat dictionary and writing others, with the same operations
+in the same order as their TensorDict forms: results are equal bit by bit, random numbers included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from tensordict import TensorDict
+from tensordict.nn import (
+    ProbabilisticTensorDictModule,
+    ProbabilisticTensorDictSequential,
+    TensorDictModule,
+    TensorDictModuleBase,
+    TensorDictSequential,
+)
+from tensordict.utils import unravel_key
+from torch import Tensor, distributions, nn
+from torchrl.envs import EnvBase
+
+from cyborg_torchrl import keys
+from cyborg_torchrl.collectors.entries import Entries, NotFusable, flat
+from cyborg_torchrl.cores import restart
+from cyborg_torchrl.cores.linear import Linear, linear
+from cyborg_torchrl.modules import Backbone, PPOAgent
+
+Call = Callable[[Entries], None]
+
+
+class FusedPolicy:
+    """A policy as calls on entries; sampling, never the mode.
+
+    Args:
+        policy: a `PPOAgent`, or a sequence of TensorDictModules, our `Backbone` and TorchRL's sampler among them.
+
+    Raises:
+        NotFusable: if there is anything else in it.
+    """
+
+    def __init__(self, policy: nn.Module) -> None:
+        self.written: tuple[NestedKey, ...] | None = None
+        self._backbones: list[_BackboneStep] = []
+        if isinstance(policy, PPOAgent):
+            parts = (policy.encoder, policy.backbone, policy.fusion, policy.policy_head, policy.value_head)
+            self.calls = [*map(self._call, parts), self._call(policy.sampler)]
+            self.written = tuple(unravel_key(key) for key in policy.out_keys)
+        else:
+            self.calls = list(self._flat(policy))
+
+    def begin(self, num_envs: int) -> None:
+        """Called before a rollout: what depends on the parameters alone is computed once."""
+        for step in self._backbones:
+            step.begin(num_envs)
+
+    def __call__(self, carried: Entries, *, may_begin: bool = True) -> Entries:
+        """What the policy writes, for the entries before a step.
+
+        Args:
+            carried: the entries before the step.
+            may_begin: an episode may begin at this step; without it `is_init` is not looked at.
+        """
+        entries = dict(carried)
+        for step in self._backbones:
+            step.may_begin = may_begin
+        for call in self.calls:
+            call(entries)
+        if self.written is not None:
+            return {key: entries[key] for key in self.written if key in entries}
+        return {key: value for key, value in entries.items() if value is not carried.get(key)}
+
+    def _flat(self, module: nn.Module) -> Iterable[Call]:
+        if isinstance(module, (TensorDictSequential, ProbabilisticTensorDictSequential)):
+            if getattr(module, "_select_before_return", False) or module.partial_tolerant:
+                raise NotFusable("the policy selects among its keys")
+            for part in module.module:
+                yield from self._flat(part)
+        else:
+            yield self._call(module)
+
+    def _call(self, module: nn.Module) -> Call:
+        if isinstance(module, Backbone):
+            self._backbones.append(_BackboneStep(module))
+            return self._backbones[-1]
+        if isinstance(module, ProbabilisticTensorDictModule):
+            return _sampler(module)
+        if type(module) is TensorDictModule and isinstance(module.module, nn.Module):
+            return _module_call(module)
+        raise NotFusable(f"the policy has a {type(module).__name__}")
+
+
+class _BackboneStep:
+    """One step of a core; restarts cost nothing where no episode begins."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        self.backbone, self.initial, self.may_begin = backbone, {}, True
+        self.dtype = next((p.dtype for p in backbone.core.parameters()), torch.get_default_dtype())
+        self.after = {name: unravel_key((keys.NEXT, key)) for name, key in backbone.state_keys.items()}
+
+    def begin(self, num_envs: int) -> None:
+        self.initial = self.backbone.core.initial_state(num_envs)
+
+    def __call__(self, entries: Entries) -> None:
+        backbone = self.backbone
+        state = {name: entries[key].to(self.dtype) for name, key in backbone.state_keys.items()}
+        if self.may_begin:
+            state = restart(state, self.initial, entries[backbone.is_init_key].squeeze(-1))
+        entries[backbone.out_key], state = backbone.core.step(entries[backbone.in_key], state)
+        for name, key in self.after.items():
+            entries[key] = state[name]
+
+
+def _function(module: nn.Module) -> Callable[..., Tensor | tuple[Tensor, ...]]:
+    """A linear layer without the module around it; its parameters are looked up at each call, as they are replaced."""
+    if type(module) not in (nn.Linear, Linear) or module._forward_hooks or module._forward_pre_hooks:
+        return module
+    parameters = module._parameters
+    return lambda x: linear(x, parameters["weight"], parameters["bias"])
+
+
+def _module_call(module: TensorDictModule) -> Call:
+    if module._kwargs or module.method_kwargs or module.method is not None or module._get_kwargs:
+        raise NotFusable("the policy calls one of its networks in a way of its own")
+    network = _function(module.module)
+    reads, writes = [unravel_key(key) for key in module.in_keys], [unravel_key(key) for key in module.out_keys]
+
+    def call(entries: Entries) -> None:
+        result = network(*(entries[key] for key in reads))
+        for key, value in zip(writes, (result,) if isinstance(result, Tensor) else result, strict=True):
+            entries[key] = value
+
+    return call
+
+
+def _sampler(module: ProbabilisticTensorDictModule) -> Call:
+    reads = [unravel_key(key) for key in module.in_keys]
+    options = dict(module.distribution_kwargs or {})
+    if module.num_samples is not None or getattr(module, "generator", None) is not None:
+        raise NotFusable("the policy samples in a way of its own")
+    action_key = unravel_key(module.dist_sample_keys[0])
+    log_prob_key = unravel_key(module.log_prob_key) if module.return_log_prob else None
+    if module.distribution_class is distributions.Categorical and reads == ["logits"] and not options:
+
+        def call(entries: Entries) -> None:
+            logits = entries["logits"]
+            logits = logits - _logsumexp(logits)
+            # torch.multinomial without its checks: the same random numbers, and the same draws
+            probs = torch.softmax(logits, -1)
+            action = (probs / torch.empty_like(probs).exponential_(1)).argmax(-1)
+            entries[action_key] = action
+            if log_prob_key is not None:
+                entries[log_prob_key] = logits.gather(-1, action.unsqueeze(-1)).squeeze(-1)
+
+    else:
+        if not all(isinstance(key, str) for key in reads) or len(module.dist_sample_keys) != 1:
+            raise NotFusable(f"the policy draws from a {module.distribution_class.__name__}")
+
+        def call(entries: Entries) -> None:
+            dist = module.distribution_class(**{key: entries[key] for key in reads}, **options)
+            action = dist.rsample() if dist.has_rsample else dist.sample()
+            entries[action_key] = action
+            if log_prob_key is not None:
+                entries[log_prob_key] = dist.log_prob(action)
+
+    return call
+
+
+def _logsumexp(logits: Tensor) -> Tensor:
+    """As `torch.logsumexp` over the last dimension, in half the time: for rows with a finite greatest entry."""
+    greatest = logits.amax(-1, keepdim=True)
+    return (logits - greatest).exp_().sum(-1, keepdim=True).log_().add_(greatest)
+
+
+class OpaquePolicy:
+    """Any other policy: called as it is, between flat entries.
+
+    Args:
+        policy: a TensorDictModule.
+        env: what it acts in.
+    """
+
+    def __init__(self, policy: TensorDictModuleBase, env: EnvBase) -> None:
+        self.policy, self.batch_size, self.device = policy, env.batch_size, env.device
+
+    def begin(self, num_envs: int) -> None:
+        """Nothing is computed beforehand."""
+
+    def __call__(self, carried: Entries, *, may_begin: bool = True) -> Entries:
+        """What the policy writes."""
+        del may_begin
+        entries = flat(self.policy(TensorDict(dict(carried), self.batch_size, device=self.device)))
+        return {key: value for key, value in entries.items() if value is not carried.get(key)}
+
+
+PolicyStep = FusedPolicy | OpaquePolicy
+"""Both write the same."""
+
+
+def policy_step(policy: TensorDictModuleBase, env: EnvBase) -> tuple[PolicyStep, str]:
+    """What runs a policy on entries, and why it has to be called as a whole; empty if it has not."""
+    try:
+        return FusedPolicy(policy), ""
+    except NotFusable as reason:
+        return OpaquePolicy(policy, env), str(reason)

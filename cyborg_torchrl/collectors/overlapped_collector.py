@@ -1,0 +1,148 @@
+# pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# (tensordict's and torchrl's annotations are narrower than what they take)
+"""Steps some environments while the policy acts for others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torchrl.envs import EnvBase
+from torchrl.envs.utils import ExplorationType, set_exploration_type
+from torchrl.modules import set_recurrent_mode
+from torchrl.modules.utils.utils import _maybe_append_env_transforms_from_module as append_transforms
+
+from cyborg_torchrl import keys
+from cyborg_torchrl.collectors.entries import Entries
+from cyborg_torchrl.collectors.fused_env import Step
+from cyborg_torchrl.collectors.fused_policy import policy_step
+from cyborg_torchrl.collectors.rollout_collector import stacked_states
+from cyborg_torchrl.collectors.track import Track
+from cyborg_torchrl.data import Rollout
+from cyborg_torchrl.modules.replay import memory_state_keys
+
+
+class OverlappedCollector:
+    """As `RolloutCollector`, over groups of environments: while one group steps, the policy acts for the next.
+
+    Each group steps in a thread of its own, which pays where a step waits for something else: processes (ParallelEnv,
+    `env.workers`), a simulator in C++ that lets go of Python's lock, a network. Acting is in one thread and in a fixed
+    order, so rollouts do not depend on timing: they equal those that the groups yield by turns.
+
+    Args:
+        envs: the groups; batches of environments, all of one size and of the same specs. InitTracker and the policy's
+            primers are added if they are missing.
+        policy: acts; writes "state_value" too.
+        frames_per_batch: steps of a rollout, all groups together.
+        total_frames: steps in all; whole rollouts.
+        value_operator: from an observation and a memory state to "state_value".
+        keyframe_steps: from T to the steps before which states are kept; None: before the first.
+        is_overlapped: False: by turns, in one thread.
+
+    Raises:
+        ValueError: if there is no group, groups differ in size, or the numbers of steps do not fit.
+    """
+
+    def __init__(
+        self,
+        envs: Sequence[EnvBase],
+        policy: TensorDictModuleBase,
+        *,
+        frames_per_batch: int,
+        total_frames: int,
+        value_operator: TensorDictModuleBase,
+        keyframe_steps: Callable[[int], Sequence[int]] | None = None,
+        is_overlapped: bool = True,
+    ) -> None:
+        sizes = {tuple(env.batch_size) for env in envs}
+        if len(sizes) != 1 or len(next(iter(sizes))) != 1:
+            raise ValueError(f"groups are batches of one size [n]; got {sorted(map(list, sizes))}.")
+        if keys.VALUE not in policy.out_keys:
+            raise ValueError(f"the policy has to write '{keys.VALUE}' too; it writes {list(policy.out_keys)}.")
+        num_envs = sum(env.batch_size.numel() for env in envs)
+        if frames_per_batch < 1 or frames_per_batch % num_envs:
+            raise ValueError(
+                f"frames_per_batch must be a multiple of the {num_envs} environments; got {frames_per_batch}."
+            )
+        if total_frames < 1 or total_frames % frames_per_batch:
+            raise ValueError(
+                f"total_frames must be a multiple of frames_per_batch = {frames_per_batch}; got {total_frames}."
+            )
+        self.envs = [append_transforms(env, policy) for env in envs]
+        self.frames_per_batch, self.total_frames = frames_per_batch, total_frames
+        self.steps = frames_per_batch // num_envs
+        self.at = tuple(keyframe_steps(self.steps)) if keyframe_steps else (0,)
+        self.state_keys = memory_state_keys(policy)
+        with torch.no_grad():
+            self._carried: list[TensorDictBase] = [env.reset() for env in self.envs]
+        self._acts, _ = policy_step(policy, self.envs[0])
+        self._tracks = [Track(env, self._acts, value_operator, self.state_keys, self.at) for env in self.envs]
+        self._threads = ThreadPoolExecutor(len(envs), "environments") if is_overlapped else None
+
+    def __iter__(self) -> Iterator[Rollout]:
+        """Yields rollouts until `total_frames` steps have been taken."""
+        for _ in range(self.total_frames // self.frames_per_batch):
+            yield self.rollout()
+
+    @torch.no_grad()
+    def rollout(self) -> Rollout:
+        """Takes the steps of one rollout [N, T], the groups one below the other."""
+        with set_exploration_type(ExplorationType.RANDOM), set_recurrent_mode(False):
+            for track, carried in zip(self._tracks, self._carried, strict=True):
+                track.begin(carried, self.steps)
+            self._acts.begin(self.envs[0].batch_size.numel())
+            self._take_steps()
+            ends = [track.end() for track in self._tracks]
+        self._carried = [carried for _, carried in ends]
+        steps = torch.cat([steps for steps, _ in ends])
+        keyframes = torch.cat([stacked_states(track.states, self.state_keys, track.env) for track in self._tracks])
+        return Rollout(steps.filter_empty_(), keyframes, self.at)
+
+    def set_seed(self, seed: int) -> int | None:
+        """Seeds the groups, each by its own seed. Returns a seed for the next one, as TorchRL does."""
+        following: int | None = seed
+        for env in self.envs:
+            following = env.set_seed(following)
+        return following
+
+    def shutdown(self) -> None:
+        """Ends the threads and closes the environments."""
+        if self._threads is not None:
+            self._threads.shutdown()
+        for env in self.envs:
+            if not env.is_closed:
+                env.close()
+
+    def _take_steps(self) -> None:
+        pending: list[Future[Step] | None] = [None] * len(self._tracks)
+        try:
+            for _ in range(self.steps):
+                for index, track in enumerate(self._tracks):
+                    running = pending[index]
+                    if running is not None:
+                        track.take(running.result())
+                    pending[index] = self._started(track)
+            for track, running in zip(self._tracks, pending, strict=True):
+                track.take(running.result())
+        finally:  # nothing steps on after an error, or Ctrl-C
+            for running in pending:
+                if running is not None:
+                    running.exception()
+
+    def _started(self, track: Track) -> Future[Step]:
+        before = track.act()
+        if self._threads is not None:
+            return self._threads.submit(_step_without_gradient, track, before)
+        done: Future[Step] = Future()
+        done.set_result(track.step(before))
+        return done
+
+
+@torch.no_grad()
+def _step_without_gradient(track: Track, before: tuple[Entries, Entries]) -> Step:
+    """A step in a thread, which does not inherit its parent's modes."""
+    with set_exploration_type(ExplorationType.RANDOM), set_recurrent_mode(False):
+        return track.step(before)
