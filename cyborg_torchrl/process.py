@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import platform
+from collections.abc import Generator
+from contextlib import contextmanager
 
 import torch
 
@@ -32,3 +35,17 @@ def keep_freed_memory() -> bool:
     mallopt = ctypes.CDLL(None).mallopt
     options = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: 2**31 - 1, M_TOP_PAD: 64 * 2**20}
     return all(mallopt(option, value) == 1 for option, value in options.items())
+
+
+@contextmanager
+def rare_garbage_collection() -> Generator[None]:
+    """Looks for cycles of garbage a hundred times more rarely: steps make many short-lived objects, and no cycles.
+
+    Looking took 5 % of a rollout's time.
+    """
+    threshold = gc.get_threshold()
+    gc.set_threshold(100 * threshold[0], *threshold[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*threshold)

@@ -19,6 +19,7 @@ from cyborg_torchrl import keys
 from cyborg_torchrl.collectors.entries import Columns, Entries, NotFusable, flat
 from cyborg_torchrl.collectors.fused_env import EnvStep, env_step
 from cyborg_torchrl.collectors.fused_policy import FusedPolicy
+from cyborg_torchrl.process import rare_garbage_collection
 
 LOGGER = logging.getLogger(__name__)
 TRAJ_IDS = ("collector", "traj_ids")
@@ -51,6 +52,7 @@ class FusedCollector(Collector):
             LOGGER.warning("%s without fusion, as TorchRL does it: %s.", what, self.why_not_fused)
 
     @torch.no_grad()
+    @rare_garbage_collection()
     def rollout(self) -> TensorDictBase:
         """A rollout [*N, T], as `Collector` yields it."""
         if self._fused is None or self._should_use_random_frames():

@@ -23,6 +23,7 @@ from cyborg_torchrl.collectors.rollout_collector import stacked_states
 from cyborg_torchrl.collectors.track import Track
 from cyborg_torchrl.data import Rollout
 from cyborg_torchrl.modules.replay import memory_state_keys
+from cyborg_torchrl.process import rare_garbage_collection
 
 
 class OverlappedCollector:
@@ -88,6 +89,7 @@ class OverlappedCollector:
             yield self.rollout()
 
     @torch.no_grad()
+    @rare_garbage_collection()
     def rollout(self) -> Rollout:
         """Takes the steps of one rollout [N, T], the groups one below the other."""
         with set_exploration_type(ExplorationType.RANDOM), set_recurrent_mode(False):

@@ -25,6 +25,7 @@ from cyborg_torchrl.collectors.track import Track
 from cyborg_torchrl.data import Rollout
 from cyborg_torchrl.modules.replay import memory_state_keys
 from cyborg_torchrl.objectives import value_after
+from cyborg_torchrl.process import rare_garbage_collection
 
 
 class RolloutCollector:
@@ -93,6 +94,7 @@ class RolloutCollector:
             yield self.rollout()
 
     @torch.no_grad()
+    @rare_garbage_collection()
     def rollout(self) -> Rollout:
         """Takes the steps of one rollout; episodes go on where the last one ended."""
         with set_exploration_type(ExplorationType.RANDOM), set_recurrent_mode(False):

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from cyborg_torchrl.cores.linear import linear
+from cyborg_torchrl.cores.linear import weight_gradient
 from cyborg_torchrl.cores.native import function, integers, needs_operator, pointers
 
 
@@ -120,8 +120,7 @@ def _gradients(ctx: Any, grad_states: Tensor, *_: Any) -> tuple[Tensor | None, .
     previous = ctx.saved_tensors[-1].flatten(0, 1)
     grad_gates_x, grad_gates_h, grad_h_0, grad_initial = _backward(grad_states.contiguous(), *ctx.saved_tensors)
     rows = grad_gates_h.flatten(0, 1)
-    # rows^T previous, as a linear map, which chooses the faster library
-    return grad_gates_x, linear(rows.t(), previous.t()), rows.sum(0), grad_h_0, grad_initial, None
+    return grad_gates_x, weight_gradient(rows, previous), rows.sum(0), grad_h_0, grad_initial, None
 
 
 _forward.register_fake(_fake_forward)

@@ -11,10 +11,10 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional as F
 
 from cyborg_torchrl.cores.blocks import blocks
-from cyborg_torchrl.cores.gated_recurrence_cpp import gated_recurrence_cpp
+from cyborg_torchrl.cores.gated_recurrence_cpp import gated_recurrence_cpp, gated_step_cpp
 from cyborg_torchrl.cores.layered import LayerState, RecurrentLayer, layered_core_builder
 from cyborg_torchrl.cores.linear import Derived, Linear, linear
-from cyborg_torchrl.cores.native import is_native
+from cyborg_torchrl.cores.native import is_native, needs_operator
 from cyborg_torchrl.cores.resets import reset_steps
 from cyborg_torchrl.cores.timescale import log_spaced_timescales
 from cyborg_torchrl.registry import register_backbone
@@ -157,14 +157,16 @@ class LRULayer(RecurrentLayer):
 
     def step(self, x: Float[Tensor, "B F"], state: LayerState) -> tuple[Tensor, LayerState]:
         """One step."""
-        inputs, rate = self._inputs(x)
-        if is_native(x):  # the same code as over a sequence, so that both round alike
-            is_init = torch.zeros(1, x.shape[0], dtype=torch.bool)
-            hidden = gated_recurrence_cpp(inputs.unsqueeze(0), rate, state[0], is_init, state[0]).squeeze(0)
-        else:
-            decay_gate, input_gate, value = inputs.chunk(3, -1)
+        weight, bias, rate, weight_t = self._of_parameters()
+        if not is_native(x):
+            decay_gate, input_gate, value = linear(x, weight, bias).chunk(3, -1)
             gates = _gates(decay_gate, input_gate, value, rate)
             hidden = torch.addcmul(gates.drive, gates.decay, state[0])
+        elif needs_operator((x, weight, *state)):
+            is_init, inputs = torch.zeros(1, x.shape[0], dtype=torch.bool), linear(x, weight, bias).unsqueeze(0)
+            hidden = gated_recurrence_cpp(inputs, rate, state[0], is_init, state[0]).squeeze(0)
+        else:
+            hidden = gated_step_cpp(x, weight_t, bias, rate, state[0])
         return hidden, (hidden,)
 
     def forward(
@@ -176,23 +178,23 @@ class LRULayer(RecurrentLayer):
     ) -> tuple[Tensor, LayerState]:
         """A sequence."""
         recur = gated_recurrence_cpp if is_native(x) else gated_recurrence
-        inputs, rate = self._inputs(x)
-        hidden = recur(inputs, rate, state[0], is_init, initial[0])
+        weight, bias, rate, _ = self._of_parameters()
+        hidden = recur(linear(x, weight, bias), rate, state[0], is_init, initial[0])
         return hidden, (hidden[-1],)
 
-    def _inputs(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What the three maps make of x, side by side, and the rates."""
+    def _of_parameters(self) -> tuple[Tensor, ...]:
+        """The three maps side by side, the rates, and the maps' weights transposed."""
         bias = self.input.bias if self.has_input_bias else self.no_bias
         maps = (self.decay_gate, self.input_gate, self.input)
-        weight, biases, rate = self._side_by_side.of(
+        return self._side_by_side.of(
             *(each.weight for each in maps), self.decay_gate.bias, self.input_gate.bias, bias, self.rate
         )
-        return linear(x, weight, biases), rate
 
 
-def _side_by_side(*parameters: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """One map in place of three, which is faster, and the rates."""
-    return torch.cat(parameters[:3]), torch.cat(parameters[3:6]), F.softplus(parameters[6])
+def _side_by_side(*parameters: Tensor) -> tuple[Tensor, ...]:
+    """One map in place of three, which is faster, the rates, and the map as a step takes it."""
+    weight = torch.cat(parameters[:3])
+    return weight, torch.cat(parameters[3:6]), F.softplus(parameters[6]), weight.detach().t().contiguous()
 
 
 build_lru = register_backbone("lru")(layered_core_builder(LRULayer))

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from cyborg_torchrl.cores.linear import linear
+from cyborg_torchrl.cores.linear import weight_gradient
 from cyborg_torchrl.cores.native import function, integers, needs_operator, pointers
 
 
@@ -136,8 +136,7 @@ def _gradients(ctx: Any, grad_hidden: Tensor, grad_cell: Tensor, *_: Any) -> tup
     weight_hh, *saved, previous_h = ctx.saved_tensors
     grads = _backward(grad_hidden.contiguous(), grad_cell.contiguous(), weight_hh, *saved)
     grad_gates, grad_h, grad_c, grad_initial_h, grad_initial_c = grads
-    # grad_gates^T previous_h, as a linear map, which chooses the faster library
-    grad_weight = linear(grad_gates.flatten(0, 1).t(), previous_h.flatten(0, 1).t())
+    grad_weight = weight_gradient(grad_gates.flatten(0, 1), previous_h.flatten(0, 1))
     return grad_gates, grad_weight, grad_h, grad_c, grad_initial_h, grad_initial_c, None
 
 

@@ -394,7 +394,7 @@ def test_far_decays_are_exact() -> None:
 
 
 @pytest.mark.parametrize("has_bias", [False, True])
-@pytest.mark.parametrize("shape", [(linear.MIN_ROWS, 7), (40, 30, 16), (3, 5)])
+@pytest.mark.parametrize("shape", [(linear.MIN_WORK // 35 + 1, 7), (120, 110, 16), (3, 5)])
 def test_a_linear_map_and_its_gradients_are_right(shape: tuple[int, ...], has_bias: bool) -> None:
     x, weight, bias = torch.randn(*shape), torch.randn(5, shape[-1]), torch.randn(5) if has_bias else None
     results = []
@@ -409,8 +409,26 @@ def test_a_linear_map_and_its_gradients_are_right(shape: tuple[int, ...], has_bi
         )
 
 
+@pytest.mark.skipif(not native.IS_BUILT, reason="nothing was built in C++")
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("sizes", [(1, 32, 32), (300, 45, 70), (257, 33, 129)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_gradient_of_a_weight_is_summed_over_rows(sizes, dtype: torch.dtype, threads: int) -> None:
+    count, out, features = sizes
+    grads, rows = torch.randn(count, out, dtype=dtype), torch.randn(count, features, dtype=dtype)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    with torch.no_grad():
+        total = linear.weight_gradient(grads, rows)
+    torch.set_num_threads(before)
+    expected = torch.einsum("ro,rf->of", grads.double(), rows.double())
+    tolerance = 1e-12 if dtype is torch.float64 else 1e-5
+    torch.testing.assert_close(total.double(), expected, rtol=tolerance, atol=tolerance * count**0.5)
+    torch.library.opcheck(linear._weight_gradient, (grads, rows))
+
+
 def test_a_linear_map_has_second_gradients_and_can_be_mapped_over() -> None:
-    x, weight = (torch.randn(*shape, requires_grad=True) for shape in ((linear.MIN_ROWS, 7), (5, 7)))
+    x, weight = (torch.randn(*shape, requires_grad=True) for shape in ((linear.MIN_WORK // 35 + 1, 7), (5, 7)))
     (grad_x,) = torch.autograd.grad(linear.linear(x, weight).square().sum(), x, create_graph=True)
     (second,) = torch.autograd.grad(grad_x.sum(), weight)
     double_x, double_weight = x.detach().double(), weight.detach().double().requires_grad_()

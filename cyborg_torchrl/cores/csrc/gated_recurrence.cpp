@@ -3,9 +3,10 @@
 //     a = exp(-2 sigmoid(decay_gate) rate);   h = a h_before + sqrt(1 - a^2) sigmoid(input_gate) x
 //
 // decay_gate, input_gate and x lie side by side: `inputs` is [T, B, 3 D].
-// Steps come one after the other, each over all of a thread's rows: what is read and written lies side by side.
+// Steps come one after the other, each over all of a thread's rows: what is read and written lies side by side. A single
+// step, while acting, makes its inputs itself: x W + b.
 
-#include "lanes.h"
+#include "multiply.h"
 
 namespace {
 
@@ -39,6 +40,18 @@ void recur(Shape s, const T* const* in, const uint8_t* is_init, T* states, int64
                 store<T>(states + at + d, g.decay * load<T>(before + d, k) + drive, k);
             }
         }
+}
+
+template <class T>
+void recur_step(int64_t batch, int64_t features, int64_t D, const T* const* in, T* after, int64_t first, int64_t end) {
+    const T *x = in[0], *weight = in[1], *bias = in[2], *rate = in[3], *before = in[4];
+    const std::vector<uint8_t> never(batch);
+    std::vector<T> inputs((end - first) * 3 * D);
+    for (int64_t row = 0; row < end - first; ++row)
+        std::memcpy(inputs.data() + row * 3 * D, bias, 3 * D * sizeof(T));
+    multiply<T>(x + first * features, weight, inputs.data(), end - first, features, 3 * D);
+    const T* const of_recur[] = {inputs.data(), rate, before + first * D, before + first * D};
+    recur<T>({1, end - first, D}, of_recur, never.data(), after + first * D, 0, end - first);
 }
 
 template <class T>
@@ -89,6 +102,12 @@ void recur_backward(Shape s, const T* const* in, const uint8_t* is_init, const T
 }  // namespace
 
 #define INTERFACE(T, name)                                                                                            \
+    extern "C" void cyborg_recur_step_##name(int64_t batch, int64_t features, int64_t channels, int64_t threads,      \
+                                             const T* const* inputs, T* after) {                                      \
+        split(batch, threads, [=](int64_t, int64_t first, int64_t end) {                                              \
+            recur_step<T>(batch, features, channels, inputs, after, first, end);                                      \
+        });                                                                                                           \
+    }                                                                                                                 \
     extern "C" void cyborg_recur_##name(const int64_t* sizes, int64_t threads, const T* const* inputs,                \
                                         const uint8_t* is_init, T* states) {                                          \
         const Shape s{sizes[0], sizes[1], sizes[2]};                                                                  \

@@ -10,6 +10,7 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -121,8 +122,13 @@ def cleanrl_style(case: Case) -> Subject:
     return "CleanRL-style LSTM", LoopPPO(case)
 
 
-def sb3(case: Case) -> Subject:
-    """sb3-contrib's RecurrentPPO with an LSTM of the same width.
+def sb3(case: Case, *, is_shared: bool = False) -> Subject:
+    """sb3-contrib's RecurrentPPO with LSTMs of the same width.
+
+    Args:
+        case: sizes.
+        is_shared: one LSTM for actor and critic and no more layers, as ours; otherwise as it comes: one for each, and
+            two layers of 64 units behind each.
 
     Raises:
         MissingPackage: without sb3-contrib.
@@ -132,18 +138,14 @@ def sb3(case: Case) -> Subject:
     from sb3_contrib import RecurrentPPO
 
     frames = case.num_envs * case.steps
+    shared = {"net_arch": [], "enable_critic_lstm": False, "shared_lstm": True}
     model = RecurrentPPO(
         "MlpLstmPolicy",
         _vec_env(case),
         n_steps=case.steps,
         batch_size=frames // case.num_minibatches,
         n_epochs=case.n_epochs,
-        policy_kwargs={
-            "lstm_hidden_size": case.width,
-            "net_arch": [],
-            "enable_critic_lstm": False,
-            "shared_lstm": True,
-        },
+        policy_kwargs={"lstm_hidden_size": case.width, **(shared if is_shared else {})},
         device="cpu",
         seed=0,
     )
@@ -152,7 +154,7 @@ def sb3(case: Case) -> Subject:
         model.learn(frames, reset_num_timesteps=False)
         return frames
 
-    return "sb3-contrib RecurrentPPO", run
+    return "sb3-contrib RecurrentPPO" + (", one LSTM" if is_shared else ""), run
 
 
 def _vec_env(case: Case):
@@ -199,7 +201,11 @@ def _vec_env(case: Case):
     return Task()
 
 
-BASELINES: dict[str, Callable[[Case], Subject]] = {"sb3": sb3, "cleanrl": cleanrl_style}
+BASELINES: dict[str, Callable[[Case], Subject]] = {
+    "sb3": sb3,
+    "sb3_shared": partial(sb3, is_shared=True),
+    "cleanrl": cleanrl_style,
+}
 
 
 def pufferlib(case: Case, python: str | None) -> Subject:
