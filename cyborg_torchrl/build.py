@@ -14,6 +14,7 @@ from torchrl.collectors import Collector, MultiSyncCollector
 from torchrl.data import LazyMemmapStorage, LazyTensorStorage
 from torchrl.envs import EnvBase
 
+from cyborg_torchrl import keys
 from cyborg_torchrl.collectors import FusedCollector, OverlappedCollector, RolloutCollector
 from cyborg_torchrl.config import ConfigError, TrainConfig, resolve_device
 from cyborg_torchrl.cores import Core, MemorylessCore
@@ -175,14 +176,12 @@ def build_collector(
         "total_frames": frames * max(1, cfg.train.total_timesteps // frames),
     }
     if cfg.collector.name == "rollout":
-        options |= {"value_operator": agent.get_value_operator(), "keyframe_steps": buffer.keyframe_steps}
-        collector = RolloutCollector(env, agent, **options)
+        collector = RolloutCollector(env, agent, **options, **_kept(agent, buffer))
     elif cfg.collector.name in ("single", "fused"):
         kind = FusedCollector if cfg.collector.name == "fused" else Collector
         collector = kind(env, agent, auto_register_policy_transforms=True, **options)
     elif cfg.collector.name == "overlapped":
-        options |= {"value_operator": agent.get_value_operator(), "keyframe_steps": buffer.keyframe_steps}
-        collector = OverlappedCollector(_groups(cfg, env), agent, **options)
+        collector = OverlappedCollector(_groups(cfg, env), agent, **options, **_kept(agent, buffer))
     else:
         workers = cfg.collector.num_workers
         _check_workers(cfg)
@@ -194,6 +193,16 @@ def build_collector(
         collector = MultiSyncCollector(makers, agent, cat_results=0, auto_register_policy_transforms=True, **options)
     collector.set_seed(cfg.train.seed)
     return collector
+
+
+def _kept(agent: PPOAgent, buffer: Buffer) -> dict[str, Any]:
+    """What our collectors keep: states where the buffer needs them, and nothing that no update reads."""
+    twice = [(keys.NEXT, key) for key in agent.encoder.in_keys]
+    return {
+        "value_operator": agent.get_value_operator(),
+        "keyframe_steps": buffer.keyframe_steps,
+        "exclude_keys": [*twice, *agent.policy_head.out_keys, keys.SUCCESS, keys.EPISODE_REWARD, keys.TRUNCATED],
+    }
 
 
 def _groups(cfg: DictConfig, env: EnvBase) -> list[EnvBase]:

@@ -57,6 +57,8 @@ class PPOTrainer:
     ) -> None:
         self.collector, self.loss, self.buffer, self.config = collector, loss, buffer, config
         self.value_operator, self.on_progress = value_operator, on_progress
+        read = [key for key in loss.in_keys if not (isinstance(key, tuple) and key[0] == keys.NEXT)]
+        self._trained = {*read, keys.IS_INIT, keys.ADVANTAGE, keys.VALUE_TARGET, keys.VALUE}
         self.parameters = [p for p in loss.parameters() if p.requires_grad]
         self.optimizer = torch.optim.Adam(self.parameters, lr=config.learning_rate, eps=config.adam_eps)
         self.num_updates = 0
@@ -135,7 +137,8 @@ class PPOTrainer:
             steps.set(keys.ADVANTAGE, masked_standardize(advantage))
         if not isinstance(rollout, Rollout):
             rollout = Rollout.of(rollout, self.loss.state_keys, self.buffer.keyframe_steps(steps.shape[1]))
-        self.buffer.store(rollout, self.loss.actor_network)
+        trained = steps.select(*self._trained, strict=False)
+        self.buffer.store(Rollout(trained, rollout.keyframes, rollout.at), self.loss.actor_network)
         return rollout, metrics
 
     def _refresh(self, rollout: Rollout) -> None:

@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
+from tensordict.utils import NestedKey, unravel_key
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import set_recurrent_mode
@@ -41,6 +42,7 @@ class OverlappedCollector:
         total_frames: steps in all; whole rollouts.
         value_operator: from an observation and a memory state to "state_value".
         keyframe_steps: from T to the steps before which states are kept; None: before the first.
+        exclude_keys: entries that are not kept, as in `RolloutCollector`.
         is_overlapped: False: by turns, in one thread.
 
     Raises:
@@ -56,6 +58,7 @@ class OverlappedCollector:
         total_frames: int,
         value_operator: TensorDictModuleBase,
         keyframe_steps: Callable[[int], Sequence[int]] | None = None,
+        exclude_keys: Sequence[NestedKey] = (),
         is_overlapped: bool = True,
     ) -> None:
         sizes = {tuple(env.batch_size) for env in envs}
@@ -80,7 +83,9 @@ class OverlappedCollector:
         with torch.no_grad():
             self._carried: list[TensorDictBase] = [env.reset() for env in self.envs]
         self._acts, _ = policy_step(policy, self.envs[0])
-        self._tracks = [Track(env, self._acts, value_operator, self.state_keys, self.at) for env in self.envs]
+        excluded = [unravel_key(key) for key in exclude_keys]
+        parts = (self._acts, value_operator, self.state_keys, self.at, excluded)
+        self._tracks = [Track(env, *parts) for env in self.envs]
         self._threads = ThreadPoolExecutor(len(envs), "environments") if is_overlapped else None
 
     def __iter__(self) -> Iterator[Rollout]:

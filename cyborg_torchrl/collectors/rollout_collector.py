@@ -47,6 +47,8 @@ class RolloutCollector:
         value_operator: from an observation and a memory state to "state_value"; also asked at every step if the policy
             does not write it.
         keyframe_steps: from T to the steps before which states are kept; None: before the first.
+        exclude_keys: entries that are not kept either, ("next", key) for those after a step: observations, for
+            instance, which stand there a second time.
         is_fused: step on tensors alone where that is possible.
 
     Raises:
@@ -62,6 +64,7 @@ class RolloutCollector:
         total_frames: int,
         value_operator: TensorDictModuleBase,
         keyframe_steps: Callable[[int], Sequence[int]] | None = None,
+        exclude_keys: Sequence[NestedKey] = (),
         is_fused: bool = True,
     ) -> None:
         num_envs = env.batch_size.numel()
@@ -79,14 +82,15 @@ class RolloutCollector:
         self.steps = frames_per_batch // num_envs
         self.at = tuple(keyframe_steps(self.steps)) if keyframe_steps else (0,)
         self.state_keys = memory_state_keys(policy)
-        self._dropped = [*self.state_keys, *(unravel_key((keys.NEXT, key)) for key in self.state_keys)]
+        excluded = [unravel_key(key) for key in exclude_keys]
+        self._dropped = [*self.state_keys, *(unravel_key((keys.NEXT, key)) for key in self.state_keys), *excluded]
         with torch.no_grad():  # here, as TorchRL's collectors do, so that both take the same random numbers
             self._carried = self.env.reset()
         self._track: Track | None = None
         if is_fused and keys.VALUE in policy.out_keys:
             with contextlib.suppress(NotFusable):
                 acts, _ = policy_step(policy, self.env)
-                self._track = Track(self.env, acts, value_operator, self.state_keys, self.at)
+                self._track = Track(self.env, acts, value_operator, self.state_keys, self.at, excluded)
 
     def __iter__(self) -> Iterator[Rollout]:
         """Yields rollouts until `total_frames` steps have been taken."""

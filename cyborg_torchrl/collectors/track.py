@@ -31,7 +31,7 @@ class Track:
         value_operator: from an observation and a memory state to "state_value".
         state_keys: entries that are memory states; kept before the steps `at` alone.
         at: those steps.
-        dropped: other entries that are not kept.
+        excluded: other entries that are not kept, ("next", key) for those after a step.
 
     Raises:
         NotFusable: if the environment cannot be stepped like this.
@@ -44,13 +44,17 @@ class Track:
         value_operator: TensorDictModuleBase,
         state_keys: Sequence[NestedKey],
         at: Collection[int],
-        dropped: Collection[NestedKey] = (),
+        excluded: Collection[NestedKey] = (),
     ) -> None:
         self.env, self.policy, self.value_operator = env, policy, value_operator
         self._step, self.why_not_fused = env_step(env)
         self.state_keys, self._at = state_keys, set(at)
-        self._dropped = {*state_keys, *(unravel_key((keys.NEXT, key)) for key in state_keys)}
-        self._dropped_after = {*state_keys, *dropped}
+        self._dropped = {*state_keys, *(unravel_key((keys.NEXT, key)) for key in state_keys), *excluded}
+        self._dropped_after = {
+            unravel_key(key[1:] if len(key) > 2 else key[-1])
+            for key in self._dropped
+            if isinstance(key, tuple) and key[0] == keys.NEXT
+        }
         self.carried: Entries = {}
         self.states: list[TensorDictBase] = []
         self._written: Entries = {}

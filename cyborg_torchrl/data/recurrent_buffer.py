@@ -315,8 +315,8 @@ class EpisodeBuffer(ReplayBuffer):
         if not isinstance(rollout, Rollout):
             rollout = Rollout.of(rollout, self.state_keys, [0])
         packing = pack_episodes(steps.get(keys.IS_INIT).squeeze(-1), self.row_length)
-        flat = rollout.steps.exclude(keys.NEXT).reshape(-1)
-        rows = flat[packing.position]
+        is_as_collected = packing.position.shape == steps.shape and bool((packing.position.flatten().diff() == 1).all())
+        rows = rollout.steps.exclude(keys.NEXT) if is_as_collected else _at(rollout.steps, packing.position)
         if not bool(packing.is_step.all()):
             rows.set(keys.TRAIN_MASK, packing.is_step.unsqueeze(-1))
         keyframes = rollout.keyframes[:, 0][packing.position[:, 0] // steps.shape[1]]
@@ -334,6 +334,11 @@ class EpisodeBuffer(ReplayBuffer):
     def state_bytes(self) -> int:
         """Bytes that the stored states take."""
         return self._storage.get(slice(0, len(self))).get(KEYFRAME).bytes()
+
+
+def _at(steps: TensorDictBase, position: Tensor) -> TensorDictBase:
+    """Steps of a rollout, its environments laid end to end."""
+    return steps.exclude(keys.NEXT)[position // steps.shape[1], position % steps.shape[1]]
 
 
 def _check_numbers(num_steps: int, seq_len: int, num_envs: int | None, burn_in: int, stride: int) -> None:

@@ -196,6 +196,30 @@ def test_our_collector_yields_the_same_with_and_without(options: list[str]) -> N
                 assert torch.equal(a[key], b[key]), key
 
 
+@pytest.mark.parametrize("is_fused", [True, False])
+def test_entries_that_are_excluded_are_the_only_ones_missing(is_fused: bool) -> None:
+    excluded = [("next", "observation"), "logits", "success", ("next", "done")]
+    found = []
+    for exclude_keys in ((), excluded):
+        _, env, agent = parts(CASES[0])
+        frames = STEPS * env.batch_size[0]
+        made = RolloutCollector(
+            env,
+            agent,
+            frames_per_batch=frames,
+            total_frames=frames,
+            value_operator=agent.get_value_operator(),
+            exclude_keys=exclude_keys,
+            is_fused=is_fused,
+        )
+        made.set_seed(3)
+        torch.manual_seed(5)
+        found.append(made.rollout().steps)
+    whole, kept = found
+    assert_equal(kept, whole.exclude(*excluded))
+    assert ("next", "success") in kept.keys(True, True)
+
+
 def test_the_log_of_sums_is_torchs_bit_by_bit() -> None:
     for scale in (1e-3, 1.0, 50.0):
         logits = scale * torch.randn(1000, 7)

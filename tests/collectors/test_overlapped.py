@@ -35,6 +35,7 @@ def groups_of(options: list[str], groups: int, num_envs: int):
         "total_frames": 2 * STEPS * num_envs * groups,
         "value_operator": agent.get_value_operator(),
         "keyframe_steps": lambda steps: range(0, steps, 8),
+        "exclude_keys": [("next", "truncated")],
     }
     return envs, agent, options
 
