@@ -66,6 +66,9 @@ class EncoderConfig:
     """How categories are read: one_hot or embedding (learned)."""
     embedding_size: int = 16
     """Width of the embedding of a category, or of a number in a grid such as MiniGrid's."""
+    autocast: str | None = None
+    """bfloat16 or float16: the encoder computes in it, acting and training; its features and all that remembers stay
+    float32. Worth it for pictures. null: float32."""
 
 
 @dataclass

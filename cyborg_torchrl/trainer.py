@@ -18,6 +18,7 @@ from torch import nn
 from cyborg_torchrl import keys
 from cyborg_torchrl.config import TrainConfig
 from cyborg_torchrl.data import EpisodeBuffer, RecurrentRolloutBuffer, Rollout, RolloutBuffer
+from cyborg_torchrl.modules.encoders import Autocast
 from cyborg_torchrl.modules.replay import as_primed, state_after
 from cyborg_torchrl.objectives import (
     RecurrentClipPPOLoss,
@@ -60,7 +61,10 @@ class PPOTrainer:
         read = [key for key in loss.in_keys if not (isinstance(key, tuple) and key[0] == keys.NEXT)]
         self._trained = {*read, keys.IS_INIT, keys.ADVANTAGE, keys.VALUE_TARGET, keys.VALUE}
         self.parameters = [p for p in loss.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.Adam(self.parameters, lr=config.learning_rate, eps=config.adam_eps)
+        is_fusable = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in self.parameters)
+        self.optimizer = torch.optim.Adam(
+            self.parameters, lr=config.learning_rate, eps=config.adam_eps, fused=is_fusable
+        )
         self.num_updates = 0
         self.num_steps = 0
         self.total_updates = max(1, config.total_timesteps // buffer.num_steps)
@@ -182,13 +186,16 @@ class PPOTrainer:
     def _check_honesty(self, ratio_error: float) -> None:
         if self.config.start_state == "initial":
             return  # asked for
-        if ratio_error > REDUCED_RATIO_ERROR and self.config.state_dtype != "float32":
+        reduced = {f"states stored as {self.config.state_dtype}": self.config.state_dtype != "float32"}
+        reduced["an encoder in reduced precision"] = any(isinstance(m, Autocast) for m in self.loss.modules())
+        what = " and ".join(name for name, holds in reduced.items() if holds)
+        if what and ratio_error > REDUCED_RATIO_ERROR:
             warnings.warn(
-                f"states stored as {self.config.state_dtype} make the update's log-probs differ from the rollout's by "
-                f"up to {ratio_error:.2g} (expected < {REDUCED_RATIO_ERROR:g}): store them as float32.",
+                f"{what} make the update's log-probs differ from the rollout's by up to {ratio_error:.2g} (expected < "
+                f"{REDUCED_RATIO_ERROR:g}): use float32.",
                 stacklevel=3,
             )
-        elif ratio_error > DISHONEST_RATIO_ERROR and self.config.state_dtype == "float32":
+        elif not what and ratio_error > DISHONEST_RATIO_ERROR:
             warnings.warn(
                 f"before the first optimiser step the update's log-probs differ from the rollout's by up to "
                 f"{ratio_error:.2g} (expected < {DISHONEST_RATIO_ERROR:g}): the update does not see the memory states "

@@ -19,6 +19,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from cyborg_torchrl.cores import Core, Mamba2Block, MambaBlock, build_gru, build_lru, build_lstm, selective_scan
+from cyborg_torchrl.cores.native import IS_BUILT
+from cyborg_torchrl.cores.selective_scan_cpp import selective_scan_cpp
 from cyborg_torchrl.memory_benchmarks.arguments import positive
 from cyborg_torchrl.process import prepare_cpu
 
@@ -92,7 +94,9 @@ def loop_scan(
     return torch.stack(outputs, 1), h_t
 
 
-def scans(batch: int, steps: int, channels: int, numbers: int) -> tuple[Run, Run]:
+def scans(
+    batch: int, steps: int, channels: int, numbers: int, scan: Callable[..., tuple[Tensor, Tensor]] = selective_scan
+) -> tuple[Run, Run]:
     """Our selective scan, and the loop."""
     u, delta = torch.randn(2, batch, steps, channels)
     delta = delta - 3
@@ -106,7 +110,7 @@ def scans(batch: int, steps: int, channels: int, numbers: int) -> tuple[Run, Run
 
     def ours() -> None:
         u, delta, a, b, c, h_0 = time_first
-        y, last = selective_scan(u, delta, a, b, c, h_0, is_init, torch.zeros_like(h_0))
+        y, last = scan(u, delta, a, b, c, h_0, is_init, torch.zeros_like(h_0))
         (y.sum() + last.sum()).backward()
 
     def loop() -> None:
@@ -138,7 +142,16 @@ def comparisons() -> Iterator[tuple[str, str, str, Run, Run]]:
         "lstm 128, 64 x 128", "nn.LSTM 128", "",
         training(build_lstm(64, hidden_size=128), x), torch_training(nn.LSTM(64, 128, batch_first=True), x),
     )  # fmt: skip
+    wide = torch.randn(64, 128, 128)
+    yield (
+        "mamba block, d_model 128, 64 x 128", "nn.GRU 128", "<= 3",
+        training(MambaBlock(128), wide), torch_training(nn.GRU(128, 128, batch_first=True), wide),
+    )  # fmt: skip
     yield "selective scan, 64 x 128 x 128 x 16", "loop with unbind", "<= 0.5", *scans(64, 128, 128, 16)
+    if IS_BUILT:
+        in_torch, _ = scans(64, 128, 128, 16)
+        in_cpp, _ = scans(64, 128, 128, 16, selective_scan_cpp)
+        yield "selective scan in C++, 64 x 128 x 128 x 16", "ours in torch", "<= 0.33", in_cpp, in_torch
     yield "selective scan, 8 x 1002 x 128 x 16", "loop with unbind", "", *scans(8, 1002, 128, 16)
     for name, core in {
         "mamba2 block": Mamba2Block(64),
@@ -201,7 +214,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         linear.add_column(column, justify="right")
     for name, a, b, ratio in lengths(arguments.only, arguments.repeats):
         linear.add_row(name, f"{a:.4f}", f"{b:.4f}", f"{ratio:.2f}", "<= 1.2")
-    console.print(linear)
+    if linear.row_count:
+        console.print(linear)
     return 0
 
 

@@ -466,3 +466,30 @@ def test_on_cuda() -> None:
     seen = MANY.rand([4])
     expected = encoder(seen.clone())["features"]
     assert torch.allclose(encoder.cuda()(seen.cuda())["features"].cpu(), expected, atol=1e-3)
+
+
+def test_autocast_computes_in_reduced_precision_and_returns_float32() -> None:
+    spec = Composite(pixels=Bounded(0, 255, (3, 64, 64, 3), dtype=torch.uint8), shape=(3,))
+    encoders = []
+    for autocast in (None, "bfloat16"):
+        torch.manual_seed(0)
+        encoders.append(build(spec, batch_dims=1, features=16, convolutions="nature", autocast=autocast))
+    whole, reduced = encoders
+    shown = spec.rand()
+    seen: list[torch.dtype] = []
+    for module in reduced.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    expected, features = whole(shown.clone())["features"], reduced(shown.clone())["features"]
+    assert set(seen) == {torch.bfloat16}
+    assert features.dtype is torch.float32
+    error = (features - expected).abs().max() / expected.abs().max()
+    assert 0 < error < 0.05
+    features.square().sum().backward()
+    assert {parameter.grad.dtype for parameter in reduced.parameters()} == {torch.float32}
+
+
+def test_an_unknown_autocast_is_refused() -> None:
+    spec = Composite(observation=Unbounded((3, 4)), shape=(3,))
+    with pytest.raises(ValueError, match="unknown autocast 'half'; known: bfloat16, float16, or null"):
+        build(spec, batch_dims=1, autocast="half")

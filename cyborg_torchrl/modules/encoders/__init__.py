@@ -1,5 +1,6 @@
 """Encoders: from what the environment shows to features."""
 
+from cyborg_torchrl.modules.encoders.autocast import Autocast
 from cyborg_torchrl.modules.encoders.build import build_encoder
 from cyborg_torchrl.modules.encoders.discrete import CategoryEmbedding, OneHotCategories
 from cyborg_torchrl.modules.encoders.grid import GridEncoder
@@ -8,6 +9,7 @@ from cyborg_torchrl.modules.encoders.pixels import PixelEncoder
 from cyborg_torchrl.modules.encoders.vector import ScaledVector, VectorEncoder
 
 __all__ = [
+    "Autocast",
     "CategoryEmbedding",
     "GridEncoder",
     "MixedEncoder",

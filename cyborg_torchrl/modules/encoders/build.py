@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchrl.data import Binary, Categorical, Composite, MultiCategorical, NonTensor, OneHot, TensorSpec
 
 from cyborg_torchrl import keys
+from cyborg_torchrl.modules.encoders.autocast import Autocast
 from cyborg_torchrl.modules.encoders.discrete import CategoryEmbedding, OneHotCategories
 from cyborg_torchrl.modules.encoders.grid import GridEncoder
 from cyborg_torchrl.modules.encoders.images import MIN_SIDE, image_layout
@@ -54,6 +55,7 @@ def build_encoder(
     convolutions: str = "impala",
     discrete: str = "one_hot",
     embedding_size: int = 16,
+    autocast: str | None = None,
 ) -> TensorDictModule:
     """Builds the encoder that fits an environment's observations.
 
@@ -81,6 +83,7 @@ a convolutional network; bytes become [0, 1], and floats too where all are bound
         convolutions: network of pictures, "impala" or "nature".
         discrete: how categories are read, "one_hot" or "embedding".
         embedding_size: width of the embedding of a category, or of a number in a grid.
+        autocast: "bfloat16" or "float16": computes in it (see `Autocast`); None: float32.
 
     Raises:
         ValueError: if a key is missing, a choice unknown, or an observation is of a kind that no encoder reads.
@@ -92,7 +95,7 @@ a convolutional network; bytes become [0, 1], and floats too where all are bound
     specs = {key: observation_spec[key] for key in chosen}
     if all(_is_float(spec) and len(spec.shape) == batch_dims + 1 for spec in specs.values()):
         width = sum(spec.shape[-1] for spec in specs.values())
-        return TensorDictModule(VectorEncoder(width, features, hidden_sizes), in_keys=chosen, out_keys=[keys.FEATURES])
+        return _module(VectorEncoder(width, features, hidden_sizes), chosen, autocast)
     readers = []
     for key, spec in specs.items():
         reader = None
@@ -104,7 +107,12 @@ a convolutional network; bytes become [0, 1], and floats too where all are bound
         readers.append(reader)
     is_one_image = len(readers) == 1 and not isinstance(readers[0], VectorReader)
     network: nn.Module = readers[0] if is_one_image else MixedEncoder(readers, features, hidden_sizes)
-    return TensorDictModule(network, in_keys=chosen, out_keys=[keys.FEATURES])
+    return _module(network, chosen, autocast)
+
+
+def _module(network: nn.Module, read: Sequence[NestedKey], autocast: str | None) -> TensorDictModule:
+    network = network if autocast is None else Autocast(network, autocast)
+    return TensorDictModule(network, in_keys=read, out_keys=[keys.FEATURES])
 
 
 def default_observations(spec: Composite) -> list[NestedKey]:
