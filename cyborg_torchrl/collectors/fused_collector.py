@@ -19,6 +19,7 @@ from cyborg_torchrl import keys
 from cyborg_torchrl.collectors.entries import Columns, Entries, NotFusable, flat
 from cyborg_torchrl.collectors.fused_env import EnvStep, env_step
 from cyborg_torchrl.collectors.fused_policy import FusedPolicy
+from cyborg_torchrl.collectors.graphed_policy import GraphedPolicy
 from cyborg_torchrl.process import rare_garbage_collection
 
 LOGGER = logging.getLogger(__name__)
@@ -38,15 +39,28 @@ class FusedCollector(Collector):
     Args:
         *args: as for `Collector`.
         auto_register_policy_transforms: add the policy's primers to the environment; on by default here.
+        is_graphed: replay the policy's step as a CUDA graph (`GraphedPolicy`). Not TorchRL's `cudagraph_policy`, which
+            changes how tensordicts behave in the whole process.
         **kwargs: as for `Collector`.
+
+    Raises:
+        ValueError: if a graph is asked for where the policy is not fused, or not on a CUDA device.
     """
 
-    def __init__(self, *args: Any, auto_register_policy_transforms: bool = True, **kwargs: Any) -> None:
-        self._fused: tuple[FusedPolicy, EnvStep] | None = None
+    def __init__(
+        self, *args: Any, auto_register_policy_transforms: bool = True, is_graphed: bool = False, **kwargs: Any
+    ) -> None:
+        self._fused: tuple[FusedPolicy | GraphedPolicy, EnvStep] | None = None
         self._columns: Entries | None = None
+        self.is_graphed = is_graphed
         super().__init__(*args, auto_register_policy_transforms=auto_register_policy_transforms, **kwargs)
         self.why_not_fused = self._fuse()
         """Why the environment is stepped, or all is done, as TorchRL does it; empty if neither is."""
+        if is_graphed and (self._fused is None or {device.type for device in self._devices()} != {"cuda"}):
+            raise ValueError(
+                "is_graphed needs a policy that can be fused, and all of it, the environment too, on one CUDA device; "
+                f"{self.why_not_fused or 'here are ' + ', '.join(sorted(map(str, self._devices())))}."
+            )
         if self.why_not_fused:
             what = "the environment is stepped" if self._fused else "collected"
             LOGGER.warning("%s without fusion, as TorchRL does it: %s.", what, self.why_not_fused)
@@ -116,7 +130,8 @@ class FusedCollector(Collector):
                 return reason
         try:
             step, reason = env_step(self.env)
-            self._fused = FusedPolicy(self._orig_policy), step
+            policy = FusedPolicy(self._orig_policy)
+            self._fused = GraphedPolicy(policy) if self.is_graphed else policy, step
         except NotFusable as error:
             return str(error)
         return reason
