@@ -262,7 +262,8 @@ class Training(NamedTuple):
 def build_trainer(cfg: DictConfig, on_progress: Callable[[float], None] = lambda share: None) -> Training:
     """Builds everything that a training run needs: the trainer, the agent that it trains, and its environment."""
     prepare_process(cfg)
-    env = build_env(cfg)
+    # the groups of an overlapped collector have processes of their own
+    env = build_env(cfg, workers=0 if cfg.collector.name == "overlapped" and cfg.env.get("workers") else None)
     agent = build_agent(cfg, env)
     steps = rollout_length(cfg, env)
     buffer = build_buffer(cfg, env, steps)

@@ -20,6 +20,7 @@ from cyborg_torchrl.collectors.entries import Columns, Entries, NotFusable, flat
 from cyborg_torchrl.collectors.fused_env import EnvStep, env_step
 from cyborg_torchrl.collectors.fused_policy import FusedPolicy
 from cyborg_torchrl.collectors.graphed_policy import GraphedPolicy
+from cyborg_torchrl.cores import fixed_parameters
 from cyborg_torchrl.process import rare_garbage_collection
 
 LOGGER = logging.getLogger(__name__)
@@ -66,6 +67,7 @@ class FusedCollector(Collector):
             LOGGER.warning("%s without fusion, as TorchRL does it: %s.", what, self.why_not_fused)
 
     @torch.no_grad()
+    @fixed_parameters()
     @rare_garbage_collection()
     def rollout(self) -> TensorDictBase:
         """A rollout [*N, T], as `Collector` yields it."""

@@ -4,14 +4,16 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 
 import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey, unravel_key
-from torchrl.envs import EnvBase
+from torchrl.envs import EnvBase, ParallelEnv
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import set_recurrent_mode
 from torchrl.modules.utils.utils import _maybe_append_env_transforms_from_module as append_transforms
@@ -22,9 +24,13 @@ from cyborg_torchrl.collectors.fused_env import Step
 from cyborg_torchrl.collectors.fused_policy import policy_step
 from cyborg_torchrl.collectors.rollout_collector import stacked_states
 from cyborg_torchrl.collectors.track import Track
+from cyborg_torchrl.cores import fixed_parameters
 from cyborg_torchrl.data import Rollout
 from cyborg_torchrl.modules.replay import memory_state_keys
 from cyborg_torchrl.process import rare_garbage_collection
+
+PAUSE = 5e-5
+"""Seconds between two looks at whether processes are done."""
 
 
 class OverlappedCollector:
@@ -87,6 +93,9 @@ class OverlappedCollector:
         parts = (self._acts, value_operator, self.state_keys, self.at, excluded)
         self._tracks = [Track(env, *parts) for env in self.envs]
         self._threads = ThreadPoolExecutor(len(envs), "environments") if is_overlapped else None
+        if is_overlapped:
+            for env in self.envs:
+                _let_others_run_while_waiting(env)
 
     def __iter__(self) -> Iterator[Rollout]:
         """Yields rollouts until `total_frames` steps have been taken."""
@@ -94,6 +103,7 @@ class OverlappedCollector:
             yield self.rollout()
 
     @torch.no_grad()
+    @fixed_parameters()
     @rare_garbage_collection()
     def rollout(self) -> Rollout:
         """Takes the steps of one rollout [N, T], the groups one below the other."""
@@ -153,3 +163,25 @@ def _step_without_gradient(track: Track, before: tuple[Entries, Entries]) -> Ste
     """A step in a thread, which does not inherit its parent's modes."""
     with set_exploration_type(ExplorationType.RANDOM), set_recurrent_mode(False):
         return track.step(before)
+
+
+def _let_others_run_while_waiting(env: EnvBase) -> None:
+    """Makes TorchRL's ParallelEnv sleep while its processes step.
+
+    It asks them over and over in Python, which keeps Python's lock from the thread in which the policy acts: two groups
+    took longer than one.
+    """
+    for layer in env.modules():
+        if isinstance(layer, ParallelEnv) and hasattr(layer, "_wait_for_workers"):
+            layer.__dict__["_wait_for_workers"] = partial(_wait_asleep, layer, layer._wait_for_workers)
+
+
+def _wait_asleep(env: ParallelEnv, wait: Callable[[Sequence[int]], None], workers: Sequence[int]) -> None:
+    """Waits for processes with pauses; after a second as TorchRL does it, which finds those that died."""
+    end = time.monotonic() + 1.0
+    done, places = getattr(env, "_shm_done_flags", None), getattr(env, "_worker_indices", None)
+    while done is not None and places is not None and time.monotonic() < end:
+        if all(done[places[worker]] for worker in workers):
+            break
+        time.sleep(PAUSE)
+    wait(workers)

@@ -22,6 +22,7 @@ from cyborg_torchrl import keys
 from cyborg_torchrl.collectors.entries import NotFusable
 from cyborg_torchrl.collectors.fused_policy import policy_step
 from cyborg_torchrl.collectors.track import Track
+from cyborg_torchrl.cores import fixed_parameters
 from cyborg_torchrl.data import Rollout
 from cyborg_torchrl.modules.replay import memory_state_keys
 from cyborg_torchrl.objectives import value_after
@@ -98,6 +99,7 @@ class RolloutCollector:
             yield self.rollout()
 
     @torch.no_grad()
+    @fixed_parameters()
     @rare_garbage_collection()
     def rollout(self) -> Rollout:
         """Takes the steps of one rollout; episodes go on where the last one ended."""

@@ -7,7 +7,10 @@ and 2.0 to 2.5 times over the rows of a sequence.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+import threading
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from functools import cache
 from operator import is_
 from pathlib import Path
@@ -66,10 +69,30 @@ class Linear(nn.Linear):
         return linear(input, self.weight, self.bias)
 
 
-class Derived:
-    """What is computed from parameters alone, again only when one of them has changed.
+class _Scope(threading.local):
+    """Which scope of fixed parameters this thread is in; 0: none."""
 
-    Where a gradient is asked for it is computed each time; while acting, once for all steps between two updates.
+    number = 0
+
+
+_scope, _numbers = _Scope(), itertools.count(1)
+
+
+@contextmanager
+def fixed_parameters() -> Generator[None]:
+    """A scope in which no parameter changes: what derives from them (`Derived`) is computed once.
+
+    That they have not changed cannot be seen from them: fused optimisers and writes to `.data` leave no trace.
+    """
+    before, _scope.number = _scope.number, next(_numbers)
+    try:
+        yield
+    finally:
+        _scope.number = before
+
+
+class Derived:
+    """What is computed from parameters alone: once in a scope of `fixed_parameters`, and each time elsewhere.
 
     Args:
         function: from parameters to tensors; at the top level of a module, so that it can be pickled.
@@ -81,12 +104,12 @@ class Derived:
 
     def of(self, *parameters: Tensor) -> tuple[Tensor, ...]:
         """What the function makes of them."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        scope = 0 if torch.is_grad_enabled() or torch.compiler.is_compiling() else _scope.number
+        if not scope:
             return self.function(*parameters)
-        versions = [parameter._version for parameter in parameters]
-        is_same = len(parameters) == len(self._parameters) and all(map(is_, parameters, self._parameters))
-        if not is_same or versions != self._versions:
-            self._parameters, self._versions = parameters, versions
+        is_same = scope == self._scope and len(parameters) == len(self._parameters)
+        if not (is_same and all(map(is_, parameters, self._parameters))):
+            self._parameters, self._scope = parameters, scope
             self._derived = self.function(*parameters)
         return self._derived
 
@@ -101,7 +124,7 @@ class Derived:
 
     def _forget(self) -> None:
         self._parameters: tuple[Tensor, ...] = ()
-        self._versions: list[int] = []
+        self._scope = 0
         self._derived: tuple[Tensor, ...] = ()
 
 

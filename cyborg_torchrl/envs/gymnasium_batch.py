@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -65,6 +66,8 @@ class FlatBatch(EnvBase):
     def __init__(self, env: EnvBase) -> None:
         super().__init__(device=env.device, batch_size=[env.batch_size.numel()])
         self.inner = env
+        # processes that nobody ended would hold up the interpreter's end for minutes
+        weakref.finalize(self, _close, env)
         self.observation_spec = env.observation_spec.flatten(0, 1)
         self.action_spec = env.action_spec.flatten(0, 1)
         self.reward_spec = env.reward_spec.flatten(0, 1)
@@ -85,6 +88,11 @@ class FlatBatch(EnvBase):
 
     def _set_seed(self, seed: int | None) -> None:
         self.inner.set_seed(seed)
+
+
+def _close(env: EnvBase) -> None:
+    if not env.is_closed:
+        env.close()
 
 
 class SuccessReader(BaseInfoDictReader):

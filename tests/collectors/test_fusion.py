@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 
 import pytest
@@ -115,6 +116,34 @@ def test_weights_that_are_replaced_are_used() -> None:
     with torch.no_grad():
         first = agent.get_value_operator()(after[:, 0].clone()).get("state_value")
     torch.testing.assert_close(after["state_value"][:, 0], first)
+
+
+@pytest.mark.parametrize("backbone", ["lru", "gru", "lstm", "mamba", "mamba2", "pseudo_mamba"])
+@pytest.mark.parametrize("kind", [FusedCollector, Collector, RolloutCollector])
+def test_what_a_fused_optimiser_changed_is_used(kind: type, backbone: str) -> None:
+    """It leaves no trace on the parameters, which whatever is kept of them would have to be told by."""
+    _, env, agent = parts(["env=delayed_cue", "env.horizon=5", f"backbone={backbone}", "backbone.hidden_size=16"])
+    frames = STEPS * env.batch_size[0]
+    more = (
+        {"value_operator": agent.get_value_operator()}
+        if kind is RolloutCollector
+        else {"auto_register_policy_transforms": True}
+    )
+    made = kind(env, agent, frames_per_batch=frames, total_frames=3 * frames, **more)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=0.05, fused=True)
+    iterator = iter(made)
+    for _ in range(2):
+        rollout = next(iterator)
+        for parameter in agent.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+    rollout = next(iterator)
+    steps = rollout.steps if kind is RolloutCollector else rollout
+    states = rollout.keyframes[:, 0] if kind is RolloutCollector else rollout[:, 0].select("memory_state")
+    first = steps[:, 0].select("observation", "is_init").update(states)
+    with torch.no_grad():
+        expected = copy.deepcopy(agent).get_value_operator()(first).get("state_value")
+    torch.testing.assert_close(steps["state_value"][:, 0], expected)
 
 
 class Wrapped(TensorDictModule):

@@ -75,7 +75,7 @@ def test_the_loop_beside_us_learns_what_is_short() -> None:
 def test_the_command_writes_what_it_measured(tmp_path, capsys) -> None:
     pytest.importorskip("sb3_contrib")
     path, plot = tmp_path / "speed.json", tmp_path / "speed.png"
-    parts = ["collection", "update", "end_to_end", "horizons"]
+    parts = ["collection", "processes", "update", "end_to_end", "horizons"]
     options = ["--parts", *parts, "--horizons", "5", "--output", str(path), "--plot", str(plot)]
     assert main([*SMALL, *options]) == 0
     written = json.loads(path.read_text())

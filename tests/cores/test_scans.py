@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import sys
+import threading
 
 import pytest
 import torch
@@ -442,15 +444,31 @@ def doubled(*parameters: Tensor) -> tuple[Tensor, ...]:
     return tuple(2 * parameter for parameter in parameters)
 
 
-def test_what_is_derived_from_parameters_follows_them() -> None:
+def test_what_is_derived_from_parameters_is_computed_once_in_a_scope_alone() -> None:
     derived, parameters = linear.Derived(doubled), [torch.nn.Parameter(torch.randn(3)) for _ in range(2)]
+    optimizer = torch.optim.Adam(parameters, lr=0.1, fused=True)  # which leaves no trace on the tensors' versions
+    for parameter in parameters:
+        parameter.grad = torch.ones(3)
+    changes = [lambda: None, optimizer.step, lambda: parameters[1].data.add_(1.0), parameters.reverse]
     with torch.no_grad():
-        for change in (lambda: None, lambda: parameters[1].add_(1.0), lambda: parameters.reverse()):
+        for change in changes:
             change()
-            for ours, expected in zip(derived.of(*parameters), doubled(*parameters), strict=True):
-                assert torch.equal(ours, expected)
-        assert derived.of(*parameters)[0] is derived.of(*parameters)[0]
-        copied = copy.deepcopy(derived)
-        assert copied.of(*parameters)[0] is not derived.of(*parameters)[0]
-    derived.of(*parameters)[0].sum().backward()
+            for scope in (contextlib.nullcontext, linear.fixed_parameters, linear.fixed_parameters):
+                with scope():
+                    for ours, expected in zip(derived.of(*parameters), doubled(*parameters), strict=True):
+                        assert torch.equal(ours, expected)
+        assert derived.of(*parameters)[0] is not derived.of(*parameters)[0]
+        with linear.fixed_parameters():
+            kept = derived.of(*parameters)[0]
+            assert derived.of(*parameters)[0] is kept
+            assert copy.deepcopy(derived).of(*parameters)[0] is not kept
+            with linear.fixed_parameters():
+                assert derived.of(*parameters)[0] is not kept
+            in_thread: list[Tensor] = []
+            thread = threading.Thread(target=lambda: in_thread.append(derived.of(*parameters)[0]))
+            thread.start()
+            thread.join()
+            assert in_thread[0] is not kept
+    with linear.fixed_parameters():
+        derived.of(*parameters)[0].sum().backward()
     assert parameters[0].grad is not None

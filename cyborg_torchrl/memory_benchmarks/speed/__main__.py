@@ -3,6 +3,7 @@
 python -m cyborg_torchrl.memory_benchmarks.speed --output speed.json --plot speed.png
 
 collection: FusedCollector, TorchRL's Collector and a raw PyTorch loop, with the same networks and the same task.
+processes: 16 Crafter worlds in two processes, with groups that overlap and without, and TorchRL's Collector.
 update: one rollout, learned again and again. end_to_end: collection and update beside other libraries, with the same
 steps, epochs and minibatches. truncated: the same beside PufferLib, one epoch of 64-step BPTT. horizons: ours alone,
 time per step and memory per stored step from 40 steps to 10,000.
@@ -29,10 +30,10 @@ from cyborg_torchrl.memory_benchmarks.arguments import picture, positive, writab
 from cyborg_torchrl.memory_benchmarks.speed.baselines import BASELINES, MissingPackage, pufferlib
 from cyborg_torchrl.memory_benchmarks.speed.measure import Subject, rows_of, take_turns
 from cyborg_torchrl.memory_benchmarks.speed.plot import draw
-from cyborg_torchrl.memory_benchmarks.speed.subjects import Case, collection, training, updating
+from cyborg_torchrl.memory_benchmarks.speed.subjects import Case, collection, in_processes, training, updating
 from cyborg_torchrl.process import prepare_cpu
 
-PARTS = ("collection", "update", "end_to_end", "truncated", "horizons")
+PARTS = ("collection", "processes", "update", "end_to_end", "truncated", "horizons")
 PACKAGES = ("torch", "torchrl", "tensordict", "sb3-contrib", "numpy")
 SHORT = 64
 """Steps of a sequence in truncated BPTT: PufferLib's own default."""
@@ -51,6 +52,9 @@ def comparisons(arguments: argparse.Namespace) -> list[tuple[Row, Callable[[], l
         for backbone in arguments.backbones:
             case = Case(backbone, count, arguments.horizon, arguments.width, n_steps=arguments.collected)
             add("collection", case, lambda case=case: collection(case))
+    if "processes" in arguments.parts:
+        case = Case(arguments.backbones[0], 16, 0, arguments.width, n_steps=min(64, arguments.collected))
+        add("processes", case, lambda case=case: in_processes(case))
     for backbone in arguments.backbones if "update" in arguments.parts else []:
         case = Case(backbone, 64, arguments.horizon, arguments.width)
         add("update", case, lambda case=case: [updating(case)])

@@ -22,6 +22,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     for row in rows:
         title = {
             "collection": f"collection, {row['backbone']}, {row['num_envs']:,} environments",
+            "processes": "collection, Crafter in two processes",
             "update": "update",
             "end_to_end": f"end to end, horizon {row['horizon']:,}",
             "truncated": f"one epoch of {row['seq_len']}-step BPTT",

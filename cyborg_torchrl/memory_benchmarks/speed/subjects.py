@@ -16,7 +16,7 @@ from torchrl.collectors import Collector
 from cyborg_torchrl.build import build_agent, build_env, build_trainer, prepare_process
 from cyborg_torchrl.collectors import FusedCollector
 from cyborg_torchrl.config import load_config
-from cyborg_torchrl.cores import restart
+from cyborg_torchrl.cores import fixed_parameters, restart
 from cyborg_torchrl.envs import DelayedCueEnv
 from cyborg_torchrl.memory_benchmarks.speed.measure import Subject
 from cyborg_torchrl.modules import PPOAgent
@@ -75,6 +75,20 @@ def collection(case: Case) -> list[Subject]:
     return subjects
 
 
+def in_processes(case: Case) -> list[Subject]:
+    """Crafter in two processes, seen as pictures: our collector with overlapping groups, without, and TorchRL's."""
+    frames = case.num_envs * case.steps
+    subjects: list[Subject] = []
+    for name, collector in (
+        ("ours, two groups that overlap", "overlapped"), ("ours", "rollout"), ("torchrl Collector", "single"),
+    ):  # fmt: skip
+        options = [f"env.num_envs={case.num_envs}", "env.workers=2", f"collector={collector}", "encoder.features=256"]
+        options += [f"backbone={case.backbone}", f"train.n_steps={case.steps}", f"train.total_timesteps={10**12}"]
+        cfg = load_config("treechop_ppo_recurrent", [*options, "encoder.convolutions=impala", "train.seq_len=16"])
+        subjects.append((name, _next_of(iter(build_trainer(cfg).trainer.collector), frames)))
+    return subjects
+
+
 def training(case: Case, name: str = "ours") -> Subject:
     """Collection and update together."""
     trainer = build_trainer(case.load()).trainer
@@ -127,6 +141,7 @@ class RawLoop:
         self.is_inits, self.ends = torch.zeros(2, steps, count, dtype=torch.bool).unbind(0)
 
     @torch.no_grad()
+    @fixed_parameters()
     def __call__(self) -> int:
         """One rollout; returns its steps."""
         initial = self.core.initial_state(self.task.num_envs)
@@ -162,7 +177,8 @@ def _parts(case: Case):
 
 def _next_of(iterator: Iterator, frames: int):
     def run() -> int:
-        next(iterator)
+        with fixed_parameters():  # ours does that by itself; without it TorchRL's would be slower still
+            next(iterator)
         return frames
 
     return run
