@@ -125,6 +125,11 @@ def evaluate_agent(cfg: DictConfig, agent: PPOAgent, episodes: int, *, is_determ
 
 def peak_rss_mb() -> float:
     """Largest resident memory of this process so far, in MiB."""
+    try:  # Linux: getrusage would begin with what the process had that started this one
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) / 1024
+    except (OSError, IndexError, ValueError):
+        pass
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (1024**2 if sys.platform == "darwin" else 1024)
 

@@ -58,7 +58,7 @@ class PPOTrainer:
     ) -> None:
         self.collector, self.loss, self.buffer, self.config = collector, loss, buffer, config
         self.value_operator, self.on_progress = value_operator, on_progress
-        read = [key for key in loss.in_keys if not (isinstance(key, tuple) and key[0] == keys.NEXT)]
+        read = [key for key in loss.in_keys or () if not (isinstance(key, tuple) and key[0] == keys.NEXT)]
         self._trained = {*read, keys.IS_INIT, keys.ADVANTAGE, keys.VALUE_TARGET, keys.VALUE}
         self.parameters = [p for p in loss.parameters() if p.requires_grad]
         is_fusable = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in self.parameters)

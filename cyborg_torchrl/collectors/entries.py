@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable
 
 import torch
@@ -39,17 +40,14 @@ class Columns:
     def __init__(self, steps: int, tensors: Entries | None = None) -> None:
         self.tensors: Entries = {} if tensors is None else tensors
         self._steps, self._begin = steps, 0
-        self._before: dict[NestedKey, list[Tensor]] = {}
-        self._after: dict[NestedKey, list[Tensor]] = {}
+        self._before: dict[NestedKey, list[Tensor]] = defaultdict(list)
+        self._after: dict[NestedKey, list[Tensor]] = defaultdict(list)
 
     def append(self, before: Iterable[tuple[NestedKey, Tensor]], after: Iterable[tuple[NestedKey, Tensor]]) -> None:
         """Takes the entries of one step: those before it, written by the policy or not, and those after it."""
         for rows, entries in ((self._before, before), (self._after, after)):
             for key, value in entries:
-                if key in rows:
-                    rows[key].append(value)
-                else:
-                    rows[key] = [value]
+                rows[key].append(value)
         count = len(self._before[keys.ACTION])
         if count == STACKED or self._begin + count == self._steps:
             for key, rows in self._before.items():

@@ -83,11 +83,14 @@ class FusedCollector(Collector):
         carried = flat(self._carrier)
         policy.begin(self.n_env)
         before: Entries = {}
+        now: list[NestedKey] = []
         may_begin = True
         for _ in range(self.frames_per_batch):
             written = policy(carried, may_begin=may_begin)
             after, begins, is_over = env.step(carried, written)
-            before = {**carried, **{key: value for key, value in written.items() if not _is_next(key)}}
+            if not now:
+                now = [key for key in written if not _is_next(key)]
+            before = {**carried, **{key: written[key] for key in now}}
             columns.append(before.items(), after.items())
             if self.track_traj_ids:
                 begins[TRAJ_IDS] = self._next_traj_ids(carried[TRAJ_IDS], is_over)

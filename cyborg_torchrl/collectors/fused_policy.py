@@ -19,7 +19,7 @@ from tensordict.nn import (
     TensorDictModuleBase,
     TensorDictSequential,
 )
-from tensordict.utils import unravel_key
+from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor, distributions, nn
 from torchrl.envs import EnvBase
 

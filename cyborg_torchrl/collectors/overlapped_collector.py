@@ -143,7 +143,8 @@ class OverlappedCollector:
                         track.take(running.result())
                     pending[index] = self._started(track)
             for track, running in zip(self._tracks, pending, strict=True):
-                track.take(running.result())
+                if running is not None:
+                    track.take(running.result())
         finally:  # nothing steps on after an error, or Ctrl-C
             for running in pending:
                 if running is not None:
@@ -173,7 +174,7 @@ def _let_others_run_while_waiting(env: EnvBase) -> None:
     """
     for layer in env.modules():
         if isinstance(layer, ParallelEnv) and hasattr(layer, "_wait_for_workers"):
-            layer.__dict__["_wait_for_workers"] = partial(_wait_asleep, layer, layer._wait_for_workers)
+            object.__setattr__(layer, "_wait_for_workers", partial(_wait_asleep, layer, layer._wait_for_workers))
 
 
 def _wait_asleep(env: ParallelEnv, wait: Callable[[Sequence[int]], None], workers: Sequence[int]) -> None:

@@ -50,11 +50,7 @@ class Track:
         self._step, self.why_not_fused = env_step(env)
         self.state_keys, self._at = state_keys, set(at)
         self._dropped = {*state_keys, *(unravel_key((keys.NEXT, key)) for key in state_keys), *excluded}
-        self._dropped_after = {
-            unravel_key(key[1:] if len(key) > 2 else key[-1])
-            for key in self._dropped
-            if isinstance(key, tuple) and key[0] == keys.NEXT
-        }
+        self._dropped_after = {unravel_key(key[1:]) for key in self._dropped if key[0] == keys.NEXT and len(key) > 1}
         self.carried: Entries = {}
         self.states: list[TensorDictBase] = []
         self._written: Entries = {}

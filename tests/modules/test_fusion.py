@@ -20,3 +20,24 @@ def test_a_gate_multiplies_the_past(present_features: int, memory_features: int)
     past, now = F.layer_norm(memory, [memory_features]), F.layer_norm(present, [present_features])
     expected = (1 + now @ fusion.gate.weight.t()) * past + fusion.project(now)
     torch.testing.assert_close(fusion(present, memory), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("features", [5, 16, 33, 128])
+def test_a_step_while_acting_is_the_sum_of_two_layer_norms(features: int, dtype: torch.dtype) -> None:
+    fusion = PastPresentFusion(features, features).to(dtype)
+    for parameter in fusion.parameters():
+        torch.nn.init.normal_(parameter)
+    present, memory = 3.0 + torch.randn(7, features, dtype=dtype), 1e-3 * torch.randn(7, 2 * features, dtype=dtype)
+    memory = memory[:, ::2]  # not contiguous
+    expected = sum(
+        F.layer_norm(x.double(), [features], norm.weight.double(), norm.bias.double())
+        for x, norm in ((memory, fusion.past), (present, fusion.present))
+    )
+    with torch.no_grad():
+        acting = fusion(present, memory)
+    training = fusion(present, memory)
+    assert training.requires_grad
+    tolerance = 1e-12 if dtype is torch.float64 else 2e-5
+    for joint in (acting, training):
+        torch.testing.assert_close(joint.double(), expected, rtol=tolerance, atol=tolerance)

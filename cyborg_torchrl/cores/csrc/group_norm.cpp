@@ -1,6 +1,7 @@
-// Root-mean-square norm of rows in groups of neighbouring channels, and its gradient. See native.py.
+// Norms of rows. See native.py.
 //
-//     y = x s;   y := y / sqrt(mean_group(y^2) + eps), zero where the group is zero
+// In groups of neighbouring channels, with its gradient:  y = x s;  y := y / sqrt(mean_group(y^2) + eps), 0 of a group of 0
+// Of two layers, added, while acting:  y = LayerNorm(a) + LayerNorm(b)
 
 #include "lanes.h"
 
@@ -46,9 +47,48 @@ void normalise_backward(Shape s, T eps, const T* x, const T* scales, const T* gr
     }
 }
 
+template <class T> INLINE Vec<T> less_mean(const T* x, int64_t d, int k, T mean) {
+    Vec<T> v = load<T>(x + d, k) - mean;
+    for (int i = k; i < W<T>; ++i) v[i] = 0;  // beyond the end
+    return v;
+}
+
+template <class T> INLINE void moments(const T* x, int64_t size, T eps, T& mean, T& scale) {
+    Vec<T> total{}, squares{};
+    for (int64_t d = 0; d < size; d += W<T>) total += load<T>(x + d, int(std::min<int64_t>(W<T>, size - d)));
+    mean = sum<T>(total) / T(size);
+    for (int64_t d = 0; d < size; d += W<T>) {
+        const Vec<T> v = less_mean<T>(x, d, int(std::min<int64_t>(W<T>, size - d)), mean);
+        squares += v * v;
+    }
+    scale = T(1) / std::sqrt(sum<T>(squares) / T(size) + eps);
+}
+
+// in: a, weight and bias of its norm, b, weight and bias of its norm
+template <class T> void added_norms(int64_t size, T eps, const T* const* in, T* y, int64_t first, int64_t end) {
+    for (int64_t row = first; row < end; ++row) {
+        const T *a = in[0] + row * size, *b = in[3] + row * size;
+        T mean_a, scale_a, mean_b, scale_b;
+        moments<T>(a, size, eps, mean_a, scale_a);
+        moments<T>(b, size, eps, mean_b, scale_b);
+        for (int64_t d = 0; d < size; d += W<T>) {
+            const int k = int(std::min<int64_t>(W<T>, size - d));
+            const Vec<T> of_a = (load<T>(a + d, k) - mean_a) * scale_a * load<T>(in[1] + d, k) + load<T>(in[2] + d, k);
+            const Vec<T> of_b = (load<T>(b + d, k) - mean_b) * scale_b * load<T>(in[4] + d, k) + load<T>(in[5] + d, k);
+            store<T>(y + row * size + d, of_a + of_b, k);
+        }
+    }
+}
+
 }  // namespace
 
 #define INTERFACE(T, name)                                                                                            \
+    extern "C" void cyborg_added_norms_##name(int64_t rows, int64_t size, int64_t threads, double eps,                \
+                                              const T* const* inputs, T* y) {                                         \
+        split(rows, threads, [=](int64_t, int64_t first, int64_t end) {                                               \
+            added_norms<T>(size, T(eps), inputs, y, first, end);                                                      \
+        });                                                                                                           \
+    }                                                                                                                 \
     extern "C" void cyborg_norm_##name(const int64_t* sizes, int64_t threads, double eps, const T* x, const T* scales, \
                                        T* y) {                                                                        \
         const Shape s{sizes[0], sizes[1], sizes[2]};                                                                  \

@@ -227,15 +227,19 @@ def pufferlib(case: Case, python: str | None) -> Subject:
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tempfile.gettempdir(),
     )  # fmt: skip
     atexit.register(process.kill)
-    ready = process.stdout.readline().split()
+    asked, answers, complaints = process.stdin, process.stdout, process.stderr
+    assert asked is not None
+    assert answers is not None
+    assert complaints is not None
+    ready = answers.readline().split()
     if ready[:1] != ["ready"]:
-        last = (process.stderr.read().strip().splitlines() or ["it ended"])[-1]
+        last = (complaints.read().strip().splitlines() or ["it ended"])[-1]
         raise MissingPackage(f"{python} does not run it: {last}")
-    threading.Thread(target=process.stderr.read, daemon=True).start()  # or it would wait, once the pipe is full
+    threading.Thread(target=complaints.read, daemon=True).start()  # or it would wait, once the pipe is full
 
     def run() -> int:
-        process.stdin.write("\n")
-        process.stdin.flush()
-        return int(process.stdout.readline())
+        asked.write("\n")
+        asked.flush()
+        return int(answers.readline())
 
     return f"PufferLib {ready[1]} LSTM", run
