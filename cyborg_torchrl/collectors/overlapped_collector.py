@@ -22,7 +22,7 @@ from cyborg_torchrl import keys
 from cyborg_torchrl.collectors.entries import Entries
 from cyborg_torchrl.collectors.fused_env import Step
 from cyborg_torchrl.collectors.fused_policy import policy_step
-from cyborg_torchrl.collectors.rollout_collector import stacked_states
+from cyborg_torchrl.collectors.rollout_collector import rollout_steps, stacked_states
 from cyborg_torchrl.collectors.track import Track
 from cyborg_torchrl.cores import fixed_parameters
 from cyborg_torchrl.data import Rollout
@@ -73,17 +73,9 @@ class OverlappedCollector:
         if keys.VALUE not in policy.out_keys:
             raise ValueError(f"the policy has to write '{keys.VALUE}' too; it writes {list(policy.out_keys)}.")
         num_envs = sum(env.batch_size.numel() for env in envs)
-        if frames_per_batch < 1 or frames_per_batch % num_envs:
-            raise ValueError(
-                f"frames_per_batch must be a multiple of the {num_envs} environments; got {frames_per_batch}."
-            )
-        if total_frames < 1 or total_frames % frames_per_batch:
-            raise ValueError(
-                f"total_frames must be a multiple of frames_per_batch = {frames_per_batch}; got {total_frames}."
-            )
+        self.steps = rollout_steps(frames_per_batch, total_frames, num_envs)
         self.envs = [append_transforms(env, policy) for env in envs]
         self.frames_per_batch, self.total_frames = frames_per_batch, total_frames
-        self.steps = frames_per_batch // num_envs
         self.at = tuple(keyframe_steps(self.steps)) if keyframe_steps else (0,)
         self.state_keys = memory_state_keys(policy)
         with torch.no_grad():

@@ -69,18 +69,10 @@ class RolloutCollector:
         is_fused: bool = True,
     ) -> None:
         num_envs = env.batch_size.numel()
-        if frames_per_batch < 1 or frames_per_batch % num_envs:
-            raise ValueError(
-                f"frames_per_batch must be a multiple of the {num_envs} environments; got {frames_per_batch}."
-            )
-        if total_frames < 1 or total_frames % frames_per_batch:
-            raise ValueError(
-                f"total_frames must be a multiple of frames_per_batch = {frames_per_batch}; got {total_frames}."
-            )
+        self.steps = rollout_steps(frames_per_batch, total_frames, num_envs)
         self.env = append_transforms(env, policy)  # as TorchRL's collectors do it
         self.policy, self.value_operator = policy, value_operator
         self.frames_per_batch, self.total_frames = frames_per_batch, total_frames
-        self.steps = frames_per_batch // num_envs
         self.at = tuple(keyframe_steps(self.steps)) if keyframe_steps else (0,)
         self.state_keys = memory_state_keys(policy)
         excluded = [unravel_key(key) for key in exclude_keys]
@@ -155,6 +147,21 @@ class RolloutCollector:
             value[mask] = value_after(following[mask], self.value_operator)
         record.set((keys.NEXT, keys.VALUE), value)
         return record
+
+
+def rollout_steps(frames_per_batch: int, total_frames: int, num_envs: int) -> int:
+    """Steps T of each environment in a rollout.
+
+    Raises:
+        ValueError: if frames_per_batch is not a multiple of the number of environments, or total_frames of it.
+    """
+    if frames_per_batch < 1 or frames_per_batch % num_envs:
+        raise ValueError(f"frames_per_batch must be a multiple of the {num_envs} environments; got {frames_per_batch}.")
+    if total_frames < 1 or total_frames % frames_per_batch:
+        raise ValueError(
+            f"total_frames must be a multiple of frames_per_batch = {frames_per_batch}; got {total_frames}."
+        )
+    return frames_per_batch // num_envs
 
 
 def stacked_states(states: Sequence[TensorDictBase], state_keys: Sequence[NestedKey], env: EnvBase) -> TensorDict:
