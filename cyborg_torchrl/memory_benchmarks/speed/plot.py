@@ -57,6 +57,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         axis.set_title(title, fontsize=9)
         axis.set_xlim(0, 1.2 * max(speeds))
         axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        axis.locator_params(axis="x", nbins=5)
         axis.tick_params(axis="x", labelsize=7)
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle("environment steps per second, one thread", fontsize=10)
