@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from tensordict.utils import unravel_key
 from torchrl.collectors import Collector, MultiSyncCollector
 from torchrl.data import LazyMemmapStorage, LazyTensorStorage
 from torchrl.envs import EnvBase
@@ -176,12 +177,12 @@ def build_collector(
         "total_frames": frames * max(1, cfg.train.total_timesteps // frames),
     }
     if cfg.collector.name == "rollout":
-        collector = RolloutCollector(env, agent, **options, **_kept(agent, buffer))
+        collector = RolloutCollector(env, agent, **options, **_kept(agent, buffer, env))
     elif cfg.collector.name in ("single", "fused"):
         kind = FusedCollector if cfg.collector.name == "fused" else Collector
         collector = kind(env, agent, auto_register_policy_transforms=True, **options)
     elif cfg.collector.name == "overlapped":
-        collector = OverlappedCollector(_groups(cfg, env), agent, **options, **_kept(agent, buffer))
+        collector = OverlappedCollector(_groups(cfg, env), agent, **options, **_kept(agent, buffer, env))
     else:
         workers = cfg.collector.num_workers
         _check_workers(cfg)
@@ -195,13 +196,14 @@ def build_collector(
     return collector
 
 
-def _kept(agent: PPOAgent, buffer: Buffer) -> dict[str, Any]:
+def _kept(agent: PPOAgent, buffer: Buffer, env: EnvBase) -> dict[str, Any]:
     """What our collectors keep: states where the buffer needs them, and nothing that no update reads."""
-    twice = [(keys.NEXT, key) for key in agent.encoder.in_keys]
+    twice = [unravel_key((keys.NEXT, key)) for key in agent.encoder.in_keys]
+    unread = (keys.SUCCESS, keys.EPISODE_REWARD)
     return {
         "value_operator": agent.get_value_operator(),
         "keyframe_steps": buffer.keyframe_steps,
-        "exclude_keys": [*twice, *agent.policy_head.out_keys, keys.SUCCESS, keys.EPISODE_REWARD, keys.TRUNCATED],
+        "exclude_keys": [*twice, *agent.policy_head.out_keys, *(key for key in unread if key in env.observation_spec)],
     }
 
 

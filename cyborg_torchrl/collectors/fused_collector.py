@@ -95,6 +95,7 @@ class FusedCollector(Collector):
             if self.track_traj_ids:
                 begins[TRAJ_IDS] = self._next_traj_ids(carried[TRAJ_IDS], is_over)
             carried, may_begin = begins, is_over is not None
+        policy.check(columns.tensors)
         for key, value in {**before, **carried}.items():
             self._carrier.set(key, value)
         rollout = TensorDict(columns.tensors, self._final_rollout.batch_size, names=self._final_rollout.names)

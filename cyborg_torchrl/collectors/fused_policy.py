@@ -8,7 +8,7 @@ in the same order as their TensorDict forms: results are equal bit by bit, rando
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from tensordict import TensorDict
@@ -22,6 +22,7 @@ from tensordict.nn import (
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor, distributions, nn
 from torchrl.envs import EnvBase
+from torchrl.modules import SafeProbabilisticModule, SafeProbabilisticTensorDictSequential, SafeSequential
 
 from cyborg_torchrl import keys
 from cyborg_torchrl.collectors.entries import Entries, NotFusable, flat
@@ -30,6 +31,13 @@ from cyborg_torchrl.cores.linear import Linear, linear
 from cyborg_torchrl.modules import Backbone, PPOAgent
 
 Call = Callable[[Entries], None]
+SEQUENTIAL = (
+    TensorDictSequential,
+    ProbabilisticTensorDictSequential,
+    SafeSequential,
+    SafeProbabilisticTensorDictSequential,
+)
+"""Sequences that call their parts and do nothing else."""
 
 
 class FusedPolicy:
@@ -44,8 +52,10 @@ class FusedPolicy:
 
     def __init__(self, policy: nn.Module) -> None:
         self.written: tuple[NestedKey, ...] | None = None
+        self._log_probs: list[NestedKey] = []
         self._backbones: list[_BackboneStep] = []
         if isinstance(policy, PPOAgent):
+            _check_plain(policy, PPOAgent)
             parts = (policy.encoder, policy.backbone, policy.fusion, policy.policy_head, policy.value_head)
             self.calls = [*map(self._call, parts), self._call(policy.sampler)]
             self.written = tuple(unravel_key(key) for key in policy.out_keys)
@@ -56,6 +66,21 @@ class FusedPolicy:
         """Called before a rollout: what depends on the parameters alone is computed once."""
         for step in self._backbones:
             step.begin(num_envs)
+
+    def check(self, steps: Entries) -> None:
+        """Refuses a rollout of what was no probability, which torch's own sampler looks for at every step.
+
+        Raises:
+            RuntimeError: if a log-probability is NaN.
+        """
+        for key in self._log_probs:
+            log_prob = steps.get(key)
+            if log_prob is not None and bool(log_prob.isnan().any()):
+                env, step = log_prob.isnan().nonzero()[0, :2].tolist()
+                raise RuntimeError(
+                    f"probability tensor contains either `inf` or `nan`: '{key}' is NaN in environment {env} at step "
+                    f"{step} of the rollout, and maybe elsewhere. Has training diverged?"
+                )
 
     def __call__(self, carried: Entries, *, may_begin: bool = True) -> Entries:
         """What the policy writes, for the entries before a step.
@@ -75,6 +100,7 @@ class FusedPolicy:
 
     def _flat(self, module: nn.Module) -> Iterable[Call]:
         if isinstance(module, (TensorDictSequential, ProbabilisticTensorDictSequential)):
+            _check_plain(module, *SEQUENTIAL)
             if getattr(module, "_select_before_return", False) or module.partial_tolerant:
                 raise NotFusable("the policy selects among its keys")
             for part in module.module:
@@ -84,13 +110,31 @@ class FusedPolicy:
 
     def _call(self, module: nn.Module) -> Call:
         if isinstance(module, Backbone):
+            _check_plain(module, Backbone)
             self._backbones.append(_BackboneStep(module))
             return self._backbones[-1]
         if isinstance(module, ProbabilisticTensorDictModule):
+            _check_plain(module, ProbabilisticTensorDictModule, SafeProbabilisticModule)
+            if module.return_log_prob:
+                self._log_probs.append(unravel_key(module.log_prob_key))
             return _sampler(module)
-        if type(module) is TensorDictModule and isinstance(module.module, nn.Module):
-            return _module_call(module)
-        raise NotFusable(f"the policy has a {type(module).__name__}")
+        if type(module) is not TensorDictModule:
+            raise NotFusable(f"the policy has a {type(module).__name__}")
+        _check_plain(module, TensorDictModule)
+        if not isinstance(module.module, nn.Module):
+            raise NotFusable("the policy has a TensorDictModule of a function that is no nn.Module")
+        return _module_call(module)
+
+
+def _check_plain(module: nn.Module, *kinds: type[nn.Module]) -> None:
+    """That calling a module is calling its parts: no method of its own, no hooks."""
+    kind = type(module)
+    for name in ("forward", "get_dist", "get_dist_params"):
+        own = getattr(kind, name, None)
+        if own is not None and not any(own is getattr(known, name, None) for known in kinds):
+            raise NotFusable(f"the policy has a {kind.__name__} with a {name} of its own")
+    if module._forward_hooks or module._forward_pre_hooks:
+        raise NotFusable(f"the policy has a {kind.__name__} with hooks")
 
 
 class _BackboneStep:
@@ -130,6 +174,8 @@ def _module_call(module: TensorDictModule) -> Call:
 
     def call(entries: Entries) -> None:
         result = network(*(entries[key] for key in reads))
+        if isinstance(result, Mapping):
+            result = tuple(result[key] for key in module.out_keys)
         for key, value in zip(writes, (result,) if isinstance(result, Tensor) else result, strict=True):
             entries[key] = value
 
@@ -138,15 +184,16 @@ def _module_call(module: TensorDictModule) -> Call:
 
 def _sampler(module: ProbabilisticTensorDictModule) -> Call:
     reads = [unravel_key(key) for key in module.in_keys]
+    names = [key[-1] if isinstance(key, tuple) else key for key in module.dist_keys]
     options = dict(module.distribution_kwargs or {})
     if module.num_samples is not None or getattr(module, "generator", None) is not None:
         raise NotFusable("the policy samples in a way of its own")
     action_key = unravel_key(module.dist_sample_keys[0])
     log_prob_key = unravel_key(module.log_prob_key) if module.return_log_prob else None
-    if module.distribution_class is distributions.Categorical and reads == ["logits"] and not options:
+    if module.distribution_class is distributions.Categorical and names == ["logits"] and not options:
 
         def call(entries: Entries) -> None:
-            logits = entries["logits"]
+            logits = entries[reads[0]]
             logits = logits - _logsumexp(logits)
             # torch.multinomial without its checks: the same random numbers, and the same draws
             probs = torch.softmax(logits, -1)
@@ -156,11 +203,14 @@ def _sampler(module: ProbabilisticTensorDictModule) -> Call:
                 entries[log_prob_key] = logits.gather(-1, action.unsqueeze(-1)).squeeze(-1)
 
     else:
-        if not all(isinstance(key, str) for key in reads) or len(module.dist_sample_keys) != 1:
+        is_drawn_at_once = isinstance(module, SafeProbabilisticModule)  # with its log-probability, in ways of its own
+        if is_drawn_at_once or len(module.dist_sample_keys) != 1:
             raise NotFusable(f"the policy draws from a {module.distribution_class.__name__}")
 
         def call(entries: Entries) -> None:
-            dist = module.distribution_class(**{key: entries[key] for key in reads}, **options)
+            dist = module.distribution_class(
+                **{name: entries[key] for name, key in zip(names, reads, strict=True)}, **options
+            )
             action = dist.rsample() if dist.has_rsample else dist.sample()
             entries[action_key] = action
             if log_prob_key is not None:
@@ -188,6 +238,9 @@ class OpaquePolicy:
 
     def begin(self, num_envs: int) -> None:
         """Nothing is computed beforehand."""
+
+    def check(self, steps: Entries) -> None:
+        """Nothing: the policy looked for itself."""
 
     def __call__(self, carried: Entries, *, may_begin: bool = True) -> Entries:
         """What the policy writes."""

@@ -40,6 +40,10 @@ class GraphedPolicy:
         self.policy.begin(num_envs)
         self._replay = None
 
+    def check(self, steps: Entries) -> None:
+        """As the policy does."""
+        self.policy.check(steps)
+
     def __call__(self, carried: Entries, *, may_begin: bool = True) -> Entries:
         """What the policy writes, for the entries before a step; a graph takes no notice of `may_begin`."""
         del may_begin

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
-from tensordict.utils import NestedKey, unravel_key
+from tensordict.utils import NestedKey
 from torchrl.envs import EnvBase, ParallelEnv
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import set_recurrent_mode
@@ -22,7 +22,7 @@ from cyborg_torchrl import keys
 from cyborg_torchrl.collectors.entries import Entries
 from cyborg_torchrl.collectors.fused_env import Step
 from cyborg_torchrl.collectors.fused_policy import policy_step
-from cyborg_torchrl.collectors.rollout_collector import rollout_steps, stacked_states
+from cyborg_torchrl.collectors.rollout_collector import excluded_keys, rollout_steps, stacked_states
 from cyborg_torchrl.collectors.track import Track
 from cyborg_torchrl.cores import fixed_parameters
 from cyborg_torchrl.data import Rollout
@@ -41,8 +41,9 @@ class OverlappedCollector:
     order, so rollouts do not depend on timing: they equal those that the groups yield by turns.
 
     Args:
-        envs: the groups; batches of environments, all of one size and of the same specs. InitTracker and the policy's
-            primers are added if they are missing.
+        envs: the groups; batches of environments, all of one size and of the same specs. Give each a seed of its own,
+            or call `set_seed`, or they play the same episodes. InitTracker and the policy's primers are added if they
+            are missing.
         policy: acts; writes "state_value" too.
         frames_per_batch: steps of a rollout, all groups together.
         total_frames: steps in all; whole rollouts.
@@ -67,6 +68,8 @@ class OverlappedCollector:
         exclude_keys: Sequence[NestedKey] = (),
         is_overlapped: bool = True,
     ) -> None:
+        if not envs:
+            raise ValueError("there is no group of environments.")
         sizes = {tuple(env.batch_size) for env in envs}
         if len(sizes) != 1 or len(next(iter(sizes))) != 1:
             raise ValueError(f"groups are batches of one size [n]; got {sorted(map(list, sizes))}.")
@@ -81,7 +84,7 @@ class OverlappedCollector:
         with torch.no_grad():
             self._carried: list[TensorDictBase] = [env.reset() for env in self.envs]
         self._acts, _ = policy_step(policy, self.envs[0])
-        excluded = [unravel_key(key) for key in exclude_keys]
+        excluded = excluded_keys(exclude_keys, self.envs[0], policy)
         parts = (self._acts, value_operator, self.state_keys, self.at, excluded)
         self._tracks = [Track(env, *parts) for env in self.envs]
         self._threads = ThreadPoolExecutor(len(envs), "environments") if is_overlapped else None

@@ -27,6 +27,7 @@ from cyborg_torchrl.data import Rollout
 from cyborg_torchrl.modules.replay import memory_state_keys
 from cyborg_torchrl.objectives import value_after
 from cyborg_torchrl.process import rare_garbage_collection
+from cyborg_torchrl.registry import did_you_mean
 
 
 class RolloutCollector:
@@ -53,7 +54,8 @@ class RolloutCollector:
         is_fused: step on tensors alone where that is possible.
 
     Raises:
-        ValueError: if frames_per_batch is not a multiple of the number of environments, or total_frames of it.
+        ValueError: if frames_per_batch is not a multiple of the number of environments, or total_frames of it; or if an
+            entry that is to be excluded is needed, or not there.
     """
 
     def __init__(
@@ -75,7 +77,7 @@ class RolloutCollector:
         self.frames_per_batch, self.total_frames = frames_per_batch, total_frames
         self.at = tuple(keyframe_steps(self.steps)) if keyframe_steps else (0,)
         self.state_keys = memory_state_keys(policy)
-        excluded = [unravel_key(key) for key in exclude_keys]
+        excluded = excluded_keys(exclude_keys, self.env, policy)
         self._dropped = [*self.state_keys, *(unravel_key((keys.NEXT, key)) for key in self.state_keys), *excluded]
         with torch.no_grad():  # here, as TorchRL's collectors do, so that both take the same random numbers
             self._carried = self.env.reset()
@@ -162,6 +164,31 @@ def rollout_steps(frames_per_batch: int, total_frames: int, num_envs: int) -> in
             f"total_frames must be a multiple of frames_per_batch = {frames_per_batch}; got {total_frames}."
         )
     return frames_per_batch // num_envs
+
+
+NEEDED = (keys.ACTION, keys.VALUE, keys.IS_INIT, *((keys.NEXT, k) for k in (keys.REWARD, keys.DONE, keys.TERMINATED)))
+"""Entries that no update does without."""
+
+
+def excluded_keys(exclude_keys: Sequence[NestedKey], env: EnvBase, policy: TensorDictModuleBase) -> list[NestedKey]:
+    """The entries that are not to be kept, checked.
+
+    Raises:
+        ValueError: if there is no such entry, or an update needs it.
+    """
+    if isinstance(exclude_keys, str):
+        raise ValueError(f"exclude_keys is a sequence of keys; got '{exclude_keys}'. For one: ['{exclude_keys}'].")
+    written = [unravel_key(key) for key in policy.out_keys]
+    found = [unravel_key(key) for key in (*env.observation_spec.keys(True, True), *env.full_done_spec.keys(True, True))]
+    rewards = [unravel_key(key) for key in env.full_reward_spec.keys(True, True)]
+    known = {*found, *written, *(unravel_key((keys.NEXT, key)) for key in (*found, *rewards))}
+    excluded = [unravel_key(key) for key in exclude_keys]
+    for key in excluded:
+        if key in NEEDED:
+            raise ValueError(f"{key!r} cannot be excluded: an update needs it.")
+        if key not in known:
+            raise ValueError(f"no entry {key!r} to exclude: {did_you_mean(str(key), sorted(map(str, known)))}")
+    return excluded
 
 
 def stacked_states(states: Sequence[TensorDictBase], state_keys: Sequence[NestedKey], env: EnvBase) -> TensorDict:

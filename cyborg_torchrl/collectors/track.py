@@ -90,6 +90,7 @@ class Track:
 
     def end(self) -> tuple[TensorDict, TensorDict]:
         """The steps [N, T], and what the next rollout begins with."""
+        self.policy.check(self._columns.tensors)
         steps = TensorDict(self._columns.tensors, [*self.env.batch_size, self._steps])
         value = torch.zeros_like(steps.get(keys.VALUE))
         for time, is_cut, found in self._cut:

@@ -4,7 +4,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import multiprocessing
+import signal
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -92,7 +96,8 @@ class FlatBatch(EnvBase):
 
 def _close(env: EnvBase) -> None:
     if not env.is_closed:
-        env.close()
+        with contextlib.suppress(RuntimeError, OSError):  # of processes that are gone already
+            env.close()
 
 
 class SuccessReader(BaseInfoDictReader):
@@ -165,6 +170,8 @@ def batch(
 def _vector(makers: Sequence[MakeOne], reports_success: bool, device: torch.device | str | None = None) -> GymnasiumEnv:
     from cyborg_torchrl.envs.gymnasium_vector import SeededVectorEnv
 
+    if multiprocessing.parent_process() is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that collects, which ends this one
     env = GymnasiumEnv(SeededVectorEnv(makers), categorical_action_encoding=True, device=device)
     if reports_success:
         env.set_info_dict_reader(SuccessReader(len(makers)))

@@ -206,8 +206,7 @@ class MemoryTask(EnvBase):
         return self._entries(observation, success, terminated).set(keys.REWARD, reward)
 
     def _observed(self) -> tuple[Tensor, Tensor]:
-        success = self._num_right if self.num_answers == 1 else self._num_right / self.num_answers
-        return self._show(self._time, self._latents), success.unsqueeze(-1)
+        return self._show(self._time, self._latents), (self._num_right / self.num_answers).unsqueeze(-1)
 
     def _entries(self, observation: Tensor, success: Tensor, done: Tensor) -> TensorDict:
         entries = {

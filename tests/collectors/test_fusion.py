@@ -8,8 +8,14 @@ import logging
 import pytest
 import torch
 from tensordict import TensorDictBase
-from tensordict.nn import TensorDictModule
+from tensordict.nn import (
+    ProbabilisticTensorDictModule,
+    ProbabilisticTensorDictSequential,
+    TensorDictModule,
+)
 from torchrl.collectors import Collector
+from torchrl.data import Bounded
+from torchrl.modules import ProbabilisticActor
 
 from cyborg_torchrl.build import build_agent, build_buffer, build_env
 from cyborg_torchrl.collectors import FusedCollector, RolloutCollector
@@ -146,6 +152,108 @@ def test_what_a_fused_optimiser_changed_is_used(kind: type, backbone: str) -> No
     torch.testing.assert_close(steps["state_value"][:, 0], expected)
 
 
+class Doubled(ProbabilisticTensorDictSequential):
+    """Has a forward of its own."""
+
+    def forward(self, tensordict: TensorDictBase, *args, **kwargs) -> TensorDictBase:
+        return super().forward(tensordict, *args, **kwargs).set("doubled", 2 * tensordict["logits"])
+
+
+class Named(torch.nn.Module):
+    """Returns a dictionary."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = torch.nn.Linear(6, 4)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"logits": self.inner(x)}
+
+
+def unusual(kind: str):
+    torch.manual_seed(1)
+    network, reads, keys_ = torch.nn.Linear(6, 4), ["logits"], ["logits"]
+    if kind == "renamed":
+        keys_, reads = ["my_logits"], {"logits": "my_logits"}
+    sampler = {
+        "in_keys": reads,
+        "out_keys": ["action"],
+        "distribution_class": torch.distributions.Categorical,
+        "return_log_prob": True,
+    }
+    module = TensorDictModule(Named() if kind == "dict" else network, in_keys=["observation"], out_keys=keys_)
+    if kind == "hook":
+        module.register_forward_hook(lambda module, inputs, output: output.set("logits", -output["logits"]))
+    if kind == "safe":
+        spec = Bounded(0, 2, (3,), dtype=torch.long)
+        return ProbabilisticActor(module, spec=spec, safe=True, **sampler)
+    parts_ = (module, ProbabilisticTensorDictModule(**sampler))
+    return Doubled(*parts_) if kind == "forward" else ProbabilisticTensorDictSequential(*parts_)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("renamed", ""),
+        ("dict", ""),
+        ("hook", "a TensorDictModule with hooks"),
+        ("safe", "a SafeProbabilisticModule with hooks"),
+        ("forward", "a Doubled with a forward of its own"),
+    ],
+)
+def test_unusual_policies_are_run_alike_or_left_to_torchrl(kind: str, reason: str) -> None:
+    found = []
+    for made_by in (FusedCollector, Collector):
+        _, env, _ = parts(CASES[0])
+        made = made_by(env, unusual(kind), frames_per_batch=STEPS * 3, total_frames=2 * STEPS * 3)
+        made.set_seed(3)
+        torch.manual_seed(5)
+        found.append([batch.clone() for batch in made])
+        if made_by is FusedCollector:
+            assert reason in made.why_not_fused
+            assert bool(made.why_not_fused) == bool(reason)
+    for ours, theirs in zip(*found, strict=True):
+        assert_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("kind", [FusedCollector, Collector, RolloutCollector])
+def test_a_policy_that_diverged_is_not_collected_with(kind: type) -> None:
+    _, env, agent = parts(CASES[0])
+    more = {"value_operator": agent.get_value_operator()} if kind is RolloutCollector else {}
+    if kind is Collector:
+        more = {"auto_register_policy_transforms": True}
+    made = kind(env, agent, frames_per_batch=STEPS * 3, total_frames=STEPS * 3, **more)
+    with torch.no_grad():
+        agent.policy_head.module.weight.fill_(float("nan"))
+    with pytest.raises((RuntimeError, ValueError), match=r"probability tensor contains|invalid values"):
+        next(iter(made))
+
+
+@pytest.mark.parametrize(
+    ("excluded", "message"),
+    [
+        (["state_value"], "'state_value' cannot be excluded: an update needs it"),
+        ([("next", "done")], "cannot be excluded"),
+        (["obsrvation"], "no entry 'obsrvation' to exclude: did you mean 'observation'"),
+        (["next"], "no entry 'next' to exclude"),
+        ("observation", r"a sequence of keys; got 'observation'. For one: \['observation'\]"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_excluded_is_refused(excluded, message: str) -> None:
+    _, env, agent = parts(CASES[0])
+    frames = STEPS * 3
+    with pytest.raises(ValueError, match=message):
+        RolloutCollector(
+            env,
+            agent,
+            frames_per_batch=frames,
+            total_frames=frames,
+            value_operator=agent.get_value_operator(),
+            exclude_keys=excluded,
+        )
+
+
 class Wrapped(TensorDictModule):
     """Not a plain TensorDictModule."""
 
@@ -227,7 +335,7 @@ def test_our_collector_yields_the_same_with_and_without(options: list[str]) -> N
 
 @pytest.mark.parametrize("is_fused", [True, False])
 def test_entries_that_are_excluded_are_the_only_ones_missing(is_fused: bool) -> None:
-    excluded = [("next", "observation"), "logits", "success", ("next", "done")]
+    excluded = [("next", "observation"), "logits", "success", ("next", "truncated")]
     found = []
     for exclude_keys in ((), excluded):
         _, env, agent = parts(CASES[0])
