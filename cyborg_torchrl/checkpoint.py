@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from cyborg_torchrl.process import interrupts_deferred
+
 FORMAT = "cyborg_torchrl.checkpoint"
 VERSION = 1
 
@@ -23,7 +25,8 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
-            torch.save({"format": FORMAT, "version": VERSION, **content}, file)
+            with interrupts_deferred():
+                torch.save({"format": FORMAT, "version": VERSION, **content}, file)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

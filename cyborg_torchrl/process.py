@@ -5,8 +5,11 @@ from __future__ import annotations
 import ctypes
 import gc
 import platform
+import signal
+import threading
 from collections.abc import Generator
 from contextlib import contextmanager
+from types import FrameType
 
 import torch
 
@@ -49,3 +52,31 @@ def rare_garbage_collection() -> Generator[None]:
         yield
     finally:
         gc.set_threshold(*threshold)
+
+
+@contextmanager
+def interrupts_deferred() -> Generator[None]:
+    """Lets SIGINT and SIGTERM wait until the block is done; in another thread than the main one they never come.
+
+    An interrupt inside of torch's file writer ends in an error about the file instead.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    received: list[tuple[int, FrameType | None]] = []
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        received.append((number, frame))
+
+    handlers = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+    for number, frame in received[:1]:
+        handler = handlers[signal.Signals(number)]
+        if callable(handler):
+            handler(number, frame)
+        else:
+            signal.raise_signal(number)

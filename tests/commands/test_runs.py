@@ -17,6 +17,7 @@ from cyborg_torchrl.checkpoint import load_checkpoint, save_checkpoint
 from cyborg_torchrl.config import ConfigError, load_config
 from cyborg_torchrl.experiment import run_experiment
 from cyborg_torchrl.memory_benchmarks import pseudo_mamba_memory_suite, sweep
+from cyborg_torchrl.process import interrupts_deferred
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["env.horizon=5", "train.total_timesteps=1000", "logger.eval_episodes=64", "train.n_epochs=2"]
@@ -111,6 +112,17 @@ def test_an_interrupted_run_saves_what_was_learned(tmp_path, number):
     assert summary["is_interrupted"]
     assert summary["total_updates"] >= 1
     assert load_checkpoint(checkpoint)["agent"]
+
+
+def test_an_interrupt_waits_until_a_block_is_done() -> None:
+    done = []
+    with pytest.raises(KeyboardInterrupt), interrupts_deferred():
+        signal.raise_signal(signal.SIGINT)
+        done.append("all of it")
+    assert done == ["all of it"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    with interrupts_deferred():
+        pass
 
 
 def test_the_same_seed_gives_the_same_parameters_bit_for_bit(tmp_path):
