@@ -116,9 +116,14 @@ def test_an_interrupted_run_saves_what_was_learned(tmp_path, number):
 
 def test_an_interrupt_waits_until_a_block_is_done() -> None:
     done = []
-    with pytest.raises(KeyboardInterrupt), interrupts_deferred():
-        signal.raise_signal(signal.SIGINT)
-        done.append("all of it")
+
+    def work() -> None:
+        with interrupts_deferred():
+            signal.raise_signal(signal.SIGINT)
+            done.append("all of it")
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
     assert done == ["all of it"]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     with interrupts_deferred():
