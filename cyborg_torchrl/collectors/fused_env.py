@@ -11,7 +11,7 @@ import torch
 from tensordict import TensorDict
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor
-from torchrl.data import Composite
+from torchrl.data import Composite, NonTensor
 from torchrl.envs import EnvBase, InitTracker, RewardClipping, RewardSum, TensorDictPrimer, Transform, TransformedEnv
 
 from cyborg_torchrl import keys
@@ -147,12 +147,14 @@ class OpaqueEnv:
         env: with all its transforms.
 
     Raises:
-        NotFusable: if it has another number of batch dimensions.
+        NotFusable: if it has another number of batch dimensions, or entries that are no tensors.
     """
 
     def __init__(self, env: EnvBase) -> None:
         if len(env.batch_size) != 1:
             raise NotFusable(f"the environment has the batch size {list(env.batch_size)}")
+        if any(isinstance(spec, NonTensor) for spec in env.observation_spec.values(True, True)):
+            raise NotFusable("the environment has entries that are no tensors")
         self.env = env
         self.is_ever_cut = True
 

@@ -47,7 +47,7 @@ class Track:
         excluded: Collection[NestedKey] = (),
     ) -> None:
         self.env, self.policy, self.value_operator = env, policy, value_operator
-        self._step, self.why_not_fused = env_step(env)
+        self._step, _ = env_step(env)
         self.state_keys, self._at = state_keys, set(at)
         self._dropped = {*state_keys, *(unravel_key((keys.NEXT, key)) for key in state_keys), *excluded}
         self._dropped_after = {unravel_key(key[1:]) for key in self._dropped if key[0] == keys.NEXT and len(key) > 1}

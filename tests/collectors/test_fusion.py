@@ -7,14 +7,15 @@ import logging
 
 import pytest
 import torch
-from tensordict import TensorDictBase
+from tensordict import NonTensorStack, TensorDict, TensorDictBase
 from tensordict.nn import (
     ProbabilisticTensorDictModule,
     ProbabilisticTensorDictSequential,
     TensorDictModule,
 )
 from torchrl.collectors import Collector
-from torchrl.data import Bounded
+from torchrl.data import Bounded, Categorical, Composite, NonTensor, Unbounded
+from torchrl.envs import EnvBase, InitTracker, TransformedEnv
 from torchrl.modules import ProbabilisticActor
 
 from cyborg_torchrl.build import build_agent, build_buffer, build_env
@@ -355,6 +356,40 @@ def test_entries_that_are_excluded_are_the_only_ones_missing(is_fused: bool) -> 
     whole, kept = found
     assert_equal(kept, whole.exclude(*excluded))
     assert ("next", "success") in kept.keys(True, True)
+
+
+class Spoken(EnvBase):
+    """Shows a text beside its observation."""
+
+    def __init__(self) -> None:
+        super().__init__(batch_size=[3])
+        self.observation_spec = Composite(observation=Unbounded((3, 6)), text=NonTensor((3,)), shape=(3,))
+        self.action_spec = Categorical(4, shape=(3,))
+        self.reward_spec = Unbounded((3, 1))
+
+    def _shown(self) -> TensorDict:
+        return TensorDict({"observation": torch.randn(3, 6), "text": NonTensorStack("a", "b", "c")}, [3])
+
+    def _reset(self, tensordict=None, **options) -> TensorDictBase:
+        return self._shown()
+
+    def _step(self, tensordict) -> TensorDictBase:
+        return self._shown().update({"reward": torch.ones(3, 1), "done": torch.zeros(3, 1, dtype=torch.bool)})
+
+    def _set_seed(self, seed) -> None: ...
+
+
+def test_what_is_no_tensor_is_left_to_torchrl() -> None:
+    _, _, agent = parts(CASES[0])
+    made = RolloutCollector(
+        TransformedEnv(Spoken(), InitTracker()),
+        agent,
+        frames_per_batch=6,
+        total_frames=6,
+        value_operator=agent.get_value_operator(),
+    )
+    assert made._track is None
+    assert made.rollout().steps["observation"].shape == (3, 2, 6)
 
 
 def test_the_log_of_sums_is_torchs_bit_by_bit() -> None:
