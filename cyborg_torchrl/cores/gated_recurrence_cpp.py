@@ -53,7 +53,13 @@ def gated_step_cpp(
         bias: is added to them.
         rate: positive.
         h_0: the state before.
+
+    Raises:
+        ValueError: if types or sizes do not fit: C++ would read on beyond the end.
     """
+    if not (x.dtype is weight_t.dtype is h_0.dtype) or weight_t.shape != (x.shape[1], 3 * h_0.shape[1]):
+        given = ", ".join(f"{tensor.dtype} {list(tensor.shape)}" for tensor in (x, weight_t, h_0))
+        raise ValueError(f"input, weights and state of one type, [B, F], [F, 3 D] and [B, D], are needed; got {given}.")
     x, h_0 = x.contiguous(), h_0.contiguous()
     after = torch.empty_like(h_0)
     function("recur_step", x.dtype)(

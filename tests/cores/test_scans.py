@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cyborg_torchrl.cores import (
     blocks,
+    build_lru,
     gated_linear_scan,
     gated_recurrence_cpp,
     group_norm_cpp,
@@ -427,6 +428,14 @@ def test_the_gradient_of_a_weight_is_summed_over_rows(sizes, dtype: torch.dtype,
     tolerance = 1e-12 if dtype is torch.float64 else 1e-5
     torch.testing.assert_close(total.double(), expected, rtol=tolerance, atol=tolerance * count**0.5)
     torch.library.opcheck(linear._weight_gradient, (grads, rows))
+
+
+@pytest.mark.skipif(not native.IS_BUILT, reason="nothing was built in C++")
+def test_a_step_in_cpp_refuses_what_does_not_fit() -> None:
+    layer = build_lru(4, hidden_size=8).layers[0]
+    x = torch.randn(3, 4, dtype=torch.float64)
+    with torch.no_grad(), pytest.raises(ValueError, match="input, weights and state of one type"):
+        layer.step(x, (torch.zeros(3, 8, dtype=torch.float64),))
 
 
 def test_a_linear_map_has_second_gradients_and_can_be_mapped_over() -> None:
