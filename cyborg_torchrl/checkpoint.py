@@ -15,6 +15,10 @@ FORMAT = "cyborg_torchrl.checkpoint"
 VERSION = 1
 
 
+class CheckpointError(ValueError):
+    """A file that cannot be used as a checkpoint; the message is one line that says why."""
+
+
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
     """Writes a checkpoint; a reader sees the old file or the new one, never a half.
 
@@ -38,7 +42,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """Reads a checkpoint.
 
     Raises:
-        ValueError: if the file is not a whole checkpoint of this version.
+        CheckpointError: if the file is not a whole checkpoint of this version.
         FileNotFoundError: if it is not there.
     """
     try:
@@ -46,9 +50,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
-        raise ValueError(f"{path} is not a readable checkpoint: {str(error).splitlines()[0]}") from None
+        raise CheckpointError(f"{path} is not a readable checkpoint: {str(error).splitlines()[0]}") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ValueError(f"{path} is not a checkpoint of cyborg_torchrl.")
+        raise CheckpointError(f"{path} is not a checkpoint of cyborg_torchrl.")
     if content["version"] != VERSION:
-        raise ValueError(f"{path} has format version {content['version']}; this package reads version {VERSION}.")
+        raise CheckpointError(f"{path} has format version {content['version']}; this package reads version {VERSION}.")
     return content

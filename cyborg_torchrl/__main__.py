@@ -1,0 +1,44 @@
+"""`python -m cyborg_torchrl COMMAND`: the commands for trained agents."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import pkgutil
+import sys
+from collections.abc import Sequence
+
+from cyborg_torchrl import commands
+from cyborg_torchrl.checkpoint import CheckpointError
+from cyborg_torchrl.cli import EXIT_BAD_INPUT, EXIT_INTERRUPTED
+from cyborg_torchrl.config import ConfigError
+from cyborg_torchrl.registry import UnavailableError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command. Returns the exit code."""
+    parser = argparse.ArgumentParser(prog="cyborg_torchrl", description="Commands for trained agents.")
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name in sorted(module.name for module in pkgutil.iter_modules(commands.__path__)):
+        # each has a docstring, `add_arguments` and `run`
+        command = importlib.import_module(f"{commands.__name__}.{name}")
+        text = command.__doc__ or ""
+        child = subparsers.add_parser(
+            name, help=text.splitlines()[0], description=text, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        command.add_arguments(child)
+        child.set_defaults(run=command.run)
+    arguments = parser.parse_args(argv)
+    logging.getLogger("torchrl").setLevel(logging.WARNING)
+    try:
+        return arguments.run(arguments)
+    except (CheckpointError, ConfigError, UnavailableError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What `python -m cyborg_torchrl` offers: one module for each command."""
