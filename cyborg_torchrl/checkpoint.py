@@ -1,36 +1,48 @@
-"""Checkpoints: written in one piece or not at all, read without running code."""
+"""Checkpoints: written in one piece or not at all, read without running code, brought up to this version."""
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cyborg_torchrl.process import interrupts_deferred
-
 FORMAT = "cyborg_torchrl.checkpoint"
-VERSION = 1
+VERSION = 2
+Content = dict[str, Any]
 
 
 class CheckpointError(ValueError):
     """A file that cannot be used as a checkpoint; the message is one line that says why."""
 
 
-def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
+def _from_version_1(content: Content) -> Content:
+    """Version 1 kept torch's generator alone, and neither what the environments were in the middle of nor the time."""
+    return {**content, "rng": {"torch": content["rng"]}, "collector": None, "best": None, "seconds": 0.0}
+
+
+MIGRATIONS: dict[int, Callable[[Content], Content]] = {1: _from_version_1}
+"""From each older version to the one that follows it."""
+
+
+def save_checkpoint(path: Path, content: Content) -> None:
     """Writes a checkpoint; a reader sees the old file or the new one, never a half.
 
     Raises:
         OSError: if it cannot be written; the old file is then still there.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    buffer = io.BytesIO()  # torch's own file writer turns a full disk, and Ctrl-C, into an error about its archive
+    torch.save({"format": FORMAT, "version": VERSION, **content}, buffer)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
-            with interrupts_deferred():
-                torch.save({"format": FORMAT, "version": VERSION, **content}, file)
+            file.write(buffer.getbuffer())
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -38,21 +50,101 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Reads a checkpoint.
+def load_checkpoint(path: Path) -> Content:
+    """Reads a checkpoint; one of an older version as this version would have written it.
 
     Raises:
-        CheckpointError: if the file is not a whole checkpoint of this version.
+        CheckpointError: if the file is not a whole checkpoint, or of a newer version.
         FileNotFoundError: if it is not there.
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
-        raise CheckpointError(f"{path} is not a readable checkpoint: {str(error).splitlines()[0]}") from None
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
+        said = (str(error) or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{path} is not a readable checkpoint: {said}") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a checkpoint of cyborg_torchrl.")
-    if content["version"] != VERSION:
-        raise CheckpointError(f"{path} has format version {content['version']}; this package reads version {VERSION}.")
+    version = content.get("version")
+    if not isinstance(version, int) or not (version == VERSION or version in MIGRATIONS):
+        what = (
+            "a newer version of the package wrote it" if isinstance(version, int) and version > VERSION else "unknown"
+        )
+        raise CheckpointError(f"{path} has format version {version} ({what}); this one reads up to {VERSION}.")
+    while content["version"] < VERSION:
+        try:
+            content = {**MIGRATIONS[content["version"]](content), "version": content["version"] + 1}
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(f"{path} lacks {error}, which version {version} has.") from None
     return content
+
+
+class CheckpointFolder:
+    """The checkpoints of a run: the last N as `update_00000012.pt`, `last.pt` and `best.pt`.
+
+    Args:
+        path: the folder.
+        keep: N, at least 1.
+    """
+
+    def __init__(self, path: Path, keep: int = 1) -> None:
+        self.path, self.keep = path, keep
+        self.best: float | None = None
+
+    def save(self, content: Content, update: int, score: float | None) -> None:
+        """Writes a checkpoint; it is the best one too if its score is the highest so far.
+
+        Raises:
+            OSError: if it cannot be written; those before are then still there.
+        """
+        is_best = score is not None and (self.best is None or score > self.best)
+        best = score if is_best else self.best
+        path = self.path / f"update_{update:08d}.pt"
+        save_checkpoint(path, {**content, "best": best})
+        _put_link(path, self.path / "last.pt")
+        if is_best:
+            _put_link(path, self.path / "best.pt")
+            self.best = best
+        for old in sorted(self._numbered(), reverse=True)[self.keep :]:
+            old.unlink(missing_ok=True)
+
+    def newest(self) -> tuple[Path, Content, list[str]] | None:
+        """The newest checkpoint that can be read, and what is wrong with those that are newer; None if there is none.
+
+        Raises:
+            CheckpointError: if there are some, and none can be read.
+        """
+        faults: list[str] = []
+        for path in (self.path / "last.pt", *sorted(self._numbered(), reverse=True)):
+            try:
+                return path, load_checkpoint(path), faults
+            except FileNotFoundError:
+                continue
+            except CheckpointError as error:
+                faults.append(str(error))
+        if faults:
+            raise CheckpointError(faults[0])
+        return None
+
+    def clean(self) -> None:
+        """Removes what a process that was killed left half written."""
+        for path in self.path.glob("*.tmp"):
+            path.unlink(missing_ok=True)
+
+    def _numbered(self) -> Iterator[Path]:
+        return (path for path in self.path.glob("update_*.pt") if re.fullmatch(r"update_\d+\.pt", path.name))
+
+
+def _put_link(path: Path, link: Path) -> None:
+    """Gives a file a second name, in place of what had it; a copy where the file system has no links."""
+    temporary = link.with_suffix(f".{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        try:
+            os.link(path, temporary)
+        except OSError:
+            temporary.write_bytes(path.read_bytes())
+        temporary.replace(link)
+    finally:
+        temporary.unlink(missing_ok=True)

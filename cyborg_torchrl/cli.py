@@ -8,10 +8,13 @@ import logging
 import sys
 from collections.abc import Sequence
 
+from cyborg_torchrl.checkpoint import CheckpointError
 from cyborg_torchrl.config import ConfigError, load_config
-from cyborg_torchrl.experiment import run_experiment
+from cyborg_torchrl.experiment import StoppedError, run_experiment
 from cyborg_torchrl.registry import UnavailableError
+from cyborg_torchrl.resumption import with_config_of_run
 
+EXIT_STOPPED = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 
@@ -35,16 +38,19 @@ def run_command(config: str, overrides: Sequence[str], *, is_print_only: bool = 
     """Composes a configuration, trains, and prints the summary as one JSON object. Returns the exit code."""
     logging.getLogger("torchrl").setLevel(logging.WARNING)
     try:
-        cfg = load_config(config, overrides)
+        cfg = with_config_of_run(load_config(config, overrides), list(overrides))
         if is_print_only:
             from omegaconf import OmegaConf
 
             print(OmegaConf.to_yaml(cfg), end="")
             return 0
         summary = run_experiment(cfg)
-    except (ConfigError, UnavailableError) as error:
+    except (CheckpointError, ConfigError, UnavailableError) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
+    except StoppedError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_STOPPED
     print(json.dumps(summary))
     return EXIT_INTERRUPTED if summary["is_interrupted"] else 0
 

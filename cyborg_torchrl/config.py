@@ -109,6 +109,9 @@ class TrainConfig:
     """Passes over each rollout."""
     num_minibatches: int = 8
     """Minibatches in a pass; they split environments or chunks, never the order of time."""
+    micro_batch_steps: int | None = 32_768
+    """Steps of a minibatch that go through the network at once; larger minibatches in parts, whose gradients add up to
+    the same (not with normalize_advantage=minibatch, nor with a core that has a loss of its own). null: no limit."""
     learning_rate: float = 3e-3
     lr_schedule: str = "linear"
     """linear (to zero over the run; a solved task stays solved) or constant."""
@@ -176,6 +179,14 @@ class LoggerConfig:
     """Folder of all runs."""
     run_name: str | None = None
     """Folder of this run; null: task, backbone, seed and time."""
+    resume: str | None = None
+    """Go on with a run that was cut short. auto: the one of run_name, or else the newest of this configuration that is
+    not done; a new one if there is none. A path: that run's folder, with its configuration, or one of its checkpoints,
+    which begins a new run. resume=... is short for logger.resume=..."""
+    keep_checkpoints: int = 3
+    """How many of the last checkpoints are kept, beside the best."""
+    checkpoint_every: int = 1
+    """Updates between two checkpoints."""
     tensorboard: bool = True
     progress: bool = True
     """Show a progress bar on stderr."""
@@ -195,7 +206,7 @@ NODES = {
     "collector": CollectorConfig,
     "logger": LoggerConfig,
 }
-SHORT_KEYS = {"id": "env.id"}
+SHORT_KEYS = {"id": "env.id", "resume": "logger.resume"}
 """Overrides that may be written short."""
 
 
@@ -314,10 +325,13 @@ def validate(cfg: DictConfig) -> None:
         "encoder.embedding_size": cfg.encoder.embedding_size,
         "collector.num_workers": cfg.collector.num_workers,
         "collector.groups": cfg.collector.groups,
+        "logger.keep_checkpoints": cfg.logger.keep_checkpoints,
+        "logger.checkpoint_every": cfg.logger.checkpoint_every,
         "transforms.frame_stack": cfg.transforms.frame_stack,
     }
     optional = {"train.n_steps": train.n_steps, "train.seq_len": train.seq_len, "train.target_kl": train.target_kl}
     optional |= {"train.clip_range_vf": train.clip_range_vf, "train.state_stride": train.state_stride}
+    optional |= {"train.micro_batch_steps": train.micro_batch_steps}
     optional |= {"transforms.clip_reward": cfg.transforms.clip_reward}
     for key, value in {**positive, **{k: v for k, v in optional.items() if v is not None}}.items():
         if value <= 0:

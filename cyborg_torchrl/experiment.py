@@ -13,10 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import DictConfig
 
-from cyborg_torchrl.build import build_env, build_trainer
+from cyborg_torchrl.build import Training, build_env, build_trainer
 from cyborg_torchrl.config import ConfigError
 from cyborg_torchrl.envs.make import episode_attribute
 from cyborg_torchrl.envs.normalization import freeze_statistics
@@ -24,7 +23,13 @@ from cyborg_torchrl.evaluation import Evaluation, evaluate
 from cyborg_torchrl.modules import PPOAgent
 from cyborg_torchrl.progress import Progress
 from cyborg_torchrl.registry import environments
+from cyborg_torchrl.resumption import Resumption, find_run, restore_training, training_state
 from cyborg_torchrl.run_directory import RunDirectory, default_run_name
+
+
+class StoppedError(RuntimeError):
+    """A run that could not go on; the message is one line that says why, and what to do."""
+
 
 EVALUATION_SEED_OFFSET = 1_000_003
 """Evaluation episodes are drawn from another stream than training's."""
@@ -33,7 +38,8 @@ EVALUATION_SEED_OFFSET = 1_000_003
 def run_experiment(cfg: DictConfig) -> dict[str, Any]:
     """Trains, evaluates and writes everything down.
 
-    Ctrl-C (or SIGTERM) ends training; what was learned so far is saved, and the summary says that it was cut short.
+    Ctrl-C (or SIGTERM) ends training, and the summary says that it was cut short; `logger.resume` goes on from the last
+    update that was done, with the same figures as if nothing had happened.
 
     Args:
         cfg: a checked configuration, from `load_config`.
@@ -43,39 +49,43 @@ def run_experiment(cfg: DictConfig) -> dict[str, Any]:
 
     Raises:
         ConfigError: if the parts cannot be built as configured, or the run's folder is taken.
+        CheckpointError: if the run to resume cannot be read.
+        StoppedError: if the run cannot go on: the disk is full.
     """
     started = time.perf_counter()
     progress = Progress(is_shown=cfg.logger.progress)
-    trainer, agent, env = build_trainer(cfg, progress.advance)
+    resumption = find_run(cfg)
+    if resumption is not None and is_done(resumption, cfg):
+        progress.console.print(f"{resumption.folder} is done already.")
+        return dict(resumption.summary or {})
+    training = build_trainer(cfg, progress.advance)
+    trainer, agent, env = training
     horizon = episode_attribute(env, "horizon")  # now: a closed environment does not tell
-    path = Path(cfg.logger.base_dir) / (cfg.logger.run_name or default_run_name(cfg))
     try:
-        run = RunDirectory(path, cfg)
-    except FileExistsError as error:
-        raise ConfigError(f"logger.run_name: {error}") from None
-    except OSError as error:
-        raise ConfigError(f"logger.base_dir: cannot write to '{path}' ({error.strerror}).") from None
+        run, before = _begin(cfg, training, resumption, progress)
+    except BaseException:
+        trainer.close()
+        raise
+    path = run.path
     is_interrupted = False
     result: Evaluation | None = None
     metrics: dict[str, float] = {}
-    training_seconds = 0.0
+    steps_before = trainer.num_steps
     try:
         with _sigterm_as_interrupt(), progress.over(trainer.total_updates, trainer.buffer.num_steps):
             for metrics in trainer.run():
-                training_seconds = time.perf_counter() - started
-                speed = trainer.num_steps / training_seconds
+                seconds = time.perf_counter() - started
+                speed = (trainer.num_steps - steps_before) / seconds
                 metrics |= {"update": trainer.num_updates, "steps": trainer.num_steps}
-                metrics |= {"seconds": training_seconds, "steps_per_second": speed}
-                run.log(metrics)
-                run.save(_content(agent, trainer), metrics.get("success_rate", metrics.get("mean_reward")))
+                metrics |= {"seconds": before + seconds, "steps_per_second": speed}
+                _write_down(run, training, metrics)
                 progress.report(metrics)
             if cfg.logger.eval_episodes:
                 is_greedy = cfg.logger.eval_actions == "greedy"
                 result = evaluate_agent(cfg, agent, cfg.logger.eval_episodes, is_deterministic=is_greedy)
     except KeyboardInterrupt:
         is_interrupted = True
-        run.save(_content(agent, trainer), None)
-        print(f"interrupted: what was learned is in {path / 'checkpoints' / 'last.pt'}", file=sys.stderr)
+        print(f"interrupted: resume={path} goes on from the last checkpoint", file=sys.stderr)
     finally:
         trainer.close()
         run.close()
@@ -96,13 +106,68 @@ def run_experiment(cfg: DictConfig) -> dict[str, Any]:
         "train_success_rate": metrics.get("success_rate"),
         "steps_per_second": round(metrics["steps_per_second"], 1) if metrics else None,
         "total_updates": trainer.num_updates,
-        "total_seconds": round(time.perf_counter() - started, 2),
+        "total_seconds": round(before + time.perf_counter() - started, 2),
         "peak_rss_mb": round(peak_rss_mb(), 1),
         "is_interrupted": is_interrupted,
         "run_dir": str(path),
     }
     run.write_json("summary.json", summary)
     return summary
+
+
+def is_done(resumption: Resumption, cfg: DictConfig) -> bool:
+    """Whether a run has nothing left to do."""
+    summary = resumption.summary
+    if summary is None or summary.get("is_interrupted"):
+        return False
+    begun = resumption.content["config"]["train"]["total_timesteps"] if resumption.content else 0
+    return cfg.train.total_timesteps <= begun
+
+
+def _begin(
+    cfg: DictConfig, training: Training, resumption: Resumption | None, progress: Progress
+) -> tuple[RunDirectory, float]:
+    """The run's folder, and the seconds that it took before; the trainer where the run goes on."""
+    folder, checkpoint, content, _ = resumption or Resumption(None, None, None, None)
+    if content is not None and checkpoint is not None:
+        notes = restore_training(training, content, checkpoint, cfg.train.seed)
+        done = f"{training.trainer.num_updates} updates, {training.trainer.num_steps:,} steps"
+        progress.console.print(f"resuming {checkpoint} ({done})", highlight=False)
+        for note in notes:
+            print(f"warning: {note}", file=sys.stderr)
+    path = folder or Path(cfg.logger.base_dir) / (cfg.logger.run_name or default_run_name(cfg))
+    try:
+        run = RunDirectory(path, cfg, None if folder is None else training.trainer.num_updates)
+    except FileExistsError as error:
+        raise ConfigError(f"logger.run_name: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"logger.base_dir: cannot write to '{path}' ({error.strerror}).") from None
+    if content is not None:
+        run.checkpoints.best = content.get("best")
+    return run, float((content or {}).get("seconds", 0.0))
+
+
+def _write_down(run: RunDirectory, training: Training, metrics: dict[str, float]) -> None:
+    """Logs an update, and writes its checkpoint.
+
+    Raises:
+        StoppedError: if there is no room for it.
+    """
+    trainer, every = training.trainer, run.cfg.logger.checkpoint_every
+    is_last = trainer.num_updates == trainer.total_updates
+    try:
+        if trainer.num_updates % every == 0 or is_last:
+            content = {**training_state(training), "seconds": metrics["seconds"]}
+            score = metrics.get("success_rate", metrics.get("mean_reward"))
+            run.save(content, trainer.num_updates, score)
+        run.log(metrics)
+    except OSError as error:
+        last = run.path / "checkpoints" / "last.pt"
+        kept = f"the last whole checkpoint is {last}" if last.exists() else "there is no checkpoint yet"
+        raise StoppedError(
+            f"cannot write to '{run.path}' ({error.strerror or error}) after update {trainer.num_updates}; {kept}. "
+            f"Make room and go on with resume={run.path}"
+        ) from None
 
 
 def evaluate_agent(cfg: DictConfig, agent: PPOAgent, episodes: int, *, is_deterministic: bool = True) -> Evaluation:
@@ -132,10 +197,6 @@ def peak_rss_mb() -> float:
         pass
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (1024**2 if sys.platform == "darwin" else 1024)
-
-
-def _content(agent: PPOAgent, trainer: Any) -> dict[str, Any]:
-    return {"agent": agent.state_dict(), "trainer": trainer.state_dict(), "rng": torch.get_rng_state()}
 
 
 @contextmanager

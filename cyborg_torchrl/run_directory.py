@@ -13,13 +13,13 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch.utils.tensorboard import SummaryWriter
 
-from cyborg_torchrl.checkpoint import save_checkpoint
+from cyborg_torchrl.checkpoint import CheckpointFolder
 from cyborg_torchrl.registry import environments
 
 COLUMNS: tuple[str, ...] = (
@@ -32,59 +32,119 @@ COLUMNS: tuple[str, ...] = (
 class RunDirectory:
     """The folder of one run.
 
-    Holds `manifest.json`, `config.yaml`, `logs/metrics.csv`, TensorBoard's files in `logs/`, `checkpoints/last.pt`
-    and `best.pt`, and at the end `summary.json`. Metrics are on disk as soon as they are logged.
+    Holds `manifest.json`, `config.yaml`, `logs/metrics.csv`, TensorBoard's files in `logs/`, `checkpoints/`
+    (`CheckpointFolder`), and at the end `summary.json`. Metrics are on disk as soon as they are logged. As long as the
+    object lives no other process can write into the folder.
 
     Args:
-        path: the folder, which must not hold a run yet.
+        path: the folder, which must not hold a run yet, unless it is resumed.
         cfg: the configuration, written as it was used.
+        resumed_at: the update that the run goes on from; what was logged later is dropped. None: a new run.
 
     Raises:
-        FileExistsError: if there is a run in the folder already.
+        FileExistsError: if there is a run in the folder already, or another process is at it.
     """
 
-    def __init__(self, path: Path, cfg: DictConfig) -> None:
-        if (path / "manifest.json").exists():
-            raise FileExistsError(f"{path} holds a run already; choose another run name.")
-        self.path = path
-        self.cfg = cfg
+    def __init__(self, path: Path, cfg: DictConfig, resumed_at: int | None = None) -> None:
+        if resumed_at is None and (path / "manifest.json").exists():
+            raise FileExistsError(f"{path} holds a run already; choose another run name, or resume=auto.")
+        self.path, self.cfg = path, cfg
         (path / "logs").mkdir(parents=True, exist_ok=True)
-        (path / "config.yaml").write_text(OmegaConf.to_yaml(cfg))
-        self.write_json("manifest.json", manifest(cfg))
-        self._file = (path / "logs" / "metrics.csv").open("w", newline="")
+        self._lock = lock_run(path)
+        if self._lock is None:
+            raise FileExistsError(f"another process is training {path}.")
+        self.checkpoints = CheckpointFolder(path / "checkpoints", cfg.logger.keep_checkpoints)
+        self.checkpoints.clean()
+        self._write("config.yaml", OmegaConf.to_yaml(cfg))
+        self.write_json("manifest.json", self._manifest(resumed_at))
+        (path / "summary.json").unlink(missing_ok=True)
+        metrics = path / "logs" / "metrics.csv"
+        self._columns = _keep_rows(metrics, resumed_at or 0)
+        self._file = metrics.open("a", newline="")
         self._writer: csv.DictWriter[str] | None = None
         self._tensorboard = SummaryWriter(str(path / "logs")) if cfg.logger.tensorboard else None
-        self._best = float("-inf")
 
     def log(self, metrics: Mapping[str, float]) -> None:
         """Appends a row to metrics.csv, whose columns are those of the first row, and points to TensorBoard."""
         if self._writer is None:
-            columns = [*COLUMNS, *(name for name in metrics if name not in COLUMNS)]
+            columns = self._columns or [*COLUMNS, *(name for name in metrics if name not in COLUMNS)]
             self._writer = csv.DictWriter(self._file, columns, restval="", extrasaction="ignore")
-            self._writer.writeheader()
+            if not self._columns:
+                self._writer.writeheader()
         self._writer.writerow(metrics)
         self._file.flush()
         if self._tensorboard is not None:
             for name, value in metrics.items():
                 self._tensorboard.add_scalar(name, value, int(metrics["steps"]))
 
-    def save(self, content: dict[str, Any], score: float | None) -> None:
-        """Writes `checkpoints/last.pt`, and `best.pt` if the score is the highest so far."""
-        content = {"config": OmegaConf.to_container(self.cfg), **content}
-        save_checkpoint(self.path / "checkpoints" / "last.pt", content)
-        if score is not None and score > self._best:
-            self._best = score
-            save_checkpoint(self.path / "checkpoints" / "best.pt", content)
+    def save(self, content: dict[str, Any], update: int, score: float | None) -> None:
+        """Writes a checkpoint.
+
+        Raises:
+            OSError: if it cannot be written.
+        """
+        content = {"config": OmegaConf.to_container(self.cfg), "update": update, **content}
+        self.checkpoints.save(content, update, score)
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Writes a JSON file into the folder."""
-        (self.path / name).write_text(json.dumps(content, indent=2) + "\n")
+        self._write(name, json.dumps(content, indent=2) + "\n")
 
     def close(self) -> None:
-        """Closes the logs."""
+        """Closes the logs, and lets others into the folder."""
         self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
+        if self._lock is not None:
+            self._lock.close()
+
+    def _manifest(self, resumed_at: int | None) -> dict[str, Any]:
+        now = manifest(self.cfg)
+        if resumed_at is None:
+            return now
+        before = json.loads((self.path / "manifest.json").read_text())
+        again = {"update": resumed_at, **{key: now[key] for key in ("started", "command", "commit")}}
+        return {**before, "resumed": [*before.get("resumed", []), again]}
+
+    def _write(self, name: str, text: str) -> None:
+        """In one piece or not at all."""
+        temporary = self.path / f".{name}.tmp"
+        temporary.write_text(text)
+        temporary.replace(self.path / name)
+
+
+def lock_run(path: Path) -> IO[str] | None:
+    """Takes a run's folder for this process, until what is returned is closed; None if another has it."""
+    file = (path / ".lock").open("w")
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # not on this system: nobody is kept out
+        pass
+    except OSError:
+        file.close()
+        return None
+    return file
+
+
+def _keep_rows(path: Path, update: int) -> list[str]:
+    """Drops what metrics.csv says of later updates, and a half line. Returns its columns; none if there are no rows."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        columns = list(reader.fieldnames or [])
+        whole = [row for row in reader if None not in row.values() and None not in row]
+    kept = [row for row in whole if row["update"].isdigit() and int(row["update"]) <= update]
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", newline="") as file:
+        if kept:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(kept)
+    temporary.replace(path)
+    return columns if kept else []
 
 
 def default_run_name(cfg: DictConfig) -> str:

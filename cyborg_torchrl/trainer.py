@@ -70,12 +70,17 @@ class PPOTrainer:
         self.total_updates = max(1, config.total_timesteps // buffer.num_steps)
 
     def run(self) -> Iterator[Metrics]:
-        """Yields the metrics of each update, until the collector ends."""
+        """Yields the metrics of each update, until the collector ends or `total_timesteps` are taken."""
+        if self.num_updates >= self.total_updates:
+            return
         for rollout in self.collector:
-            yield self.update(rollout)
+            metrics = self.update(rollout)
             sync = getattr(self.collector, "update_policy_weights_", None)
             if sync is not None:
                 sync()
+            yield metrics
+            if self.num_updates >= self.total_updates:
+                return
 
     def update(self, rollout: TensorDictBase | Rollout) -> Metrics:
         """Trains on one rollout [N, T]. Returns what happened, as numbers."""
@@ -114,7 +119,7 @@ class PPOTrainer:
             shutdown()
 
     def state_dict(self) -> dict[str, Any]:
-        """Parameters, optimiser and counters."""
+        """Parameters, optimiser and counters; where the collector stands is told by `collector_state`."""
         return {
             "loss": self.loss.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -169,14 +174,31 @@ class PPOTrainer:
         return {name: float(value) for name, value in figures.items()}
 
     def _step(self, batch: TensorDictBase) -> dict[str, torch.Tensor]:
-        losses = self.loss(batch.to(self.parameters[0].device))
-        terms = [value for name, value in losses.items() if name.startswith("loss_")]
         self.optimizer.zero_grad()
-        torch.stack(terms).sum().backward()
+        figures: dict[str, torch.Tensor] = {}
+        for part, share in self._parts(batch):
+            losses = self.loss(part.to(self.parameters[0].device))
+            terms = [value for name, value in losses.items() if name.startswith("loss_")]
+            (torch.stack(terms).sum() * share).backward()
+            for name, value in losses.items():
+                if name == "ratio_error":
+                    figures[name] = torch.maximum(value.detach(), figures.get(name, value.detach()))
+                elif name in LOGGED or "memory_" in name:
+                    figures[name] = figures.get(name, 0.0) + value.detach() * share
         grad_norm = nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
         self.optimizer.step()
-        figures = {name: value.detach() for name, value in losses.items() if name in LOGGED or "memory_" in name}
         return figures | {"grad_norm": grad_norm.detach()}
+
+    def _parts(self, batch: TensorDictBase) -> list[tuple[TensorDictBase, float]]:
+        """A minibatch in parts of whole rows, each with its share of the trained steps: the gradients add up."""
+        limit = self.config.micro_batch_steps
+        if limit is None or batch.numel() <= limit or not self.loss.is_mean_over_steps:
+            return [(batch, 1.0)]
+        rows = max(1, limit // (batch.numel() // len(batch)))
+        parts = batch.split(-(-len(batch) // -(-len(batch) // rows)))
+        masks = [part.get(keys.TRAIN_MASK, None) for part in parts]
+        trained = [float(part.numel() if mask is None else mask.sum()) for part, mask in zip(parts, masks, strict=True)]
+        return [(part, steps / sum(trained)) for part, steps in zip(parts, trained, strict=True) if steps]
 
     def _set_learning_rate(self) -> None:
         left = 1.0 - self.num_updates / self.total_updates if self.config.lr_schedule == "linear" else 1.0

@@ -5,9 +5,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from typing import Any
 
 import torch
 from tensordict import TensorDictBase
@@ -22,6 +23,7 @@ from cyborg_torchrl import keys
 from cyborg_torchrl.collectors.entries import Entries
 from cyborg_torchrl.collectors.fused_env import Step
 from cyborg_torchrl.collectors.fused_policy import policy_step
+from cyborg_torchrl.collectors.resumption import resumed_track, track_state
 from cyborg_torchrl.collectors.rollout_collector import excluded_keys, rollout_steps, stacked_states
 from cyborg_torchrl.collectors.track import Track
 from cyborg_torchrl.cores import fixed_parameters
@@ -36,8 +38,8 @@ PAUSE = 5e-5
 class OverlappedCollector:
     """As `RolloutCollector`, over groups of environments: while one group steps, the policy acts for the next.
 
-    Each group steps in a thread of its own, which pays where a step waits for something else: processes (ParallelEnv,
-    `env.workers`), a simulator in C++ that lets go of Python's lock, a network. Acting is in one thread and in a fixed
+    Each group steps in a thread of its own, which pays where a step waits for something else: processes (`env.workers`,
+    ParallelEnv), a simulator in C++ that lets go of Python's lock, a network. Acting is in one thread and in a fixed
     order, so rollouts do not depend on timing: they equal those that the groups yield by turns.
 
     Args:
@@ -78,7 +80,7 @@ class OverlappedCollector:
         num_envs = sum(env.batch_size.numel() for env in envs)
         self.steps = rollout_steps(frames_per_batch, total_frames, num_envs)
         self.envs = [append_transforms(env, policy) for env in envs]
-        self.frames_per_batch, self.total_frames = frames_per_batch, total_frames
+        self.frames_per_batch, self.total_frames, self.frames = frames_per_batch, total_frames, 0
         self.at = tuple(keyframe_steps(self.steps)) if keyframe_steps else (0,)
         self.state_keys = memory_state_keys(policy)
         with torch.no_grad():
@@ -94,8 +96,10 @@ class OverlappedCollector:
 
     def __iter__(self) -> Iterator[Rollout]:
         """Yields rollouts until `total_frames` steps have been taken."""
-        for _ in range(self.total_frames // self.frames_per_batch):
-            yield self.rollout()
+        while self.frames < self.total_frames:
+            rollout = self.rollout()
+            self.frames += self.frames_per_batch
+            yield rollout
 
     @torch.no_grad()
     @fixed_parameters()
@@ -112,6 +116,23 @@ class OverlappedCollector:
         steps = torch.cat([steps for steps, _ in ends])
         keyframes = torch.cat([stacked_states(track.states, self.state_keys, track.env) for track in self._tracks])
         return Rollout(steps.filter_empty_(), keyframes, self.at)
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """Where the collector stands between two rollouts; None if its environments cannot tell."""
+        tracks = [track_state(env, carried) for env, carried in zip(self.envs, self._carried, strict=True)]
+        return None if None in tracks else {"tracks": tracks, "frames": self.frames}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> int:
+        """Goes back to a state of `state_dict`. Returns how many environments begin new episodes instead.
+
+        Raises:
+            ValueError: if there were more groups, or fewer.
+        """
+        if len(state["tracks"]) != len(self.envs):
+            raise ValueError(f"the state is that of {len(state['tracks'])} groups; here are {len(self.envs)}.")
+        resumed = [resumed_track(env, track) for env, track in zip(self.envs, state["tracks"], strict=True)]
+        self._carried, self.frames = [carried for carried, _ in resumed], state["frames"]
+        return sum(lost for _, lost in resumed)
 
     def set_seed(self, seed: int) -> int | None:
         """Seeds the groups, each by its own seed. Returns a seed for the next one, as TorchRL does."""

@@ -5,8 +5,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from typing import cast
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from tensordict import TensorDict, TensorDictBase, lazy_stack
@@ -21,6 +21,7 @@ from torchrl.modules.utils.utils import _maybe_append_env_transforms_from_module
 from cyborg_torchrl import keys
 from cyborg_torchrl.collectors.entries import NotFusable
 from cyborg_torchrl.collectors.fused_policy import policy_step
+from cyborg_torchrl.collectors.resumption import resumed_track, track_state
 from cyborg_torchrl.collectors.track import Track
 from cyborg_torchrl.cores import fixed_parameters
 from cyborg_torchrl.data import Rollout
@@ -74,7 +75,7 @@ class RolloutCollector:
         self.steps = rollout_steps(frames_per_batch, total_frames, num_envs)
         self.env = append_transforms(env, policy)  # as TorchRL's collectors do it
         self.policy, self.value_operator = policy, value_operator
-        self.frames_per_batch, self.total_frames = frames_per_batch, total_frames
+        self.frames_per_batch, self.total_frames, self.frames = frames_per_batch, total_frames, 0
         self.at = tuple(keyframe_steps(self.steps)) if keyframe_steps else (0,)
         self.state_keys = memory_state_keys(policy)
         excluded = excluded_keys(exclude_keys, self.env, policy)
@@ -89,8 +90,10 @@ class RolloutCollector:
 
     def __iter__(self) -> Iterator[Rollout]:
         """Yields rollouts until `total_frames` steps have been taken."""
-        for _ in range(self.total_frames // self.frames_per_batch):
-            yield self.rollout()
+        while self.frames < self.total_frames:
+            rollout = self.rollout()
+            self.frames += self.frames_per_batch
+            yield rollout
 
     @torch.no_grad()
     @fixed_parameters()
@@ -125,6 +128,17 @@ class RolloutCollector:
             track.take(track.step(track.act()))
         steps, self._carried = track.end()
         return steps, track.states
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """Where the collector stands between two rollouts; None if its environment cannot tell."""
+        track = track_state(self.env, self._carried)
+        return None if track is None else {"tracks": [track], "frames": self.frames}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> int:
+        """Goes back to a state of `state_dict`. Returns how many environments begin new episodes instead."""
+        self._carried, lost = resumed_track(self.env, state["tracks"][0])
+        self.frames = state["frames"]
+        return lost
 
     def set_seed(self, seed: int) -> int | None:
         """Seeds the environment. Returns a seed for the next one, as TorchRL does."""

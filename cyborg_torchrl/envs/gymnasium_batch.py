@@ -4,20 +4,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import multiprocessing
-import signal
-import threading
-import weakref
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from tensordict import TensorDictBase
+from torch import Tensor
 from torchrl.data import Binary, MultiCategorical
-from torchrl.envs import EnvBase, GymWrapper, ParallelEnv
+from torchrl.envs import EnvBase, GymWrapper
 from torchrl.envs.gym_like import BaseInfoDictReader, GymLikeEnv
 from torchrl.envs.libs.gym import _gym_to_torchrl_spec_transform
 
@@ -31,7 +26,7 @@ MakeOne = Callable[[], Any]
 
 
 class GymnasiumEnv(GymWrapper):
-    """TorchRL's wrapper around a `SeededVectorEnv`.
+    """TorchRL's wrapper around a `EpisodeVectorEnv`.
 
     Differs from it in three things. It resets what it is told to on any device. Seeding waits for the next reset;
     TorchRL's resets all environments at once, behind the back of whoever holds their observations. Specs are made from
@@ -57,47 +52,13 @@ class GymnasiumEnv(GymWrapper):
         if seed is not None:
             self._env.reseed(seed)
 
+    def get_state(self) -> dict[str, Any]:
+        """What the environments are in the middle of (see `EpisodeVectorEnv.get_state`)."""
+        return self._env.get_state()
 
-class FlatBatch(EnvBase):
-    """An environment of batch size [W, n] as one of batch size [W n].
-
-    (TorchRL's `BatchSizeTransform` cannot stand before transforms that know the batch size, such as `RewardSum`.)
-
-    Args:
-        env: the environment, with two batch dimensions.
-    """
-
-    def __init__(self, env: EnvBase) -> None:
-        super().__init__(device=env.device, batch_size=[env.batch_size.numel()])
-        self.inner = env
-        # processes that nobody ended would hold up the interpreter's end for minutes
-        weakref.finalize(self, _close, env)
-        self.observation_spec = env.observation_spec.flatten(0, 1)
-        self.action_spec = env.action_spec.flatten(0, 1)
-        self.reward_spec = env.reward_spec.flatten(0, 1)
-        self.done_spec = env.full_done_spec.flatten(0, 1)
-
-    def close(self, **options: Any) -> None:
-        """Ends the worker processes."""
-        super().close(**options)
-        if not self.inner.is_closed:
-            self.inner.close(**options)
-
-    def _reset(self, tensordict: TensorDictBase | None = None, **options: Any) -> TensorDictBase:
-        inner = None if tensordict is None else tensordict.reshape(self.inner.batch_size)
-        return self.inner._reset(inner, **options).flatten(0, 1)
-
-    def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
-        return self.inner._step(tensordict.reshape(self.inner.batch_size)).flatten(0, 1)
-
-    def _set_seed(self, seed: int | None) -> None:
-        self.inner.set_seed(seed)
-
-
-def _close(env: EnvBase) -> None:
-    if not env.is_closed:
-        with contextlib.suppress(RuntimeError, OSError):  # of processes that are gone already
-            env.close()
+    def set_state(self, state: dict[str, Any]) -> Tensor:
+        """Goes back there. Returns which environments could not, [N] bool."""
+        return self._env.set_state(state)
 
 
 class SuccessReader(BaseInfoDictReader):
@@ -140,7 +101,7 @@ def batch(
     Args:
         make: makes one, with its wrappers; or one callable for each.
         num_envs: N.
-        workers: processes that the environments are split over; 0: all in this process.
+        workers: processes that the environments are split over, replaced when they die; 0: all in this process.
         max_episode_steps: the longest that an episode can last; None: one is made, and asked.
         reports_success: there is an `info["success"]`, read as "success".
         device: where tensors are put.
@@ -155,26 +116,14 @@ def batch(
         raise ValueError(f"workers = {workers} must divide num_envs = {num_envs}; 0: all in this process.")
     makers = list(make) if isinstance(make, Sequence) else [make] * num_envs
     longest = longest_episode(makers[0]) if max_episode_steps is None else max_episode_steps
-    if workers:
-        share = num_envs // workers
-        parts = [partial(_vector, makers[i * share : (i + 1) * share], reports_success) for i in range(workers)]
-        env: EnvBase = FlatBatch(ParallelEnv(workers, parts, device=device))
-    else:
-        env = _vector(makers, reports_success, device)
+    from cyborg_torchrl.envs.gymnasium_episodes import EpisodeVectorEnv
+
+    env = GymnasiumEnv(EpisodeVectorEnv(makers, workers), categorical_action_encoding=True, device=device)
+    if reports_success:
+        env.set_info_dict_reader(SuccessReader(num_envs))
     env.max_episode_steps = longest
     if seed is not None:
         env.set_seed(seed)
-    return env
-
-
-def _vector(makers: Sequence[MakeOne], reports_success: bool, device: torch.device | str | None = None) -> GymnasiumEnv:
-    from cyborg_torchrl.envs.gymnasium_vector import SeededVectorEnv
-
-    if multiprocessing.parent_process() is not None and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that collects, which ends this one
-    env = GymnasiumEnv(SeededVectorEnv(makers), categorical_action_encoding=True, device=device)
-    if reports_success:
-        env.set_info_dict_reader(SuccessReader(len(makers)))
     return env
 
 

@@ -1,62 +1,20 @@
 # pyright: basic, reportArgumentType=false, reportIncompatibleMethodOverride=false, reportAttributeAccessIssue=false
 # (gymnasium's annotations are narrower than what it takes)
-"""Gymnasium environments side by side in one process, and the wrappers around each. Needs gymnasium."""
+"""The wrappers around each gymnasium environment. Needs gymnasium."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import gymnasium
 import numpy as np
 from gymnasium import spaces
-from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from cyborg_torchrl.modules.encoders.images import is_picture
 
 Info = dict[str, Any]
 Stepped = tuple[Any, float, bool, bool, Info]
-
-
-class SeededVectorEnv(SyncVectorEnv):
-    """Environments stepped one after the other, each reset when asked and only then.
-
-    A seed given by `reseed` is used at each environment's next reset, not before: whoever holds an observation may
-    still act on it. One that an episode has just begun with, given again before its first step (as by a collector after
-    its first reset), is not used a second time: no episode is played twice. Seeds of environments that stand in one
-    vector, or in vectors of different seeds, are unrelated (gymnasium's own `seed + i` would let two vectors with
-    neighbouring seeds share most of theirs).
-
-    Args:
-        makers: one callable for each environment.
-    """
-
-    def __init__(self, makers: Sequence[Callable[[], gymnasium.Env]]) -> None:
-        super().__init__(makers, autoreset_mode=AutoresetMode.DISABLED)
-        self._seeds: list[int | None] = [None] * self.num_envs
-        self._begun_with: list[int | None] | None = None
-
-    def reseed(self, seed: int) -> None:
-        """Seeds each environment at its next reset."""
-        self._seeds = [int(word) for word in np.random.SeedSequence(seed).generate_state(self.num_envs)]
-
-    def reset(self, *, seed: int | None = None, options: Info | None = None) -> tuple[Any, Info]:
-        """Resets all environments, or those that `options["reset_mask"]` names."""
-        if seed is not None:
-            self.reseed(seed)
-        mask = (options or {}).get("reset_mask", np.ones(self.num_envs, dtype=bool))
-        seeds = [word if is_reset else None for word, is_reset in zip(self._seeds, mask, strict=True)]
-        self._seeds = [None if is_reset else word for word, is_reset in zip(self._seeds, mask, strict=True)]
-        self._begun_with = seeds
-        return super().reset(seed=seeds, options=options)
-
-    def step(self, actions: Any) -> tuple[Any, Any, Any, Any, Info]:
-        """Takes a step in each environment."""
-        if self._begun_with is not None:
-            pairs = zip(self._seeds, self._begun_with, strict=True)
-            self._seeds = [None if word == begun else word for word, begun in pairs]
-            self._begun_with = None
-        return super().step(actions)
 
 
 class FrameSkip(gymnasium.Wrapper):

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from numbers import Integral
 from typing import Any, ClassVar, NamedTuple
 
@@ -195,6 +196,28 @@ class MemoryTask(EnvBase):
             self._time = self._time.masked_fill(is_reset, 0)
             self._num_right = self._num_right.masked_fill(is_reset, 0.0)
         return self._observed()
+
+    def get_state(self) -> dict[str, Any]:
+        """What the environments are in the middle of (see `envs.state`)."""
+        return {
+            "time": self._time.clone(),
+            "num_right": self._num_right.clone(),
+            "latents": {name: value.clone() for name, value in self._latents.items()},
+            "generator": self._generator.get_state(),
+        }
+
+    def set_state(self, state: Mapping[str, Any]) -> Tensor:
+        """Goes back there. Returns which environments could not, [N] bool: none.
+
+        Raises:
+            ValueError: if the state is that of another number of environments.
+        """
+        if state["time"].shape != self._time.shape:
+            raise ValueError(f"the state is that of {len(state['time'])} environments; here are {self.num_envs}.")
+        self._time, self._num_right = state["time"].to(self.device), state["num_right"].to(self.device)
+        self._latents = {name: value.to(self.device) for name, value in state["latents"].items()}
+        self._generator.set_state(state["generator"])
+        return torch.zeros(self.num_envs, dtype=torch.bool)
 
     def _reset(self, tensordict: TensorDictBase | None = None, **_: Any) -> TensorDict:
         is_reset = None if tensordict is None else tensordict.get("_reset", None)

@@ -58,6 +58,8 @@ class MineRLTreechop(gymnasium.Env[Any, Any]):
         UnavailableError: if minerl is missing; by `reset`, if Minecraft is, or could not be restarted.
     """
 
+    is_reproducible = False
+    """Minecraft goes on by its own clock."""
     observation_space = gymnasium.spaces.Dict({keys.PIXELS: gymnasium.spaces.Box(0, 255, (64, 64, 3), np.uint8)})
 
     def __init__(

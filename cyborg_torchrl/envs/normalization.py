@@ -119,7 +119,8 @@ class NormalizeReward(Transform):
     def __init__(self, reward_spec: TensorSpec, gamma: float) -> None:
         super().__init__(in_keys=[keys.REWARD], out_keys=[keys.REWARD])
         self.moments, self.gamma, self.is_frozen = RunningMoments(()), gamma, False
-        self._returns = torch.zeros(reward_spec.shape, device=reward_spec.device)
+        self._returns: Tensor
+        self.register_buffer("_returns", torch.zeros(reward_spec.shape, device=reward_spec.device))
 
     def transform_reward_spec(self, reward_spec: Composite) -> Composite:
         """Bounds no longer hold."""

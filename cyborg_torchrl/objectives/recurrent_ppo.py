@@ -16,6 +16,7 @@ from torch import Tensor
 from torchrl.objectives import ClipPPOLoss
 
 from cyborg_torchrl import keys
+from cyborg_torchrl.cores import Core
 from cyborg_torchrl.modules import Backbone, PPOAgent
 from cyborg_torchrl.modules.replay import as_primed, memory_state_keys, state_after, with_states
 from cyborg_torchrl.objectives.functional import masked_standardize
@@ -60,6 +61,7 @@ class RecurrentClipPPOLoss(ClipPPOLoss):
         self._terms: dict[str, Tensor] = {}
         backbones = [module for module in actor_network.modules() if isinstance(module, Backbone)]
         self._regularize = backbones[0].core.regularize if backbones else None
+        self._is_regularized = any(type(backbone.core).regularize is not Core.regularize for backbone in backbones)
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -126,6 +128,11 @@ class RecurrentClipPPOLoss(ClipPPOLoss):
         if bool(trained.get(keys.TRAIN_MASK).all()):
             trained = trained.exclude(keys.TRAIN_MASK)
         return with_states(trained, as_primed(states, trained.get(keys.IS_INIT)[:, 0]))
+
+    @property
+    def is_mean_over_steps(self) -> bool:
+        """The losses of a batch are the means of those of its steps: parts of it, weighted, give the same gradient."""
+        return not self.normalize_advantage and not self._is_regularized
 
     @contextmanager
     def actor(self) -> Generator[TensorDictModuleBase]:

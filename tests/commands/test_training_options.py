@@ -45,3 +45,24 @@ def test_evaluation_takes_greedy_or_sampled_actions(actions, num_kinds, tmp_path
     overrides += [f"logger.base_dir={tmp_path}", "logger.eval_episodes=250", f"logger.eval_actions={actions}"]
     assert run_experiment(load_config(overrides=overrides))["eval_actions"] == actions
     assert len(taken) == num_kinds
+
+
+@pytest.mark.parametrize("mode", ["episode", "tbptt", "none"])
+def test_micro_batches_train_as_the_minibatch_would(mode, tmp_path) -> None:
+    """Parameters after six minibatches, two of them smaller, and all figures; n_back's rows have masks."""
+    overrides = ["env=n_back", "env.num_envs=7", "env.horizon=6", "logger=quiet", f"logger.base_dir={tmp_path}"]
+    overrides += [f"train={mode}", "train.num_minibatches=3", "train.n_epochs=2", "train.total_timesteps=1"]
+    overrides += ["train.seq_len=5"] if mode == "tbptt" else []
+    found = []
+    for limit in ("null", "11"):
+        trainer, agent, _ = build_trainer(load_config(overrides=[*overrides, f"train.micro_batch_steps={limit}"]))
+        passes = []
+        trainer.loss.register_forward_hook(lambda *_, passes=passes: passes.append(1))
+        metrics = trainer.update(trainer.collector.rollout())
+        found.append((agent.state_dict(), metrics, len(passes)))
+    (whole, figures, once), (parts, same, often) = found
+    assert often >= 2 * once
+    for key, value in whole.items():
+        torch.testing.assert_close(parts[key], value, rtol=1e-4, atol=1e-6)
+    for key, value in figures.items():
+        assert same[key] == pytest.approx(value, rel=1e-3, abs=1e-5), key

@@ -88,6 +88,7 @@ def test_batch_equals_each_environment_by_itself(case: tuple[str, Callable[..., 
     for index in range(count):
         alone = plain_env(name, env_id)
         observation, _ = alone.reset(seed=int(seeds[index]))
+        number = 0
         for t in range(steps):
             shown = observation["image"] if isinstance(observation, dict) else observation
             np.testing.assert_array_equal(seen(rows[t], index), shown)
@@ -100,7 +101,9 @@ def test_batch_equals_each_environment_by_itself(case: tuple[str, Callable[..., 
             if name != "memory_gym":  # its time limit is told apart, below
                 assert after["terminated"][index].item() == terminated
             if terminated or truncated:
-                observation, _ = alone.reset()
+                number += 1
+                again = np.random.SeedSequence([int(seeds[index]), number]).generate_state(1)[0]
+                observation, _ = alone.reset(seed=int(again))
                 resets += 1
     assert resets >= (1 if name == "minigrid" else count)
 

@@ -1,0 +1,67 @@
+# pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false
+# (torchrl's annotations are narrower than what it takes)
+"""Where collectors stand: what environments are in the middle of, and what they carry to the next step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tensordict import TensorDict, TensorDictBase
+from torchrl.collectors import Collector
+from torchrl.envs import EnvBase
+
+from cyborg_torchrl.envs.state import environment_state, set_environment_state
+
+
+def track_state(env: EnvBase, carried: TensorDictBase) -> dict[str, Any] | None:
+    """What an environment is in the middle of, memory states with it; None if it cannot tell."""
+    state = environment_state(env)
+    return None if state is None else {"env": state, "carried": carried.detach().clone().to_dict()}
+
+
+def resumed_track(env: EnvBase, state: Mapping[str, Any]) -> tuple[TensorDictBase, int]:
+    """Goes back to a state of `track_state`.
+
+    Returns:
+        What is carried to the next step, and how many environments could not go back: these begin new episodes.
+
+    Raises:
+        ValueError: if it is the state of another environment.
+    """
+    carried: TensorDictBase = TensorDict(state["carried"], env.batch_size, device=env.device)
+    lost = set_environment_state(env, state["env"])
+    if lost.any():
+        is_reset = lost.to(carried.device).reshape(env.full_done_spec["done"].shape)
+        carried = env.reset(carried.set("_reset", is_reset)).exclude("_reset")
+    return carried, int(lost.sum())
+
+
+def collector_state(collector: Any) -> dict[str, Any] | None:
+    """Where a collector stands; None if it cannot tell."""
+    if type(collector).__module__.startswith("cyborg_torchrl") and not isinstance(collector, Collector):
+        return collector.state_dict()
+    if not isinstance(collector, Collector):
+        return None
+    track = track_state(collector.env, collector._carrier)
+    if track is None:
+        return None
+    pool = collector._traj_pool.state_dict() if collector.track_traj_ids else None
+    return {"tracks": [track], "frames": collector._frames, "iter": collector._iter, "traj_pool": pool}
+
+
+def resume_collector(collector: Any, state: Mapping[str, Any]) -> int:
+    """Goes back to a state of `collector_state`. Returns how many environments begin new episodes instead.
+
+    Raises:
+        ValueError: if it is the state of another collector.
+    """
+    if not isinstance(collector, Collector):
+        return collector.load_state_dict(state)
+    carried, lost = resumed_track(collector.env, state["tracks"][0])
+    for key, value in carried.items(True, True):
+        collector._carrier.set(key, value)
+    if state["traj_pool"] is not None:
+        collector._traj_pool.load_state_dict(state["traj_pool"])
+    collector._frames, collector._iter = state["frames"], state["iter"]
+    return lost

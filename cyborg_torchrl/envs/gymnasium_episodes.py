@@ -1,0 +1,136 @@
+# pyright: basic, reportArgumentType=false, reportIncompatibleMethodOverride=false, reportAttributeAccessIssue=false
+# (gymnasium's annotations are narrower than what it takes)
+"""Gymnasium environments side by side whose episodes can be played again: after a crash, or in another process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import gymnasium
+import numpy as np
+import torch
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space, concatenate, create_empty_array, iterate
+from torch import Tensor
+
+from cyborg_torchrl.envs.episode import Episode
+from cyborg_torchrl.envs.gymnasium_processes import EnvironmentProcesses, InThisProcess
+
+Info = dict[str, Any]
+
+
+class EpisodeVectorEnv(VectorEnv):
+    """Environments stepped together, each reset when asked and only then, every episode from a seed of its own.
+
+    A seed given by `reseed` is used at each environment's next reset, not before: whoever holds an observation may
+    still act on it. One that an episode has just begun with, given again before its first step (as by a collector after
+    its first reset), is not used a second time: no episode is played twice. Seeds of environments that stand in one
+    vector, or in vectors of different seeds, are unrelated (gymnasium's own `seed + i` would let two vectors with
+    neighbouring seeds share most of theirs).
+
+    Args:
+        makers: one callable for each environment.
+        workers: processes that they are split over, which are replaced when they die; 0: all in this one.
+    """
+
+    def __init__(self, makers: Sequence[Callable[[], gymnasium.Env]], workers: int = 0) -> None:
+        self.num_envs = len(makers)
+        streams = np.random.SeedSequence().generate_state(self.num_envs)
+        self.episodes = [Episode(int(word)) for word in streams]
+        self._next: list[int | None] = [int(word) for word in streams]
+        runner = EnvironmentProcesses(makers, workers, self.episodes) if workers else InThisProcess(makers)
+        self.runner: EnvironmentProcesses | InThisProcess = runner
+        self.single_observation_space, self.single_action_space, metadata = runner.spaces()
+        self.observation_space = batch_space(self.single_observation_space, self.num_envs)
+        self.action_space = batch_space(self.single_action_space, self.num_envs)
+        self.autoreset_mode = AutoresetMode.DISABLED
+        self.metadata = {**metadata, "autoreset_mode": self.autoreset_mode}
+
+    @property
+    def envs(self) -> list[gymnasium.Env]:
+        """The environments, where they are in this process; none otherwise."""
+        return self.runner.envs
+
+    def reseed(self, seed: int) -> None:
+        """Seeds each environment at its next reset."""
+        words = np.random.SeedSequence(seed).generate_state(self.num_envs)
+        for i, (word, episode) in enumerate(zip(words, self.episodes, strict=True)):
+            is_this_one = episode.number == 0 and episode.stream == int(word) and not episode.actions
+            self._next[i] = None if is_this_one else int(word)
+
+    def reset(self, *, seed: int | None = None, options: Info | None = None) -> tuple[Any, Info]:
+        """Resets all environments, or those that `options["reset_mask"]` names."""
+        if seed is not None:
+            self.reseed(seed)
+        rest = dict(options or {})
+        mask = rest.pop("reset_mask", np.ones(self.num_envs, dtype=bool))
+        chosen = [int(i) for i in np.flatnonzero(mask)]
+        for i in chosen:
+            self.episodes[i].begin(self._next[i])
+            self._next[i] = None
+        infos: Info = {}
+        begun = self.runner.reset({i: self.episodes[i].seed for i in chosen}, rest or None)
+        for i, (observation, info) in begun.items():
+            self.episodes[i].observation = observation
+            infos = self._add_info(infos, info, i)
+        return self._observed(), infos
+
+    def step(self, actions: Any) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, Info]:
+        """Takes a step in each environment."""
+        each = list(iterate(self.action_space, actions))
+        rewards = np.zeros(self.num_envs)
+        terminated, truncated = np.zeros(self.num_envs, dtype=bool), np.zeros(self.num_envs, dtype=bool)
+        infos: Info = {}
+        for i, step in enumerate(self.runner.step(each)):
+            observation, rewards[i], terminated[i], truncated[i], info = step
+            self.episodes[i].observation = observation
+            self.episodes[i].actions.append(each[i])
+            infos = self._add_info(infos, info, i)
+        return self._observed(), rewards, terminated, truncated, infos
+
+    def get_state(self) -> dict[str, Any]:
+        """What the environments are in the middle of, as tensors, numbers and texts."""
+        return {
+            "streams": [episode.stream for episode in self.episodes],
+            "numbers": [episode.number for episode in self.episodes],
+            "next": list(self._next),
+            "actions": [_as_tensor(episode.actions) for episode in self.episodes],
+            "fingerprints": [episode.fingerprint if episode.has_begun else "" for episode in self.episodes],
+        }
+
+    def set_state(self, state: Mapping[str, Any]) -> Tensor:
+        """Plays the episodes of a state again up to where they were.
+
+        Returns:
+            [N] bool, which environments came out elsewhere, as those do that are not decided by seed and actions.
+
+        Raises:
+            ValueError: if the state is that of another number of environments.
+        """
+        if len(state["streams"]) != self.num_envs:
+            raise ValueError(f"the state is that of {len(state['streams'])} environments; here are {self.num_envs}.")
+        for i, episode in enumerate(self.episodes):
+            episode.stream, episode.number = state["streams"][i], state["numbers"][i]
+            episode.actions = [] if state["actions"][i] is None else list(state["actions"][i].numpy())
+        self._next = list(state["next"])
+        running = [i for i, episode in enumerate(self.episodes) if episode.has_begun]
+        for i, observation in self.runner.replay({i: self.episodes[i] for i in running}).items():
+            self.episodes[i].observation = observation
+        lost = torch.zeros(self.num_envs, dtype=torch.bool)
+        for i in running:
+            lost[i] = self.episodes[i].fingerprint != state["fingerprints"][i]
+        return lost
+
+    def close_extras(self, **kwargs: Any) -> None:
+        """Closes the environments."""
+        self.runner.close()
+
+    def _observed(self) -> Any:
+        space = self.single_observation_space
+        seen = [episode.observation for episode in self.episodes]
+        return concatenate(space, seen, create_empty_array(space, n=self.num_envs, fn=np.zeros))
+
+
+def _as_tensor(actions: Sequence[Any]) -> Tensor | None:
+    return torch.as_tensor(np.stack(actions)) if actions else None

@@ -1,0 +1,288 @@
+# pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false
+# (gymnasium's annotations are narrower than what it takes)
+"""Where gymnasium environments run: in this process, or in several that are replaced when they die."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import pickle
+import signal
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.connection import Connection
+from typing import Any, NamedTuple
+
+import cloudpickle
+import gymnasium
+
+from cyborg_torchrl.envs.episode import Episode, fingerprint
+
+LOGGER = logging.getLogger(__name__)
+ATTEMPTS = 5
+"""How often a process may die over one and the same request."""
+Begun = tuple[Any, dict[str, Any]]
+Stepped = tuple[Any, Any, Any, Any, dict[str, Any]]
+Spaces = tuple[gymnasium.Space, gymnasium.Space, dict[str, Any]]
+
+
+class InThisProcess:
+    """Environments in this process.
+
+    Args:
+        makers: one callable for each.
+
+    Raises:
+        ValueError: if they differ in their spaces.
+    """
+
+    def __init__(self, makers: Sequence[Callable[[], gymnasium.Env]]) -> None:
+        self.envs = [make() for make in makers]
+        for name in ("observation_space", "action_space"):
+            spaces = [getattr(env, name) for env in self.envs]
+            if any(space != spaces[0] for space in spaces):
+                raise ValueError(f"environments of one batch must have the same {name}; here are several.")
+
+    def spaces(self) -> Spaces:
+        """Observation and action space of one environment, and its metadata."""
+        return self.envs[0].observation_space, self.envs[0].action_space, dict(self.envs[0].metadata)
+
+    def reset(self, seeds: Mapping[int, int], options: dict[str, Any] | None) -> dict[int, Begun]:
+        """Begins an episode in each of the environments that there is a seed for."""
+        return {i: self.envs[i].reset(seed=seed, options=options) for i, seed in seeds.items()}
+
+    def step(self, actions: Sequence[Any]) -> list[Stepped]:
+        """Takes a step in each environment."""
+        return [env.step(action) for env, action in zip(self.envs, actions, strict=True)]
+
+    def replay(self, episodes: Mapping[int, Episode]) -> dict[int, Any]:
+        """Plays episodes again. Returns the observations that they come to."""
+        return {i: played_again(self.envs[i], episode.seed, episode.actions) for i, episode in episodes.items()}
+
+    def close(self) -> None:
+        """Closes the environments."""
+        for env in self.envs:
+            env.close()
+
+
+def played_again(env: gymnasium.Env, seed: int, actions: Sequence[Any]) -> Any:
+    """The observation after a reset and some actions; None for an environment that says that it would be another one.
+
+    Such environments have the attribute `is_reproducible = False`.
+    """
+    if not getattr(env.unwrapped, "is_reproducible", True):
+        return None
+    observation, _ = env.reset(seed=seed)
+    for action in actions:
+        observation = env.step(action)[0]
+    return observation
+
+
+class _Worker(NamedTuple):
+    process: Any
+    connection: Connection
+
+
+class EnvironmentProcesses:
+    """Environments split over processes.
+
+    When a process dies, another takes its place and plays the episodes of its environments again, from their seeds and
+    actions: nothing is lost, and nothing counted twice. Environments that come out elsewhere, since seed and actions do
+    not decide all, end their episodes there: truncated, with the last observation and no reward, and info["error"].
+
+    Args:
+        makers: one callable for each environment.
+        workers: how many processes; divides the number of environments.
+        episodes: what each environment is in the middle of, kept up to date by whoever steps.
+    """
+
+    def __init__(self, makers: Sequence[Callable[[], gymnasium.Env]], workers: int, episodes: list[Episode]) -> None:
+        self.envs: list[gymnasium.Env] = []  # none here
+        self.episodes, self._share = episodes, len(makers) // workers
+        self._makers = [
+            cloudpickle.dumps(list(makers[w * self._share : (w + 1) * self._share])) for w in range(workers)
+        ]
+        methods = multiprocessing.get_all_start_methods()
+        self._context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+        if "forkserver" in methods:  # a process is there at once when it is needed
+            multiprocessing.set_forkserver_preload([__name__])
+        self._workers = [self._started(w) for w in range(workers)]
+        self._finalizer = weakref.finalize(self, _end, self._workers)
+        self._lost: set[int] = set()
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids."""
+        return [worker.process.pid for worker in self._workers]
+
+    def spaces(self) -> Spaces:
+        """Observation and action space of one environment, and its metadata."""
+        found = [self._ask(w, ("spaces", None)) for w in range(len(self._workers))]
+        if any(spaces[:2] != found[0][:2] for spaces in found):
+            raise ValueError("environments of one batch must have the same spaces; here are several.")
+        return found[0]
+
+    def reset(self, seeds: Mapping[int, int], options: dict[str, Any] | None) -> dict[int, Begun]:
+        """Begins an episode in each of the environments that there is a seed for."""
+        self._lost -= set(seeds)
+        requests: dict[int, tuple[str, Any]] = {}
+        for w in range(len(self._workers)):
+            own = {i % self._share: seed for i, seed in seeds.items() if i // self._share == w}
+            if own:
+                requests[w] = ("reset", (own, options))
+        answers = self._ask_all(requests, begin=frozenset(seeds))
+        return {w * self._share + j: begun for w, answer in answers.items() for j, begun in answer.items()}
+
+    def step(self, actions: Sequence[Any]) -> list[Stepped]:
+        """Takes a step in each environment."""
+        split = [actions[w * self._share : (w + 1) * self._share] for w in range(len(self._workers))]
+        requests = {w: self._without_lost(w, ("step", dict(enumerate(own)))) for w, own in enumerate(split)}
+        answers = self._ask_all(requests)
+        steps = [self._kept(w, j, answers[w]) for w in range(len(self._workers)) for j in range(self._share)]
+        self._lost.clear()
+        return steps
+
+    def replay(self, episodes: Mapping[int, Episode]) -> dict[int, Any]:
+        """Plays episodes again. Returns the observations that they come to."""
+        requests = {w: self._again(w, set(episodes)) for w in range(len(self._workers))}
+        answers = self._ask_all(requests)
+        return {w * self._share + j: seen for w, answer in answers.items() for j, seen in answer.items()}
+
+    def close(self) -> None:
+        """Ends the processes."""
+        self._finalizer()
+
+    def _kept(self, worker: int, j: int, answer: dict[int, Stepped]) -> Stepped:
+        """The step of an environment, or the end of an episode that cannot go on."""
+        i = worker * self._share + j
+        if i not in self._lost:
+            return answer[j]
+        said = "the environment's process died, and the episode could not be played again"
+        return self.episodes[i].observation, 0.0, False, True, {"error": said}
+
+    def _ask_all(self, requests: Mapping[int, tuple[str, Any]], begin: frozenset[int] = frozenset()) -> dict[int, Any]:
+        """Answers of several processes, which work at the same time. `begin`: environments that are being reset."""
+        is_sent = {w: self._send(w, request) for w, request in requests.items()}
+        return {w: self._ask(w, request, is_sent=is_sent[w], begin=begin) for w, request in requests.items()}
+
+    def _ask(
+        self, worker: int, request: tuple[str, Any], *, is_sent: bool | None = None, begin: frozenset[int] = frozenset()
+    ) -> Any:
+        is_sent = self._send(worker, request) if is_sent is None else is_sent
+        for _ in range(ATTEMPTS):
+            answer = self._receive(worker) if is_sent else None
+            if answer is not None:
+                kind, content = answer
+                if kind == "error":
+                    raise content
+                return content
+            is_sent = self._replace(worker, begin) and self._send(worker, self._without_lost(worker, request))
+        raise RuntimeError(
+            f"the process of environments {self._names(worker)} died {ATTEMPTS} times over the same request "
+            f"('{request[0]}', exit code {self._workers[worker].process.exitcode})."
+        )
+
+    def _send(self, worker: int, request: tuple[str, Any]) -> bool:
+        try:
+            self._workers[worker].connection.send(request)
+        except OSError:
+            return False
+        return True
+
+    def _receive(self, worker: int) -> tuple[str, Any] | None:
+        """An answer; None from a process that is gone."""
+        try:
+            return self._workers[worker].connection.recv()
+        except (EOFError, OSError, pickle.UnpicklingError):
+            return None
+
+    def _replace(self, worker: int, begin: frozenset[int]) -> bool:
+        """Puts another process in a dead one's place; False if that one died too."""
+        old = self._workers[worker]
+        old.connection.close()
+        old.process.kill()  # one that cannot be talked to is as good as dead
+        old.process.join()
+        own = range(worker * self._share, (worker + 1) * self._share)
+        running = {i for i in own if self.episodes[i].has_begun and i not in begin}
+        LOGGER.warning(
+            "the process of environments %s died (exit code %s): another takes its place", self._names(worker),
+            old.process.exitcode,
+        )  # fmt: skip
+        self._workers[worker] = self._started(worker)
+        answer = self._receive(worker) if self._send(worker, self._again(worker, running)) else None
+        if answer is None:
+            return False
+        kind, seen = answer
+        if kind == "error":
+            raise seen
+        for i in running:
+            found = seen[i % self._share]
+            if found is None or fingerprint(found) != self.episodes[i].fingerprint:
+                LOGGER.warning("environment %d came out elsewhere: its episode is cut off", i)
+                self._lost.add(i)
+        return True
+
+    def _again(self, worker: int, chosen: set[int]) -> tuple[str, Any]:
+        own = {i % self._share: self.episodes[i] for i in chosen if i // self._share == worker}
+        return "replay", {j: (episode.seed, episode.actions) for j, episode in own.items()}
+
+    def _without_lost(self, worker: int, request: tuple[str, Any]) -> tuple[str, Any]:
+        """A request for a step, without the environments whose episode is over."""
+        name, content = request
+        if name != "step":
+            return request
+        return name, {j: action for j, action in content.items() if worker * self._share + j not in self._lost}
+
+    def _names(self, worker: int) -> str:
+        first = worker * self._share
+        return str(first) if self._share == 1 else f"{first} to {first + self._share - 1}"
+
+    def _started(self, worker: int) -> _Worker:
+        ours, theirs = self._context.Pipe()
+        process = self._context.Process(target=_serve, args=(theirs, self._makers[worker]), daemon=True)
+        process.start()
+        theirs.close()
+        return _Worker(process, ours)
+
+
+def _serve(connection: Connection, makers: bytes) -> None:
+    """What a process does: makes environments and does what it is asked, until nobody asks any more."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that collects, which ends this one
+    here: InThisProcess | None = None
+    try:
+        while True:
+            name, content = connection.recv()
+            try:
+                here = here or InThisProcess(pickle.loads(makers))
+                answer = ("answer", _answer(here, name, content))
+            except Exception as error:  # whatever an environment does is raised where it was asked for
+                answer = ("error", error)
+            try:
+                connection.send(answer)
+            except (pickle.PicklingError, TypeError, AttributeError):
+                connection.send(("error", RuntimeError(repr(answer[1]))))
+    except (EOFError, OSError):  # the other end is gone
+        pass
+    finally:
+        if here is not None:
+            here.close()
+
+
+def _answer(here: InThisProcess, name: str, content: Any) -> Any:
+    if name == "step":
+        return {j: here.envs[j].step(action) for j, action in content.items()}
+    if name == "reset":
+        return here.reset(*content)
+    if name == "replay":
+        return {j: played_again(here.envs[j], *episode) for j, episode in content.items()}
+    return here.spaces()
+
+
+def _end(workers: list[_Worker]) -> None:
+    for worker in workers:
+        worker.connection.close()  # each ends when it reads that
+    for worker in workers:
+        worker.process.join(timeout=2.0)
+        if worker.process.is_alive():
+            worker.process.kill()
+            worker.process.join()

@@ -1,0 +1,36 @@
+"""The state of the random number generators of a process."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def random_state() -> dict[str, Any]:
+    """The states of torch's, NumPy's and Python's generators, as tensors and numbers."""
+    name, words, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002 -- environments may use it
+    version, numbers, gauss_next = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": [name, torch.tensor(words.astype(np.int64)), position, has_gauss, gauss],  # pyright: ignore
+        "python": [version, torch.tensor(numbers), gauss_next],
+    }
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Goes back to a state of `random_state`; generators that it does not tell of stay as they are."""
+    if "torch" in state:
+        torch.set_rng_state(state["torch"])
+    if state.get("cuda") and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    if "numpy" in state:
+        name, words, *rest = state["numpy"]
+        np.random.set_state((name, words.numpy().astype(np.uint32), *rest))  # noqa: NPY002
+    if "python" in state:
+        version, numbers, gauss_next = state["python"]
+        random.setstate((version, tuple(numbers.tolist()), gauss_next))

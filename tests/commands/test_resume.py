@@ -1,0 +1,203 @@
+"""Runs that are cut short go on as if nothing had happened."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from cyborg_torchrl.checkpoint import CheckpointError, CheckpointFolder, load_checkpoint
+from cyborg_torchrl.cli import run_command
+from cyborg_torchrl.config import ConfigError, load_config
+from cyborg_torchrl.experiment import run_experiment
+from cyborg_torchrl.resumption import find_run
+from cyborg_torchrl.run_directory import RunDirectory, lock_run
+from cyborg_torchrl.trainer import PPOTrainer
+
+SHORT = ["env.num_envs=4", "env.horizon=5", "train.n_epochs=2", "train.num_minibatches=2", "logger.progress=false"]
+SHORT += ["logger.tensorboard=false", "logger.eval_episodes=0", "train.total_timesteps=140"]  # five updates of 28 steps
+CASES = {
+    "lru": ["train.n_steps=7"],
+    "mid_episode": ["train.n_steps=5", "train=tbptt", "train.seq_len=5", "train.total_timesteps=100"],
+    "mamba": ["backbone=mamba", "train.n_steps=7"],
+    "pmm": ["memory=pmm", "train.n_steps=7"],
+    "transforms": [
+        "env=gymnasium", "env.id=CartPole-v1", "train.n_steps=7", "transforms.normalize_observation=true",
+        "transforms.normalize_reward=true", "transforms.frame_stack=2", "transforms.previous_action=true",
+    ],
+    "processes": ["env=gymnasium", "env.id=CartPole-v1", "env.workers=2", "train.n_steps=7"],
+    "fused": ["collector=fused", "train.n_steps=7"],
+    "single": ["collector=single", "train.n_steps=7"],
+    "overlapped": ["collector=overlapped", "train.n_steps=7"],
+    "permuted_copy": ["env=permuted_copy", "train.n_steps=5", "train.total_timesteps=100"],
+}  # fmt: skip
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+def config(folder: Path, name: str, *more: str):
+    env = [part for part in more if part.startswith("env=")]
+    rest = [part for part in (*SHORT, *more) if not part.startswith("env=")]
+    is_task = not env or env[0] not in ("env=gymnasium",)
+    rest = [part for part in rest if is_task or not part.startswith("env.horizon")]
+    return load_config(overrides=[*env, *rest, f"logger.base_dir={folder}", f"logger.run_name={name}"])
+
+
+def parameters(run: Path) -> dict[str, torch.Tensor]:
+    return load_checkpoint(run / "checkpoints" / "last.pt")["agent"]
+
+
+def cut_short(monkeypatch: pytest.MonkeyPatch, cfg, updates: int) -> None:
+    """Runs until the middle of an update."""
+    step, count = PPOTrainer._step, []
+
+    def counted(trainer, batch):
+        if trainer.num_updates == updates:
+            count.append(1)
+            if len(count) == 2:
+                raise Killed
+        return step(trainer, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PPOTrainer, "_step", counted)
+        with pytest.raises(Killed):
+            run_experiment(cfg)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_resumed_run_ends_with_the_same_parameters_bit_for_bit(case, tmp_path, monkeypatch) -> None:
+    run_experiment(config(tmp_path, "whole", *CASES[case]))
+    cfg = config(tmp_path, "cut", *CASES[case], "resume=auto")
+    for updates in (2, 3):
+        cut_short(monkeypatch, cfg, updates)
+        torch.manual_seed(99)  # another process would be elsewhere too
+    summary = run_experiment(cfg)
+    assert summary["total_updates"] == 5
+    whole, cut = parameters(tmp_path / "whole"), parameters(tmp_path / "cut")
+    assert all(torch.equal(whole[key], cut[key]) for key in whole)
+    rows = []
+    for name in ("whole", "cut"):
+        with (tmp_path / name / "logs" / "metrics.csv").open() as file:
+            timed = ("seconds", "steps_per_second")
+            rows.append([{k: v for k, v in row.items() if k not in timed} for row in csv.DictReader(file)])
+    assert len(rows[0]) == 5
+    assert rows[0] == rows[1]
+    manifest = json.loads((tmp_path / "cut" / "manifest.json").read_text())
+    assert [again["update"] for again in manifest["resumed"]] == [2, 3]
+
+
+def test_the_last_and_the_best_checkpoints_are_kept(tmp_path) -> None:
+    folder = CheckpointFolder(tmp_path, keep=2)
+    for update, score in enumerate([0.1, 0.9, 0.5, None], 1):
+        folder.save({"update": update}, update, score)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["best.pt", "last.pt", "update_00000003.pt", "update_00000004.pt"]
+    assert load_checkpoint(tmp_path / "best.pt")["update"] == 2
+    assert load_checkpoint(tmp_path / "last.pt")["best"] == 0.9
+    for name in ("last.pt", "update_00000004.pt"):
+        (tmp_path / name).write_bytes(b"half")
+    path, content, faults = folder.newest() or pytest.fail("there is one")
+    assert (path.name, content["update"], len(faults)) == ("update_00000003.pt", 3, 2)
+    (tmp_path / "update_00000003.pt").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"last\.pt is not a readable checkpoint"):
+        folder.newest()
+
+
+def test_auto_takes_the_newest_run_of_this_configuration_that_is_not_done(tmp_path, monkeypatch) -> None:
+    def cfg(*more: str):
+        return load_config(overrides=[*SHORT, f"logger.base_dir={tmp_path}", "resume=auto", *more])
+
+    assert find_run(cfg()) is None
+    cut_short(monkeypatch, cfg(), 1)
+    (run,) = tmp_path.iterdir()
+    assert find_run(cfg("train.seed=1")) is None
+    found = find_run(cfg("logger.keep_checkpoints=9", "train.total_timesteps=280"))
+    assert found is not None
+    assert found.folder == run
+    lock = lock_run(run)
+    assert lock is not None
+    assert find_run(cfg()) is None, "somebody is at it"
+    with pytest.raises(FileExistsError, match="another process"):
+        RunDirectory(run, cfg(), 1)
+    lock.close()
+    run_experiment(cfg())
+    assert list(tmp_path.iterdir()) == [run]
+    assert find_run(cfg()) is None, "it is done"
+
+
+def test_a_run_that_is_done_is_not_run_again_but_goes_on_when_more_is_asked_for(tmp_path) -> None:
+    summary = run_experiment(config(tmp_path, "run"))
+    again = config(tmp_path, "run", "resume=auto")
+    assert run_experiment(again) == summary
+    longer = config(tmp_path, "run", "resume=auto", "train.total_timesteps=196")
+    assert run_experiment(longer)["total_updates"] == 7
+
+
+def test_a_path_brings_its_own_configuration(tmp_path, capsys) -> None:
+    run_experiment(config(tmp_path, "run", "backbone=gru", "train.n_steps=7"))
+    run = tmp_path / "run"
+    options = ["train.total_timesteps=168", "logger.progress=false"]
+    assert run_command("memory_delayed_cue_recurrent", [f"resume={run}", *options, "train.learning_rate=1e-4"]) == 0
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (summary["backbone"], summary["total_updates"], summary["run_dir"]) == ("gru", 6, str(run))
+    # an older checkpoint begins another run
+    older = next(run.glob("checkpoints/update_*4.pt"))
+    assert run_command("memory_delayed_cue_recurrent", [f"resume={older}", "logger.run_name=fork", *options]) == 0
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (summary["total_updates"], summary["run_dir"]) == (6, str(tmp_path / "fork"))
+    assert run_command("memory_delayed_cue_recurrent", [f"resume={run}", "env.num_envs=8"]) == 2
+    assert "cannot change env.num_envs (it was 4, and is 8 now)" in capsys.readouterr().err
+    assert run_command("memory_delayed_cue_recurrent", [f"resume={tmp_path}/nothing"]) == 2
+    assert "no checkpoint" in capsys.readouterr().err
+
+
+def test_a_run_name_of_another_configuration_is_refused(tmp_path) -> None:
+    run_experiment(config(tmp_path, "run"))
+    with pytest.raises(ConfigError, match=r"train.gamma \(it was 0.999, and is 0.9 now\)"):
+        run_experiment(config(tmp_path, "run", "resume=auto", "train.gamma=0.9"))
+
+
+def test_a_half_line_of_metrics_goes(tmp_path, monkeypatch) -> None:
+    cfg = config(tmp_path, "run", "resume=auto")
+    cut_short(monkeypatch, cfg, 3)
+    metrics = tmp_path / "run" / "logs" / "metrics.csv"
+    with metrics.open("a") as file:
+        file.write("4,112,0.1")
+    shutil.copy(tmp_path / "run" / "checkpoints" / "update_00000002.pt", tmp_path / "run" / "checkpoints" / "last.pt")
+    run_experiment(cfg)
+    with metrics.open() as file:
+        assert [row["update"] for row in csv.DictReader(file)] == ["1", "2", "3", "4", "5"]
+
+
+def test_a_version_1_checkpoint_goes_on_with_new_episodes(tmp_path, monkeypatch, capsys) -> None:
+    cfg = config(tmp_path, "run", "resume=auto")
+    cut_short(monkeypatch, cfg, 2)
+    last = tmp_path / "run" / "checkpoints" / "last.pt"
+    content = torch.load(last, weights_only=True)
+    old = {key: content[key] for key in ("format", "agent", "trainer", "config")}
+    torch.save({**old, "version": 1, "rng": content["rng"]["torch"]}, last)
+    assert run_experiment(cfg)["total_updates"] == 5
+    assert "begin new episodes" in capsys.readouterr().err
+
+
+def test_a_full_disk_ends_in_one_line_and_keeps_the_last_checkpoint(tmp_path, monkeypatch, capsys) -> None:
+    save = CheckpointFolder.save
+
+    def full(folder, content, update, score):
+        if update == 3:
+            raise OSError(28, "No space left on device")
+        save(folder, content, update, score)
+
+    monkeypatch.setattr(CheckpointFolder, "save", full)
+    options = [*SHORT, f"logger.base_dir={tmp_path}", "logger.run_name=run"]
+    assert run_command("memory_delayed_cue_recurrent", options) == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "No space left on device" in line
+    assert "resume=" in line
+    assert load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")["update"] == 2
