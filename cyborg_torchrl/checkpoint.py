@@ -13,6 +13,8 @@ from typing import Any
 import torch
 
 FORMAT = "cyborg_torchrl.checkpoint"
+DUMP = "cyborg_torchrl.dump"
+"""Of a file with what was not finite, written and read in the same way."""
 VERSION = 2
 Content = dict[str, Any]
 
@@ -30,7 +32,7 @@ MIGRATIONS: dict[int, Callable[[Content], Content]] = {1: _from_version_1}
 """From each older version to the one that follows it."""
 
 
-def save_checkpoint(path: Path, content: Content) -> None:
+def save_checkpoint(path: Path, content: Content, *, kind: str = FORMAT) -> None:
     """Writes a checkpoint; a reader sees the old file or the new one, never a half.
 
     Raises:
@@ -38,7 +40,7 @@ def save_checkpoint(path: Path, content: Content) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()  # torch's own file writer turns a full disk, and Ctrl-C, into an error about its archive
-    torch.save({"format": FORMAT, "version": VERSION, **content}, buffer)
+    torch.save({"format": kind, "version": VERSION, **content}, buffer)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -50,7 +52,7 @@ def save_checkpoint(path: Path, content: Content) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def load_checkpoint(path: Path) -> Content:
+def load_checkpoint(path: Path, *, kind: str = FORMAT) -> Content:
     """Reads a checkpoint; one of an older version as this version would have written it.
 
     Raises:
@@ -64,8 +66,8 @@ def load_checkpoint(path: Path) -> Content:
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
         said = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"{path} is not a readable checkpoint: {said}") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is not a checkpoint of cyborg_torchrl.")
+    if not isinstance(content, dict) or content.get("format") != kind:
+        raise CheckpointError(f"{path} is not a {kind.rpartition('.')[2]} of cyborg_torchrl.")
     version = content.get("version")
     if not isinstance(version, int) or not (version == VERSION or version in MIGRATIONS):
         what = (

@@ -13,13 +13,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from cyborg_torchrl.build import Training, build_env, build_trainer
+from cyborg_torchrl.checkpoint import DUMP, save_checkpoint
 from cyborg_torchrl.config import ConfigError
 from cyborg_torchrl.envs.make import episode_attribute
 from cyborg_torchrl.envs.normalization import freeze_statistics
 from cyborg_torchrl.evaluation import Evaluation, evaluate
+from cyborg_torchrl.finite import NonFiniteError
 from cyborg_torchrl.modules import PPOAgent
 from cyborg_torchrl.progress import Progress
 from cyborg_torchrl.registry import environments
@@ -50,7 +52,7 @@ def run_experiment(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         ConfigError: if the parts cannot be built as configured, or the run's folder is taken.
         CheckpointError: if the run to resume cannot be read.
-        StoppedError: if the run cannot go on: the disk is full.
+        StoppedError: if the run cannot go on: the disk is full, or a number is not finite.
     """
     started = time.perf_counter()
     progress = Progress(is_shown=cfg.logger.progress)
@@ -83,6 +85,8 @@ def run_experiment(cfg: DictConfig) -> dict[str, Any]:
             if cfg.logger.eval_episodes:
                 is_greedy = cfg.logger.eval_actions == "greedy"
                 result = evaluate_agent(cfg, agent, cfg.logger.eval_episodes, is_deterministic=is_greedy)
+    except NonFiniteError as error:
+        raise _stopped(run, training, error) from None
     except KeyboardInterrupt:
         is_interrupted = True
         print(f"interrupted: resume={path} goes on from the last checkpoint", file=sys.stderr)
@@ -145,6 +149,28 @@ def _begin(
     if content is not None:
         run.checkpoints.best = content.get("best")
     return run, float((content or {}).get("seconds", 0.0))
+
+
+def _stopped(run: RunDirectory, training: Training, error: NonFiniteError) -> StoppedError:
+    """Leaves a dump of what was not finite. The checkpoints stay as they are: the last is from before it."""
+    trainer, agent, _ = training
+    update = trainer.num_updates + 1
+    content = {
+        "config": OmegaConf.to_container(run.cfg),
+        "agent": agent.state_dict(),
+        "update": update,
+        "num_steps": trainer.num_steps,
+        "message": str(error),
+        **error.record,
+    }
+    path = run.path / "dumps" / f"update_{update:08d}.pt"
+    save_checkpoint(path, content, kind=DUMP)
+    last = run.path / "checkpoints" / "last.pt"
+    kept = f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint from before"
+    return StoppedError(
+        f"{error} (update {update}, after {trainer.num_steps:,} steps). What led to it: "
+        f"python -m cyborg_torchrl replay {path}; {kept}"
+    )
 
 
 def _write_down(run: RunDirectory, training: Training, metrics: dict[str, float]) -> None:

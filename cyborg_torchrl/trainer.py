@@ -5,10 +5,11 @@
 from __future__ import annotations
 
 import itertools
+import math
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from tensordict import TensorDictBase
@@ -18,6 +19,7 @@ from torch import nn
 from cyborg_torchrl import keys
 from cyborg_torchrl.config import TrainConfig
 from cyborg_torchrl.data import EpisodeBuffer, RecurrentRolloutBuffer, Rollout, RolloutBuffer
+from cyborg_torchrl.finite import NonFiniteError, check_finite, environment_of
 from cyborg_torchrl.modules.encoders import Autocast
 from cyborg_torchrl.modules.replay import as_primed, state_after
 from cyborg_torchrl.objectives import (
@@ -59,6 +61,9 @@ class PPOTrainer:
         self.collector, self.loss, self.buffer, self.config = collector, loss, buffer, config
         self.value_operator, self.on_progress = value_operator, on_progress
         read = [key for key in loss.in_keys or () if not (isinstance(key, tuple) and key[0] == keys.NEXT)]
+        written = (keys.VALUE, keys.ACTION_LOG_PROB)
+        observed = [key for key in read if key not in written]
+        self._checked = [*observed, *written, (keys.NEXT, keys.REWARD)]  # causes before consequences
         self._trained = {*read, keys.IS_INIT, keys.ADVANTAGE, keys.VALUE_TARGET, keys.VALUE}
         self.parameters = [p for p in loss.parameters() if p.requires_grad]
         is_fusable = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in self.parameters)
@@ -83,9 +88,16 @@ class PPOTrainer:
                 return
 
     def update(self, rollout: TensorDictBase | Rollout) -> Metrics:
-        """Trains on one rollout [N, T]. Returns what happened, as numbers."""
+        """Trains on one rollout [N, T]. Returns what happened, as numbers.
+
+        Raises:
+            NonFiniteError: if something that is trained on, a loss or the gradient is not finite; parameters are then
+                those of the last step that was.
+        """
         config = self.config
         self._set_learning_rate()
+        steps = rollout.steps if isinstance(rollout, Rollout) else rollout
+        check_finite(steps, self._checked)
         rollout, metrics = self._prepare(rollout)
         self.num_steps += rollout.steps.numel()
         figures: dict[str, list[torch.Tensor]] = defaultdict(list)
@@ -95,8 +107,11 @@ class PPOTrainer:
                 self._refresh(rollout)
             kl_before = len(figures["kl_approx"])
             for batch in self.buffer:
-                for name, value in self._step(batch).items():
-                    figures[name].append(value)
+                try:
+                    for name, value in self._step(batch).items():
+                        figures[name].append(value)
+                except NonFiniteError as error:
+                    raise self._located(error, batch, rollout) from None
             epochs = epoch + 1
             self.on_progress(epochs / config.n_epochs)
             kl = torch.stack(figures["kl_approx"][kl_before:]).mean()
@@ -186,6 +201,8 @@ class PPOTrainer:
                 elif name in LOGGED or "memory_" in name:
                     figures[name] = figures.get(name, 0.0) + value.detach() * share
         grad_norm = nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+        if not math.isfinite(grad_norm):  # one step with it, and there is nothing left to save
+            self._refuse(figures, float(grad_norm))
         self.optimizer.step()
         return figures | {"grad_norm": grad_norm.detach()}
 
@@ -199,6 +216,34 @@ class PPOTrainer:
         masks = [part.get(keys.TRAIN_MASK, None) for part in parts]
         trained = [float(part.numel() if mask is None else mask.sum()) for part, mask in zip(parts, masks, strict=True)]
         return [(part, steps / sum(trained)) for part, steps in zip(parts, trained, strict=True) if steps]
+
+    def _refuse(self, figures: dict[str, torch.Tensor], grad_norm: float) -> NoReturn:
+        losses = {name: float(value) for name, value in figures.items() if name.startswith("loss_")}
+        broken = [(name, value) for name, value in losses.items() if not math.isfinite(value)]
+        raise NonFiniteError(*(broken or [("gradient", grad_norm)])[0])
+
+    def _located(self, error: NonFiniteError, batch: TensorDictBase, rollout: Rollout) -> NonFiniteError:
+        """The same, with the first sequence of the minibatch that by itself gives such a loss or gradient."""
+        for row in range(len(batch)):
+            part = batch[row : row + 1]
+            self.optimizer.zero_grad()
+            losses = self.loss(part.to(self.parameters[0].device))
+            torch.stack([value for name, value in losses.items() if name.startswith("loss_")]).sum().backward()
+            gradients = [p.grad for p in self.parameters if p.grad is not None]
+            if all(bool(gradient.isfinite().all()) for gradient in gradients):
+                continue
+            log_probs = [td.get(keys.ACTION_LOG_PROB).reshape(td.shape).cpu() for td in (part, rollout.steps)]
+            environment, step = environment_of(*log_probs)[0]
+            record = {"row": part.detach().cpu().to_dict(), "steps": rollout.steps[environment].cpu().to_dict()}
+            return NonFiniteError(
+                error.key,
+                error.value,
+                environment,
+                step,
+                record,
+                "in the sequence that begins there, while it was trained",
+            )
+        return error
 
     def _set_learning_rate(self) -> None:
         left = 1.0 - self.num_updates / self.total_updates if self.config.lr_schedule == "linear" else 1.0

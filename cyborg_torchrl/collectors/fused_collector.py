@@ -21,6 +21,7 @@ from cyborg_torchrl.collectors.fused_env import EnvStep, env_step
 from cyborg_torchrl.collectors.fused_policy import FusedPolicy
 from cyborg_torchrl.collectors.graphed_policy import GraphedPolicy
 from cyborg_torchrl.cores import fixed_parameters
+from cyborg_torchrl.finite import check_finite
 from cyborg_torchrl.process import rare_garbage_collection
 
 LOGGER = logging.getLogger(__name__)
@@ -95,10 +96,13 @@ class FusedCollector(Collector):
             if self.track_traj_ids:
                 begins[TRAJ_IDS] = self._next_traj_ids(carried[TRAJ_IDS], is_over)
             carried, may_begin = begins, is_over is not None
+        rollout = TensorDict(columns.tensors, self._final_rollout.batch_size, names=self._final_rollout.names)
+        if rollout.ndim == 2:
+            read = getattr(self._orig_policy, "in_keys", ())
+            check_finite(rollout, [*read, keys.VALUE, keys.ACTION_LOG_PROB, (keys.NEXT, keys.REWARD)])
         policy.check(columns.tensors)
         for key, value in {**before, **carried}.items():
             self._carrier.set(key, value)
-        rollout = TensorDict(columns.tensors, self._final_rollout.batch_size, names=self._final_rollout.names)
         if self.return_same_td:
             self._columns, self._final_rollout = columns.tensors, rollout
         return self._maybe_set_truncated(rollout)

@@ -51,6 +51,7 @@ class FusedPolicy:
     """
 
     def __init__(self, policy: nn.Module) -> None:
+        self.in_keys: list[NestedKey] = [unravel_key(key) for key in getattr(policy, "in_keys", ())]
         self.written: tuple[NestedKey, ...] | None = None
         self._log_probs: list[NestedKey] = []
         self._backbones: list[_BackboneStep] = []
@@ -235,6 +236,7 @@ class OpaquePolicy:
 
     def __init__(self, policy: TensorDictModuleBase, env: EnvBase) -> None:
         self.policy, self.batch_size, self.device = policy, env.batch_size, env.device
+        self.in_keys: list[NestedKey] = [unravel_key(key) for key in policy.in_keys]
 
     def begin(self, num_envs: int) -> None:
         """Nothing is computed beforehand."""

@@ -28,6 +28,7 @@ from cyborg_torchrl.collectors.rollout_collector import excluded_keys, rollout_s
 from cyborg_torchrl.collectors.track import Track
 from cyborg_torchrl.cores import fixed_parameters
 from cyborg_torchrl.data import Rollout
+from cyborg_torchrl.finite import NonFiniteError
 from cyborg_torchrl.modules.replay import memory_state_keys
 from cyborg_torchrl.process import rare_garbage_collection
 
@@ -111,7 +112,7 @@ class OverlappedCollector:
                 track.begin(carried, self.steps)
             self._acts.begin(self.envs[0].batch_size.numel())
             self._take_steps()
-            ends = [track.end() for track in self._tracks]
+            ends = [self._end(index) for index in range(len(self._tracks))]
         self._carried = [carried for _, carried in ends]
         steps = torch.cat([steps for steps, _ in ends])
         keyframes = torch.cat([stacked_states(track.states, self.state_keys, track.env) for track in self._tracks])
@@ -148,6 +149,15 @@ class OverlappedCollector:
         for env in self.envs:
             if not env.is_closed:
                 env.close()
+
+    def _end(self, group: int) -> tuple[TensorDictBase, TensorDictBase]:
+        try:
+            return self._tracks[group].end()
+        except NonFiniteError as error:  # the group counts its own environments
+            before = group * self.envs[0].batch_size.numel()
+            raise NonFiniteError(
+                error.key, error.value, before + (error.environment or 0), error.step, error.record
+            ) from None
 
     def _take_steps(self) -> None:
         pending: list[Future[Step] | None] = [None] * len(self._tracks)

@@ -17,6 +17,7 @@ from cyborg_torchrl import keys
 from cyborg_torchrl.collectors.entries import Columns, Entries, flat
 from cyborg_torchrl.collectors.fused_env import Step, env_step
 from cyborg_torchrl.collectors.fused_policy import PolicyStep
+from cyborg_torchrl.finite import check_finite
 from cyborg_torchrl.objectives import value_after
 
 
@@ -35,6 +36,7 @@ class Track:
 
     Raises:
         NotFusable: if the environment cannot be stepped like this.
+        NonFiniteError: by `end`, if something that the update reads is not finite.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class Track:
         self.state_keys, self._at = state_keys, set(at)
         self._dropped = {*state_keys, *(unravel_key((keys.NEXT, key)) for key in state_keys), *excluded}
         self._dropped_after = {unravel_key(key[1:]) for key in self._dropped if key[0] == keys.NEXT and len(key) > 1}
+        self._checked = [*policy.in_keys, keys.VALUE, keys.ACTION_LOG_PROB, (keys.NEXT, keys.REWARD)]
         self.carried: Entries = {}
         self.states: list[TensorDictBase] = []
         self._written: Entries = {}
@@ -90,8 +93,10 @@ class Track:
 
     def end(self) -> tuple[TensorDict, TensorDict]:
         """The steps [N, T], and what the next rollout begins with."""
-        self.policy.check(self._columns.tensors)
         steps = TensorDict(self._columns.tensors, [*self.env.batch_size, self._steps])
+        if steps.ndim == 2:
+            check_finite(steps, self._checked)
+        self.policy.check(self._columns.tensors)
         value = torch.zeros_like(steps.get(keys.VALUE))
         for time, is_cut, found in self._cut:
             value[is_cut, time] = found

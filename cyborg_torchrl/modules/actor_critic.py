@@ -23,6 +23,7 @@ from torchrl.modules import set_recurrent_mode
 from cyborg_torchrl import keys
 from cyborg_torchrl.cores import State
 from cyborg_torchrl.cores.linear import Linear
+from cyborg_torchrl.finite import check_finite
 from cyborg_torchrl.modules.action_heads import build_action_head
 from cyborg_torchrl.modules.backbone import Backbone
 from cyborg_torchrl.modules.fusion import PastPresentFusion
@@ -108,10 +109,20 @@ class PPOAgent(TensorDictModuleBase):
         ]
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Acts: one step for each environment. The features stay out of the tensordict."""
+        """Acts: one step for each environment. The features stay out of the tensordict.
+
+        Raises:
+            NonFiniteError: if there is no distribution to draw from, since something is not finite.
+        """
         work = tensordict.select(*self.in_keys, strict=False)
-        for module in (self.encoder, self.backbone, self.fusion, self.policy_head, self.value_head, self.sampler):
+        for module in (self.encoder, self.backbone, self.fusion, self.policy_head, self.value_head):
             work = module(work)
+        try:
+            work = self.sampler(work)
+        except (ValueError, RuntimeError):  # what torch says of NaN names neither entry nor environment
+            rows = work.reshape(-1).unsqueeze(1)
+            check_finite(rows, [*self.encoder.in_keys, *self.policy_head.out_keys], is_rollout=False)
+            raise
         return tensordict.update(work.select(*self.out_keys, strict=False))
 
     def get_dist(self, tensordict: TensorDictBase) -> distributions.Distribution:

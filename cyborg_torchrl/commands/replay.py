@@ -1,0 +1,88 @@
+# pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false
+# (tensordict's annotations are narrower than what it takes)
+"""Look into the dump of a run that stopped at NaN: the steps around it, and whether the agent comes to it again.
+
+python -m cyborg_torchrl replay runs/my-run/dumps/update_00000012.pt
+
+The last line of stdout is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+
+from cyborg_torchrl import keys
+from cyborg_torchrl.build import build_agent, build_env
+from cyborg_torchrl.checkpoint import DUMP, CheckpointError, load_checkpoint
+from cyborg_torchrl.restore import config_of, load_parameters
+
+AROUND = 3
+"""Steps that are shown before and after the one that was not finite."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's arguments."""
+    parser.add_argument("dump", type=Path, help="a file in a run's 'dumps'")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Shows the dump."""
+    path: Path = arguments.dump
+    try:
+        content = load_checkpoint(path, kind=DUMP)
+    except FileNotFoundError:
+        raise CheckpointError(f"no dump '{path}'.") from None
+    cfg = config_of(content, path)
+    env = build_env(cfg, num_envs=1)
+    try:
+        agent = build_agent(cfg, env)
+    finally:
+        env.close()
+    load_parameters(agent, content, path)
+    print(f"update {content['update']}: {content['message']}")
+    steps = content.get("steps")
+    if not steps:
+        print("the steps before it are not known")
+        print(json.dumps({"key": content["key"], "is_reproduced": None}))
+        return 0
+    row = TensorDict(steps, [len(steps[keys.ACTION])])
+    again = _again(agent, row)
+    _print_steps(row, again, content["step"])
+    broken = (~again.isfinite()).nonzero()
+    first = int(broken[0]) if len(broken) else None
+    known = {key: content[key] for key in ("key", "environment", "step", "update")}
+    print(json.dumps({**known, "is_reproduced": first is not None, "first_step_without_log_prob": first}))
+    return 0
+
+
+@torch.no_grad()
+def _again(agent, row: TensorDictBase) -> Tensor:
+    """Log-probs [T] that the dump's agent gives the steps, from the initial state on."""
+    observed = row.select(*agent.encoder.in_keys).unsqueeze(0)
+    is_init = row.get(keys.IS_INIT).reshape(1, -1)
+    obs = observed if len(agent.encoder.in_keys) > 1 else observed.get(agent.encoder.in_keys[0])
+    actions = row.get(keys.ACTION).unsqueeze(0)
+    try:
+        return agent.evaluate_actions(obs, actions, is_init=is_init).log_prob[0]
+    except ValueError:  # torch's distributions refuse what is not finite
+        return torch.full([len(row)], torch.nan)
+
+
+def _print_steps(row: TensorDictBase, again: Tensor, step: int | None) -> None:
+    shown = range(len(row)) if step is None else range(max(0, step - AROUND), min(len(row), step + AROUND + 1))
+    for t in shown:
+        parts = [f"step {t}{'  <--' if t == step else ''}"]
+        for key in row.keys(True, True):
+            value = row.get(key)[t]
+            if value.is_floating_point():
+                name = "/".join(key) if isinstance(key, tuple) else key
+                low, high = value.min().item(), value.max().item()
+                parts.append(f"{name} {low:.4g}" if value.numel() == 1 else f"{name} {low:.4g} to {high:.4g}")
+        parts.append(f"log-prob again {again[t].item():.4g}")
+        print("  ".join(parts))
