@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
@@ -9,7 +10,8 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -63,6 +65,8 @@ class RunDirectory:
         self._file = metrics.open("a", newline="")
         self._writer: csv.DictWriter[str] | None = None
         self._tensorboard = SummaryWriter(str(path / "logs")) if cfg.logger.tensorboard else None
+        self._thread_hook = threading.excepthook
+        threading.excepthook = _without_errors_of_tensorboard(self._thread_hook)
 
     def log(self, metrics: Mapping[str, float]) -> None:
         """Appends a row to metrics.csv, whose columns are those of the first row, and points to TensorBoard."""
@@ -92,9 +96,12 @@ class RunDirectory:
 
     def close(self) -> None:
         """Closes the logs, and lets others into the folder."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # of a full disk, of which `log` has told
+            self._file.close()
         if self._tensorboard is not None:
-            self._tensorboard.close()
+            with contextlib.suppress(OSError):
+                self._tensorboard.close()
+        threading.excepthook = self._thread_hook
         if self._lock is not None:
             self._lock.close()
 
@@ -111,6 +118,17 @@ class RunDirectory:
         temporary = self.path / f".{name}.tmp"
         temporary.write_text(text)
         temporary.replace(self.path / name)
+
+
+def _without_errors_of_tensorboard(hook: Callable[[threading.ExceptHookArgs], Any]) -> Callable[..., Any]:
+    """A hook for errors of threads that leaves out what TensorBoard's writer raises in `log` once more."""
+
+    def own(arguments: threading.ExceptHookArgs) -> None:
+        is_writer = type(arguments.thread).__module__.startswith("tensorboard.")
+        if not (is_writer and isinstance(arguments.exc_value, OSError)):
+            hook(arguments)
+
+    return own
 
 
 def lock_run(path: Path) -> IO[str] | None:
