@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -16,6 +17,19 @@ from cyborg_torchrl.cores.stack import StackCore
 from cyborg_torchrl.registry import register_backbone, register_memory
 
 EPS = 1e-6
+
+
+class Addressing(NamedTuple):
+    """Where one step reads and writes."""
+
+    read: Tensor
+    """[B, R, S], which sum to one over the slots."""
+    write: Tensor
+    """[B, S], the gate included."""
+    gate: Tensor
+    """[B, 1], in (0, 1)."""
+    error: Tensor | None
+    """Surprise, [B]; None where nothing is predicted."""
 
 
 class PMMCore(Core):
@@ -129,6 +143,10 @@ class PMMCore(Core):
         """A sequence, with the diagnostics of each step."""
         return self._unroll(x, state, is_init, has_terms=True)
 
+    def addressing(self, x: Float[Tensor, "B F"], state: State) -> Addressing:
+        """Where `step` would read and write."""
+        return self._address(x, self._project(x), state, state["usage"].clamp(0.0, 1.0))
+
     def regularize(self, terms: Terms) -> dict[str, Tensor]:
         """Weighted losses of the write rate and the prediction."""
         distance = terms["write_rate"].mean() / self.write_rate - 1.0
@@ -165,19 +183,13 @@ class PMMCore(Core):
     def _advance(
         self, x: Tensor, projected: tuple[Tensor, ...], state: State, *, has_terms: bool
     ) -> tuple[Tensor, State, Terms]:
-        wanted, value, write, mix, erase, *prediction_of_input = projected
+        _, value, _, _, erase, *prediction_of_input = projected
         memory, usage = state["memory"], state["usage"].clamp(0.0, 1.0)
-        weights = torch.softmax(torch.matmul(wanted, _unit(memory).transpose(1, 2)), -1)
-        read_weights, content = weights[:, :-1], weights[:, -1]
+        read_weights, where, gate, error = self._address(x, projected, state, usage)
         read = torch.matmul(read_weights, memory).flatten(1)
         following: State = {}
-        error: Tensor | None = None
         if self.is_predictive:
-            error = (x.detach() - state["prediction"]).square().mean(-1)
-            write = write + F.softplus(self.surprise_weight) * error.unsqueeze(-1)
             following["prediction"] = self.predict_from_read(read) + prediction_of_input[0]
-        gate = torch.sigmoid(write)
-        where = gate * torch.lerp(content, _allocate(usage), mix)
         where_column = where.unsqueeze(-1)
         kept = torch.addcmul(memory, where_column * memory, erase.unsqueeze(1), value=-1.0)
         following["memory"] = torch.addcmul(kept, where_column, value.unsqueeze(1))
@@ -185,6 +197,17 @@ class PMMCore(Core):
         if not has_terms:
             return read, following, {}
         return read, following, self._terms(gate, read_weights, following, error)
+
+    def _address(self, x: Tensor, projected: tuple[Tensor, ...], state: State, usage: Tensor) -> Addressing:
+        wanted, _, write, mix, *_ = projected
+        weights = torch.softmax(torch.matmul(wanted, _unit(state["memory"]).transpose(1, 2)), -1)
+        error: Tensor | None = None
+        if self.is_predictive:
+            error = (x.detach() - state["prediction"]).square().mean(-1)
+            write = write + F.softplus(self.surprise_weight) * error.unsqueeze(-1)
+        gate = torch.sigmoid(write)
+        where = gate * torch.lerp(weights[:, -1], _allocate(usage), mix)
+        return Addressing(weights[:, :-1], where, gate, error)
 
     def _terms(self, gate: Tensor, read_weights: Tensor, state: State, error: Tensor | None) -> Terms:
         entropy = torch.special.entr(read_weights.detach()).sum(-1).mean(-1) / math.log(max(2, self.slots))

@@ -110,10 +110,11 @@ def read_rows(path: Path) -> dict[Cell, dict[str, Any]]:
         if tuple(reader.fieldnames or ()) != (*ASKED, *MEASURED):
             raise ValueError(f"'{path}' was not written by this sweep: give another --output, or remove it.")
         rows = [row for row in reader if not row["error"]]
-    return {_cell_of(row): row for row in rows}
+    return {cell_of(row): row for row in rows}
 
 
-def _cell_of(row: dict[str, Any]) -> Cell:
+def cell_of(row: dict[str, Any]) -> Cell:
+    """The cell of a row of a sweep's table."""
     numbers = {name: int(row[name]) if row[name] not in ("", None) else None for name in ("horizon", "total_timesteps")}
     return Cell(
         row["task"], row["backbone"], numbers["horizon"], int(row["seed"]), numbers["total_timesteps"],
@@ -136,7 +137,7 @@ def lines_of(rows: Iterable[dict[str, Any]], target: float | None) -> list[tuple
     """A line under `HEADERS` for each group of runs that differ in nothing but the seed."""
     groups: dict[Cell, list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
-        groups[replace(_cell_of(row), seed=0)].append(row)
+        groups[replace(cell_of(row), seed=0)].append(row)
     result: list[tuple[str, ...]] = []
     for cell, runs in sorted(groups.items(), key=lambda item: (item[0].task, item[0].backbone, str(item[0]))):
         runs = sorted(runs, key=lambda row: int(row["seed"]))
@@ -238,7 +239,7 @@ def run_cells(cells: Sequence[Cell], base_dir: str, output: Path, jobs: int) -> 
                 progress.advance(task)
                 known = row["success_rate"] if not row["error"] else None
                 figure = row["error"] or (f"success {known}" if known is not None else f"return {row['mean_reward']}")
-                progress.console.print(f"{_cell_of(row).folder}: {figure}")
+                progress.console.print(f"{cell_of(row).folder}: {figure}")
         except KeyboardInterrupt:
             pool.shutdown(cancel_futures=True)
             console.print(f"interrupted: {len(rows)} of {len(cells)} runs are in {output}")
