@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from tensordict import TensorDictBase
@@ -14,6 +14,8 @@ from cyborg_torchrl import keys
 
 Entries = dict[NestedKey, Tensor]
 """A tensordict, flat: (unravelled) keys to tensors."""
+Call = Callable[[Entries], None]
+"""Reads some entries and writes others."""
 
 
 def flat(tensordict: TensorDictBase) -> Entries:

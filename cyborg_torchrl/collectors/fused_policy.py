@@ -24,13 +24,12 @@ from torch import Tensor, distributions, nn
 from torchrl.envs import EnvBase
 from torchrl.modules import SafeProbabilisticModule, SafeProbabilisticTensorDictSequential, SafeSequential
 
-from cyborg_torchrl import keys
-from cyborg_torchrl.collectors.entries import Entries, NotFusable, flat
-from cyborg_torchrl.cores import restart
+from cyborg_torchrl.collectors.entries import Call, Entries, NotFusable, flat
+from cyborg_torchrl.collectors.network_steps import BackboneStep, NetworksStep
 from cyborg_torchrl.cores.linear import Linear, linear
 from cyborg_torchrl.modules import Backbone, PPOAgent
+from cyborg_torchrl.modules.acting import Parts
 
-Call = Callable[[Entries], None]
 SEQUENTIAL = (
     TensorDictSequential,
     ProbabilisticTensorDictSequential,
@@ -54,11 +53,12 @@ class FusedPolicy:
         self.in_keys: list[NestedKey] = [unravel_key(key) for key in getattr(policy, "in_keys", ())]
         self.written: tuple[NestedKey, ...] | None = None
         self._log_probs: list[NestedKey] = []
-        self._backbones: list[_BackboneStep] = []
+        self._backbones: list[BackboneStep] = []
         if isinstance(policy, PPOAgent):
             _check_plain(policy, PPOAgent)
-            parts = (policy.encoder, policy.backbone, policy.fusion, policy.policy_head, policy.value_head)
-            self.calls = [*map(self._call, parts), self._call(policy.sampler)]
+            parts = Parts(policy.encoder, policy.backbone, policy.fusion, policy.policy_head, policy.value_head)
+            calls = [self._call(part) for part in parts]
+            self.calls = [NetworksStep(parts, self._backbones[0], calls), self._call(policy.sampler)]
             self.written = tuple(unravel_key(key) for key in policy.out_keys)
         else:
             self.calls = list(self._flat(policy))
@@ -112,7 +112,7 @@ class FusedPolicy:
     def _call(self, module: nn.Module) -> Call:
         if isinstance(module, Backbone):
             _check_plain(module, Backbone)
-            self._backbones.append(_BackboneStep(module))
+            self._backbones.append(BackboneStep(module))
             return self._backbones[-1]
         if isinstance(module, ProbabilisticTensorDictModule):
             _check_plain(module, ProbabilisticTensorDictModule, SafeProbabilisticModule)
@@ -136,27 +136,6 @@ def _check_plain(module: nn.Module, *kinds: type[nn.Module]) -> None:
             raise NotFusable(f"the policy has a {kind.__name__} with a {name} of its own")
     if module._forward_hooks or module._forward_pre_hooks:
         raise NotFusable(f"the policy has a {kind.__name__} with hooks")
-
-
-class _BackboneStep:
-    """One step of a core; restarts cost nothing where no episode begins."""
-
-    def __init__(self, backbone: Backbone) -> None:
-        self.backbone, self.initial, self.may_begin = backbone, {}, True
-        self.dtype = next((p.dtype for p in backbone.core.parameters()), torch.get_default_dtype())
-        self.after = {name: unravel_key((keys.NEXT, key)) for name, key in backbone.state_keys.items()}
-
-    def begin(self, num_envs: int) -> None:
-        self.initial = self.backbone.core.initial_state(num_envs)
-
-    def __call__(self, entries: Entries) -> None:
-        backbone = self.backbone
-        state = {name: entries[key].to(self.dtype) for name, key in backbone.state_keys.items()}
-        if self.may_begin:
-            state = restart(state, self.initial, entries[backbone.is_init_key].squeeze(-1))
-        entries[backbone.out_key], state = backbone.core.step(entries[backbone.in_key], state)
-        for name, key in self.after.items():
-            entries[key] = state[name]
 
 
 def _function(module: nn.Module) -> Callable[..., Tensor | tuple[Tensor, ...]]:

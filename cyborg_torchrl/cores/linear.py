@@ -102,7 +102,7 @@ class Derived:
         self.function = function
         self._forget()
 
-    def of(self, *parameters: Tensor) -> tuple[Tensor, ...]:
+    def of(self, *parameters: Tensor | None) -> tuple[Tensor, ...]:
         """What the function makes of them."""
         scope = 0 if torch.is_grad_enabled() or torch.compiler.is_compiling() else _scope.number
         if not scope:
@@ -123,7 +123,7 @@ class Derived:
         self._forget()
 
     def _forget(self) -> None:
-        self._parameters: tuple[Tensor, ...] = ()
+        self._parameters: tuple[Tensor | None, ...] = ()
         self._scope = 0
         self._derived: tuple[Tensor, ...] = ()
 

@@ -151,7 +151,7 @@ class LRULayer(RecurrentLayer):
         self.has_input_bias = input_bias
         self.no_bias: Tensor
         self.register_buffer("no_bias", torch.zeros(hidden_size), persistent=False)
-        self._side_by_side = Derived(_side_by_side)
+        self._side_by_side = Derived(side_by_side)
         rate = 1.0 / log_spaced_timescales(hidden_size, max_horizon)
         self.rate = nn.Parameter(torch.log(torch.expm1(rate)))
 
@@ -191,7 +191,7 @@ class LRULayer(RecurrentLayer):
         )
 
 
-def _side_by_side(*parameters: Tensor) -> tuple[Tensor, ...]:
+def side_by_side(*parameters: Tensor) -> tuple[Tensor, ...]:
     """One map in place of three, which is faster, the rates, and the map as a step takes it."""
     weight = torch.cat(parameters[:3])
     return weight, torch.cat(parameters[3:6]), F.softplus(parameters[6]), weight.detach().t().contiguous()

@@ -138,7 +138,7 @@ class LSTMLayer(RecurrentLayer):
         bias_mask[2 * hidden_size : 3 * hidden_size] = float(input_bias)
         self.bias_mask: Tensor
         self.register_buffer("bias_mask", bias_mask, persistent=False)
-        self._derived = Derived(_bias_and_transposed)
+        self._derived = Derived(bias_and_transposed)
         log_timescales = log_spaced_timescales(hidden_size, max_horizon).log()
         with torch.no_grad():
             self.bias_hh[:hidden_size] = -log_timescales
@@ -180,9 +180,10 @@ class LSTMLayer(RecurrentLayer):
         return self._derived.of(self.bias_ih, self.bias_hh, self.bias_mask, self.weight_hh)
 
 
-def _bias_and_transposed(
+def bias_and_transposed(
     bias_ih: Tensor, bias_hh: Tensor, bias_mask: Tensor, weight_hh: Tensor
 ) -> tuple[Tensor, Tensor]:
+    """The bias that is added, and the hidden state's map as a step takes it."""
     return (bias_ih + bias_hh) * bias_mask, weight_hh.detach().t().contiguous()
 
 

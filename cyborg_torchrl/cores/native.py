@@ -17,7 +17,7 @@ from torch import Tensor
 
 DTYPES = {torch.float32: "float32", torch.float64: "float64"}
 CAPABILITIES = ("avx512", "avx2", "default")
-INTERFACE = 8
+INTERFACE = 9
 """Number of the functions' interface; a library of another is as good as none."""
 FOLDER = Path(__file__).parent
 POINTER, INTEGER = ctypes.c_void_p, ctypes.c_int64
@@ -32,6 +32,8 @@ ARGUMENTS = {
     "lstm": [POINTER, INTEGER, *[POINTER] * 3],
     "lstm_backward": [POINTER, INTEGER, *[POINTER] * 3],
     "grad_weight": [*[INTEGER] * 4, *[POINTER] * 3],
+    "act_lru": [POINTER, ctypes.c_double, ctypes.c_double, INTEGER, INTEGER, *[POINTER] * 6],
+    "act_lstm": [POINTER, ctypes.c_double, ctypes.c_double, INTEGER, INTEGER, *[POINTER] * 6],
     "norm": [POINTER, INTEGER, ctypes.c_double, *[POINTER] * 3],
     "added_norms": [INTEGER, INTEGER, INTEGER, ctypes.c_double, POINTER, POINTER],
     "norm_backward": [POINTER, INTEGER, ctypes.c_double, *[POINTER] * 4],

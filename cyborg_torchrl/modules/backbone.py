@@ -108,15 +108,29 @@ class Backbone(TensorDictModuleBase):
     def _run_step(self, tensordict: TensorDictBase) -> State:
         x, is_init = self._inputs(tensordict)
         batch_shape = x.shape[:-1]
-        batch = batch_shape.numel()
-        flags = is_init.reshape(batch)
-        initial = self.core.initial_state(batch)
         state = self._state(tensordict, is_init, first_step=False)
-        dtype = self._dtype()  # states may be stored in another precision
-        state = {n: v.reshape(batch, *self.core.state_shapes[n]).to(dtype) for n, v in state.items()} or initial
-        y, state = self.core.step(x.reshape(batch, -1), restart(state, initial, flags))
+        y, state = self.core.step(x.reshape(batch_shape.numel(), -1), self.restarted(state, is_init))
         tensordict.set(self.out_key, y.reshape(*batch_shape, -1))
-        state = {name: value.reshape(*batch_shape, *value.shape[1:]) for name, value in state.items()}
+        return self.set_next(tensordict, state)
+
+    def restarted(self, state: State, is_init: Tensor) -> State:
+        """What a step goes on from: stored states, {name: [*B, *shape]}, with episodes begun where `is_init`.
+
+        Args:
+            state: empty: the initial state.
+            is_init: [*B] or [*B, 1].
+
+        Returns:
+            {name: [B, *shape]} with the batch dimensions as one.
+        """
+        batch, dtype = is_init.numel(), self._dtype()  # states may be stored in another precision
+        initial = self.core.initial_state(batch)
+        flat = {n: v.reshape(batch, *self.core.state_shapes[n]).to(dtype) for n, v in state.items()}
+        return restart(flat or initial, initial, is_init.reshape(batch))
+
+    def set_next(self, tensordict: TensorDictBase, state: State) -> State:
+        """Writes the state after a step, {name: [B, *shape]}; returns it as it is written, {name: [*B, *shape]}."""
+        state = {name: value.reshape(*tensordict.batch_size, *value.shape[1:]) for name, value in state.items()}
         for name, key in self.state_keys.items():
             tensordict.set(self._next(key), state[name])
         return state

@@ -36,7 +36,7 @@ class PastPresentFusion(nn.Module):
         if self.gate is not None:
             nn.init.zeros_(self.gate.weight)
         self.is_same_width = present_features == memory_features
-        self._is_plain = self.is_same_width and not is_gated
+        self.is_plain = self.is_same_width and not is_gated
         self.project = (
             nn.Identity()
             if present_features == memory_features
@@ -46,7 +46,7 @@ class PastPresentFusion(nn.Module):
     def forward(self, present: Float[Tensor, "*B F"], memory: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
         """Returns the joint features."""
         is_acting = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
-        if is_acting and self._is_plain and present.ndim == 2 and self._is_native(present, memory):
+        if is_acting and self.is_plain and present.ndim == 2 and self._is_native(present, memory):
             # a step: one call in place of three
             return added_layer_norms_cpp(memory, present, (self.past, self.present))
         past, now = self.past(memory), self.present(present)

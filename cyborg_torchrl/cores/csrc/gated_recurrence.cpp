@@ -6,56 +6,12 @@
 // Steps come one after the other, each over all of a thread's rows: what is read and written lies side by side. A single
 // step, while acting, makes its inputs itself: x W + b.
 
-#include "multiply.h"
+#include "gated_recurrence.h"
 
 namespace {
 
-struct Shape { int64_t steps, batch, channels; };
-
-template <class T> struct Gates {
-    Vec<T> loss, decay, opening, gate, power;  // loss = decay - 1
-    INLINE Gates(Vec<T> decay_gate, Vec<T> input_gate, Vec<T> rate) {
-        opening = sigmoid<T>(decay_gate);
-        gate = sigmoid<T>(input_gate);
-        loss = expm1<T>(opening * (rate * T(-2)));
-        decay = loss + T(1);
-        power = sqrt<T>(-loss * (loss + T(2)));
-    }
-};
-
 template <class T>
-void recur(Shape s, const T* const* in, const uint8_t* is_init, T* states, int64_t first, int64_t end) {
-    const T *inputs = in[0], *rate = in[1], *h_0 = in[2], *initial = in[3];
-    const int64_t D = s.channels;
-    for (int64_t t = 0; t < s.steps; ++t)
-        for (int64_t row = first; row < end; ++row) {
-            const int64_t at = (t * s.batch + row) * D;
-            const T* own = inputs + 3 * at;
-            const T* before = is_init[t * s.batch + row] ? initial + row * D
-                              : t ? states + at - s.batch * D : h_0 + row * D;
-            for (int64_t d = 0; d < D; d += W<T>) {
-                const int k = int(std::min<int64_t>(W<T>, D - d));
-                const Gates<T> g(load<T>(own + d, k), load<T>(own + D + d, k), load<T>(rate + d, k));
-                const Vec<T> drive = g.power * g.gate * load<T>(own + 2 * D + d, k);
-                store<T>(states + at + d, g.decay * load<T>(before + d, k) + drive, k);
-            }
-        }
-}
-
-template <class T>
-void recur_step(int64_t batch, int64_t features, int64_t D, const T* const* in, T* after, int64_t first, int64_t end) {
-    const T *x = in[0], *weight = in[1], *bias = in[2], *rate = in[3], *before = in[4];
-    const std::vector<uint8_t> never(batch);
-    std::vector<T> inputs((end - first) * 3 * D);
-    for (int64_t row = 0; row < end - first; ++row)
-        std::memcpy(inputs.data() + row * 3 * D, bias, 3 * D * sizeof(T));
-    multiply<T>(x + first * features, weight, inputs.data(), end - first, features, 3 * D);
-    const T* const of_recur[] = {inputs.data(), rate, before + first * D, before + first * D};
-    recur<T>({1, end - first, D}, of_recur, never.data(), after + first * D, 0, end - first);
-}
-
-template <class T>
-void recur_backward(Shape s, const T* const* in, const uint8_t* is_init, const T* states, const T* grad_states,
+void recur_backward(Sequence s, const T* const* in, const uint8_t* is_init, const T* states, const T* grad_states,
                     T* const* grads, T* grad_rate, int64_t first, int64_t end) {
     const T *inputs = in[0], *rate = in[1], *h_0 = in[2], *initial = in[3];
     // the carried gradient ends as that of h_0; it and that of the initial state begin at zero
@@ -110,7 +66,7 @@ void recur_backward(Shape s, const T* const* in, const uint8_t* is_init, const T
     }                                                                                                                 \
     extern "C" void cyborg_recur_##name(const int64_t* sizes, int64_t threads, const T* const* inputs,                \
                                         const uint8_t* is_init, T* states) {                                          \
-        const Shape s{sizes[0], sizes[1], sizes[2]};                                                                  \
+        const Sequence s{sizes[0], sizes[1], sizes[2]};                                                               \
         split(s.batch, threads, [=](int64_t, int64_t first, int64_t end) {                                            \
             recur<T>(s, inputs, is_init, states, first, end);                                                         \
         });                                                                                                           \
@@ -118,7 +74,7 @@ void recur_backward(Shape s, const T* const* in, const uint8_t* is_init, const T
     extern "C" void cyborg_recur_backward_##name(const int64_t* sizes, int64_t threads, const T* const* inputs,       \
                                                  const uint8_t* is_init, const T* states, const T* grad_states,       \
                                                  T* const* grads, T* grad_rate) {                                     \
-        const Shape s{sizes[0], sizes[1], sizes[2]};                                                                  \
+        const Sequence s{sizes[0], sizes[1], sizes[2]};                                                               \
         split(s.batch, threads, [=](int64_t thread, int64_t first, int64_t end) {                                     \
             recur_backward<T>(s, inputs, is_init, states, grad_states, grads, grad_rate + thread * s.channels, first, \
                               end);                                                                                   \

@@ -1,0 +1,106 @@
+// One step of an agent, from the observation to the heads. See modules/acting.py.
+//
+//     features = E x;  h = step of the memory;  joint = LayerNorm(groups' norm(h)) + LayerNorm(features)
+//     policy, value = H joint + b
+//
+// Block by block of rows, so that what lies between x and the heads stays in the cache.
+
+#include "gated_recurrence.h"
+#include "lstm.h"
+#include "norms.h"
+
+namespace {
+
+constexpr int64_t BLOCK = 16;
+
+// mapped: width of what the memory's map is of: x itself (= observed), or the features (= channels)
+struct Agent { int64_t observed, mapped, channels, group, actions; double group_eps, layer_eps; };
+
+// A memory: how many times its channels its map has columns, the size of its other parameters, and a step of some rows.
+// inputs: what its map makes of what it sees, bias included; before and after: its states.
+template <class T> struct LRU {
+    static constexpr int64_t maps = 3, states = 1;
+    static int64_t others(int64_t D) { return D; }
+    static void step(int64_t rows, int64_t D, const T* inputs, const T* rate, const T* const* before, T* const* after) {
+        const uint8_t never[BLOCK] = {};
+        const T* const in[] = {inputs, rate, before[0], before[0]};
+        recur<T>({1, rows, D}, in, never, after[0], 0, rows);
+    }
+};
+
+template <class T> struct LSTM {
+    static constexpr int64_t maps = 4, states = 2;
+    static int64_t others(int64_t D) { return D * 4 * D; }
+    static void step(int64_t rows, int64_t D, const T* inputs, const T* weight, const T* const* before, T* const* after) {
+        const uint8_t never[BLOCK] = {};
+        const T* const in[] = {inputs, weight, before[0], before[1], before[0], before[1]};
+        T* const out[] = {after[0], after[1], nullptr, nullptr};
+        lstm<T>({1, rows, D}, in, never, out, 0, rows);
+    }
+};
+
+// Where the parameters lie, one after the other.
+template <class T, template <class> class Memory> struct Parameters {
+    const T *encoder, *map, *bias, *others, *past, *past_bias, *present, *present_bias, *heads, *heads_bias;
+    Parameters(const Agent& agent, const T* at) {
+        const auto next = [&at](int64_t size) { const T* own = at; at += size; return own; };
+        const int64_t D = agent.channels, columns = Memory<T>::maps * D;
+        encoder = next(agent.observed * D), map = next(agent.mapped * columns), bias = next(columns);
+        others = next(Memory<T>::others(D));
+        past = next(D), past_bias = next(D), present = next(D), present_bias = next(D);
+        heads = next((agent.actions + 1) * D), heads_bias = next(agent.actions + 1);
+    }
+};
+
+template <class T> INLINE T dot(const T* a, const T* b, int64_t size) {
+    Vec<T> total{};
+    for (int64_t d = 0; d < size; d += W<T>) {
+        const int k = int(std::min<int64_t>(W<T>, size - d));
+        total += load<T>(a + d, k) * load<T>(b + d, k);
+    }
+    return sum<T>(total);
+}
+
+template <class T, template <class> class Memory>
+void act(const Agent& agent, const T* parameters, const T* x, const T* const* before, T* const* after, T* policy,
+         T* value, int64_t first, int64_t end) {
+    const Parameters<T, Memory> p(agent, parameters);
+    const int64_t D = agent.channels, A = agent.actions, columns = Memory<T>::maps * D;
+    std::vector<T> room(BLOCK * (3 * D + columns));
+    T *features = room.data(), *readout = features + BLOCK * D, *joint = readout + BLOCK * D, *inputs = joint + BLOCK * D;
+    for (int64_t row = first; row < end; row += BLOCK) {
+        const int64_t rows = std::min(BLOCK, end - row);
+        const T *seen = x + row * agent.observed, *mapped = agent.mapped == agent.observed ? seen : features;
+        const T* befores[Memory<T>::states];
+        T* afters[Memory<T>::states];
+        for (int64_t i = 0; i < Memory<T>::states; ++i) befores[i] = before[i] + row * D, afters[i] = after[i] + row * D;
+        std::fill(features, features + rows * D, T(0));
+        multiply<T>(seen, p.encoder, features, rows, agent.observed, D);
+        for (int64_t i = 0; i < rows; ++i) std::memcpy(inputs + i * columns, p.bias, columns * sizeof(T));
+        multiply<T>(mapped, p.map, inputs, rows, agent.mapped, columns);
+        Memory<T>::step(rows, D, inputs, p.others, befores, afters);
+        normalise<T>({rows, D, agent.group}, T(agent.group_eps), afters[0], nullptr, readout, 0, rows);
+        const T* const of_norms[] = {readout, p.past, p.past_bias, features, p.present, p.present_bias};
+        added_norms<T>(D, T(agent.layer_eps), of_norms, joint, 0, rows);
+        for (int64_t i = 0; i < rows; ++i) {
+            for (int64_t a = 0; a < A; ++a)
+                policy[(row + i) * A + a] = dot<T>(joint + i * D, p.heads + a * D, D) + p.heads_bias[a];
+            value[row + i] = dot<T>(joint + i * D, p.heads + A * D, D) + p.heads_bias[A];
+        }
+    }
+}
+
+}  // namespace
+
+#define INTERFACE_OF(T, name, Memory, memory)                                                                         \
+    extern "C" void cyborg_act_##memory##_##name(const int64_t* sizes, double group_eps, double layer_eps,            \
+                                                 int64_t batch, int64_t threads, const T* parameters, const T* x,     \
+                                                 const T* const* before, T* const* after, T* policy, T* value) {      \
+        const Agent agent{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], group_eps, layer_eps};                    \
+        split(batch, threads, [=](int64_t, int64_t first, int64_t end) {                                              \
+            act<T, Memory>(agent, parameters, x, before, after, policy, value, first, end);                           \
+        });                                                                                                           \
+    }
+#define INTERFACE(T, name) INTERFACE_OF(T, name, LRU, lru) INTERFACE_OF(T, name, LSTM, lstm)
+INTERFACE(float, float32)
+INTERFACE(double, float64)
