@@ -7,7 +7,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install demo test check learn minerl test-minerl clean
+.PHONY: help install demo test check docs learn minerl test-minerl clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -42,6 +42,9 @@ test: install .venv/official .venv/memory-gym  ## linters and tests
 check: install  ## linters alone
 	scripts/check
 
+docs: install  ## the site, in site/; a warning is an error (the tests build it, too)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 learn: install  ## full learning runs: about an hour
 	scripts/test -m learning
 
@@ -66,4 +69,4 @@ test-minerl: minerl  ## tests of the MineRL adapter
 	$(MINERL)/python -m pytest -q tests/minerl -m minerl
 
 clean:  ## remove .venv, .venv-minerl and caches (not runs/)
-	rm -rf .venv .venv-minerl .pytest_cache .ruff_cache .import_linter_cache dist
+	rm -rf .venv .venv-minerl .pytest_cache .ruff_cache .import_linter_cache dist site

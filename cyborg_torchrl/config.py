@@ -13,11 +13,12 @@ import logging
 import math
 import tempfile
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
@@ -40,9 +41,11 @@ from cyborg_torchrl.registry import (
 )
 
 LOGGER = logging.getLogger(__name__)
+DEFAULT_CONFIG = "memory_delayed_cue_recurrent"
 RECURRENT_MODES = ("none", "burn_in", "tbptt", "episode")
 STATE_DTYPES = ("float32", "bfloat16", "float16")
 STORAGES = ("ram", "memmap", "device")
+BACKENDS = ("wandb", "mlflow")
 
 
 class ConfigError(ValueError):
@@ -188,6 +191,14 @@ class LoggerConfig:
     checkpoint_every: int = 1
     """Updates between two checkpoints."""
     tensorboard: bool = True
+    backends: list[str] = field(default_factory=list)
+    """Where metrics go as well: wandb, mlflow."""
+    project: str = "cyborg_torchrl"
+    """Project of W&B, experiment of MLflow."""
+    offline: bool = False
+    """W&B writes into the run's folder alone; `wandb sync` uploads it later."""
+    tracking_uri: str | None = None
+    """Server of MLflow, database (sqlite:///FILE), or folder of one; null: base_dir."""
     progress: bool = True
     """Show a progress bar on stderr."""
     eval_episodes: int = 1000
@@ -258,7 +269,7 @@ def config_dir() -> Path:
     return installed if installed.is_dir() else Path(__file__).parent.parent / "configs"
 
 
-def load_config(config: str = "memory_delayed_cue_recurrent", overrides: Sequence[str] = ()) -> DictConfig:
+def load_config(config: str = DEFAULT_CONFIG, overrides: Sequence[str] = ()) -> DictConfig:
     """Composes and checks a configuration.
 
     Args:
@@ -270,26 +281,57 @@ def load_config(config: str = "memory_delayed_cue_recurrent", overrides: Sequenc
     Raises:
         ConfigError: with one line that says what is wrong and what would be right.
     """
-    _store_nodes()
-    overrides = [_written_out(override) for override in overrides]
-    folder, name = _locate(config)
     GlobalHydra.instance().clear()
-    search = [] if folder == config_dir() else [f"hydra.searchpath=[file://{config_dir()}]"]
     try:
-        with tempfile.TemporaryDirectory() as scratch:
-            if search and (complete := _lay_over_default(folder / name, overrides)) is not None:
-                folder, name = Path(scratch), "config"
-                OmegaConf.save(complete, folder / "config.yaml")
-            with initialize_config_dir(str(folder), version_base="1.3"):
-                cfg = compose(name, [*overrides, *search])
-                OmegaConf.resolve(cfg)
+        with (
+            primary_config(config, overrides) as primary,
+            initialize_config_dir(str(primary.folder), version_base="1.3"),
+        ):
+            cfg = compose(primary.name, primary.overrides)
+            OmegaConf.resolve(cfg)
     except ConfigError:
         raise
     except (HydraException, OmegaConfBaseException, ValueError) as error:
-        shipped = name if folder == config_dir() else "memory_delayed_cue_recurrent"
-        raise ConfigError(explain(error, overrides, _choices, partial(_recompose, shipped))) from None
+        raise explained(error, config, overrides) from None
     validate(cfg)
     return cfg
+
+
+class Primary(NamedTuple):
+    """What Hydra composes a configuration from."""
+
+    folder: Path
+    name: str
+    overrides: list[str]
+
+
+@contextmanager
+def primary_config(config: str, overrides: Sequence[str]) -> Generator[Primary]:
+    """Makes ready for Hydra what `load_config` composes; a file without a `defaults` list lasts as long as the context.
+
+    Raises:
+        ConfigError: if there is no such configuration, or it cannot be read.
+    """
+    _store_nodes()
+    overrides = [_written_out(override) for override in overrides]
+    folder, name = _locate(config)
+    if folder == config_dir():
+        yield Primary(folder, name, overrides)
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        complete = _lay_over_default(folder / name, overrides)
+        if complete is not None:
+            folder, name = Path(scratch), "config"
+            OmegaConf.save(complete, folder / "config.yaml")
+        yield Primary(folder, name, [*overrides, f"hydra.searchpath=[file://{config_dir()}]"])
+
+
+def explained(error: Exception, config: str, overrides: Sequence[str]) -> ConfigError:
+    """What Hydra or OmegaConf raised while composing, as one line."""
+    folder, name = _locate(config)
+    shipped = name if folder == config_dir() else DEFAULT_CONFIG
+    written = [_written_out(override) for override in overrides]
+    return ConfigError(explain(error, written, _choices, partial(_recompose, shipped)))
 
 
 def validate(cfg: DictConfig) -> None:
@@ -358,6 +400,9 @@ def validate(cfg: DictConfig) -> None:
     ):
         if value not in known:
             raise ConfigError(f"unknown {key} '{value}': {did_you_mean(value, known)}")
+    for backend in cfg.logger.backends:
+        if backend not in BACKENDS:
+            raise ConfigError(f"unknown logger.backends '{backend}': {did_you_mean(backend, BACKENDS)}")
     _check_mode(train)
     resolve_device(train.device)
 
@@ -410,7 +455,7 @@ def _lay_over_default(stem: Path, overrides: Sequence[str]) -> DictConfig | None
         raise ConfigError(f"'{path}' must hold keys and values, such as 'train: {{seed: 1}}'.")
     if "defaults" in content:
         return None
-    defaults: list[Any] = ["memory_delayed_cue_recurrent"]
+    defaults: list[Any] = [DEFAULT_CONFIG]
     for override in overrides:
         content.pop(override.split("=")[0], None)  # a choice of a group, which replaces the file's
     for group in (*GROUPS, *NODES):

@@ -30,7 +30,10 @@ def explain(
     choice = re.search(r"Could not find '([\w./-]+)/([\w.-]+)'", text)
     if choice:
         group, name = choice.groups()
-        return f"unknown {group} '{name}': {did_you_mean(name, choices(group))}"
+        listed = re.search(r"Available options in '[^']*': (.*?)(?: Config search path|$)", text)
+        return (
+            f"unknown {group} '{name}': {did_you_mean(name, choices(group) or (listed[1].split() if listed else ()))}"
+        )
     unknown = re.search(r"Could not override '([\w.@]+)'", text) or re.search(r"Key '([\w.]+)' (?:is )?not in", text)
     if unknown:
         keys_given = (override.split("=")[0].lstrip("+~") for override in overrides)

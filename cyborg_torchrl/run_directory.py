@@ -22,6 +22,8 @@ from omegaconf import DictConfig, OmegaConf
 from torch.utils.tensorboard import SummaryWriter
 
 from cyborg_torchrl.checkpoint import CheckpointFolder
+from cyborg_torchrl.config import ConfigError
+from cyborg_torchrl.loggers import MetricBackends, require_packages
 from cyborg_torchrl.registry import environments
 
 COLUMNS: tuple[str, ...] = (
@@ -45,16 +47,23 @@ class RunDirectory:
 
     Raises:
         FileExistsError: if there is a run in the folder already, or another process is at it.
+        ConfigError: if a backend of the metrics cannot be reached.
     """
 
     def __init__(self, path: Path, cfg: DictConfig, resumed_at: int | None = None) -> None:
         if resumed_at is None and (path / "manifest.json").exists():
             raise FileExistsError(f"{path} holds a run already; choose another run name, or resume=auto.")
         self.path, self.cfg = path, cfg
+        require_packages(cfg.logger.backends)
         (path / "logs").mkdir(parents=True, exist_ok=True)
         self._lock = lock_run(path)
         if self._lock is None:
             raise FileExistsError(f"another process is training {path}.")
+        try:
+            self._backends = MetricBackends(cfg, path, is_resumed=resumed_at is not None)
+        except ConfigError:
+            self._lock.close()
+            raise
         self.checkpoints = CheckpointFolder(path / "checkpoints", cfg.logger.keep_checkpoints)
         self.checkpoints.clean()
         self._write("config.yaml", OmegaConf.to_yaml(cfg))
@@ -77,6 +86,7 @@ class RunDirectory:
                 self._writer.writeheader()
         self._writer.writerow(metrics)
         self._file.flush()
+        self._backends.log(metrics, int(metrics["steps"]))
         if self._tensorboard is not None:
             for name, value in metrics.items():
                 self._tensorboard.add_scalar(name, value, int(metrics["steps"]))
@@ -98,6 +108,7 @@ class RunDirectory:
         """Closes the logs, and lets others into the folder."""
         with contextlib.suppress(OSError):  # of a full disk, of which `log` has told
             self._file.close()
+        self._backends.close()
         if self._tensorboard is not None:
             with contextlib.suppress(OSError):
                 self._tensorboard.close()

@@ -32,5 +32,6 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 @pytest.mark.parametrize("page", WITH_SCRIPTS, ids=lambda page: page.name)
 def test_scripts_run(page: Path) -> None:
+    names: dict[str, object] = {"__name__": "page"}  # later scripts of a page may use what earlier ones define
     for number, script in enumerate(SCRIPT.findall(page.read_text())):
-        exec(compile(script, f"{page.name}, script {number}", "exec"), {"__name__": "page"})
+        exec(compile(script, f"{page.name}, script {number}", "exec"), names)

@@ -192,3 +192,4 @@ def _signed(
 
 
 build_gru = register_backbone("gru")(layered_core_builder(GRULayer))
+"""Builds the core of `backbone=gru`: a `LayeredCore` of `GRULayer`."""

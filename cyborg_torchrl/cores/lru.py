@@ -198,3 +198,4 @@ def side_by_side(*parameters: Tensor) -> tuple[Tensor, ...]:
 
 
 build_lru = register_backbone("lru")(layered_core_builder(LRULayer))
+"""Builds the core of `backbone=lru`: a `LayeredCore` of `LRULayer`."""

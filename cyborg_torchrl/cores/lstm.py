@@ -188,3 +188,4 @@ def bias_and_transposed(
 
 
 build_lstm = register_backbone("lstm")(layered_core_builder(LSTMLayer))
+"""Builds the core of `backbone=lstm`: a `LayeredCore` of `LSTMLayer`."""

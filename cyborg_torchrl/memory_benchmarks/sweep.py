@@ -19,7 +19,7 @@ import shlex
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -87,14 +87,26 @@ class Cell:
 
 def run_cell(cell: Cell, base_dir: str) -> dict[str, Any]:
     """Runs a cell. Returns its row of the table; a failure is a row with its error."""
-    row: dict[str, Any] = {name: getattr(cell, name) for name in ASKED}
     result = subprocess.run(cell.command(base_dir), capture_output=True, text=True, check=False)
     lines = result.stdout.strip().splitlines()
     if result.returncode or not lines:
-        return row | {"error": (result.stderr.strip().splitlines() or ["no output"])[-1]}
-    summary = json.loads(lines[-1])
-    named = summary | {"episode_horizon": summary["horizon"], "env_steps": summary["total_timesteps"], "error": ""}
-    return row | {name: named.get(name) for name in MEASURED}
+        return failed_row(cell, (result.stderr.strip().splitlines() or ["no output"])[-1])
+    return finished_row(cell, json.loads(lines[-1]))
+
+
+def finished_row(cell: Cell, summary: Mapping[str, Any]) -> dict[str, Any]:
+    """The row of a run that has ended, from its summary."""
+    named = {**summary, "episode_horizon": summary["horizon"], "env_steps": summary["total_timesteps"], "error": ""}
+    return _asked(cell) | {name: named.get(name) for name in MEASURED}
+
+
+def failed_row(cell: Cell, error: str) -> dict[str, Any]:
+    """The row of a run that has not."""
+    return _asked(cell) | {"error": error}
+
+
+def _asked(cell: Cell) -> dict[str, Any]:
+    return {name: getattr(cell, name) for name in ASKED}
 
 
 def read_rows(path: Path) -> dict[Cell, dict[str, Any]]:

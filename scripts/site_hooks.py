@@ -1,0 +1,31 @@
+"""What the site needs beside docs/: the changelog as a page, and no links to files that are not part of it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).parents[1]
+LINK = re.compile(r"(?<!!)\[([^\]]*)\]\(((?:\.\./)+[^)\s#]*)[^)]*\)")
+
+
+def on_files(files: Files, *, config: MkDocsConfig) -> Files:
+    """Adds the changelog."""
+    text = (ROOT / "CHANGELOG.md").read_text().replace("](docs/", "](")
+    files.append(File.generated(config, "changelog.md", content=text))
+    return files
+
+
+def on_page_markdown(markdown: str, *, page: Page, **_: Any) -> str:
+    """Leaves the text of links that lead out of docs/, into the repository."""
+    depth = len(PurePosixPath(page.file.src_uri).parts) - 1
+
+    def stay(link: re.Match[str]) -> str:
+        return link[1] if link[2].count("../") > depth else link[0]
+
+    return LINK.sub(stay, markdown)
