@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple, cast
@@ -16,10 +17,12 @@ from torchrl.data import LazyMemmapStorage, LazyTensorStorage
 from torchrl.envs import EnvBase
 
 from cyborg_torchrl import keys
-from cyborg_torchrl.collectors import FusedCollector, OverlappedCollector, RolloutCollector
+from cyborg_torchrl.collectors import FusedCollector, OverlappedCollector, RayRolloutCollector, RolloutCollector
+from cyborg_torchrl.collectors.ray_cluster import ClusterError, RayCluster
 from cyborg_torchrl.config import ConfigError, TrainConfig, resolve_device
 from cyborg_torchrl.cores import Core, MemorylessCore
 from cyborg_torchrl.data import EpisodeBuffer, RecurrentRolloutBuffer, RolloutBuffer
+from cyborg_torchrl.distributed import Ranks
 from cyborg_torchrl.envs.make import episode_attribute, tracked
 from cyborg_torchrl.envs.normalization import statistics_of
 from cyborg_torchrl.envs.transforms import build_transforms
@@ -183,17 +186,43 @@ def build_collector(
         collector = kind(env, agent, auto_register_policy_transforms=True, **options)
     elif cfg.collector.name == "overlapped":
         collector = OverlappedCollector(_groups(cfg, env), agent, **options, **_kept(agent, buffer, env))
+    elif cfg.collector.name == "ray":
+        options |= _kept(agent, buffer, env)
+        options["keyframe_steps"] = partial(_same_steps, buffer.keyframe_steps(steps))  # the buffer stays here
+        collector = _ray_collector(cfg, agent, _share_of_worker(cfg, num_envs), options)
     else:
-        workers = cfg.collector.num_workers
-        _check_workers(cfg)
-        if num_envs % workers:
-            raise ConfigError(f"collector.num_workers = {workers} does not divide env.num_envs = {num_envs}.")
-        makers = [
-            partial(build_env, cfg, num_envs=num_envs // workers, seed=cfg.train.seed + i) for i in range(workers)
-        ]
+        share = _share_of_worker(cfg, num_envs)
+        seeds = range(cfg.train.seed, cfg.train.seed + cfg.collector.num_workers)
+        makers = [partial(build_env, cfg, num_envs=share, seed=seed) for seed in seeds]
         collector = MultiSyncCollector(makers, agent, cat_results=0, auto_register_policy_transforms=True, **options)
     collector.set_seed(cfg.train.seed)
     return collector
+
+
+def _ray_collector(cfg: DictConfig, agent: PPOAgent, num_envs: int, options: dict[str, Any]) -> RayRolloutCollector:
+    """Builds the collector on a Ray cluster, with so many environments for each worker."""
+    node, elsewhere = cfg.collector, OmegaConf.create(OmegaConf.to_container(cfg))
+    elsewhere.train.device = "cuda" if node.num_gpus else "cpu"
+    maker = partial(_build_env_elsewhere, elsewhere, environments.get(cfg.env.name), num_envs)
+    shares = {"num_workers": node.num_workers, "num_cpus": node.num_cpus, "num_gpus": node.num_gpus}
+    try:
+        cluster = RayCluster(node.address, **shares)
+    except ClusterError as error:
+        raise ConfigError(f"collector: {error}") from None
+    options |= {"seed": cfg.train.seed, "device": resolve_device(cfg.train.device)}
+    return RayRolloutCollector([maker] * node.num_workers, agent, cluster=cluster, **options)
+
+
+def _same_steps(at: list[int], steps: int) -> list[int]:
+    del steps
+    return at
+
+
+def _build_env_elsewhere(cfg: DictConfig, builder: Callable[..., EnvBase], num_envs: int, seed: int) -> EnvBase:
+    """`build_env` in a process that does not know what a script has registered."""
+    if cfg.env.name not in environments.names():
+        environments.register(cfg.env.name)(builder)
+    return build_env(cfg, num_envs=num_envs, seed=seed)
 
 
 def _kept(agent: PPOAgent, buffer: Buffer, env: EnvBase) -> dict[str, Any]:
@@ -218,13 +247,18 @@ def _groups(cfg: DictConfig, env: EnvBase) -> list[EnvBase]:
     return [build_env(cfg, num_envs=num_envs // groups, seed=cfg.train.seed + i, workers=share) for i in range(groups)]
 
 
-def _check_workers(cfg: DictConfig) -> None:
-    """What cannot be split over the processes of a collector."""
+def _share_of_worker(cfg: DictConfig, num_envs: int) -> int:
+    """Environments of each of a collector's processes; raises ConfigError for what cannot be split over them."""
     _check_statistics(cfg)
+    workers = cfg.collector.num_workers
     if cfg.env.get("workers"):
         raise ConfigError(
-            "env.workers and collector=multi_sync both start processes: use env.workers=0, or collector=rollout."
+            f"env.workers and collector={cfg.collector.name} both start processes: use env.workers=0, or "
+            "collector=rollout."
         )
+    if num_envs % workers:
+        raise ConfigError(f"collector.num_workers = {workers} does not divide env.num_envs = {num_envs}.")
+    return num_envs // workers
 
 
 def _check_statistics(cfg: DictConfig) -> None:
@@ -261,8 +295,45 @@ class Training(NamedTuple):
     env: EnvBase
 
 
-def build_trainer(cfg: DictConfig, on_progress: Callable[[float], None] = lambda share: None) -> Training:
-    """Builds everything that a training run needs: the trainer, the agent that it trains, and its environment."""
+RANK_SEEDS = 10_007
+"""Seeds from one rank to the next: more than a rank has workers or groups."""
+
+
+def share_of_rank(cfg: DictConfig, ranks: Ranks) -> DictConfig:
+    """What one of the processes that train together does of a configuration: a part of the environments and steps.
+
+    Raises:
+        ConfigError: if environments, or the processes that they run in, cannot be shared evenly.
+    """
+    if ranks.size == 1:
+        return cfg
+    cfg = copy.deepcopy(cfg)
+    for key, number in (("num_envs", cfg.env.get("num_envs", 1)), ("workers", cfg.env.get("workers") or 0)):
+        if number % ranks.size:
+            near = max(1, round(number / ranks.size)) * ranks.size
+            raise ConfigError(
+                f"env.{key} = {number} cannot be shared evenly by the {ranks.size} processes of this run; the nearest "
+                f"that can is {near}."
+            )
+        if key in cfg.env:
+            cfg.env[key] = number // ranks.size
+    cfg.train.total_timesteps = max(1, cfg.train.total_timesteps // ranks.size)
+    cfg.train.seed += ranks.rank * RANK_SEEDS
+    return cfg
+
+
+def build_trainer(
+    cfg: DictConfig, on_progress: Callable[[float], None] = lambda share: None, ranks: Ranks | None = None
+) -> Training:
+    """Builds everything that a training run needs: the trainer, the agent that it trains, and its environment.
+
+    Args:
+        cfg: of the whole run.
+        on_progress: see `PPOTrainer`.
+        ranks: the processes that train together; each builds its share. None: this one alone.
+    """
+    ranks = ranks or Ranks()
+    cfg = share_of_rank(cfg, ranks)
     prepare_process(cfg)
     # the groups of an overlapped collector have processes of their own
     env = build_env(cfg, workers=0 if cfg.collector.name == "overlapped" and cfg.env.get("workers") else None)
@@ -276,6 +347,7 @@ def build_trainer(cfg: DictConfig, on_progress: Callable[[float], None] = lambda
         buffer=buffer,
         config=cast("TrainConfig", OmegaConf.to_object(cfg.train)),
         on_progress=on_progress,
+        ranks=ranks,
     )
     return Training(trainer, agent, env)
 

@@ -6,10 +6,12 @@ import argparse
 import json
 import logging
 import sys
+import time
 from collections.abc import Sequence
 
 from cyborg_torchrl.checkpoint import CheckpointError
 from cyborg_torchrl.config import ConfigError, load_config
+from cyborg_torchrl.distributed import launched_rank
 from cyborg_torchrl.experiment import StoppedError, run_experiment
 from cyborg_torchrl.registry import UnavailableError
 from cyborg_torchrl.resumption import with_config_of_run
@@ -17,6 +19,8 @@ from cyborg_torchrl.resumption import with_config_of_run
 EXIT_STOPPED = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
+GRACE = 20.0
+"""Seconds in which a launcher ends all processes because the first one has failed."""
 
 
 def overrides_parser(description: str | None, default_config: str) -> argparse.ArgumentParser:
@@ -46,13 +50,22 @@ def run_command(config: str, overrides: Sequence[str], *, is_print_only: bool = 
             return 0
         summary = run_experiment(cfg)
     except (CheckpointError, ConfigError, UnavailableError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        _print_error(error)
         return EXIT_BAD_INPUT
-    except StoppedError as error:
+    except StoppedError as error:  # of one process, and not for the same reason of all
         print(f"error: {error}", file=sys.stderr)
         return EXIT_STOPPED
-    print(json.dumps(summary))
+    if not launched_rank():
+        print(json.dumps(summary))
     return EXIT_INTERRUPTED if summary["is_interrupted"] else 0
+
+
+def _print_error(error: Exception) -> None:
+    """One line on stderr, from one process: what is wrong for the first is wrong for all, and ends them."""
+    if rank := launched_rank():
+        time.sleep(GRACE)
+        print(f"process {rank}: ", end="", file=sys.stderr)
+    print(f"error: {error}", file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None, *, description: str | None = None, default_config: str) -> int:

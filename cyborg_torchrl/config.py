@@ -167,11 +167,18 @@ class CollectorConfig:
     name: str = "rollout"
     """rollout: in this process, without a memory state for every step. single: TorchRL's in this process. fused: the
     same, stepped on tensors. multi_sync: env.num_envs split over worker processes. overlapped: env.num_envs split into
-    groups, the policy acting for one while another steps, in env.workers processes where there are some."""
+    groups, the policy acting for one while another steps, in env.workers processes where there are some. ray:
+    env.num_envs split over workers on a Ray cluster; those that die are replaced."""
     num_workers: int = 2
-    """Processes of multi_sync."""
+    """Processes of multi_sync, workers of ray."""
     groups: int = 2
     """Groups of overlapped."""
+    address: str | None = None
+    """The cluster of ray: auto (the one that runs on this machine) or ip:port; null: one of this run's own, here."""
+    num_cpus: float = 1.0
+    """CPUs, or a share of one, that each worker of ray asks for; it computes with as many threads."""
+    num_gpus: float = 0.0
+    """GPUs, or a share of one, that each worker of ray asks for; 0: it computes on the CPU."""
 
 
 @dataclass
@@ -353,6 +360,11 @@ def validate(cfg: DictConfig) -> None:
         raise ConfigError(f"train.seed must be less than 2^63; got {train.seed}.")
     if any(size < 1 for size in cfg.encoder.hidden_sizes):
         raise ConfigError(f"encoder.hidden_sizes must be greater than 0; got {list(cfg.encoder.hidden_sizes)}.")
+    for key in ("num_cpus", "num_gpus"):
+        if not 0.0 <= cfg.collector[key] < math.inf:
+            raise ConfigError(f"collector.{key} must be a finite number, 0 or more; got {cfg.collector[key]}.")
+    if cfg.collector.address is not None and cfg.collector.name != "ray":
+        raise ConfigError(f"collector.address belongs to collector=ray; the collector is '{cfg.collector.name}'.")
     positive = {
         "train.adam_eps": train.adam_eps,
         "train.total_timesteps": train.total_timesteps,
@@ -393,7 +405,7 @@ def validate(cfg: DictConfig) -> None:
         ("train.state_dtype", train.state_dtype, STATE_DTYPES),
         ("train.storage", train.storage, STORAGES),
         ("train.start_state", train.start_state, ("stored", "initial")),
-        ("collector.name", cfg.collector.name, ("rollout", "fused", "single", "multi_sync", "overlapped")),
+        ("collector.name", cfg.collector.name, ("rollout", "fused", "single", "multi_sync", "overlapped", "ray")),
         ("encoder.convolutions", cfg.encoder.convolutions, ("impala", "nature")),
         ("logger.eval_actions", cfg.logger.eval_actions, ("greedy", "sampled")),
         ("encoder.discrete", cfg.encoder.discrete, ("one_hot", "embedding")),

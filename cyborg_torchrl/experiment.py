@@ -7,6 +7,7 @@ from __future__ import annotations
 import resource
 import signal
 import sys
+import threading
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -17,7 +18,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from cyborg_torchrl.build import Training, build_env, build_trainer
 from cyborg_torchrl.checkpoint import DUMP, save_checkpoint
+from cyborg_torchrl.collectors.ray_collector import WorkerError
 from cyborg_torchrl.config import ConfigError
+from cyborg_torchrl.distributed import LaunchError, PeerLostError, Ranks, joined_ranks
 from cyborg_torchrl.envs.make import episode_attribute
 from cyborg_torchrl.envs.normalization import freeze_statistics
 from cyborg_torchrl.evaluation import Evaluation, evaluate
@@ -26,7 +29,7 @@ from cyborg_torchrl.modules import PPOAgent
 from cyborg_torchrl.progress import Progress
 from cyborg_torchrl.registry import environments
 from cyborg_torchrl.resumption import Resumption, find_run, restore_training, training_state
-from cyborg_torchrl.run_directory import RunDirectory, default_run_name
+from cyborg_torchrl.run_directory import NoDirectory, RunDirectory, default_run_name
 
 
 class StoppedError(RuntimeError):
@@ -41,7 +44,8 @@ def run_experiment(cfg: DictConfig) -> dict[str, Any]:
     """Trains, evaluates and writes everything down.
 
     Ctrl-C (or SIGTERM) ends training, and the summary says that it was cut short; `logger.resume` goes on from the last
-    update that was done, with the same figures as if nothing had happened.
+    update that was done, with the same figures as if nothing had happened. Where a launcher has started several
+    processes they train together; the first of them evaluates and writes.
 
     Args:
         cfg: a checked configuration, from `load_config`.
@@ -52,15 +56,23 @@ def run_experiment(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         ConfigError: if the parts cannot be built as configured, or the run's folder is taken.
         CheckpointError: if the run to resume cannot be read.
-        StoppedError: if the run cannot go on: the disk is full, or a number is not finite.
+        StoppedError: if the run cannot go on: the disk is full, a number is not finite, workers die over and over.
     """
+    try:
+        with joined_ranks(cfg.train.device) as ranks:
+            return _run(cfg, ranks)
+    except LaunchError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _run(cfg: DictConfig, ranks: Ranks) -> dict[str, Any]:
     started = time.perf_counter()
-    progress = Progress(is_shown=cfg.logger.progress)
-    resumption = find_run(cfg)
+    progress = Progress(is_shown=cfg.logger.progress and ranks.is_first)
+    resumption = ranks.of_first(find_run(cfg) if ranks.is_first else None)
     if resumption is not None and is_done(resumption, cfg):
         progress.console.print(f"{resumption.folder} is done already.")
         return dict(resumption.summary or {})
-    training = build_trainer(cfg, progress.advance)
+    training = build_trainer(cfg, progress.advance, ranks)
     trainer, agent, env = training
     horizon = episode_attribute(env, "horizon")  # now: a closed environment does not tell
     try:
@@ -68,13 +80,12 @@ def run_experiment(cfg: DictConfig) -> dict[str, Any]:
     except BaseException:
         trainer.close()
         raise
-    path = run.path
     is_interrupted = False
     result: Evaluation | None = None
     metrics: dict[str, float] = {}
     steps_before = trainer.num_steps
     try:
-        with _sigterm_as_interrupt(), progress.over(trainer.total_updates, trainer.buffer.num_steps):
+        with _sigterm_as_interrupt(), progress.over(trainer.total_updates, trainer.steps_per_update):
             for metrics in trainer.run():
                 seconds = time.perf_counter() - started
                 speed = (trainer.num_steps - steps_before) / seconds
@@ -82,14 +93,19 @@ def run_experiment(cfg: DictConfig) -> dict[str, Any]:
                 metrics |= {"seconds": before + seconds, "steps_per_second": speed}
                 _write_down(run, training, metrics)
                 progress.report(metrics)
-            if cfg.logger.eval_episodes:
+            if cfg.logger.eval_episodes and ranks.is_first:
                 is_greedy = cfg.logger.eval_actions == "greedy"
                 result = evaluate_agent(cfg, agent, cfg.logger.eval_episodes, is_deterministic=is_greedy)
     except NonFiniteError as error:
         raise _stopped(run, training, error) from None
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, PeerLostError) as error:
         is_interrupted = True
-        print(f"interrupted: resume={path} goes on from the last checkpoint", file=sys.stderr)
+        _ignore_further_interrupts(ranks)
+        if ranks.is_first:
+            why = str(error) or "interrupted"
+            print(f"{why}; resume={run.path} goes on from the last checkpoint", file=sys.stderr)
+    except WorkerError as error:
+        raise StoppedError(f"{error} resume={run.path} goes on from the last checkpoint") from None
     finally:
         trainer.close()
         run.close()
@@ -113,7 +129,8 @@ def run_experiment(cfg: DictConfig) -> dict[str, Any]:
         "total_seconds": round(before + time.perf_counter() - started, 2),
         "peak_rss_mb": round(peak_rss_mb(), 1),
         "is_interrupted": is_interrupted,
-        "run_dir": str(path),
+        "processes": ranks.size,
+        "run_dir": str(run.path),
     }
     run.write_json("summary.json", summary)
     return summary
@@ -130,16 +147,20 @@ def is_done(resumption: Resumption, cfg: DictConfig) -> bool:
 
 def _begin(
     cfg: DictConfig, training: Training, resumption: Resumption | None, progress: Progress
-) -> tuple[RunDirectory, float]:
+) -> tuple[RunDirectory | NoDirectory, float]:
     """The run's folder, and the seconds that it took before; the trainer where the run goes on."""
+    is_first = training.trainer.ranks.is_first
     folder, checkpoint, content, _ = resumption or Resumption(None, None, None, None)
     if content is not None and checkpoint is not None:
         notes = restore_training(training, content, checkpoint, cfg.train.seed)
         done = f"{training.trainer.num_updates} updates, {training.trainer.num_steps:,} steps"
         progress.console.print(f"resuming {checkpoint} ({done})", highlight=False)
-        for note in notes:
+        for note in notes if is_first else []:
             print(f"warning: {note}", file=sys.stderr)
     path = folder or Path(cfg.logger.base_dir) / (cfg.logger.run_name or default_run_name(cfg))
+    path = training.trainer.ranks.of_first(path)
+    if not is_first:
+        return NoDirectory(path, cfg), 0.0
     try:
         run = RunDirectory(path, cfg, None if folder is None else training.trainer.num_updates)
     except FileExistsError as error:
@@ -151,7 +172,7 @@ def _begin(
     return run, float((content or {}).get("seconds", 0.0))
 
 
-def _stopped(run: RunDirectory, training: Training, error: NonFiniteError) -> StoppedError:
+def _stopped(run: RunDirectory | NoDirectory, training: Training, error: NonFiniteError) -> StoppedError:
     """Leaves a dump of what was not finite. The checkpoints stay as they are: the last is from before it."""
     trainer, agent, _ = training
     update = trainer.num_updates + 1
@@ -173,7 +194,7 @@ def _stopped(run: RunDirectory, training: Training, error: NonFiniteError) -> St
     )
 
 
-def _write_down(run: RunDirectory, training: Training, metrics: dict[str, float]) -> None:
+def _write_down(run: RunDirectory | NoDirectory, training: Training, metrics: dict[str, float]) -> None:
     """Logs an update, and writes its checkpoint.
 
     Raises:
@@ -223,6 +244,13 @@ def peak_rss_mb() -> float:
         pass
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (1024**2 if sys.platform == "darwin" else 1024)
+
+
+def _ignore_further_interrupts(ranks: Ranks) -> None:
+    """A launcher passes on the interrupt that all have got already."""
+    if ranks.size > 1 and threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager

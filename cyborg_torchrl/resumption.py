@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
@@ -18,6 +19,7 @@ from cyborg_torchrl.build import Training
 from cyborg_torchrl.checkpoint import CheckpointError, CheckpointFolder, Content, load_checkpoint
 from cyborg_torchrl.collectors.resumption import collector_state, resume_collector
 from cyborg_torchrl.config import ConfigError, load_config
+from cyborg_torchrl.distributed import Ranks
 from cyborg_torchrl.randomness import random_state, set_random_state
 from cyborg_torchrl.restore import checkpoint_path, config_of, load_parameters
 from cyborg_torchrl.run_directory import lock_run
@@ -173,13 +175,11 @@ def _flat(content: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def training_state(training: Training) -> Content:
-    """All that a run needs to go on bit by bit."""
-    return {
-        "agent": training.agent.state_dict(),
-        "trainer": training.trainer.state_dict(),
-        "collector": collector_state(training.trainer.collector),
-        "rng": random_state(),
-    }
+    """All that a run needs to go on bit by bit; all ranks have to ask, and the first one gets it."""
+    trainer = training.trainer
+    ranks = trainer.ranks.of_all({"collector": collector_state(trainer.collector), "rng": random_state()})
+    first, others = (ranks[0], ranks[1:]) if ranks else ({}, [])
+    return {"agent": training.agent.state_dict(), "trainer": trainer.state_dict(), **first, "other_ranks": others}
 
 
 def restore_training(training: Training, content: Content, path: Path, seed: int) -> list[str]:
@@ -196,17 +196,29 @@ def restore_training(training: Training, content: Content, path: Path, seed: int
     notes: list[str] = []
     try:
         trainer.load_state_dict(content["trainer"])
-        state = content["collector"]
+        own = _of_rank(trainer.ranks, content)
+        state, entropy = own["collector"], [seed, trainer.num_updates]
+        if trainer.ranks.rank:
+            entropy.append(trainer.ranks.rank)
+        fresh = int(np.random.SeedSequence(entropy).generate_state(1)[0])
         if state is not None:
             lost = resume_collector(trainer.collector, state)
             if lost:
                 notes.append(f"{lost} environments begin new episodes: theirs are not decided by seed and actions")
         else:
-            fresh = int(np.random.SeedSequence([seed, trainer.num_updates]).generate_state(1)[0])
             trainer.collector.set_seed(fresh)
             notes.append("all environments begin new episodes: where they were is not known")
-        set_random_state(content["rng"])
+        if own["rng"] is None:
+            torch.manual_seed(fresh)
+        else:
+            set_random_state(own["rng"])
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, IndexError) as error:
         said = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{path} does not fit its configuration: {type(error).__name__}: {said}") from None
     return notes
+
+
+def _of_rank(ranks: Ranks, content: Content) -> Mapping[str, Any]:
+    """Where this process stood; unknown if the run was trained by another number of processes."""
+    all_ranks = [content, *content.get("other_ranks", [])]
+    return all_ranks[ranks.rank] if len(all_ranks) == ranks.size else {"collector": None, "rng": None}

@@ -142,6 +142,30 @@ def _without_errors_of_tensorboard(hook: Callable[[threading.ExceptHookArgs], An
     return own
 
 
+class NoDirectory:
+    """Stands for the folder of a run where another process writes it.
+
+    Args:
+        path: the folder.
+        cfg: the configuration.
+    """
+
+    def __init__(self, path: Path, cfg: DictConfig) -> None:
+        self.path, self.cfg = path, cfg
+
+    def log(self, metrics: Mapping[str, float]) -> None:
+        """Nothing."""
+
+    def save(self, content: dict[str, Any], update: int, score: float | None) -> None:
+        """Nothing."""
+
+    def write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
 def lock_run(path: Path) -> IO[str] | None:
     """Takes a run's folder for this process, until what is returned is closed; None if another has it."""
     file = (path / ".lock").open("w")

@@ -19,16 +19,13 @@ from torch import nn
 from cyborg_torchrl import keys
 from cyborg_torchrl.config import TrainConfig
 from cyborg_torchrl.data import EpisodeBuffer, RecurrentRolloutBuffer, Rollout, RolloutBuffer
+from cyborg_torchrl.distributed import JointStep, Ranks
+from cyborg_torchrl.envs.normalization import RunningMoments
 from cyborg_torchrl.finite import NonFiniteError, check_finite, environment_of
 from cyborg_torchrl.modules.encoders import Autocast
 from cyborg_torchrl.modules.replay import as_primed, state_after
-from cyborg_torchrl.objectives import (
-    RecurrentClipPPOLoss,
-    add_advantages,
-    explained_variance,
-    masked_standardize,
-    measure_drift,
-)
+from cyborg_torchrl.objectives import RecurrentClipPPOLoss, add_advantages, masked_standardize, measure_drift
+from cyborg_torchrl.rollout_metrics import rollout_metrics
 
 Metrics = dict[str, float]
 LOGGED = ("loss_objective", "loss_critic", "loss_entropy", "entropy", "kl_approx", "clip_fraction", "ratio_error")
@@ -45,6 +42,9 @@ class PPOTrainer:
         buffer: where rollouts are kept for the update.
         config: hyperparameters.
         on_progress: called with the share of the present update that is done, in (0, 1].
+        ranks: the processes that train this agent together, each with a trainer, a collector and a buffer of the same
+            sizes: they begin with the first one's parameters, and every step is that of all their minibatches
+            together. `config.total_timesteps` are those of one rank. None: this process alone.
 
     Examples: see `examples/compose_with_torchrl.py`.
     """
@@ -57,9 +57,10 @@ class PPOTrainer:
         buffer: RolloutBuffer | RecurrentRolloutBuffer | EpisodeBuffer,
         config: TrainConfig,
         on_progress: Callable[[float], None] = lambda share: None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.collector, self.loss, self.buffer, self.config = collector, loss, buffer, config
-        self.value_operator, self.on_progress = value_operator, on_progress
+        self.value_operator, self.on_progress, self.ranks = value_operator, on_progress, ranks or Ranks()
         read = [key for key in loss.in_keys or () if not (isinstance(key, tuple) and key[0] == keys.NEXT)]
         written = (keys.VALUE, keys.ACTION_LOG_PROB)
         observed = [key for key in read if key not in written]
@@ -73,6 +74,13 @@ class PPOTrainer:
         self.num_updates = 0
         self.num_steps = 0
         self.total_updates = max(1, config.total_timesteps // buffer.num_steps)
+        self.steps_per_update = buffer.num_steps * self.ranks.size
+        self._moments = [module for module in loss.modules() if isinstance(module, RunningMoments)]
+        self._joint_step = JointStep(self.ranks, self.parameters)
+        if self.ranks.size > 1:
+            loss.standardize = self.ranks.standardized
+            own = {id(buffer) for moments in self._moments for buffer in moments.buffers()}
+            self.ranks.give_to_all(t for t in (*loss.parameters(), *loss.buffers()) if id(t) not in own)
 
     def run(self) -> Iterator[Metrics]:
         """Yields the metrics of each update, until the collector ends or `total_timesteps` are taken."""
@@ -98,20 +106,21 @@ class PPOTrainer:
         self._set_learning_rate()
         steps = rollout.steps if isinstance(rollout, Rollout) else rollout
         check_finite(steps, self._checked)
+        if self.ranks.size > 1:
+            for moments in self._moments:
+                moments.merge(self.ranks.sum)
         rollout, metrics = self._prepare(rollout)
-        self.num_steps += rollout.steps.numel()
+        self.num_steps += rollout.steps.numel() * self.ranks.size
         figures: dict[str, list[torch.Tensor]] = defaultdict(list)
         epochs = 0
         for epoch in range(config.n_epochs):
             if epoch and config.refresh_states:
                 self._refresh(rollout)
             kl_before = len(figures["kl_approx"])
-            for batch in self.buffer:
-                try:
-                    for name, value in self._step(batch).items():
-                        figures[name].append(value)
-                except NonFiniteError as error:
-                    raise self._located(error, batch, rollout) from None
+            batches = iter(self.buffer)
+            while step := self._located_step(next(batches, None), rollout):
+                for name, value in step.items():
+                    figures[name].append(value)
             epochs = epoch + 1
             self.on_progress(epochs / config.n_epochs)
             kl = torch.stack(figures["kl_approx"][kl_before:]).mean()
@@ -122,7 +131,7 @@ class PPOTrainer:
         self.num_updates += 1
         metrics |= {name: float(torch.stack(values).mean()) for name, values in figures.items()}
         # the very first minibatch is evaluated before any optimiser step
-        metrics["ratio_error"] = float(figures["ratio_error"][0])
+        metrics["ratio_error"] = float(self.ranks.maximum(figures["ratio_error"][0]))
         metrics |= {"epochs": epochs, "learning_rate": self.optimizer.param_groups[0]["lr"]}
         self._check_honesty(metrics["ratio_error"])
         return metrics
@@ -153,12 +162,13 @@ class PPOTrainer:
         config = self.config
         steps = rollout.steps if isinstance(rollout, Rollout) else rollout
         add_advantages(steps, self.value_operator, gamma=config.gamma, gae_lambda=config.gae_lambda)
-        metrics = _rollout_metrics(steps)
+        metrics = rollout_metrics(steps, self.ranks)
         if config.normalize_advantage in ("rollout", "step"):
             advantage = steps.get(keys.ADVANTAGE)
             if config.normalize_advantage == "step":
-                advantage = advantage - advantage.mean(0)
-            steps.set(keys.ADVANTAGE, masked_standardize(advantage))
+                advantage = advantage - self.ranks.mean(advantage.mean(0))
+            standardized = masked_standardize if self.ranks.size == 1 else self.ranks.standardized
+            steps.set(keys.ADVANTAGE, standardized(advantage))
         if not isinstance(rollout, Rollout):
             rollout = Rollout.of(rollout, self.loss.state_keys, self.buffer.keyframe_steps(steps.shape[1]))
         trained = steps.select(*self._trained, strict=False)
@@ -186,9 +196,16 @@ class PPOTrainer:
         used = buffer.chunks(chunks, steps.shape[0]).to(self.parameters[0].device)
         begin = [int(chunk) * buffer.seq_len for chunk in chunks]
         figures = measure_drift(self.loss, steps, rollout.keyframes[:max_envs, 0].to(steps.device), used, begin)
-        return {name: float(value) for name, value in figures.items()}
+        return {name: float(self.ranks.mean(value)) for name, value in figures.items()}
 
-    def _step(self, batch: TensorDictBase) -> dict[str, torch.Tensor]:
+    def _located_step(self, batch: TensorDictBase | None, rollout: Rollout) -> dict[str, torch.Tensor]:
+        try:
+            return self._step(batch)
+        except NonFiniteError as error:
+            raise (error if batch is None else self._located(error, batch, rollout)) from None
+
+    def _step(self, batch: TensorDictBase | None) -> dict[str, torch.Tensor]:
+        """An optimiser step on a minibatch; None where this rank has no more. Nothing is done once no rank has."""
         self.optimizer.zero_grad()
         figures: dict[str, torch.Tensor] = {}
         for part, share in self._parts(batch):
@@ -200,21 +217,31 @@ class PPOTrainer:
                     figures[name] = torch.maximum(value.detach(), figures.get(name, value.detach()))
                 elif name in LOGGED or "memory_" in name:
                     figures[name] = figures.get(name, 0.0) + value.detach() * share
+        if self.ranks.size > 1:
+            own = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+            if not math.isfinite(own):  # here, so that it is said where it comes from, and not by all
+                self._refuse(figures, float(own))
+            if batch is None and self.loss.normalize_advantage:
+                self.ranks.standardized(torch.zeros(0))  # as the others do within the loss
+            figures |= self._joint_step.averaged(figures, 0.0 if batch is None else _num_trained(batch))
+        if not figures:
+            return {}
         grad_norm = nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
         if not math.isfinite(grad_norm):  # one step with it, and there is nothing left to save
             self._refuse(figures, float(grad_norm))
         self.optimizer.step()
         return figures | {"grad_norm": grad_norm.detach()}
 
-    def _parts(self, batch: TensorDictBase) -> list[tuple[TensorDictBase, float]]:
+    def _parts(self, batch: TensorDictBase | None) -> list[tuple[TensorDictBase, float]]:
         """A minibatch in parts of whole rows, each with its share of the trained steps: the gradients add up."""
+        if batch is None:
+            return []
         limit = self.config.micro_batch_steps
         if limit is None or batch.numel() <= limit or not self.loss.is_mean_over_steps:
             return [(batch, 1.0)]
         rows = max(1, limit // (batch.numel() // len(batch)))
         parts = batch.split(-(-len(batch) // -(-len(batch) // rows)))
-        masks = [part.get(keys.TRAIN_MASK, None) for part in parts]
-        trained = [float(part.numel() if mask is None else mask.sum()) for part, mask in zip(parts, masks, strict=True)]
+        trained = [_num_trained(part) for part in parts]
         return [(part, steps / sum(trained)) for part, steps in zip(parts, trained, strict=True) if steps]
 
     def _refuse(self, figures: dict[str, torch.Tensor], grad_norm: float) -> NoReturn:
@@ -224,6 +251,7 @@ class PPOTrainer:
 
     def _located(self, error: NonFiniteError, batch: TensorDictBase, rollout: Rollout) -> NonFiniteError:
         """The same, with the first sequence of the minibatch that by itself gives such a loss or gradient."""
+        self.loss.standardize = None  # the other ranks are not asked
         for row in range(len(batch)):
             part = batch[row : row + 1]
             self.optimizer.zero_grad()
@@ -251,8 +279,8 @@ class PPOTrainer:
             group["lr"] = self.config.learning_rate * max(left, 0.0)
 
     def _check_honesty(self, ratio_error: float) -> None:
-        if self.config.start_state == "initial":
-            return  # asked for
+        if self.config.start_state == "initial" or not self.ranks.is_first:
+            return  # asked for, or said by another
         reduced = {f"states stored as {self.config.state_dtype}": self.config.state_dtype != "float32"}
         reduced["an encoder in reduced precision"] = any(isinstance(m, Autocast) for m in self.loss.modules())
         what = " and ".join(name for name, holds in reduced.items() if holds)
@@ -271,17 +299,7 @@ class PPOTrainer:
             )
 
 
-def _rollout_metrics(rollout: TensorDictBase) -> Metrics:
-    """Episodes that ended in the rollout: how many, their return, and their success where the task reports it."""
-    after = rollout.get(keys.NEXT)
-    done = after.get(keys.DONE)
-    metrics = {
-        "episodes": float(done.sum()),
-        "reward_per_step": float(after.get(keys.REWARD).to(torch.float32).mean()),
-        "explained_variance": float(explained_variance(rollout.get(keys.VALUE), rollout.get(keys.VALUE_TARGET))),
-    }
-    for key, name in ((keys.EPISODE_REWARD, "mean_reward"), (keys.SUCCESS, "success_rate")):
-        value = after.get(key, None)
-        if value is not None and metrics["episodes"]:
-            metrics[name] = float(value[done].to(torch.float32).mean())
-    return metrics
+def _num_trained(batch: TensorDictBase) -> float:
+    """Steps of a minibatch that get a loss."""
+    mask = batch.get(keys.TRAIN_MASK, None)
+    return float(batch.numel() if mask is None else mask.sum())

@@ -2,6 +2,7 @@
 
 from cyborg_torchrl.collectors.fused_collector import FusedCollector
 from cyborg_torchrl.collectors.overlapped_collector import OverlappedCollector
+from cyborg_torchrl.collectors.ray_collector import RayRolloutCollector
 from cyborg_torchrl.collectors.rollout_collector import RolloutCollector
 
-__all__ = ["FusedCollector", "OverlappedCollector", "RolloutCollector"]
+__all__ = ["FusedCollector", "OverlappedCollector", "RayRolloutCollector", "RolloutCollector"]

@@ -4,7 +4,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from tensordict import TensorDictBase
@@ -37,6 +38,7 @@ class RunningMoments(nn.Module):
         self.register_buffer("count", torch.tensor(1e-4, dtype=torch.float64))
         self.register_buffer("mean", torch.zeros(tuple(shape), dtype=torch.float64))
         self.register_buffer("var", torch.ones(tuple(shape), dtype=torch.float64))
+        self._known_to_all = self._values()
 
     @torch.no_grad()
     def update(self, items: Tensor) -> None:
@@ -50,6 +52,31 @@ class RunningMoments(nn.Module):
         self.var.copy_((square + difference.square() * self.count * number / total) / total)
         self.mean.add_(difference * number / total)
         self.count.copy_(total)
+
+    @torch.no_grad()
+    def merge(self, sum_over_all: Callable[[Tensor], Tensor]) -> None:
+        """Takes in what other processes, which began with the same moments, have seen since the last time; in place.
+
+        Args:
+            sum_over_all: adds up the tensors that all of the processes give it.
+        """
+        count, mean, var = (value.to(self.mean.device) for value in self._known_to_all)
+        off = self.mean - mean
+        square = (self.var + off.square()) * self.count - var * count  # about the mean that all know
+        news = torch.stack([off * self.count, square]).reshape(-1)
+        news = sum_over_all(torch.cat([(self.count - count).reshape(1), news]))
+        total, (off, square) = count + news[0], news[1:].view(2, *mean.shape)
+        self.count.copy_(total)
+        self.mean.copy_(mean + off / total)
+        self.var.copy_((var * count + square) / total - (off / total).square())
+        self._known_to_all = self._values()
+
+    def _values(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.count.clone(), self.mean.clone(), self.var.clone()
+
+    def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
+        super()._load_from_state_dict(*args, **options)
+        self._known_to_all = self._values()
 
     @property
     def std(self) -> Tensor:

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -56,6 +56,8 @@ class RecurrentClipPPOLoss(ClipPPOLoss):
                 actor_network = actor_network.get_policy_operator()
         super().__init__(actor_network, critic_network, functional=functional, **options)
         self.state_keys = memory_state_keys(actor_network)
+        self.standardize: Callable[[Tensor, Tensor | None], Tensor] | None = None
+        """In place of standardising a minibatch's advantages (where the mask is true) by itself."""
         self._log_weights = torch.zeros(1)
         self._is_checked = False
         self._terms: dict[str, Tensor] = {}
@@ -166,6 +168,8 @@ class RecurrentClipPPOLoss(ClipPPOLoss):
 
     def _standardize_advantage(self, advantage: Tensor, tensordict: TensorDictBase) -> Tensor:
         mask = tensordict.get(keys.TRAIN_MASK, None)
+        if self.standardize is not None:
+            return self.standardize(advantage, None if mask is None else mask.reshape(advantage.shape))
         if mask is None:
             return super()._standardize_advantage(advantage, tensordict)
         if self.normalize_advantage_exclude_dims:

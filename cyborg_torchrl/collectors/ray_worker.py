@@ -1,0 +1,91 @@
+# pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# (tensordict's and torchrl's annotations are narrower than what they take)
+"""What runs on the nodes of a Ray cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from tensordict.utils import NestedKey
+from torch import Tensor, nn
+from torchrl.envs import EnvBase
+
+from cyborg_torchrl.collectors.rollout_collector import RolloutCollector
+from cyborg_torchrl.data import Rollout
+from cyborg_torchrl.finite import NonFiniteError
+from cyborg_torchrl.process import prepare_cpu
+from cyborg_torchrl.randomness import random_state, set_random_state
+
+
+class NonFinite(NamedTuple):
+    """What a `NonFiniteError` says, as it travels, and of how many environments."""
+
+    key: NestedKey
+    value: float
+    num_envs: int
+    environment: int | None
+    step: int | None
+    record: dict[str, Any]
+
+    def refuse(self, index: int) -> NoReturn:
+        """Raises it where the environments of all workers are counted."""
+        environment = None if self.environment is None else self.environment + index * self.num_envs
+        raise NonFiniteError(self.key, self.value, environment, self.step, self.record)
+
+
+class RayWorker:
+    """What an actor of Ray holds: some environments and a copy of the policy."""
+
+    def __init__(
+        self,
+        make_env: Callable[[int], EnvBase],
+        seed: int,
+        modules: nn.ModuleList,
+        options: Mapping[str, Any],
+        num_threads: int,
+    ) -> None:
+        prepare_cpu(num_threads)
+        env = make_env(seed)
+        torch.manual_seed(seed)
+        self.modules = modules.to(env.device)
+        self.collector = RolloutCollector(env, modules[0], value_operator=modules[1], **options)
+        self.set_seed(seed)
+
+    def rollout(self, parameters: Mapping[str, Tensor]) -> Rollout | NonFinite:
+        """Plays a rollout with these parameters."""
+        with torch.no_grad():
+            for name, value in named_tensors(self.modules).items():
+                value.copy_(parameters[name])
+        try:
+            rollout = self.collector.rollout()
+        except NonFiniteError as error:
+            num_envs = self.collector.env.batch_size.numel()
+            return NonFinite(error.key, error.value, num_envs, error.environment, error.step, error.record)
+        return Rollout(rollout.steps.cpu().contiguous(), rollout.keyframes.cpu().contiguous(), rollout.at)
+
+    def set_seed(self, seed: int) -> None:
+        """Seeds actions and episodes."""
+        torch.manual_seed(seed)
+        self.collector.set_seed(seed)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the environments and the generators of random numbers stand."""
+        return {"collector": self.collector.state_dict(), "rng": random_state()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> int:
+        """Goes back there. Returns how many environments begin new episodes instead."""
+        lost = self.collector.load_state_dict(state["collector"])
+        set_random_state(state["rng"])
+        return lost
+
+    def close(self) -> None:
+        """Closes the environments."""
+        self.collector.shutdown()
+
+
+def named_tensors(modules: nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers, those that several modules share once."""
+    named = [*modules.named_parameters(), *modules.named_buffers()]
+    return {name: value.detach() for name, value in named}

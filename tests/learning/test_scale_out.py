@@ -1,0 +1,111 @@
+"""Training on a Ray cluster of two nodes, each with processes of its own, on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import DictConfig
+
+from cyborg_torchrl.build import Training, build_env, build_trainer
+from cyborg_torchrl.collectors import RolloutCollector
+from cyborg_torchrl.config import load_config
+from cyborg_torchrl.data import Rollout
+from cyborg_torchrl.experiment import run_experiment
+
+ray = pytest.importorskip("ray")
+pytestmark = pytest.mark.slow
+WORKERS = 2
+SHORT = ["env.horizon=20", "env.num_envs=32", "logger=quiet", "train.total_timesteps=20000"]
+
+
+@pytest.fixture
+def cluster() -> Iterator[Any]:
+    from ray.cluster_utils import Cluster
+
+    nodes = {"num_cpus": 1, "object_store_memory": 100 * 2**20, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=nodes)
+    cluster.add_node(**nodes)
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
+
+
+def on_ray(cluster: Any, *overrides: str) -> DictConfig:
+    place = ["collector=ray", f"collector.address={cluster.address}", f"collector.num_workers={WORKERS}"]
+    return load_config(overrides=[*SHORT, *place, *overrides])
+
+
+class OneAfterTheOther:
+    """The workers' rollouts in this process, each with random numbers of its own."""
+
+    def __init__(self, cfg: DictConfig, training: Training) -> None:
+        old = training.trainer.collector
+        frames, here = old.frames_per_batch // WORKERS, torch.get_rng_state()
+        self.parts, self.count = [], old.total_frames // old.frames_per_batch
+        for seed in range(cfg.train.seed, cfg.train.seed + WORKERS):
+            env = build_env(cfg, num_envs=cfg.env.num_envs // WORKERS, seed=seed)
+            torch.manual_seed(seed)
+            collector = RolloutCollector(
+                env, training.agent, frames_per_batch=frames, total_frames=frames,
+                value_operator=training.agent.get_value_operator(),
+                keyframe_steps=training.trainer.buffer.keyframe_steps,
+            )  # fmt: skip
+            torch.manual_seed(seed)
+            collector.set_seed(seed)
+            self.parts.append((collector, torch.get_rng_state()))
+        torch.set_rng_state(here)
+
+    def __iter__(self) -> Iterator[Rollout]:
+        for _ in range(self.count):
+            here, rollouts = torch.get_rng_state(), []
+            for index, (collector, rng) in enumerate(self.parts):
+                torch.set_rng_state(rng)
+                rollouts.append(collector.rollout())
+                self.parts[index] = (collector, torch.get_rng_state())
+            torch.set_rng_state(here)
+            steps, keyframes = (torch.cat([getattr(r, name) for r in rollouts]) for name in ("steps", "keyframes"))
+            yield Rollout(steps, keyframes, rollouts[0].at)
+
+
+def test_training_has_the_figures_of_one_process(cluster: Any) -> None:
+    """The same seeds and as many environments for each: every metric of every update, bit by bit."""
+    cfg = on_ray(cluster, "train.seed=1")
+    there = build_trainer(cfg)
+    workers = there.trainer.collector._workers
+    nodes = ray.get([w.__ray_call__.remote(lambda worker: ray.get_runtime_context().get_node_id()) for w in workers])
+    assert len(set(nodes)) == 2, "each node has a worker"
+    found = list(there.trainer.run())
+    there.trainer.close()
+    here = build_trainer(load_config(overrides=[*SHORT, "train.seed=1"]))
+    here.trainer.collector = OneAfterTheOther(cfg, here)
+    assert found == list(here.trainer.run())
+    assert len(found) > 20
+    assert found[-1]["success_rate"] > 0.9
+
+
+def test_training_goes_on_when_a_node_is_lost(cluster: Any, tmp_path) -> None:
+    cfg = on_ray(cluster, f"logger.base_dir={tmp_path}")
+    training = build_trainer(cfg)
+    metrics = []
+    for metric in training.trainer.run():
+        metrics.append(metric)
+        if len(metrics) == 3:
+            cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
+    assert training.trainer.collector.deaths == 1
+    training.trainer.close()
+    assert len(metrics) == training.trainer.total_updates
+    assert metrics[-1]["success_rate"] > 0.9
+
+
+def test_a_run_is_a_run(cluster: Any, tmp_path) -> None:
+    """With a folder, an evaluation, and a resumption that ends as the run that went through."""
+    at = [f"logger.base_dir={tmp_path}", "train.lr_schedule=constant", "train.total_timesteps=6000"]
+    through = run_experiment(on_ray(cluster, *at, "logger.run_name=through"))
+    run_experiment(on_ray(cluster, *at, "logger.run_name=cut", "train.total_timesteps=3000"))
+    resumed = run_experiment(on_ray(cluster, *at, f"logger.resume={tmp_path / 'cut'}"))
+    assert resumed["total_updates"] == through["total_updates"]
+    assert resumed["mean_reward"] == through["mean_reward"]
+    assert resumed["train_success_rate"] == through["train_success_rate"]

@@ -1,0 +1,190 @@
+"""Two processes that train together, beside one that has everything."""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cyborg_torchrl.build import share_of_rank
+from cyborg_torchrl.checkpoint import load_checkpoint
+from cyborg_torchrl.config import ConfigError, load_config
+from cyborg_torchrl.distributed import LaunchError, Ranks, joined_ranks
+
+ROOT = Path(__file__).parents[1]
+PROGRAM = Path(__file__).parent / "rank_program.py"
+CASES = list(runpy.run_path(str(PROGRAM))["CASES"])
+THIS_CHECKOUT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+EXAMPLE = str(ROOT / "examples" / "delayed_cue.py")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Any]:
+    """What a process alone has, and what each of the two has."""
+    folder = tmp_path_factory.mktemp("ranks")
+    command = [sys.executable, str(PROGRAM), str(folder)]
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), **THIS_CHECKOUT}
+    running = [
+        subprocess.Popen(command, env={**place, "RANK": rank}, stderr=subprocess.PIPE, text=True) for rank in "01"
+    ]
+    for process in running:
+        _, said = process.communicate(timeout=300)
+        assert process.returncode == 0, said
+    alone, first, second = (torch.load(folder / name) for name in ("alone.pt", "0.pt", "1.pt"))
+    return alone, first, second
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_learn_what_one_learns(results: tuple[Any, Any, Any], case: str) -> None:
+    """Two updates of several epochs and minibatches on the same data."""
+    alone, *both = (result[case] for result in results)
+    tolerance = 1e-10 if "float64" in case else 1e-5
+    for own in both:
+        for found, expected in zip(own["parameters"], alone["parameters"], strict=True):
+            assert (found - expected).abs().max() <= tolerance
+    for found, expected in zip(*(own["parameters"] for own in both), strict=True):
+        assert torch.equal(found, expected), "the processes have drifted apart"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_say_what_one_says(results: tuple[Any, Any, Any], case: str) -> None:
+    """The metrics are those of all environments; but for the explained variance, which is the mean of the two."""
+    alone, *both = (result[case]["metrics"] for result in results)
+    assert both[0] == both[1]
+    for own, whole in zip(both[0], alone, strict=True):
+        assert own.keys() == whole.keys()
+        assert whole["episodes"] > 0
+        for name in own.keys() - {"explained_variance", "state_drift"} - {n for n in own if n.startswith("drift_")}:
+            assert own[name] == pytest.approx(whole[name], rel=1e-3, abs=1e-5), name
+
+
+def test_they_stop_together(results: tuple[Any, Any, Any]) -> None:
+    for result in results:
+        assert [metrics["epochs"] for metrics in result["stopped"]["metrics"]] != [4, 4]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float64", 1e-10)])
+def test_each_step_counts_once_whoever_has_it(results: tuple[Any, Any, Any], dtype: str, tolerance: float) -> None:
+    alone, *both = (result["unequal"][dtype] for result in results)
+    for own in both:
+        for found, expected in zip(own, alone, strict=True):
+            assert (found - expected).abs().max() <= tolerance
+
+
+def test_moments_are_those_of_all_that_was_seen(results: tuple[Any, Any, Any]) -> None:
+    numbers = 3.0 + 2.0 * torch.randn(5, 100, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    seen = numbers.flatten(0, 1)
+    for result in results:
+        _, mean, var = result["moments"]
+        torch.testing.assert_close(mean, seen.mean(0), rtol=1e-5, atol=0)
+        torch.testing.assert_close(var, seen.var(0, correction=0), rtol=1e-5, atol=0)
+    for own in results[1:]:
+        for found, expected in zip(own["moments"], results[0]["moments"], strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+
+
+def test_objects_go_from_the_first_and_to_the_first(results: tuple[Any, Any, Any]) -> None:
+    assert [result["of_first"] for result in results] == [{"rank": 0}] * 3
+    assert [result["of_all"] for result in results] == [[0], [0, 1], []]
+
+
+def test_a_rank_has_its_share_of_the_run() -> None:
+    cfg = load_config(overrides=["env.num_envs=6", "train.total_timesteps=1000", "train.seed=5"])
+    shares = [share_of_rank(cfg, Ranks(rank, 3)) for rank in range(3)]
+    assert [share.env.num_envs for share in shares] == [2, 2, 2]
+    assert [share.train.total_timesteps for share in shares] == [333, 333, 333]
+    assert len({share.train.seed for share in shares}) == 3
+    assert shares[0].train.seed == 5
+    assert cfg.env.num_envs == 6, "the whole run's configuration stays as it is"
+
+
+def test_environments_that_cannot_be_shared_are_refused() -> None:
+    cfg = load_config(overrides=["env.num_envs=7"])
+    with pytest.raises(ConfigError, match=r"env.num_envs = 7 cannot be shared evenly by the 2 processes .* is 8\."):
+        share_of_rank(cfg, Ranks(0, 2))
+
+
+def test_one_device_for_several_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "1")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(LaunchError, match=r"use train.device=cuda"), joined_ranks("cuda:0"):
+        pass
+    with pytest.raises(LaunchError, match=r"no CUDA device of its own: there are 1"), joined_ranks("cuda"):
+        pass
+
+
+def torchrun(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    command = [*TORCHRUN, "--master-port", str(free_port()), EXAMPLE, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=THIS_CHECKOUT, timeout=300)
+
+
+@pytest.mark.slow
+def test_torchrun_learns(tmp_path: Path) -> None:
+    """One run folder, one summary, and the resumed run ends as the one that went through."""
+    options = ["env.horizon=20", "env.num_envs=64", f"logger.base_dir={tmp_path}", "logger.progress=false"]
+    result = torchrun(*options, "train.total_timesteps=20000", "logger.run_name=whole")
+    assert result.returncode == 0, result.stderr
+    assert len(result.stdout.splitlines()) == 1
+    summary = json.loads(result.stdout)
+    assert summary["success_rate"] >= 0.95
+    assert summary["processes"] == 2
+    assert summary["total_timesteps"] == 14 * 64 * 22
+    assert [path.name for path in tmp_path.iterdir()] == ["whole"]
+    half = ["train.lr_schedule=constant", *options]
+    for steps, more in ((10000, ["logger.run_name=cut"]), (20000, [f"resume={tmp_path / 'cut'}"])):
+        result = torchrun(*half, f"train.total_timesteps={steps}", *more)
+        assert result.returncode == 0, result.stderr
+    result = torchrun(*half, "train.total_timesteps=20000", "logger.run_name=through")
+    last = [load_checkpoint(tmp_path / name / "checkpoints" / "last.pt")["agent"] for name in ("cut", "through")]
+    assert all(torch.equal(value, last[1][name]) for name, value in last[0].items())
+
+
+@pytest.mark.slow
+def test_a_mistake_is_said_once(tmp_path: Path) -> None:
+    result = torchrun("env.num_envs=7", f"logger.base_dir={tmp_path}")
+    assert result.returncode != 0
+    assert [line for line in result.stderr.splitlines() if "error: " in line] == [
+        "error: env.num_envs = 7 cannot be shared evenly by the 2 processes of this run; the nearest that can is 8."
+    ]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_ends_all(tmp_path: Path, number: int) -> None:
+    """As Ctrl-C, which every process of the terminal's group gets, or a signal to the launcher alone."""
+    options = ["env.horizon=200", "train.total_timesteps=9999999", f"logger.base_dir={tmp_path}", "logger.run_name=run"]
+    command = [*TORCHRUN, "--master-port", str(free_port()), EXAMPLE, *options, "logger.progress=false"]
+    running = subprocess.Popen(
+        command, env=THIS_CHECKOUT, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    end = time.monotonic() + 120
+    while not (tmp_path / "run" / "checkpoints" / "last.pt").exists():
+        assert running.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.2)
+    time.sleep(1.0)
+    os.killpg(running.pid, number) if number == signal.SIGINT else running.send_signal(number)
+    _, said = running.communicate(timeout=30)
+    assert "goes on from the last checkpoint" in said
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["is_interrupted"]
+    with pytest.raises(ProcessLookupError):
+        os.killpg(running.pid, 0)
