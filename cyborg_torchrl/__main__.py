@@ -29,7 +29,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         command.add_arguments(child)
         child.set_defaults(run=command.run)
-    arguments = parser.parse_args(argv)
+    arguments, rest = parser.parse_known_args(argv)
+    if any(text.startswith("-") or "=" not in text for text in rest) or (rest and not hasattr(arguments, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # key=value after an option, which argparse does not take for a positional argument
+        arguments.overrides = [*arguments.overrides, *rest]
     logging.getLogger("torchrl").setLevel(logging.WARNING)
     try:
         return arguments.run(arguments)

@@ -75,13 +75,18 @@ def build_env(
     return tracked(env, transforms)
 
 
-def build_core(cfg: DictConfig, in_features: int, env: EnvBase) -> Core:
-    """Builds the core of a configuration; `max_horizon: null` becomes the environment's horizon.
+def memory_horizon(cfg: DictConfig, env: EnvBase) -> int:
+    """Steps that memory is built to bridge: the environment's horizon.
 
     Where it has none: the steps of a rollout, else the longest episode.
     """
     horizon = episode_attribute(env, "horizon") or cfg.train.n_steps or episode_attribute(env, "max_episode_steps")
-    horizon = max(1, horizon or 1000)
+    return max(1, horizon or 1000)
+
+
+def build_core(cfg: DictConfig, in_features: int, env: EnvBase) -> Core:
+    """Builds the core of a configuration; `max_horizon: null` becomes what `memory_horizon` says."""
+    horizon = memory_horizon(cfg, env)
 
     def build(node: DictConfig, registry: Registry, first: Any, group: str) -> Core:
         builder, options = registry.get(node.name), _options(node)

@@ -38,6 +38,18 @@ def overrides_parser(description: str | None, default_config: str) -> argparse.A
     return parser
 
 
+def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
+    """A checkpoint and changes to its configuration, which `overrides_of` reads."""
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a run's folder, or a file in its 'checkpoints'")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes, as in env.horizon=2000")
+    parser.add_argument("--seed", type=int, help="seed of episodes and samples (that of the run)")
+
+
+def overrides_of(arguments: argparse.Namespace) -> list[str]:
+    """The changes to the configuration that were asked for, the seed's among them."""
+    return [*arguments.overrides, *([] if arguments.seed is None else [f"train.seed={arguments.seed}"])]
+
+
 def run_command(config: str, overrides: Sequence[str], *, is_print_only: bool = False) -> int:
     """Composes a configuration, trains, and prints the summary as one JSON object. Returns the exit code."""
     logging.getLogger("torchrl").setLevel(logging.WARNING)

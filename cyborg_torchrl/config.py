@@ -32,6 +32,7 @@ from omegaconf.errors import OmegaConfBaseException
 from cyborg_torchrl.config_errors import explain
 from cyborg_torchrl.registry import (
     Registry,
+    UnknownNameError,
     backbones,
     did_you_mean,
     environments,
@@ -488,7 +489,10 @@ def _check_keys(cfg: DictConfig) -> None:
             raise ConfigError(f"'{group}' is missing from the configuration; it must choose one of its options.")
     known = {group: [f.name for f in dataclasses.fields(node)] for group, node in NODES.items()}
     for group, registry in GROUPS.items():
-        known[group] = ["name", *options_of(registry.get(cfg[group].name))]
+        try:
+            known[group] = ["name", *options_of(registry.get(cfg[group].name))]
+        except UnknownNameError as error:
+            raise ConfigError(str(error)) from None
     for group, names in known.items():
         for key in cfg[group]:
             if key not in names:

@@ -4,31 +4,63 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from tensordict.nn import TensorDictModuleBase
+from torch import Tensor
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import set_recurrent_mode
 
 from cyborg_torchrl import keys
 
+OnEpisodes = Callable[[int, int], None]
+"""Called with the number of episodes that are over, and how many there will be."""
+
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Means over episodes."""
+    """Fresh episodes."""
 
-    episodes: int
-    mean_reward: float
-    """Return of an episode, undiscounted; as the environment gave it where it keeps "episode_reward"."""
-    success_rate: float | None
-    """Share of episodes that ended in success; None where the task does not report it."""
+    returns: Tensor
+    """[episodes] float64, undiscounted; as the environment gave it where it keeps "episode_reward"."""
+    lengths: Tensor
+    """[episodes] integer, steps."""
+    successes: Tensor | None
+    """[episodes] float64, in [0, 1]: 0 or 1 where a task asks once; None where it does not report success."""
+
+    @property
+    def episodes(self) -> int:
+        """How many there were."""
+        return len(self.returns)
+
+    @property
+    def mean_reward(self) -> float:
+        """Mean return."""
+        return float(self.returns.mean())
+
+    @property
+    def success_rate(self) -> float | None:
+        """Mean success."""
+        return None if self.successes is None else float(self.successes.mean())
+
+
+def ignore_episodes(finished: int, total: int) -> None:
+    """No progress is shown."""
 
 
 @torch.no_grad()
-def evaluate(policy: TensorDictModuleBase, env: EnvBase, episodes: int, *, is_deterministic: bool = True) -> Evaluation:
-    """Plays episodes and averages over them.
+def evaluate(
+    policy: TensorDictModuleBase,
+    env: EnvBase,
+    episodes: int,
+    *,
+    is_deterministic: bool = True,
+    on_episodes: OnEpisodes = ignore_episodes,
+) -> Evaluation:
+    """Plays episodes.
 
     Every environment of the batch contributes the same number of episodes, its first ones, so that short episodes
     are not counted more often than long ones.
@@ -38,18 +70,20 @@ def evaluate(policy: TensorDictModuleBase, env: EnvBase, episodes: int, *, is_de
         env: batched or not, with `InitTracker` and the policy's primers on it.
         episodes: how many at least.
         is_deterministic: take the likeliest action instead of a sample.
+        on_episodes: called after each step.
 
     Raises:
         ValueError: if episodes is below 1.
     """
     if episodes < 1:
         raise ValueError(f"episodes must be >= 1; got {episodes}.")
-    batch = env.batch_size
-    quota = -(-episodes // batch.numel())
-    finished = torch.zeros(batch.numel(), dtype=torch.long, device=env.device)
-    running = torch.zeros(batch.numel(), device=env.device)
-    returns = torch.zeros((), device=env.device)
-    successes = torch.zeros((), device=env.device)
+    num_envs = env.batch_size.numel()
+    quota = -(-episodes // num_envs)
+    total = quota * num_envs
+    finished, lengths = torch.zeros(2, num_envs, dtype=torch.long, device=env.device).unbind(0)
+    running = torch.zeros(num_envs, dtype=torch.float64, device=env.device)
+    # of the episodes that ended at a step: returns, lengths and successes
+    rows: list[tuple[Tensor, ...]] = []
     reports_success = False
     mode = ExplorationType.DETERMINISTIC if is_deterministic else ExplorationType.RANDOM
     with set_exploration_type(mode), set_recurrent_mode(False):
@@ -59,14 +93,15 @@ def evaluate(policy: TensorDictModuleBase, env: EnvBase, episodes: int, *, is_de
             after = played.get(keys.NEXT)
             done = after.get(keys.DONE).reshape(-1)
             running += after.get(keys.REWARD).reshape(-1)
+            lengths += 1
             is_counted = done & (finished < quota)
-            raw = after.get(keys.EPISODE_REWARD, None)
-            returns += (running if raw is None else raw.reshape(-1))[is_counted].sum()
-            success = after.get(keys.SUCCESS, None)
-            if success is not None:
-                reports_success = True
-                successes += success.reshape(-1)[is_counted].sum()
-            running = running.masked_fill(done, 0.0)
+            if bool(is_counted.any()):
+                raw, success = after.get(keys.EPISODE_REWARD, None), after.get(keys.SUCCESS, None)
+                reports_success = success is not None
+                given = (running if raw is None else raw, lengths, done if success is None else success)
+                rows.append(tuple(value.reshape(-1)[is_counted].clone() for value in given))
+            running, lengths = running.masked_fill(done, 0.0), lengths.masked_fill(done, 0)
             finished += done
-    total = quota * batch.numel()
-    return Evaluation(total, float(returns) / total, float(successes) / total if reports_success else None)
+            on_episodes(int(finished.clamp_max(quota).sum()), total)
+    returns, steps, successes = (torch.cat(column).cpu() for column in zip(*rows, strict=True))
+    return Evaluation(returns.double(), steps, successes.double() if reports_success else None)

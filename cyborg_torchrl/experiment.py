@@ -16,18 +16,18 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from cyborg_torchrl.build import Training, build_env, build_trainer
+from cyborg_torchrl.build import Training, build_trainer
 from cyborg_torchrl.checkpoint import DUMP, save_checkpoint
 from cyborg_torchrl.collectors.ray_collector import WorkerError
 from cyborg_torchrl.config import ConfigError
 from cyborg_torchrl.distributed import LaunchError, PeerLostError, Ranks, joined_ranks
 from cyborg_torchrl.envs.make import episode_attribute
-from cyborg_torchrl.envs.normalization import freeze_statistics
-from cyborg_torchrl.evaluation import Evaluation, evaluate
+from cyborg_torchrl.evaluation import Evaluation, OnEpisodes, evaluate, ignore_episodes
 from cyborg_torchrl.finite import NonFiniteError
 from cyborg_torchrl.modules import PPOAgent
 from cyborg_torchrl.progress import Progress
 from cyborg_torchrl.registry import environments
+from cyborg_torchrl.restore import build_acting_env
 from cyborg_torchrl.resumption import Resumption, find_run, restore_training, training_state
 from cyborg_torchrl.run_directory import NoDirectory, RunDirectory, default_run_name
 
@@ -217,20 +217,24 @@ def _write_down(run: RunDirectory | NoDirectory, training: Training, metrics: di
         ) from None
 
 
-def evaluate_agent(cfg: DictConfig, agent: PPOAgent, episodes: int, *, is_deterministic: bool = True) -> Evaluation:
-    """Evaluates an agent on fresh episodes of its configuration's environment.
+def evaluate_agent(
+    cfg: DictConfig,
+    agent: PPOAgent,
+    episodes: int,
+    *,
+    is_deterministic: bool = True,
+    on_episodes: OnEpisodes = ignore_episodes,
+) -> Evaluation:
+    """Evaluates an agent on fresh episodes of its configuration's environment; see `evaluate`.
 
     Statistics of the environment's transforms are the agent's, and stay as they are.
     """
     num_envs = cfg.env.get("num_envs", 1)
     if "workers" not in cfg.env:  # batched tensors: more side by side cost nothing
         num_envs = min(episodes, max(num_envs, 250))
-    env = build_env(cfg, num_envs=num_envs, seed=cfg.train.seed + EVALUATION_SEED_OFFSET)
-    freeze_statistics(env, agent.env_statistics)
-    if agent.backbone.state_keys:
-        env.append_transform(agent.backbone.make_tensordict_primer())
+    env = build_acting_env(cfg, agent, num_envs=num_envs, seed=cfg.train.seed + EVALUATION_SEED_OFFSET)
     try:
-        return evaluate(agent, env, episodes, is_deterministic=is_deterministic)
+        return evaluate(agent, env, episodes, is_deterministic=is_deterministic, on_episodes=on_episodes)
     finally:
         env.close()
 

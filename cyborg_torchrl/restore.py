@@ -10,10 +10,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torchrl.envs import EnvBase
+from yaml import YAMLError
 
-from cyborg_torchrl.build import build_agent, build_env
+from cyborg_torchrl.build import build_agent, build_env, memory_horizon
 from cyborg_torchrl.checkpoint import CheckpointError, load_checkpoint
 from cyborg_torchrl.config import load_config
+from cyborg_torchrl.envs.normalization import freeze_statistics
 from cyborg_torchrl.modules import PPOAgent
 
 
@@ -51,7 +55,11 @@ def config_of(content: dict[str, Any], path: Path, overrides: Sequence[str] = ()
         raise CheckpointError(f"{path} holds no configuration.")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "config.yaml"
-        OmegaConf.save(OmegaConf.create(config), file)
+        try:
+            OmegaConf.save(OmegaConf.create(config), file)
+        except (OmegaConfBaseException, YAMLError) as error:
+            said = " ".join(str(error).split())
+            raise CheckpointError(f"{path} holds a configuration that cannot be read: {said[:300]}") from None
         return load_config(str(file), overrides)
 
 
@@ -63,19 +71,45 @@ def load_agent(path: Path | str, overrides: Sequence[str] = ()) -> Restored:
         overrides: changes to the configuration, such as "env.horizon=2000".
 
     Raises:
-        CheckpointError: if it is not a whole checkpoint, or its parameters do not fit its configuration.
+        CheckpointError: if it is not a whole checkpoint, its parameters do not fit its configuration, or are no
+            numbers.
         ConfigError: if the configuration cannot be used.
     """
     path = checkpoint_path(Path(path))
     content = load_checkpoint(path)
-    cfg = config_of(content, path, overrides)
-    env = build_env(cfg, num_envs=1)
+    cfg = config_of(content, path)
+    if overrides:
+        cfg = config_of(content, path, [*_pinned_horizons(cfg), *overrides])
+    env = build_single_env(cfg)
     try:
         agent = build_agent(cfg, env)
     finally:
         env.close()
     load_parameters(agent, content, path)
+    broken = [name for name, value in agent.named_parameters() if not bool(value.isfinite().all())]
+    if broken:
+        raise CheckpointError(f"{path} holds parameters that are no finite numbers ({broken[0]}): training diverged.")
     return Restored(cfg, agent, content)
+
+
+def build_single_env(cfg: DictConfig) -> EnvBase:
+    """One environment of a configuration, in this process."""
+    return build_env(cfg, num_envs=1, workers=0 if "workers" in cfg.env else None)
+
+
+def _pinned_horizons(cfg: DictConfig) -> list[str]:
+    """Overrides that leave memory as it was trained, whatever the environment's horizon becomes.
+
+    Time-scales of a read-out are built from the horizon, and are no parameters.
+    """
+    groups = [group for group in ("backbone", "memory") if cfg[group].get("max_horizon", 0) is None]
+    if not groups:
+        return []
+    env = build_single_env(cfg)
+    try:
+        return [f"{group}.max_horizon={memory_horizon(cfg, env)}" for group in groups]
+    finally:
+        env.close()
 
 
 def load_parameters(agent: PPOAgent, content: dict[str, Any], path: Path) -> None:
@@ -84,8 +118,29 @@ def load_parameters(agent: PPOAgent, content: dict[str, Any], path: Path) -> Non
     Raises:
         CheckpointError: if they do not fit.
     """
+    if "agent" not in content:
+        raise CheckpointError(f"{path} holds no agent.")
     try:
         agent.load_state_dict(content["agent"])
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
         said = " ".join(str(error).split())
         raise CheckpointError(f"the parameters in {path} do not fit its configuration: {said[:300]}") from None
+
+
+def build_acting_env(
+    cfg: DictConfig, agent: PPOAgent, *, num_envs: int, seed: int, workers: int | None = None
+) -> EnvBase:
+    """An environment for an agent that no longer learns: its memory states are in it, its statistics stay as they are.
+
+    Args:
+        cfg: the agent's configuration.
+        agent: the agent.
+        num_envs: environments side by side.
+        seed: seed of the episodes.
+        workers: in place of env.workers.
+    """
+    env = build_env(cfg, num_envs=num_envs, seed=seed, workers=workers)
+    freeze_statistics(env, agent.env_statistics)
+    if agent.backbone.state_keys:
+        env.append_transform(agent.backbone.make_tensordict_primer())
+    return env

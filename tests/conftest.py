@@ -8,11 +8,14 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import NamedTuple
 
+import jaxtyping
 import pytest
 import torch
+from omegaconf import DictConfig, OmegaConf
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import Tensor, nn
@@ -21,6 +24,9 @@ from torchrl.envs import Compose, EnvBase, InitTracker, TransformedEnv
 from torchrl.modules import GRUModule, LSTMModule, ProbabilisticActor, ValueOperator
 
 import cyborg_torchrl.cores  # noqa: F401  (registers the shipped cores)
+from cyborg_torchrl.build import build_agent, build_env
+from cyborg_torchrl.checkpoint import save_checkpoint
+from cyborg_torchrl.config import load_config
 from cyborg_torchrl.cores import Core, InitialState, State, unroll
 from cyborg_torchrl.modules import Backbone, PPOAgent, build_encoder
 from cyborg_torchrl.registry import backbones
@@ -270,6 +276,54 @@ class TheirPolicy(nn.Module):
 def their_policy() -> Callable[[str], TheirPolicy]:
     """Maker of a policy of TorchRL's own modules, "gru" or "lstm"."""
     return TheirPolicy
+
+
+def trained(cfg: DictConfig) -> PPOAgent:
+    """An agent as if trained: its parameters are off their starting values, and its choices vary."""
+    env = build_env(cfg, num_envs=4)
+    agent = build_agent(cfg, env)
+    env.rollout(60, break_when_any_done=False)  # moves the statistics of transforms
+    env.close()
+    with torch.no_grad():
+        for parameter in agent.parameters():
+            is_convolution = parameter.ndim > 2  # of which many follow each other: their gains multiply
+            parameter += (0.3 * parameter.std() if is_convolution else 0.05) * torch.randn_like(parameter)
+        heads = [module for module in agent.policy_head.modules() if isinstance(module, torch.nn.Linear)]
+        for head in heads:
+            head.weight.mul_(3.0)
+    return agent
+
+
+@pytest.fixture
+def unchecked_shapes() -> Iterator[None]:
+    """Turns the checker of shapes off: it does not know the sizes that torch traces with."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def build_trained() -> Callable[..., tuple[DictConfig, PPOAgent]]:
+    """Builder of a configuration and its agent, from overrides."""
+
+    def build(*overrides: str) -> tuple[DictConfig, PPOAgent]:
+        cfg = load_config(overrides=list(overrides))
+        return cfg, trained(cfg)
+
+    return build
+
+
+@pytest.fixture
+def save_trained(tmp_path: Path) -> Callable[..., Path]:
+    """Builder of a checkpoint, from overrides."""
+
+    def save(*overrides: str) -> Path:
+        cfg = load_config(overrides=list(overrides))
+        path = tmp_path / "agent.pt"
+        save_checkpoint(path, {"config": OmegaConf.to_container(cfg), "agent": trained(cfg).state_dict()})
+        return path
+
+    return save
 
 
 def stub(name: str, **entries: object) -> ModuleType:

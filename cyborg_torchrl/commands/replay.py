@@ -18,9 +18,9 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from cyborg_torchrl import keys
-from cyborg_torchrl.build import build_agent, build_env
+from cyborg_torchrl.build import build_agent
 from cyborg_torchrl.checkpoint import DUMP, CheckpointError, load_checkpoint
-from cyborg_torchrl.restore import config_of, load_parameters
+from cyborg_torchrl.restore import build_single_env, config_of, load_parameters
 
 AROUND = 3
 """Steps that are shown before and after the one that was not finite."""
@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
     except FileNotFoundError:
         raise CheckpointError(f"no dump '{path}'.") from None
     cfg = config_of(content, path)
-    env = build_env(cfg, num_envs=1)
+    env = build_single_env(cfg)
     try:
         agent = build_agent(cfg, env)
     finally:

@@ -48,7 +48,7 @@ class Kernel:
         Raises:
             RuntimeError: if another than "auto" was asked for and cannot be had.
         """
-        if self.name == "torch":
+        if self.name == "torch" or torch.compiler.is_exporting():
             return "torch"
         fast = self.name if self.name != "auto" else ("cuda" if device.type == "cuda" else "cpp")
         if fast not in self.scans:

@@ -38,7 +38,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         weight: [D, F].
         bias: [D].
     """
-    if x.dtype is torch.float32 and x.numel() * weight.shape[0] >= MIN_WORK and _takes_onednn(x):
+    is_large = not torch.compiler.is_exporting() and x.numel() * weight.shape[0] >= MIN_WORK
+    if is_large and x.dtype is torch.float32 and _takes_onednn(x):
         if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
             return _Linear.apply(x, weight, bias)  # pyright: ignore[reportReturnType]
         return _multiply(x, weight, bias)

@@ -59,8 +59,9 @@ IS_BUILT = library() is not None
 
 
 def is_native(tensor: Tensor) -> bool:
-    """Whether there are C++ functions for such tensors."""
-    return IS_BUILT and tensor.device.type == "cpu" and tensor.dtype in DTYPES
+    """Whether there are C++ functions for such tensors. What is exported runs where they are not."""
+    is_for_them = IS_BUILT and tensor.device.type == "cpu" and tensor.dtype in DTYPES
+    return is_for_them and not torch.compiler.is_exporting()
 
 
 def needs_operator(tensors: Iterable[Tensor]) -> bool:

@@ -17,6 +17,7 @@ from cyborg_torchrl.cores.stack import StackCore
 from cyborg_torchrl.registry import register_backbone, register_memory
 
 EPS = 1e-6
+LEAST_WEIGHT = 1e-4
 
 
 class Addressing(NamedTuple):
@@ -228,11 +229,15 @@ def _unit(x: Tensor) -> Tensor:
 def _allocate(usage: Float[Tensor, "B S"]) -> Float[Tensor, "B S"]:
     """Weight on the least used slots: 1 - usage, times the usage of all slots that are used less.
 
+    Weights below `LEAST_WEIGHT` are left out, so that slots to which the same has happened stay equal and are taken in
+    their order. Of ten unused slots the weights are 1, 1e-3, 1e-6, ...: rounding would decide which is used next.
+
     Source: Graves et al. (2016), equation (1) of the methods.
     """
     ascending, order = torch.sort(usage, dim=-1, stable=True)
     used_less = torch.cumprod(F.pad(ascending[:, :-1], (1, 0), value=1.0), -1)
-    return torch.zeros_like(usage).scatter(-1, order, (1.0 - ascending) * used_less)
+    weight = (1.0 - ascending) * used_less
+    return torch.zeros_like(usage).scatter(-1, order, torch.where(weight < LEAST_WEIGHT, 0.0, weight))
 
 
 @register_backbone("pmm")

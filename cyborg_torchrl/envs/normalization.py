@@ -172,7 +172,7 @@ class NormalizeReward(Transform):
 def statistics_of(env: EnvBase) -> nn.ModuleDict | None:
     """The running moments of an environment's transforms, shared and not copied; None if there are none."""
     found = {}
-    for transform in _transforms(env):
+    for transform in transforms_of(env):
         if isinstance(transform, NormalizeObservation):
             found["observation"] = transform.moments
         elif isinstance(transform, NormalizeReward):
@@ -192,12 +192,13 @@ def freeze_statistics(env: EnvBase, statistics: nn.Module | None) -> None:
     if statistics is None:
         raise ValueError("the environment normalises, but the agent was built for one that does not.")
     own.load_state_dict(statistics.state_dict())
-    for transform in _transforms(env):
+    for transform in transforms_of(env):
         if isinstance(transform, (NormalizeObservation, NormalizeReward)):
             transform.is_frozen = True
 
 
-def _transforms(env: EnvBase | None) -> Iterator[Transform]:
+def transforms_of(env: EnvBase | None) -> Iterator[Transform]:
+    """All transforms around an environment, the outermost environment's first."""
     while isinstance(env, TransformedEnv):
         yield from env.transform if isinstance(env.transform, Compose) else [env.transform]
         env = env.base_env

@@ -116,7 +116,7 @@ class PixelEncoder(nn.Module):
         batch = pixels.shape[: pixels.ndim - self.layout.num_dims]
         images = self.layout.to_channels_first(pixels)
         block = self.block if images.device.type == "cpu" else self.kept
-        if images.shape[0] <= block:
+        if torch.compiler.is_exporting() or images.shape[0] <= block:  # an exported program takes any batch alike
             return self._embed(images).reshape(*batch, -1)
         embed = self._embed_again if torch.is_grad_enabled() and images.shape[0] > self.kept else self._embed
         return torch.cat([embed(part) for part in images.split(block)]).reshape(*batch, -1)

@@ -1,0 +1,107 @@
+"""Writes a trained agent as a file that runs without this package and without TorchRL.
+
+    python -m cyborg_torchrl export runs/my-run --output agent.onnx       # for onnxruntime
+    python -m cyborg_torchrl export runs/my-run --output agent.pt2        # for torch.export.load
+
+The file holds one step: from the observation, the memory state and `is_init` to the likeliest action, the parameters
+of the policy's distribution and the next state. What it does is compared with the agent before it is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from cyborg_torchrl.build import prepare_process
+from cyborg_torchrl.cli import add_checkpoint_arguments, overrides_of
+from cyborg_torchrl.config import ConfigError
+from cyborg_torchrl.deployment import (
+    ExportError,
+    OnnxRunner,
+    StreamingStep,
+    TorchRunner,
+    build_program,
+    describe,
+    leave_autocast,
+    normalizers_of,
+    onnx_file,
+    replay,
+    torch_file,
+    unnormalized,
+)
+from cyborg_torchrl.memory_benchmarks.arguments import positive, writable
+from cyborg_torchrl.progress import progress_bar
+from cyborg_torchrl.restore import build_single_env, load_agent
+
+EXIT_DIFFERS = 1
+TOLERANCE = 1e-5
+SUFFIXES = {".onnx": "onnx", ".pt2": "torch"}
+ROWS = 4
+"""Environments that a program of any batch size is compared in."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options."""
+    add_checkpoint_arguments(parser)
+    parser.add_argument("--output", type=writable, required=True, metavar="FILE", help="ends in .onnx or .pt2")
+    parser.add_argument("--format", choices=sorted(SUFFIXES.values()), help="default: what the file's ending says")
+    parser.add_argument("--batch", type=_batch, metavar="N", help="rows of each input: a number, or dynamic (default)")
+    parser.add_argument("--steps", type=positive, default=1000, help="steps that are compared (%(default)s)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Exports, compares and writes. Returns the exit code."""
+    output: Path = arguments.output
+    format_ = _format(output, arguments.format)
+    cfg, agent, _ = load_agent(arguments.checkpoint, [*overrides_of(arguments), "train.device=cpu"])
+    if leave_autocast(agent):
+        print(f"encoder.autocast={cfg.encoder.autocast}: exported, and compared, in float32", file=sys.stderr)
+    prepare_process(cfg)
+    env, plain = build_single_env(cfg), build_single_env(unnormalized(cfg))
+    try:
+        step = StreamingStep(agent, normalizers_of(agent, env))
+        description = describe(cfg, agent, plain)
+        program = build_program(step, plain, arguments.batch)
+        file = (onnx_file if format_ == "onnx" else torch_file)(program, description)
+        runner = (OnnxRunner if format_ == "onnx" else TorchRunner)(file)
+        with progress_bar("steps compared", arguments.steps) as show:
+            rows = arguments.batch or ROWS
+            found = replay(cfg, agent, runner, steps=arguments.steps, rows=rows, on_step=show)
+    except ExportError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_DIFFERS
+    finally:
+        env.close()
+        plain.close()
+    if found.largest > TOLERANCE:
+        print(
+            f"error: the exported program differs from the agent by {found.largest:.1e}, more than {TOLERANCE:.0e}, in "
+            f"{found.steps} steps; nothing was written.",
+            file=sys.stderr,
+        )
+        return EXIT_DIFFERS
+    output.write_bytes(file)
+    inputs = {name: each["shape"] for name, each in description["observation"].items()}
+    state = {name: each["shape"] for name, each in description["state"].items()}
+    print(f"{output}: {len(file):,} bytes; reads {inputs}, is_init and the state {state}")
+    print(
+        f"compared for {found.steps} steps of {rows} with {found.resets} resets: largest difference {found.largest:.1e}"
+    )
+    print(json.dumps({"output": str(output), "format": format_, "bytes": len(file), "rows": rows, **found._asdict()}))
+    return 0
+
+
+def _format(output: Path, asked: str | None) -> str:
+    by_name = SUFFIXES.get(output.suffix)
+    if by_name is None or asked not in (None, by_name):
+        endings = " or ".join(suffix for suffix, name in SUFFIXES.items() if asked in (None, name))
+        raise ConfigError(
+            f"--output must end in {endings}{f' with --format {asked}' if asked else ''}; got '{output}'."
+        )
+    return by_name
+
+
+def _batch(text: str) -> int | None:
+    return None if text == "dynamic" else positive(text)

@@ -1,0 +1,90 @@
+"""Plays some episodes to look at: as a film, or step by step as text.
+
+    python -m cyborg_torchrl play runs/my-run                                  # text
+    python -m cyborg_torchrl play runs/my-run --episodes 3 --output play.gif   # or play.mp4
+
+Films show the pixels of environments that have some, and what MiniGrid and gymnasium render. In the text, steps that
+show what the one before showed and bring no reward are counted and not written out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from cyborg_torchrl.build import prepare_process
+from cyborg_torchrl.cli import add_checkpoint_arguments, overrides_of
+from cyborg_torchrl.config import ConfigError
+from cyborg_torchrl.experiment import EVALUATION_SEED_OFFSET
+from cyborg_torchrl.memory_benchmarks.arguments import positive, writable
+from cyborg_torchrl.playback import FILMS, Film, Trace, play
+from cyborg_torchrl.progress import progress_bar
+from cyborg_torchrl.registry import environments
+from cyborg_torchrl.restore import build_acting_env, load_agent
+
+RENDERED = ("gymnasium", "minigrid")
+"""Environments that are asked to render where they show no pixels."""
+
+FILM_STEPS = 1000
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options."""
+    add_checkpoint_arguments(parser)
+    parser.add_argument("--episodes", type=positive, default=3, help="how many (%(default)s)")
+    parser.add_argument("--output", type=_film, metavar="FILE", help="a film, .gif or .mp4; without: text")
+    parser.add_argument(
+        "--max-steps", type=positive, help=f"episodes are cut after these (films: {FILM_STEPS}; text: never)"
+    )
+    parser.add_argument("--sampled", action="store_true", help="draw actions as while training, not the likeliest")
+    parser.add_argument("--fps", type=positive, default=10, help="pictures a second (%(default)s)")
+    parser.add_argument("--size", type=positive, default=320, help="longer side of the picture, at most (%(default)s)")
+    parser.add_argument("--full", action="store_true", help="text: every step")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Plays and writes. Returns the exit code."""
+    cfg, agent, _ = load_agent(arguments.checkpoint, overrides_of(arguments))
+    prepare_process(cfg)
+    if arguments.output:
+        cfg = _rendered(cfg)
+    workers = 0 if "workers" in cfg.env else None
+    env = build_acting_env(cfg, agent, num_envs=1, seed=cfg.train.seed + EVALUATION_SEED_OFFSET, workers=workers)
+    max_steps = arguments.max_steps or (FILM_STEPS if arguments.output else None)
+    frames = play(agent, env, arguments.episodes, is_deterministic=not arguments.sampled, max_steps=max_steps)
+    try:
+        if not arguments.output:
+            trace = Trace(sys.stdout.write, is_full=arguments.full)
+            for frame in frames:
+                trace.add(frame)
+            return 0
+        film = Film(arguments.output, size=arguments.size, fps=arguments.fps)
+        with progress_bar("episodes", arguments.episodes) as show:
+            for frame in frames:
+                if frame.picture is None:
+                    title = environments.title(cfg.env.name, cfg.env)
+                    raise ConfigError(f"'{title}' shows no pictures: leave --output out, for the steps as text.")
+                film.add(frame)
+                show(frame.episode - bool(frame.action))
+        film.close()
+    finally:
+        env.close()
+    print(f"{arguments.output}: {arguments.output.stat().st_size:,} bytes")
+    return 0
+
+
+def _rendered(cfg: DictConfig) -> DictConfig:
+    """The configuration whose environment draws itself, where that is a way to have it do so."""
+    if cfg.env.name in RENDERED and not cfg.env.get("rgb"):
+        OmegaConf.update(cfg, "env.options", {**(cfg.env.options or {}), "render_mode": "rgb_array"}, force_add=True)
+    return cfg
+
+
+def _film(text: str) -> Path:
+    path = writable(text)
+    if path.suffix not in FILMS:
+        raise argparse.ArgumentTypeError(f"must end in {' or '.join(FILMS)}; got '{text}'")
+    return path

@@ -1,0 +1,91 @@
+# pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportOptionalMemberAccess=false
+# (tensordict's and torchrl's annotations are narrower than what they take)
+"""What stands in an exported file beside the program: names, shapes, and what they mean."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from tensordict.utils import unravel_key
+from torch import Tensor
+from torchrl.data import Categorical, MultiCategorical, OneHot, TensorSpec
+from torchrl.envs import EnvBase
+
+from cyborg_torchrl import keys
+from cyborg_torchrl.deployment.streaming_step import dotted
+from cyborg_torchrl.envs.views import action_names
+from cyborg_torchrl.modules import PPOAgent
+from cyborg_torchrl.registry import environments
+
+METADATA = "cyborg_torchrl"
+"""Where the description stands: an ONNX file's metadata of this name, or the extra file of this name with `.json`."""
+MEANINGS = {
+    keys.PREVIOUS_ACTION: "the action that led here: one-hot, or clipped and scaled to [-1, 1]; zeros where is_init",
+    keys.PREVIOUS_REWARD: "the reward that came with this observation; zero where is_init",
+}
+
+
+def describe(cfg: DictConfig, agent: PPOAgent, env: EnvBase) -> dict[str, Any]:
+    """Describes an agent's step as what JSON holds.
+
+    Args:
+        cfg: its configuration, which is part of the description.
+        agent: the agent.
+        env: its environment, without normalisation.
+    """
+    batch_dims = len(env.batch_size)
+    stacked = cfg.transforms.frame_stack
+    frames = f"the last {stacked} frames, oldest first, the first of an episode repeated" if stacked > 1 else None
+    initial = {name: value[0].detach() for name, value in agent.backbone.core.initial_state(1).items()}
+    return {
+        "version": version("cyborg-torchrl"),
+        "task": environments.title(cfg.env.name, cfg.env),
+        "observation": {
+            dotted(key): _entry(env.observation_spec[key], batch_dims)
+            | {"meaning": MEANINGS.get(unravel_key(key), frames or "as the environment shows it")}
+            for key in agent.encoder.in_keys
+        },
+        "is_init": {"shape": [], "dtype": "bool", "meaning": "an episode begins: memory starts from its initial state"},
+        "state": {
+            name: {
+                "shape": list(agent.backbone.core.state_shapes[name]),
+                "dtype": _name(initial[name].dtype),
+                "initial": _numbers(initial[name]),
+            }
+            for name in agent.backbone.core.state_shapes
+        },
+        "action": _action(env, batch_dims),
+        "parameters": list(agent.policy_head.out_keys),
+        "config": OmegaConf.to_container(cfg),
+    }
+
+
+def _entry(spec: TensorSpec, batch_dims: int) -> dict[str, Any]:
+    return {"shape": list(spec.shape[batch_dims:]), "dtype": _name(spec.dtype)}
+
+
+def _action(env: EnvBase, batch_dims: int) -> dict[str, Any]:
+    """What the numbers of an action mean."""
+    spec = env.action_spec
+    entry = {**_entry(spec, batch_dims), "names": action_names(env)}
+    if isinstance(spec, MultiCategorical):
+        sizes = spec.nvec.reshape(-1, spec.nvec.shape[-1])[0].tolist()
+        return entry | {"kind": "multi_categorical", "sizes": sizes}
+    if isinstance(spec, (Categorical, OneHot)):
+        kind = "categorical" if type(spec) is Categorical else "one_hot"
+        return entry | {"kind": kind, "sizes": [int(spec.space.n)]}
+    low, high = (bound[(0,) * batch_dims].tolist() for bound in (spec.space.low, spec.space.high))
+    return entry | {"kind": "continuous", "low": low, "high": high, "meaning": "clip it to [low, high]"}
+
+
+def _numbers(value: Tensor) -> Any:
+    """A single number where all are alike."""
+    first = value.flatten()[0].item()
+    return first if bool((value == first).all()) else value.tolist()
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

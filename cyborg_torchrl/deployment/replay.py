@@ -1,0 +1,129 @@
+# pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportReturnType=false
+# (tensordict's and torchrl's annotations are narrower than what they take)
+"""An exported program beside the agent that it was made from, step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from tensordict import TensorDictBase
+from torch import Tensor
+from torchrl.envs.utils import ExplorationType, set_exploration_type
+from torchrl.modules import set_recurrent_mode
+
+from cyborg_torchrl import keys
+from cyborg_torchrl.build import build_env
+from cyborg_torchrl.deployment.programs import example_inputs
+from cyborg_torchrl.deployment.runners import Runner
+from cyborg_torchrl.deployment.streaming_step import dotted
+from cyborg_torchrl.modules import PPOAgent
+from cyborg_torchrl.restore import build_acting_env
+
+RESET_SHARE = 0.01
+"""Share of steps at which an episode is made to begin anew for memory, beside those that begin by themselves."""
+
+
+class Differences(NamedTuple):
+    """How far a program was from its agent; numbers larger than 1 count relative to their size."""
+
+    largest: float
+    """Of all that follow."""
+    parameters: float
+    """Of the distribution's parameters."""
+    state: float
+    action: float
+    """Of continuous actions; of others by how much the agent's best logit exceeds that of the program's choice."""
+    steps: int
+    resets: int
+
+
+def unnormalized(cfg: DictConfig) -> DictConfig:
+    """The configuration whose environment shows what the exported program reads."""
+    return OmegaConf.merge(cfg, {"transforms": {"normalize_observation": False}})
+
+
+@torch.no_grad()
+def replay(
+    cfg: DictConfig,
+    agent: PPOAgent,
+    runner: Runner,
+    *,
+    steps: int,
+    rows: int,
+    on_step: Callable[[int], None] = lambda step: None,
+) -> Differences:
+    """Runs both over what the agent sees in its environment, each with its own memory.
+
+    Two environments of one seed get the agent's actions. The agent sees the one that it was trained in, the program one
+    that does not normalise. Memory is reset where episodes begin, and at random besides.
+
+    Args:
+        cfg: the agent's configuration, for the CPU.
+        agent: the agent.
+        runner: the program.
+        steps: steps of each environment.
+        rows: environments side by side.
+        on_step: called after each step.
+    """
+    workers = 0 if "workers" in cfg.env else None
+    env = build_acting_env(cfg, agent, num_envs=rows, seed=cfg.train.seed, workers=workers)
+    is_normalized = cfg.transforms.normalize_observation
+    plain = build_env(unnormalized(cfg), num_envs=rows, seed=cfg.train.seed, workers=workers) if is_normalized else env
+    generator = torch.Generator().manual_seed(cfg.train.seed)
+    _, state, _ = example_inputs(runner.description, rows)
+    parameters = runner.description["parameters"]
+    worst = dict.fromkeys(("parameters", "state", "action"), 0.0)
+    resets = 0
+    try:
+        with set_exploration_type(ExplorationType.DETERMINISTIC), set_recurrent_mode(False):
+            shown = env.reset()
+            bare = plain.reset() if is_normalized else shown
+            for step in range(steps):
+                is_forced = torch.rand(rows, 1, generator=generator) < RESET_SHARE
+                is_init = shown.set(keys.IS_INIT, shown[keys.IS_INIT] | is_forced)[keys.IS_INIT].reshape(rows)
+                resets += int(is_init.sum())
+                acted = agent(shown)
+                observation = {dotted(key): bare[key] for key in agent.encoder.in_keys}
+                result = runner(observation, state, is_init)
+                state = result["state"]
+                own = {name: acted["next", key] for name, key in agent.backbone.state_keys.items()}
+                found = {
+                    "parameters": max(_distance(result[name], acted[name]) for name in parameters),
+                    "state": max((_distance(state[name], value) for name, value in own.items()), default=0.0),
+                    "action": _regret(acted, result["action"], runner.description["action"]),
+                }
+                worst = {name: max(value, found[name]) for name, value in worst.items()}
+                shown = env.step_and_maybe_reset(acted)[1]
+                if is_normalized:
+                    bare = plain.step_and_maybe_reset(bare.set(keys.ACTION, acted[keys.ACTION]))[1]
+                else:
+                    bare = shown
+                on_step(step + 1)
+    finally:
+        env.close()
+        if is_normalized:
+            plain.close()
+    return Differences(max(worst.values()), **worst, steps=steps, resets=resets)
+
+
+def _distance(value: Tensor, reference: Tensor) -> float:
+    """The largest difference; infinite where a number is none."""
+    difference = (value - reference).abs() / reference.abs().clamp_min(1.0)
+    return float(difference.nan_to_num(nan=torch.inf).max())
+
+
+def _regret(acted: TensorDictBase, action: Tensor, about: dict) -> float:
+    """By how much the program's action is worse than the agent's in the agent's own eyes."""
+    chosen = acted[keys.ACTION]
+    if about["kind"] == "continuous":
+        return _distance(action, chosen)
+    if about["kind"] == "one_hot":
+        action = action.argmax(-1)
+    worst = 0.0
+    choices = action.reshape(len(action), -1).unbind(-1)
+    for logits, choice in zip(acted["logits"].split(about["sizes"], -1), choices, strict=True):
+        worst = max(worst, float((logits.amax(-1) - logits.gather(-1, choice.unsqueeze(-1)).squeeze(-1)).max()))
+    return worst

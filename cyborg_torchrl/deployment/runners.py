@@ -1,0 +1,76 @@
+# pyright: basic, reportMissingImports=false, reportArgumentType=false, reportAttributeAccessIssue=false
+# (onnxruntime is optional)
+"""Exported files, run one step at a time as an agent is."""
+
+from __future__ import annotations
+
+import io
+import json
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from cyborg_torchrl.deployment.description import METADATA
+from cyborg_torchrl.deployment.programs import EXTRA
+from cyborg_torchrl.registry import UnavailableError
+
+Entries = dict[str, Tensor]
+
+
+@runtime_checkable
+class Runner(Protocol):
+    """An exported program in what runs it."""
+
+    description: dict[str, Any]
+
+    def __call__(self, observation: Entries, state: Entries, is_init: Tensor) -> dict[str, Any]:
+        """What `StreamingStep` returns."""
+        ...
+
+
+class TorchRunner:
+    """A file for torch.
+
+    Args:
+        file: its content.
+    """
+
+    def __init__(self, file: bytes) -> None:
+        extra = {f"{METADATA}.json": ""}
+        self._step = torch.export.load(io.BytesIO(file), extra_files=extra).module()
+        self.description = json.loads(extra[f"{METADATA}.json"])
+
+    def __call__(self, observation: Entries, state: Entries, is_init: Tensor) -> dict[str, Any]:
+        """One step."""
+        return self._step(observation, state, is_init)
+
+
+class OnnxRunner:
+    """An ONNX file in onnxruntime, on the CPU.
+
+    Args:
+        file: its content.
+
+    Raises:
+        UnavailableError: if onnxruntime is missing.
+    """
+
+    def __init__(self, file: bytes) -> None:
+        try:
+            import onnxruntime
+        except ImportError:
+            raise UnavailableError(f"checking an ONNX file needs onnxruntime: {EXTRA}") from None
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        self._session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        self._outputs = [output.name for output in self._session.get_outputs()]
+        self.description = json.loads(self._session.get_modelmeta().custom_metadata_map[METADATA])
+
+    def __call__(self, observation: Entries, state: Entries, is_init: Tensor) -> dict[str, Any]:
+        """One step."""
+        inputs = observation | {f"state.{name}": value for name, value in state.items()} | {"is_init": is_init}
+        arrays = self._session.run(None, {name: value.numpy(force=True) for name, value in inputs.items()})
+        results = {name: torch.from_numpy(array) for name, array in zip(self._outputs, arrays, strict=True)}
+        following = {name: results.pop(f"next_state.{name}") for name in state}
+        return {**results, "state": following}

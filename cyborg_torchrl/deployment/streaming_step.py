@@ -1,0 +1,138 @@
+# pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportReturnType=false
+# pyright: reportIndexIssue=false, reportOptionalSubscript=false
+# (tensordict's and torchrl's annotations are narrower than what they take)
+"""One step of an agent on plain tensors, from what the environment shows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from tensordict.utils import NestedKey, unravel_key
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchrl.envs import EnvBase
+
+from cyborg_torchrl.cores import State, restart
+from cyborg_torchrl.envs.normalization import NormalizeObservation, transforms_of
+from cyborg_torchrl.modules import MultiDiscrete, PPOAgent
+from cyborg_torchrl.modules.encoders.autocast import Autocast
+
+Entries = dict[str, Tensor]
+
+
+class StreamingStep(nn.Module):
+    """What an agent does in one step: the likeliest action, from observations as they are before normalisation.
+
+    Its state is a plain dictionary; where an episode begins it is replaced by the agent's initial state, so that zeros
+    do for the first step. Parameters are shared with the agent.
+
+    Args:
+        agent: the agent.
+        normalized: from names of observations to what normalises them, [*shape] (see `normalizers_of`).
+    """
+
+    def __init__(self, agent: PPOAgent, normalized: Mapping[str, nn.Module] | None = None) -> None:
+        super().__init__()
+        self.observation_keys = {dotted(key): key for key in agent.encoder.in_keys}
+        self.parameter_names = list(agent.policy_head.out_keys)
+        self.encoder, self.core = agent.encoder.module, agent.backbone.core
+        self.fusion, self.policy_head = agent.fusion.module, agent.policy_head.module
+        self.normalizers = nn.ModuleDict({_safe(name): module for name, module in (normalized or {}).items()})
+        self.distribution = agent.sampler.distribution_class
+        self.sizes: Sequence[int] = (agent.sampler.distribution_kwargs or {}).get("sizes", ())
+
+    def forward(self, observation: Entries, state: State, is_init: Bool[Tensor, " B"]) -> dict[str, Any]:
+        """One step.
+
+        Args:
+            observation: {name: [B, *shape]}, in the order of `observation_keys`.
+            state: memory before the step, {name: [B, *shape]}, in the order of the core's `state_shapes`.
+            is_init: where an episode begins.
+
+        Returns:
+            "action" [B, ...]; the parameters of its distribution: "logits", or "loc" and "scale"; and "state".
+        """
+        seen = (self._normalized(name, observation[name]) for name in self.observation_keys)
+        features = self.encoder(*seen)
+        state = restart(state, self.core.initial_state(is_init.shape[0]), is_init)
+        memory, state = self.core.step(features, state)
+        parameters = self.policy_head(self.fusion(features, memory))
+        parameters = (parameters,) if isinstance(parameters, Tensor) else parameters
+        named = dict(zip(self.parameter_names, parameters, strict=True))
+        return {"action": self._likeliest(named), **named, "state": {n: state[n] for n in self.core.state_shapes}}
+
+    def _normalized(self, name: str, seen: Tensor) -> Tensor:
+        return self.normalizers[_safe(name)](seen) if _safe(name) in self.normalizers else seen
+
+    def _likeliest(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        """The mode of the distribution: an index, indices, a one-hot vector of integers, or numbers."""
+        if "loc" in parameters:
+            return parameters["loc"].clone()  # an output of its own
+        logits = parameters["logits"]
+        if self.distribution is MultiDiscrete:
+            return torch.stack([part.argmax(-1) for part in logits.split(list(self.sizes), -1)], -1)
+        best = logits.argmax(-1)
+        return best if self.distribution is torch.distributions.Categorical else F.one_hot(best, logits.shape[-1])
+
+
+def leave_autocast(agent: PPOAgent) -> bool:
+    """Lets an agent's encoder compute in float32. Returns whether it did in another precision."""
+    if not isinstance(agent.encoder.module, Autocast):
+        return False
+    agent.encoder.module = agent.encoder.module.network
+    return True
+
+
+class Normalizer(nn.Module):
+    """As `NormalizeObservation` with its statistics as they are, for one observation.
+
+    Args:
+        mean: [*shape], in double precision, in which it computes.
+        std: [*shape].
+        limit: where the result is clipped.
+    """
+
+    def __init__(self, mean: Tensor, std: Tensor, limit: float) -> None:
+        super().__init__()
+        self.mean: Tensor
+        self.std: Tensor
+        self.register_buffer("mean", mean.detach().clone())
+        self.register_buffer("std", std.detach().clone())
+        self.limit = limit
+
+    def forward(self, seen: Tensor) -> Tensor:
+        """Normalises [B, *shape]."""
+        return ((seen - self.mean) / self.std).clamp(-self.limit, self.limit).to(seen.dtype)
+
+
+def normalizers_of(agent: PPOAgent, env: EnvBase) -> dict[str, Normalizer]:
+    """What normalises an agent's observations, by their names; {} where nothing does.
+
+    Args:
+        agent: has the statistics.
+        env: as it was trained in; says which observations they are of, and how many frames are stacked.
+    """
+    batch_dims = len(env.batch_size)
+    found: dict[str, Normalizer] = {}
+    for transform in transforms_of(env):
+        if isinstance(transform, NormalizeObservation):
+            for key, moments in zip(transform.in_keys, agent.env_statistics["observation"], strict=True):
+                shape = env.observation_spec[key].shape[batch_dims:]  # of all frames, which are normalised alike
+                frames = [size // own for size, own in zip(shape, moments.mean.shape, strict=True)]
+                mean, std = (each.repeat(*frames) if frames else each for each in (moments.mean, moments.std))
+                found[dotted(key)] = Normalizer(mean, std, transform.limit)
+    return found
+
+
+def dotted(key: NestedKey) -> str:
+    """A key as one name: "observation", "camera.left"."""
+    key = unravel_key(key)
+    return key if isinstance(key, str) else ".".join(key)
+
+
+def _safe(name: str) -> str:
+    """Names of modules have no dots."""
+    return name.replace(".", "/")

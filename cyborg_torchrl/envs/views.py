@@ -1,0 +1,74 @@
+# pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# (tensordict's and torchrl's annotations are narrower than what they take)
+"""What a person can see of an environment: pictures, and the names of actions."""
+
+from __future__ import annotations
+
+from enum import EnumMeta
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tensordict import TensorDictBase
+from torchrl.envs import EnvBase, TransformedEnv
+
+from cyborg_torchrl import keys
+from cyborg_torchrl.envs.gymnasium_batch import GymnasiumEnv
+from cyborg_torchrl.modules.encoders.images import image_layout
+
+Picture = npt.NDArray[np.uint8]
+"""[H, W, 3] bytes."""
+
+
+def first_game(env: EnvBase) -> Any:
+    """The first of an environment's gymnasium environments; None where they are of another kind or in processes."""
+    while isinstance(env, TransformedEnv):
+        env = env.base_env
+    return env._env.envs[0] if isinstance(env, GymnasiumEnv) else None
+
+
+def action_names(env: EnvBase) -> list[str] | None:
+    """The names of discrete actions, where the environment tells them: as `action_names`, or an enumeration."""
+    game = first_game(env)
+    if game is None:
+        return None
+    told = getattr(game.unwrapped, "action_names", None) or getattr(game.unwrapped, "actions", None)
+    if isinstance(told, EnumMeta):
+        told = [str(action.name) for action in told]
+    number = getattr(game.action_space, "n", None)
+    if not isinstance(told, (list, tuple)) or len(told) != number:
+        return None
+    return [str(name) for name in told]
+
+
+def picture(env: EnvBase, tensordict: TensorDictBase) -> Picture | None:
+    """What the first environment shows: its pixels, or else what it renders; None where there is neither.
+
+    Args:
+        env: the environment.
+        tensordict: its present one.
+    """
+    pixels = tensordict.get(keys.PIXELS, None)
+    if pixels is not None:
+        return _bytes(pixels[0].cpu().numpy())
+    game = first_game(env)
+    if game is None or game.render_mode != "rgb_array":
+        return None
+    drawn = game.render()
+    return np.ascontiguousarray(drawn[..., :3], np.uint8)
+
+
+def _bytes(image: np.ndarray) -> Picture:
+    """The newest frame of an image of any layout, as bytes."""
+    layout = image_layout(image.shape)
+    if layout.num_dims == 4:  # a stack
+        image, layout = image[-1], image_layout(image.shape[1:])
+    if layout.num_dims == 2:
+        image = image[..., None]
+    elif not layout.is_channels_last:
+        image = np.moveaxis(image, 0, -1)
+    if image.dtype != np.uint8:
+        image = (image.astype(np.float64) * 255.0).round().clip(0, 255).astype(np.uint8)
+    channels = image.shape[-1]
+    newest = image[..., -3:] if channels % 3 == 0 else image[..., -1:].repeat(3, -1)
+    return np.ascontiguousarray(newest)

@@ -1,0 +1,24 @@
+"""An agent from a checkpoint is the one that was trained, wherever it is put."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from cyborg_torchrl.registry import backbones
+from cyborg_torchrl.restore import load_agent
+
+
+@pytest.mark.parametrize(
+    "overrides", [*((f"backbone={name}",) for name in backbones.names()), ("memory=pmm",)], ids=str
+)
+def test_memory_is_as_trained_at_another_horizon(overrides: tuple[str, ...], save_trained: Callable[..., Path]) -> None:
+    path = save_trained("env.horizon=10", *overrides)
+    here, there = load_agent(path), load_agent(path, ["env.horizon=500"])
+    assert there.cfg.env.horizon == 500
+    seen, actions = torch.rand(2, 30, 6), torch.zeros(2, 30, dtype=torch.long)
+    one, other = (restored.agent.evaluate_actions(seen, actions).log_prob for restored in (here, there))
+    assert torch.equal(one, other)
