@@ -209,14 +209,14 @@ class PPOAgent(TensorDictModuleBase):
         observation = tensordict.get(self.encoder.in_keys[0], None)
         is_init = tensordict.get(backbone.is_init_key, None)
         state = {name: tensordict.get(key, None) for name, key in backbone.state_keys.items()}
-        if observation is None or observation.shape[:-1] != shape or is_init is None or None in state.values():
+        if any(each is None for each in (observation, is_init, *state.values())) or observation.shape[:-1] != shape:
             return False
         acted = network(observation.reshape(shape.numel(), -1), backbone.restarted(state, is_init))
         if acted is None:
             return False
         tensordict.set(self.policy_head.out_keys[0], acted.policy.reshape(*shape, -1))
         tensordict.set(self.value_head.out_keys[0], acted.value.reshape(*shape, 1))
-        backbone.set_next(tensordict, acted.state)
+        backbone.set_next(tensordict, acted.state, shape)
         return True
 
     def _pass(self, tensordict: TensorDictBase) -> tuple[distributions.Distribution, State]:

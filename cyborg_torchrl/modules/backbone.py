@@ -111,7 +111,7 @@ class Backbone(TensorDictModuleBase):
         state = self._state(tensordict, is_init, first_step=False)
         y, state = self.core.step(x.reshape(batch_shape.numel(), -1), self.restarted(state, is_init))
         tensordict.set(self.out_key, y.reshape(*batch_shape, -1))
-        return self.set_next(tensordict, state)
+        return self.set_next(tensordict, state, batch_shape)
 
     def restarted(self, state: State, is_init: Tensor) -> State:
         """What a step goes on from: stored states, {name: [*B, *shape]}, with episodes begun where `is_init`.
@@ -128,9 +128,9 @@ class Backbone(TensorDictModuleBase):
         flat = {n: v.reshape(batch, *self.core.state_shapes[n]).to(dtype) for n, v in state.items()}
         return restart(flat or initial, initial, is_init.reshape(batch))
 
-    def set_next(self, tensordict: TensorDictBase, state: State) -> State:
+    def set_next(self, tensordict: TensorDictBase, state: State, batch_shape: torch.Size) -> State:
         """Writes the state after a step, {name: [B, *shape]}; returns it as it is written, {name: [*B, *shape]}."""
-        state = {name: value.reshape(*tensordict.batch_size, *value.shape[1:]) for name, value in state.items()}
+        state = {name: value.reshape(*batch_shape, *value.shape[1:]) for name, value in state.items()}
         for name, key in self.state_keys.items():
             tensordict.set(self._next(key), state[name])
         return state
