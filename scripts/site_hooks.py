@@ -11,13 +11,28 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
+CHANGELOG = "changelog.md"
 LINK = re.compile(r"(?<!!)\[([^\]]*)\]\(((?:\.\./)+[^)\s#]*)[^)]*\)")
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Leaves pages that are not written yet out of the navigation; a page that is not in it stays a warning."""
+
+    def written(entry: Any) -> Any:
+        if isinstance(entry, str):
+            return entry if entry == CHANGELOG or (Path(config.docs_dir) / entry).is_file() else None
+        if isinstance(entry, list):
+            return [kept for kept in map(written, entry) if kept]
+        return {title: kept for title, below in entry.items() if (kept := written(below))}
+
+    config.nav = written(config.nav)
+    return config
 
 
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:
     """Adds the changelog."""
     text = (ROOT / "CHANGELOG.md").read_text().replace("](docs/", "](")
-    files.append(File.generated(config, "changelog.md", content=text))
+    files.append(File.generated(config, CHANGELOG, content=text))
     return files
 
 
