@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -57,8 +57,7 @@ def replay(
 ) -> Differences:
     """Runs both over what the agent sees in its environment, each with its own memory.
 
-    Two environments of one seed get the agent's actions. The agent sees the one that it was trained in, the program one
-    that does not normalise. Memory is reset where episodes begin, and at random besides.
+    Memory is reset where episodes begin, and at random besides.
 
     Args:
         cfg: the agent's configuration, for the CPU.
@@ -68,45 +67,54 @@ def replay(
         rows: environments side by side.
         on_step: called after each step.
     """
-    workers = 0 if "workers" in cfg.env else None
-    env = build_acting_env(cfg, agent, num_envs=rows, seed=cfg.train.seed, workers=workers)
-    is_normalized = cfg.transforms.normalize_observation
-    plain = build_env(unnormalized(cfg), num_envs=rows, seed=cfg.train.seed, workers=workers) if is_normalized else env
-    generator = torch.Generator().manual_seed(cfg.train.seed)
     _, state, _ = example_inputs(runner.description, rows)
-    parameters = runner.description["parameters"]
-    worst = dict.fromkeys(("parameters", "state", "action"), 0.0)
-    resets = 0
+    parameters, about = runner.description["parameters"], runner.description["action"]
+    worst, resets = [0.0, 0.0, 0.0], 0
+    for step, (acted, observation, is_init) in enumerate(_acted(cfg, agent, steps, rows), 1):
+        result = runner(observation, state, is_init)
+        state = result["state"]
+        own = {name: acted[keys.NEXT, key] for name, key in agent.backbone.state_keys.items()}
+        found = (
+            max(_distance(result[name], acted[name]) for name in parameters),
+            max((_distance(state[name], value) for name, value in own.items()), default=0.0),
+            _regret(acted, result["action"], about),
+        )
+        worst = list(map(max, worst, found))
+        resets += int(is_init.sum())
+        on_step(step)
+    return Differences(max(worst), *worst, steps=steps, resets=resets)
+
+
+def _acted(
+    cfg: DictConfig, agent: PPOAgent, steps: int, rows: int
+) -> Iterator[tuple[TensorDictBase, dict[str, Tensor], Tensor]]:
+    """What the agent did at each step, what is shown without normalisation, and where memory is reset, [rows].
+
+    Where observations are normalised there are two environments of one seed, which get the same actions: the one that
+    the agent was trained in, and one that does not normalise.
+    """
+    options = {"num_envs": rows, "seed": cfg.train.seed, "workers": 0 if "workers" in cfg.env else None}
+    env = build_acting_env(cfg, agent, **options)
+    plain = build_env(unnormalized(cfg), **options) if cfg.transforms.normalize_observation else None
+    generator = torch.Generator().manual_seed(cfg.train.seed)
     try:
-        with set_exploration_type(ExplorationType.DETERMINISTIC), set_recurrent_mode(False):
-            shown = env.reset()
-            bare = plain.reset() if is_normalized else shown
-            for step in range(steps):
-                is_forced = torch.rand(rows, 1, generator=generator) < RESET_SHARE
-                is_init = shown.set(keys.IS_INIT, shown[keys.IS_INIT] | is_forced)[keys.IS_INIT].reshape(rows)
-                resets += int(is_init.sum())
+        shown = env.reset()
+        bare = shown if plain is None else plain.reset()
+        for _ in range(steps):
+            is_forced = torch.rand(rows, 1, generator=generator) < RESET_SHARE
+            shown.set(keys.IS_INIT, shown[keys.IS_INIT] | is_forced)
+            with set_exploration_type(ExplorationType.DETERMINISTIC), set_recurrent_mode(False):
                 acted = agent(shown)
-                observation = {dotted(key): bare[key] for key in agent.encoder.in_keys}
-                result = runner(observation, state, is_init)
-                state = result["state"]
-                own = {name: acted["next", key] for name, key in agent.backbone.state_keys.items()}
-                found = {
-                    "parameters": max(_distance(result[name], acted[name]) for name in parameters),
-                    "state": max((_distance(state[name], value) for name, value in own.items()), default=0.0),
-                    "action": _regret(acted, result["action"], runner.description["action"]),
-                }
-                worst = {name: max(value, found[name]) for name, value in worst.items()}
-                shown = env.step_and_maybe_reset(acted)[1]
-                if is_normalized:
-                    bare = plain.step_and_maybe_reset(bare.set(keys.ACTION, acted[keys.ACTION]))[1]
-                else:
-                    bare = shown
-                on_step(step + 1)
+            yield acted, {dotted(key): bare[key] for key in agent.encoder.in_keys}, shown[keys.IS_INIT].reshape(rows)
+            shown = env.step_and_maybe_reset(acted)[1]
+            if plain is not None:
+                bare = plain.step_and_maybe_reset(bare.set(keys.ACTION, acted[keys.ACTION]))[1]
+            else:
+                bare = shown
     finally:
-        env.close()
-        if is_normalized:
-            plain.close()
-    return Differences(max(worst.values()), **worst, steps=steps, resets=resets)
+        for each in (env, plain):
+            if each is not None:
+                each.close()
 
 
 def _distance(value: Tensor, reference: Tensor) -> float:
@@ -117,9 +125,8 @@ def _distance(value: Tensor, reference: Tensor) -> float:
 
 def _regret(acted: TensorDictBase, action: Tensor, about: dict) -> float:
     """By how much the program's action is worse than the agent's in the agent's own eyes."""
-    chosen = acted[keys.ACTION]
     if about["kind"] == "continuous":
-        return _distance(action, chosen)
+        return _distance(action, acted[keys.ACTION])
     if about["kind"] == "one_hot":
         action = action.argmax(-1)
     worst = 0.0

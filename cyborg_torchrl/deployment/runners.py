@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cyborg_torchrl.deployment.description import METADATA
-from cyborg_torchrl.deployment.programs import EXTRA
+from cyborg_torchrl.deployment.programs import EXTRA, ExportError
 from cyborg_torchrl.registry import UnavailableError
 
 Entries = dict[str, Tensor]
@@ -54,6 +54,7 @@ class OnnxRunner:
 
     Raises:
         UnavailableError: if onnxruntime is missing.
+        ExportError: if it does not run the file.
     """
 
     def __init__(self, file: bytes) -> None:
@@ -63,7 +64,10 @@ class OnnxRunner:
             raise UnavailableError(f"checking an ONNX file needs onnxruntime: {EXTRA}") from None
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
-        self._session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        try:
+            self._session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # of many kinds
+            raise ExportError(f"onnxruntime does not run it: {' '.join(str(error).split())[:300]}") from error
         self._outputs = [output.name for output in self._session.get_outputs()]
         self.description = json.loads(self._session.get_modelmeta().custom_metadata_map[METADATA])
 
