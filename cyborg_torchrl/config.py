@@ -462,7 +462,7 @@ def _lay_over_default(stem: Path, overrides: Sequence[str]) -> DictConfig | None
     path = next(path for path in (stem.with_suffix(".yaml"), stem.with_suffix(".yml")) if path.is_file())
     try:
         content = OmegaConf.load(path)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"cannot read '{path}': {' '.join(str(error).split())}") from None
     if not isinstance(content, DictConfig):
         raise ConfigError(f"'{path}' must hold keys and values, such as 'train: {{seed: 1}}'.")

@@ -54,10 +54,7 @@ class EpisodeVectorEnv(VectorEnv):
 
     def reseed(self, seed: int) -> None:
         """Seeds each environment at its next reset."""
-        words = np.random.SeedSequence(seed).generate_state(self.num_envs)
-        for i, (word, episode) in enumerate(zip(words, self.episodes, strict=True)):
-            is_this_one = episode.number == 0 and episode.stream == int(word) and not episode.actions
-            self._next[i] = None if is_this_one else int(word)
+        self._next = [int(word) for word in np.random.SeedSequence(seed).generate_state(self.num_envs)]
 
     def reset(self, *, seed: int | None = None, options: Info | None = None) -> tuple[Any, Info]:
         """Resets all environments, or those that `options["reset_mask"]` names."""
@@ -84,8 +81,11 @@ class EpisodeVectorEnv(VectorEnv):
         infos: Info = {}
         for i, step in enumerate(self.runner.step(each)):
             observation, rewards[i], terminated[i], truncated[i], info = step
-            self.episodes[i].observation = observation
-            self.episodes[i].actions.append(each[i])
+            episode = self.episodes[i]
+            if not episode.actions and episode.number == 0 and self._next[i] == episode.stream:
+                self._next[i] = None  # this is the episode that the seed is of
+            episode.observation = observation
+            episode.actions.append(each[i])
             infos = self._add_info(infos, info, i)
         return self._observed(), rewards, terminated, truncated, infos
 

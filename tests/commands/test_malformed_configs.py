@@ -12,7 +12,7 @@ SHIPPED = "memory_delayed_cue_recurrent"
 OVERRIDES = [
     "backbone=gruu", "backbone=", "backbone.hidden_size=-3", "backbone.hidden_size=big",
     "backbone.hidden_size=1.5", "backbone.num_layers=0", "backbone.readout=loud", "backbone.hiden_size=3",
-    "memory=ppm", "env=delaid_cue", "env.horizon=-1", "env.horizon=null", "env.cues=1", "env.num_envs=0",
+    "memory=ppm", "env=delaid_cue", "env.horizon=-1", "env.cues=1", "env.num_envs=0",
     "env.num_envs=3.7", "env.level=impossible", "env.nothing=1", "+env.extra=1", "~env", "~backbone.name",
     "train=episod", "train.recurrent_mode=burnin", "train.n_epochs=0", "train.n_epochs=abc", "train.gamma=1.5",
     "train.gamma=nan", "train.gae_lambda=-0.1", "train.learning_rate=0", "train.learning_rate=inf",
