@@ -171,6 +171,7 @@ def is_alive(process: int) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_rollouts_are_those_of_the_workers_one_after_the_other(
     agent: PPOAgent, build: Callable[..., RayRolloutCollector], tmp_path: Path
 ) -> None:
