@@ -76,7 +76,20 @@ def load_agent(path: Path | str, overrides: Sequence[str] = ()) -> Restored:
         ConfigError: if the configuration cannot be used.
     """
     path = checkpoint_path(Path(path))
-    content = load_checkpoint(path)
+    cfg, agent, content = agent_of(load_checkpoint(path), path, overrides)
+    broken = [name for name, value in agent.named_parameters() if not bool(value.isfinite().all())]
+    if broken:
+        raise CheckpointError(f"{path} holds parameters that are no finite numbers ({broken[0]}): training diverged.")
+    return Restored(cfg, agent, content)
+
+
+def agent_of(content: dict[str, Any], path: Path, overrides: Sequence[str] = ()) -> Restored:
+    """The agent in the content of a file, whatever its parameters.
+
+    Raises:
+        CheckpointError: if there is none that fits the configuration in it.
+        ConfigError: if the configuration cannot be used.
+    """
     cfg = config_of(content, path)
     if overrides:
         cfg = config_of(content, path, [*_pinned_horizons(cfg), *overrides])
@@ -86,9 +99,6 @@ def load_agent(path: Path | str, overrides: Sequence[str] = ()) -> Restored:
     finally:
         env.close()
     load_parameters(agent, content, path)
-    broken = [name for name, value in agent.named_parameters() if not bool(value.isfinite().all())]
-    if broken:
-        raise CheckpointError(f"{path} holds parameters that are no finite numbers ({broken[0]}): training diverged.")
     return Restored(cfg, agent, content)
 
 

@@ -18,9 +18,8 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from cyborg_torchrl import keys
-from cyborg_torchrl.build import build_agent
 from cyborg_torchrl.checkpoint import DUMP, CheckpointError, load_checkpoint
-from cyborg_torchrl.restore import build_single_env, config_of, load_parameters
+from cyborg_torchrl.restore import agent_of
 
 AROUND = 3
 """Steps that are shown before and after the one that was not finite."""
@@ -38,13 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
         content = load_checkpoint(path, kind=DUMP)
     except FileNotFoundError:
         raise CheckpointError(f"no dump '{path}'.") from None
-    cfg = config_of(content, path)
-    env = build_single_env(cfg)
-    try:
-        agent = build_agent(cfg, env)
-    finally:
-        env.close()
-    load_parameters(agent, content, path)
+    agent = agent_of(content, path).agent
     print(f"update {content['update']}: {content['message']}")
     steps = content.get("steps")
     if not steps:
