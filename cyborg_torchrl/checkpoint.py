@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from cyborg_torchrl.process import interrupts_deferred
+
 FORMAT = "cyborg_torchrl.checkpoint"
 DUMP = "cyborg_torchrl.dump"
 """Of a file with what was not finite, written and read in the same way."""
@@ -38,8 +40,9 @@ def save_checkpoint(path: Path, content: Content, *, kind: str = FORMAT) -> None
         OSError: if it cannot be written; the old file is then still there.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    buffer = io.BytesIO()  # torch's own file writer turns a full disk, and Ctrl-C, into an error about its archive
-    torch.save({"format": kind, "version": VERSION, **content}, buffer)
+    buffer = io.BytesIO()  # torch's own file writer turns a full disk into an error about its archive,
+    with interrupts_deferred():  # and Ctrl-C too, whatever it writes to
+        torch.save({"format": kind, "version": VERSION, **content}, buffer)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
