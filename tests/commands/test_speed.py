@@ -9,7 +9,7 @@ import torch
 
 from cyborg_torchrl.memory_benchmarks.speed.__main__ import main, memory_of
 from cyborg_torchrl.memory_benchmarks.speed.baselines import LoopPPO
-from cyborg_torchrl.memory_benchmarks.speed.measure import Timing, rows_of, take_turns
+from cyborg_torchrl.memory_benchmarks.speed.measure import WARM_UP, Timing, rows_of, take_turns
 from cyborg_torchrl.memory_benchmarks.speed.subjects import Case, collection
 
 SMALL = [
@@ -37,7 +37,7 @@ def test_turns_are_taken_and_warming_up_is_not_counted() -> None:
         return name, lambda: len(order.append(name) or order)
 
     timings = take_turns([subject("a"), subject("b")], 2, on_run=lambda: None)
-    assert order == ["a", "b"] * 3
+    assert order == ["a", "b"] * (WARM_UP + 2)
     assert [len(runs) for runs in timings.values()] == [2, 2]
 
 

@@ -17,11 +17,11 @@ constexpr int64_t BLOCK = 16;
 struct Agent { int64_t observed, mapped, channels, group, actions; double group_eps, layer_eps; };
 
 // A memory: how many times its channels its map has columns, the size of its other parameters, and a step of some rows.
-// inputs: what its map makes of what it sees, bias included; before and after: its states.
+// inputs: what its map makes of what it sees, bias included, and room from then on; before and after: its states.
 template <class T> struct LRU {
     static constexpr int64_t maps = 3, states = 1;
     static int64_t others(int64_t D) { return D; }
-    static void step(int64_t rows, int64_t D, const T* inputs, const T* rate, const T* const* before, T* const* after) {
+    static void step(int64_t rows, int64_t D, T* inputs, const T* rate, const T* const* before, T* const* after) {
         const uint8_t never[BLOCK] = {};
         const T* const in[] = {inputs, rate, before[0], before[0]};
         recur<T>({1, rows, D}, in, never, after[0], 0, rows);
@@ -31,11 +31,10 @@ template <class T> struct LRU {
 template <class T> struct LSTM {
     static constexpr int64_t maps = 4, states = 2;
     static int64_t others(int64_t D) { return D * 4 * D; }
-    static void step(int64_t rows, int64_t D, const T* inputs, const T* weight, const T* const* before, T* const* after) {
-        const uint8_t never[BLOCK] = {};
-        const T* const in[] = {inputs, weight, before[0], before[1], before[0], before[1]};
-        T* const out[] = {after[0], after[1], nullptr, nullptr};
-        lstm<T>({1, rows, D}, in, never, out, 0, rows);
+    static void step(int64_t rows, int64_t D, T* inputs, const T* weight, const T* const* before, T* const* after) {
+        multiply<T>(before[0], weight, inputs, rows, D, 4 * D);
+        for (int64_t row = 0; row < rows; ++row)
+            cell_step<T, false>(D, inputs + row * 4 * D, before[1] + row * D, after[1] + row * D, after[0] + row * D);
     }
 };
 
@@ -66,7 +65,7 @@ void act(const Agent& agent, const T* parameters, const T* x, const T* const* be
          T* value, int64_t first, int64_t end) {
     const Parameters<T, Memory> p(agent, parameters);
     const int64_t D = agent.channels, A = agent.actions, columns = Memory<T>::maps * D;
-    std::vector<T> room(BLOCK * (3 * D + columns));
+    const Room<T> room(BLOCK * (3 * D + columns));
     T *features = room.data(), *readout = features + BLOCK * D, *joint = readout + BLOCK * D, *inputs = joint + BLOCK * D;
     for (int64_t row = first; row < end; row += BLOCK) {
         const int64_t rows = std::min(BLOCK, end - row);

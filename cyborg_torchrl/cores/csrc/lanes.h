@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <new>
 #include <thread>
 #include <vector>
 
@@ -49,41 +50,44 @@ template <> struct Lanes<double> {
 template <class T> using Vec = typename Lanes<T>::V;
 template <class T> constexpr int W = BYTES / sizeof(T);
 
-// 2^x = (1 + fraction) * scale. On [-1/2, 1/2] the fraction is x q(x), q interpolated at Chebyshev's nodes: exact at 0,
-// where decays live.
-template <class T> INLINE void split_exp2(Vec<T> x, Vec<T>& fraction, Vec<T>& scale) {
+// 2^x - 1 on [-1/2, 1/2]: x q(x), q interpolated at Chebyshev's nodes: exact at 0, where decays live.
+template <class T> INLINE Vec<T> small_exp2m1(Vec<T> x) {
     typedef Lanes<T> L;
-    x = x < L::lowest ? Vec<T>{} + L::lowest : x;  // NaN passes through
-    x = x > L::highest ? Vec<T>{} + L::highest : x;
-    const Vec<T> whole = (x + L::rounder) - L::rounder;
-    const Vec<T> f = x - whole;
     Vec<T> q = Vec<T>{} + L::q[L::degree];
 #pragma GCC unroll 12
-    for (int k = L::degree - 1; k >= 0; --k) q = q * f + L::q[k];
-    fraction = q * f;
+    for (int k = L::degree - 1; k >= 0; --k) q = q * x + L::q[k];
+    return q * x;
+}
+
+template <class T> INLINE Vec<T> power_of_2(Vec<T> whole) {
+    typedef Lanes<T> L;
     const typename L::I exponent = (__builtin_convertvector(whole, typename L::I) + L::bias) << L::mantissa;
-    std::memcpy(&scale, &exponent, sizeof scale);
+    Vec<T> power;
+    std::memcpy(&power, &exponent, sizeof power);
+    return power;
+}
+
+template <class T> INLINE Vec<T> clamp(Vec<T> x, T lowest, T highest) {  // NaN passes through
+    x = x < lowest ? Vec<T>{} + lowest : x;
+    return x > highest ? Vec<T>{} + highest : x;
 }
 
 template <class T> INLINE Vec<T> exp2(Vec<T> x) {
-    Vec<T> fraction, scale;
-    split_exp2<T>(x, fraction, scale);
-    return (fraction + T(1)) * scale;
+    typedef Lanes<T> L;
+    x = clamp<T>(x, L::lowest, L::highest);
+    const Vec<T> whole = (x + L::rounder) - L::rounder;
+    return (small_exp2m1<T>(x - whole) + T(1)) * power_of_2<T>(whole);
 }
 
 // e^x = (1 + fraction) * scale, with the digits of x that x log2(e) would lose.
 template <class T> INLINE void split_exp(Vec<T> x, Vec<T>& fraction, Vec<T>& scale) {
     typedef Lanes<T> L;
     constexpr T log2e = T(1.4426950408889634074);
-    x = x < L::lowest / log2e ? Vec<T>{} + L::lowest / log2e : x;  // NaN passes through
-    x = x > L::highest / log2e ? Vec<T>{} + L::highest / log2e : x;
+    x = clamp<T>(x, L::lowest / log2e, L::highest / log2e);
     const Vec<T> whole = (x * log2e + L::rounder) - L::rounder;
     const Vec<T> rest = (x - whole * L::ln2_high) - whole * L::ln2_low;
-    Vec<T> one;
-    split_exp2<T>(rest * log2e, fraction, one);  // of [-1/2, 1/2], but for rounding: one is 2^0
-    const typename L::I exponent = (__builtin_convertvector(whole, typename L::I) + L::bias) << L::mantissa;
-    std::memcpy(&scale, &exponent, sizeof scale);
-    fraction = fraction * one + (one - T(1));
+    fraction = small_exp2m1<T>(rest * log2e);
+    scale = power_of_2<T>(whole);
 }
 
 // e^x - 1, exact near 0.
@@ -127,6 +131,20 @@ template <class T> INLINE T sum(Vec<T> v) {
     for (int i = 0; i < W<T>; ++i) total += v[i];
     return total;
 }
+
+// Room for so many numbers, none of them set, from the beginning of a cache line on.
+template <class T> class Room {
+  public:
+    explicit Room(int64_t size) : at(static_cast<T*>(::operator new(size * sizeof(T), LINE))) {}
+    ~Room() { ::operator delete(at, LINE); }
+    Room(const Room&) = delete;
+    Room& operator=(const Room&) = delete;
+    T* data() const { return at; }
+
+  private:
+    static constexpr std::align_val_t LINE{64};
+    T* at;
+};
 
 // Rows [0, rows) split over threads; run(thread, first, end).
 template <class Run> void split(int64_t rows, int64_t threads, Run run) {

@@ -13,13 +13,32 @@ template <class T> INLINE const T* before(const T* now, const T* first, const T*
     return begins ? initial + state : t ? now + at - step : first + state;
 }
 
+// One row: from the sums of its gates, [4 H], and its cell; kept: the gates themselves take the place of their sums.
+template <class T, bool kept>
+INLINE void cell_step(int64_t H, T* own, const T* before, T* cell, T* hidden) {
+    for (int64_t d = 0; d < H; d += W<T>) {
+        const int k = int(std::min<int64_t>(W<T>, H - d));
+        const Vec<T> i = sigmoid<T>(load<T>(own + d, k)), f = sigmoid<T>(load<T>(own + H + d, k));
+        const Vec<T> g = tanh<T>(load<T>(own + 2 * H + d, k)), o = sigmoid<T>(load<T>(own + 3 * H + d, k));
+        const Vec<T> c = f * load<T>(before + d, k) + i * g;
+        store<T>(cell + d, c, k);
+        store<T>(hidden + d, o * tanh<T>(c), k);
+        if (kept) {
+            store<T>(own + d, i, k);
+            store<T>(own + H + d, f, k);
+            store<T>(own + 2 * H + d, g, k);
+            store<T>(own + 3 * H + d, o, k);
+        }
+    }
+}
+
 // gates and previous_h are what the gradient needs; without them (nullptr) each step uses the same room again
 template <class T>
 void lstm(Hidden s, const T* const* in, const uint8_t* is_init, T* const* out, int64_t first, int64_t end) {
     const T *gates_x = in[0], *weight = in[1], *h_0 = in[2], *c_0 = in[3], *initial_h = in[4], *initial_c = in[5];
     T *hidden = out[0], *cell = out[1];
     const int64_t H = s.size, rows = end - first, step = s.batch * H;
-    std::vector<T> gates_room(out[2] ? 0 : rows * 4 * H), previous_room(out[3] ? 0 : rows * H);
+    const Room<T> gates_room(out[2] ? 0 : rows * 4 * H), previous_room(out[3] ? 0 : rows * H);
     for (int64_t t = 0; t < s.steps; ++t) {
         T* gates = out[2] ? out[2] + (t * s.batch + first) * 4 * H : gates_room.data();
         T* previous = out[3] ? out[3] + t * step + first * H : previous_room.data();
@@ -34,20 +53,8 @@ void lstm(Hidden s, const T* const* in, const uint8_t* is_init, T* const* out, i
             const int64_t at = t * step + row * H;
             const T* c = before(cell, c_0, initial_c, is_init[t * s.batch + row], t, step, at, row * H);
             T* own = gates + (row - first) * 4 * H;
-            for (int64_t d = 0; d < H; d += W<T>) {
-                const int k = int(std::min<int64_t>(W<T>, H - d));
-                const Vec<T> i = sigmoid<T>(load<T>(own + d, k)), f = sigmoid<T>(load<T>(own + H + d, k));
-                const Vec<T> g = tanh<T>(load<T>(own + 2 * H + d, k)), o = sigmoid<T>(load<T>(own + 3 * H + d, k));
-                const Vec<T> c_t = f * load<T>(c + d, k) + i * g;
-                store<T>(cell + at + d, c_t, k);
-                store<T>(hidden + at + d, o * tanh<T>(c_t), k);
-                if (out[2]) {
-                    store<T>(own + d, i, k);
-                    store<T>(own + H + d, f, k);
-                    store<T>(own + 2 * H + d, g, k);
-                    store<T>(own + 3 * H + d, o, k);
-                }
-            }
+            if (out[2]) cell_step<T, true>(H, own, c, cell + at, hidden + at);
+            else cell_step<T, false>(H, own, c, cell + at, hidden + at);
         }
     }
 }

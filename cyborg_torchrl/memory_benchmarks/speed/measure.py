@@ -11,6 +11,10 @@ Subject = tuple[str, Callable[[], int]]
 """A name, and what runs it once and returns the environment steps that it took."""
 
 
+WARM_UP = 3
+"""Turns before those that count: until then the process asks the system for memory, as it does once in a training."""
+
+
 class Timing(NamedTuple):
     """One run."""
 
@@ -29,12 +33,12 @@ def time_once(run: Callable[[], int]) -> Timing:
 
 
 def take_turns(subjects: Sequence[Subject], repeats: int, on_run: Callable[[], None]) -> dict[str, list[Timing]]:
-    """Runs each once to warm up, then all in turns."""
+    """Runs all in turns, `WARM_UP` times more often than is counted."""
     timings: dict[str, list[Timing]] = {name: [] for name, _ in subjects}
-    for repeat in range(repeats + 1):
+    for repeat in range(WARM_UP + repeats):
         for name, run in subjects:
             timing = time_once(run)
-            if repeat:
+            if repeat >= WARM_UP:
                 timings[name].append(timing)
             on_run()
     return timings
