@@ -30,6 +30,7 @@ from cyborg_torchrl.registry import environments
 from cyborg_torchrl.restore import build_acting_env
 from cyborg_torchrl.resumption import Resumption, find_run, restore_training, training_state
 from cyborg_torchrl.run_directory import NoDirectory, RunDirectory, default_run_name
+from cyborg_torchrl.trainer import PPOTrainer
 
 
 class StoppedError(RuntimeError):
@@ -96,6 +97,9 @@ def _run(cfg: DictConfig, ranks: Ranks) -> dict[str, Any]:
             if cfg.logger.eval_episodes and ranks.is_first:
                 is_greedy = cfg.logger.eval_actions == "greedy"
                 result = evaluate_agent(cfg, agent, cfg.logger.eval_episodes, is_deterministic=is_greedy)
+                figures = {"success_rate": result.success_rate, "mean_reward": result.mean_reward}
+                with _room_needed(run, trainer):
+                    run.log_evaluation({**figures, "episodes": float(result.episodes)}, trainer.num_steps)
     except NonFiniteError as error:
         raise _stopped(run, training, error) from None
     except (KeyboardInterrupt, PeerLostError) as error:
@@ -132,7 +136,8 @@ def _run(cfg: DictConfig, ranks: Ranks) -> dict[str, Any]:
         "processes": ranks.size,
         "run_dir": str(run.path),
     }
-    run.write_json("summary.json", summary)
+    with _room_needed(run, trainer):
+        run.write_json("summary.json", summary)
     return summary
 
 
@@ -202,12 +207,19 @@ def _write_down(run: RunDirectory | NoDirectory, training: Training, metrics: di
     """
     trainer, every = training.trainer, run.cfg.logger.checkpoint_every
     is_last = trainer.num_updates == trainer.total_updates
-    try:
+    with _room_needed(run, trainer):
         if trainer.num_updates % every == 0 or is_last:
             content = {**training_state(training), "seconds": metrics["seconds"]}
             score = metrics.get("success_rate", metrics.get("mean_reward"))
             run.save(content, trainer.num_updates, score)
         run.log(metrics)
+
+
+@contextmanager
+def _room_needed(run: RunDirectory | NoDirectory, trainer: PPOTrainer) -> Generator[None]:
+    """Writes into a run's folder, and tells of a full disk in one line."""
+    try:
+        yield
     except OSError as error:
         last = run.path / "checkpoints" / "last.pt"
         kept = f"the last whole checkpoint is {last}" if last.exists() else "there is no checkpoint yet"

@@ -86,10 +86,11 @@ class RunDirectory:
                 self._writer.writeheader()
         self._writer.writerow(metrics)
         self._file.flush()
-        self._backends.log(metrics, int(metrics["steps"]))
-        if self._tensorboard is not None:
-            for name, value in metrics.items():
-                self._tensorboard.add_scalar(name, value, int(metrics["steps"]))
+        self._send(metrics, int(metrics["steps"]))
+
+    def log_evaluation(self, figures: Mapping[str, float | None], steps: int) -> None:
+        """Points of an evaluation after so many steps, as "eval/..." to TensorBoard and the backends; no row."""
+        self._send({f"eval/{name}": value for name, value in figures.items() if value is not None}, steps)
 
     def save(self, content: dict[str, Any], update: int, score: float | None) -> None:
         """Writes a checkpoint.
@@ -115,6 +116,12 @@ class RunDirectory:
         threading.excepthook = self._thread_hook
         if self._lock is not None:
             self._lock.close()
+
+    def _send(self, metrics: Mapping[str, float], steps: int) -> None:
+        self._backends.log(metrics, steps)
+        if self._tensorboard is not None:
+            for name, value in metrics.items():
+                self._tensorboard.add_scalar(name, value, steps)
 
     def _manifest(self, resumed_at: int | None) -> dict[str, Any]:
         now = manifest(self.cfg)
@@ -154,6 +161,9 @@ class NoDirectory:
         self.path, self.cfg = path, cfg
 
     def log(self, metrics: Mapping[str, float]) -> None:
+        """Nothing."""
+
+    def log_evaluation(self, figures: Mapping[str, float | None], steps: int) -> None:
         """Nothing."""
 
     def save(self, content: dict[str, Any], update: int, score: float | None) -> None:

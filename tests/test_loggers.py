@@ -99,6 +99,26 @@ def test_mlflow_keeps_every_metric_at_its_step(tmp_path: Path) -> None:
             assert logged == pytest.approx({int(row["steps"]): float(row[name]) for row in rows}, nan_ok=True)
 
 
+@pytest.mark.filterwarnings("ignore:.*noload.*")
+def test_the_last_evaluation_is_logged_where_the_metrics_are(tmp_path: Path) -> None:
+    pytest.importorskip("mlflow")
+    from mlflow.tracking import MlflowClient
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    rows = run(tmp_path, "mlflow", "r", "logger.eval_episodes=20", "logger.tensorboard=true")
+    summary = json.loads((tmp_path / "r" / "summary.json").read_text())
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    (experiment,) = [known for known in client.search_experiments() if known.name == "memory"]
+    (known,) = client.search_runs([experiment.experiment_id])
+    events = EventAccumulator(str(tmp_path / "r" / "logs")).Reload()
+    for name, told in (("success_rate", "success_rate"), ("mean_reward", "mean_reward"), ("episodes", "eval_episodes")):
+        (entry,) = client.get_metric_history(known.info.run_id, f"eval/{name}")
+        (point,) = events.Scalars(f"eval/{name}")
+        assert (entry.value, entry.step) == (pytest.approx(summary[told]), summary["total_timesteps"])
+        assert (point.value, point.step) == (pytest.approx(summary[told]), summary["total_timesteps"])
+    assert not any(name.startswith("eval/") for name in rows[0])
+
+
 def test_a_missing_package_is_one_line_and_no_folder(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UnavailableError, match=r"needs: pip install 'cyborg-torchrl\[mlflow\]'"):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cyborg_torchrl.cores.native import function, integers, needs_operator, pointers
 
-LENGTH = 32
+LENGTH = 24
 """Steps of which one state is kept; the backward pass computes those between again."""
 
 

@@ -18,18 +18,29 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from cyborg_torchrl.cores import Core, Mamba2Block, MambaBlock, build_gru, build_lru, build_lstm, selective_scan
+from cyborg_torchrl.cores import (
+    Core,
+    Mamba2Block,
+    MambaBlock,
+    build_gru,
+    build_lru,
+    build_lstm,
+    fixed_parameters,
+    selective_scan,
+)
 from cyborg_torchrl.cores.native import IS_BUILT
 from cyborg_torchrl.cores.selective_scan_cpp import selective_scan_cpp
 from cyborg_torchrl.memory_benchmarks.arguments import positive
 from cyborg_torchrl.process import prepare_cpu
 
 Run = Callable[[], object]
+WARM_UP = 3
+"""Pairs before those that count: until then the process asks the system for memory."""
 
 
 def paired(first: Run, second: Run, repeats: int) -> tuple[float, float, float]:
     """Medians of both in milliseconds, and the median ratio first / second of neighbouring runs."""
-    for run in (first, second):
+    for run in (first, second) * WARM_UP:
         run()
     pairs = [(_milliseconds(first), _milliseconds(second)) for _ in range(repeats)]
     return median(a for a, _ in pairs), median(b for _, b in pairs), median(a / b for a, b in pairs)
@@ -58,9 +69,10 @@ def torch_training(module: nn.GRU | nn.LSTM, x: Tensor) -> Run:
 
 
 def acting(core: Core, x: Tensor, steps: int = 50) -> Run:
-    """Acting steps of a core, each from the state of the one before."""
+    """Acting steps of a core, each from the state of the one before, in a scope such as a rollout is taken in."""
 
     @torch.no_grad()
+    @fixed_parameters()
     def run() -> None:
         state = core.initial_state(x.shape[0])
         for _ in range(steps):

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -109,3 +117,42 @@ def test_a_run_is_a_run(cluster: Any, tmp_path) -> None:
     assert resumed["total_updates"] == through["total_updates"]
     assert resumed["mean_reward"] == through["mean_reward"]
     assert resumed["train_success_rate"] == through["train_success_rate"]
+
+
+def processes_with(marker: str) -> list[str]:
+    """Command lines of the processes that have it in their environment."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if marker.encode() in (folder / "environ").read_bytes():
+                found.append((folder / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+        except OSError:  # gone meanwhile, or somebody else's
+            continue
+    return found
+
+
+def test_an_interrupt_ends_the_run_its_workers_and_its_cluster(tmp_path: Path) -> None:
+    """As Ctrl-C, which every process of the terminal's group gets."""
+    marker, script = uuid.uuid4().hex, Path(__file__).parents[2] / "examples" / "delayed_cue.py"
+    options = ["collector=ray", "env.horizon=200", "train.total_timesteps=9999999", "logger.progress=false"]
+    where = [f"logger.base_dir={tmp_path}", "logger.run_name=run"]
+    running = subprocess.Popen(
+        [sys.executable, str(script), *options, *where], env={**os.environ, "CYBORG_TEST_MARKER": marker},
+        start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    end = time.monotonic() + 120
+    while not (tmp_path / "run" / "checkpoints" / "last.pt").exists():
+        assert running.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.2)
+    assert len(processes_with(marker)) > 3, "workers and the cluster's own"
+    os.killpg(running.pid, signal.SIGINT)
+    _, said = running.communicate(timeout=60)
+    lines = [line for line in said.splitlines() if line.strip()]
+    assert lines == [line for line in lines if "goes on from the last checkpoint" in line]
+    assert len(lines) == 1
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["is_interrupted"]
+    end = time.monotonic() + 20
+    while left := processes_with(marker):
+        assert time.monotonic() < end, left
+        time.sleep(0.5)

@@ -131,6 +131,9 @@ template <class T> INLINE T sum(Vec<T> v) {
     for (int i = 0; i < W<T>; ++i) total += v[i];
     return total;
 }
+// Lines that are far from each other in memory, as one step's row from the next one's, come only if they are asked for.
+constexpr int64_t AHEAD = 8;
+template <class T> INLINE void prefetch(const T* at) { __builtin_prefetch(at); }
 
 // Room for so many numbers, none of them set, from the beginning of a cache line on.
 template <class T> class Room {

@@ -48,7 +48,8 @@ void forward_rows(Sizes<T> s, Inputs<T> in, T* y, T* last, T* starts, int64_t fi
                     T* to = starts + ((t / s.length) * s.batch + row) * N * D + d;
                     for (int64_t n = 0; n < N; ++n) store<T>(to + n * D, h[n], lanes);
                 }
-                const int64_t at = t * s.batch + row;
+                const int64_t at = t * s.batch + row, soon = at + AHEAD * s.batch;
+                if (t + AHEAD < s.steps) prefetch(in.delta + soon * D + d), prefetch(in.u + soon * D + d);
                 if (in.is_init[at])
                     for (int64_t n = 0; n < N; ++n) h[n] = load<T>(initial + n * D, lanes);
                 const Vec<T> delta = load<T>(in.delta + at * D + d, lanes);
@@ -99,7 +100,8 @@ void backward_rows(Sizes<T> s, Inputs<T> in, const T* starts, Gradients<T> g, T*
                     part[n] = Vec<T>{};
                 }
                 for (int64_t i = 0; i < steps; ++i) {
-                    const int64_t at = (begin + i) * s.batch + row;
+                    const int64_t at = (begin + i) * s.batch + row, soon = (at + AHEAD * s.batch) * D + d;
+                    if (begin + i + AHEAD < s.steps) prefetch(in.delta + soon), prefetch(in.u + soon), prefetch(g.y + soon);
                     Vec<T>*h = states + i * N, *next = h + N, *kept = decay + i * N, *into = sum_c + i * N;
                     if (in.is_init[at])  // what the step before has read is not needed any more
                         for (int64_t n = 0; n < N; ++n) h[n] = load<T>(initial + n * D, lanes);

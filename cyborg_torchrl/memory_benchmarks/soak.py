@@ -1,0 +1,224 @@
+"""Trains for a long time, and looks at what the run holds and leaves behind.
+
+python -m cyborg_torchrl.memory_benchmarks.soak --minutes 30 --output soak.json
+python -m cyborg_torchrl.memory_benchmarks.soak --config public_benchmark env=gymnasium id=CartPole-v1 env.workers=2
+
+A run in a process of its own is sampled while it trains, and interrupted at the end. Exit code 0 if, after a tenth of
+the time, its resident memory stayed within 5 % and it had no more open files, threads or processes than before, and if
+nothing was left afterwards: no process, no shared memory, no temporary file; 1 if not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from cyborg_torchrl.cli import EXIT_BAD_INPUT, EXIT_INTERRUPTED
+from cyborg_torchrl.memory_benchmarks.arguments import positive, writable
+
+PROGRAM = "import sys; from cyborg_torchrl.cli import run_command as run; sys.exit(run(sys.argv[1], sys.argv[2:]))"
+MARKER = "CYBORG_TORCHRL_SOAK"
+WARM_UP = 0.1
+"""Share of the time in which a run may still grow: pools fill, threads and workers begin."""
+TOLERANCE = 0.05
+"""Of resident memory: by how much its largest value may exceed its smallest."""
+FOREVER = 10**15
+SECONDS_TO_END = 60.0
+
+
+class Sample(NamedTuple):
+    """What a run and the processes under it hold."""
+
+    seconds: float
+    rss_mb: float
+    files: int
+    """Open, sockets and pipes among them."""
+    threads: int
+    processes: int
+
+
+def sample_of(process: Any, began: float) -> Sample | None:
+    """A sample of a `psutil.Process` and those under it; None if one of them ended meanwhile."""
+    import psutil
+
+    try:
+        tree = [process, *process.children(recursive=True)]
+        rss = sum(each.memory_info().rss for each in tree) / 2**20
+        files, threads = sum(each.num_fds() for each in tree), sum(each.num_threads() for each in tree)
+    except psutil.Error:
+        return None
+    return Sample(time.monotonic() - began, rss, files, threads, len(tree))
+
+
+def findings(samples: Sequence[Sample], minutes: float) -> dict[str, Any]:
+    """What samples show after the warm-up.
+
+    Args:
+        samples: in order of time.
+        minutes: how long there were to be samples.
+
+    Returns:
+        Of each figure but the time: the smallest, the largest, the first and the last; whether memory was flat; and
+        whether anything else has grown for good, which is if it is never again what it once was.
+    """
+    settled = [sample for sample in samples if sample.seconds > WARM_UP * minutes * 60]
+    if len(settled) < 2:
+        return {"is_flat": False, "grown": ["there are no samples: the run ended early"]}
+    found: dict[str, Any] = {}
+    for name in Sample._fields[1:]:
+        values = [getattr(sample, name) for sample in settled]
+        found[name] = {"smallest": min(values), "largest": max(values), "first": values[0], "last": values[-1]}
+    rss, half = found["rss_mb"], len(settled) // 2
+    found["rss_ratio"] = rss["largest"] / rss["smallest"]
+    found["is_flat"] = found["rss_ratio"] <= 1 + TOLERANCE
+    found["grown"] = [
+        name
+        for name in ("files", "threads", "processes")
+        if min(getattr(s, name) for s in settled[half:]) > max(getattr(s, name) for s in settled[:half])
+    ]
+    return found
+
+
+def left_behind(marker: str) -> list[str]:
+    """Command lines of the processes that a run has started and that are still there."""
+    import psutil
+
+    left = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(MARKER) == marker and process.status() != psutil.STATUS_ZOMBIE:
+                left.append(" ".join(process.cmdline()))
+        except psutil.Error:
+            continue
+    return left
+
+
+def names_in(*folders: Path) -> set[str]:
+    """Paths of what lies in folders."""
+    return {str(path) for folder in folders if folder.is_dir() for path in folder.iterdir()}
+
+
+def soak(config: str, overrides: Sequence[str], minutes: float, every: float, base_dir: Path) -> dict[str, Any]:
+    """Trains for so long.
+
+    Args:
+        config: as for `python -m cyborg_torchrl.train`.
+        overrides: changes to it.
+        minutes: how long.
+        every: seconds between samples.
+        base_dir: where the run's folder goes.
+
+    Returns:
+        The findings, the samples, what was left behind, and what the run said of itself.
+    """
+    import psutil
+
+    marker = uuid.uuid4().hex
+    with tempfile.TemporaryDirectory(prefix="soak-") as temporary:
+        own = [f"train.total_timesteps={FOREVER}", "logger.progress=false", f"logger.base_dir={base_dir}"]
+        shared, began = names_in(Path("/dev/shm")), time.monotonic()
+        running = subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, config, *own, *overrides],
+            env={**os.environ, MARKER: marker, "TMPDIR": temporary},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        process, samples = psutil.Process(running.pid), list[Sample]()
+        try:
+            with Progress(transient=True) as progress:
+                bar = progress.add_task("soaking", total=minutes * 60)
+                while running.poll() is None and (passed := time.monotonic() - began) < minutes * 60:
+                    progress.update(bar, completed=passed)
+                    time.sleep(every)
+                    if sample := sample_of(process, began):
+                        samples.append(sample)
+            is_early = running.poll() is not None
+        finally:
+            if running.poll() is None:
+                os.killpg(running.pid, signal.SIGINT)
+            try:
+                output, said = running.communicate(timeout=SECONDS_TO_END)
+            except subprocess.TimeoutExpired:
+                os.killpg(running.pid, signal.SIGKILL)
+                output, said = running.communicate()
+        end = time.monotonic() + 10
+        while left_behind(marker) and time.monotonic() < end:  # a helper of multiprocessing ends a moment later
+            time.sleep(0.2)
+        result = findings(samples, minutes)
+        result["processes_left"] = left_behind(marker)
+        result["shared_memory_left"] = sorted(names_in(Path("/dev/shm")) - shared)
+        result["temporary_files_left"] = sorted(names_in(Path(temporary)))
+        summary = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+        result |= {"ended_early": is_early, "said": said, "summary": summary[-1] if summary else None}
+        result["samples"] = [sample._asdict() for sample in samples]
+    return result
+
+
+def is_sound(result: dict[str, Any]) -> bool:
+    """Whether a run held what it had, and left nothing."""
+    left = ("processes_left", "shared_memory_left", "temporary_files_left", "grown")
+    is_told = result["summary"] is not None and result["summary"]["is_interrupted"]
+    return result["is_flat"] and is_told and not result["ended_early"] and not any(result[name] for name in left)
+
+
+def table_of(result: dict[str, Any]) -> Table:
+    """The findings as a table."""
+    table = Table("", "smallest", "largest", "first", "last", title="after the warm-up")
+    for name in Sample._fields[1:]:
+        if name in result:
+            figures = result[name]
+            table.add_row(name, *[f"{figures[column]:,.0f}" for column in ("smallest", "largest", "first", "last")])
+    return table
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Soaks. Returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="memory_delayed_cue_recurrent", help="shipped, or a file (%(default)s)")
+    parser.add_argument("--minutes", type=positive, default=30, help="how long (%(default)s)")
+    parser.add_argument("--every", type=positive, default=5, help="seconds between samples (%(default)s)")
+    parser.add_argument("--base-dir", type=Path, default=Path("runs"), help="where the run's folder goes (%(default)s)")
+    parser.add_argument("--output", type=writable, help="a JSON file for the samples and the findings")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the configuration")
+    arguments = parser.parse_intermixed_args(argv)
+    try:
+        import psutil  # noqa: F401  # pyright: ignore[reportUnusedImport]
+    except ImportError:
+        print("error: this needs psutil: pip install 'cyborg-torchrl[soak]'", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    try:
+        minutes, every = float(arguments.minutes), float(arguments.every)
+        result = soak(arguments.config, arguments.overrides, minutes, every, arguments.base_dir)
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    if result["ended_early"]:
+        print(result["said"], end="", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    if arguments.output:
+        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+    Console().print(table_of(result))
+    for name in ("rss_ratio", "grown", "processes_left", "shared_memory_left", "temporary_files_left"):
+        print(f"{name}: {result.get(name)}")
+    steps = (result["summary"] or {}).get("total_timesteps")
+    print(f"{'sound' if is_sound(result) else 'NOT SOUND'}, after {steps} environment steps")
+    return 0 if is_sound(result) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

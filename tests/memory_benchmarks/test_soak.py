@@ -1,0 +1,81 @@
+"""The soak: that it passes a sound run, and sees each way of not being one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cyborg_torchrl.memory_benchmarks.soak import Sample, findings, is_sound, main, soak
+
+SOUND = {
+    "is_flat": True, "grown": [], "processes_left": [], "shared_memory_left": [], "temporary_files_left": [],
+    "ended_early": False, "summary": {"is_interrupted": True},
+}  # fmt: skip
+
+
+def samples(rss=lambda t: 500.0, files=lambda t: 20, count: int = 100) -> list[Sample]:
+    return [Sample(0.6 * t, rss(t), files(t), 3, 2) for t in range(1, count + 1)]
+
+
+def test_what_grows_in_the_warm_up_is_no_finding() -> None:
+    found = findings(samples(lambda t: 100.0 * min(t, 10), lambda t: min(t, 9)), minutes=1.0)
+    assert found["is_flat"]
+    assert found["grown"] == []
+    assert found["rss_mb"] == {"smallest": 1000.0, "largest": 1000.0, "first": 1000.0, "last": 1000.0}
+
+
+def test_memory_may_vary_by_five_percent_and_no_more() -> None:
+    assert findings(samples(lambda t: 500.0 + 20 * (t % 2)), minutes=1.0)["is_flat"]
+    assert not findings(samples(lambda t: 500.0 + 30 * (t % 2)), minutes=1.0)["is_flat"]
+    assert not findings(samples(lambda t: 500.0 + 0.4 * t), minutes=1.0)["is_flat"]
+
+
+def test_a_leak_of_files_is_told_from_their_coming_and_going() -> None:
+    assert findings(samples(files=lambda t: 20 + t % 7), minutes=1.0)["grown"] == []
+    assert findings(samples(files=lambda t: 20 + t // 7), minutes=1.0)["grown"] == ["files"]
+
+
+def test_a_run_without_samples_is_not_sound() -> None:
+    assert not findings(samples(count=5), minutes=1.0)["is_flat"]
+
+
+@pytest.mark.parametrize("name", [name for name in SOUND if name.endswith("left")])
+def test_what_is_left_is_a_finding(name: str) -> None:
+    assert is_sound(SOUND)
+    assert not is_sound({**SOUND, name: ["something"]})
+    assert not is_sound({**SOUND, "summary": {"is_interrupted": False}})
+
+
+def test_a_short_soak_of_environment_processes_leaves_nothing(tmp_path: Path) -> None:
+    overrides = ["env=gymnasium", "env.id=CartPole-v1", "env.num_envs=4", "env.workers=2", "logger.eval_episodes=0"]
+    result = soak("public_benchmark", overrides, minutes=0.2, every=0.5, base_dir=tmp_path)
+    assert not result["ended_early"], result["said"]
+    assert result["processes"]["largest"] >= 3, "two of environments and the run itself"
+    assert result["processes_left"] == result["shared_memory_left"] == result["temporary_files_left"] == []
+    assert result["summary"]["is_interrupted"]
+
+
+def test_a_run_that_ends_early_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--minutes", "1", "--every", "1", "--base-dir", str(tmp_path), "train.n_steps=-1"]) == 2
+    assert "train.n_steps" in capsys.readouterr().err
+
+
+def test_processes_that_outlive_the_run_are_found(tmp_path: Path) -> None:
+    """The marker is in the environment of whatever a run starts, in whatever session."""
+    import os
+    import subprocess
+    import sys
+
+    from cyborg_torchrl.memory_benchmarks.soak import MARKER, left_behind
+
+    command = [sys.executable, "-c", "import time; time.sleep(60)"]
+    stray = subprocess.Popen(command, env={**os.environ, MARKER: "stray"}, start_new_session=True)
+    try:
+        assert left_behind("stray") == [" ".join(command)]
+    finally:
+        stray.kill()
+        stray.wait()
+    assert left_behind("stray") == []
+    assert json.dumps(left_behind("other")) == "[]"
