@@ -52,7 +52,7 @@ def keep_freed_memory() -> bool:
 
 
 def give_back_spare_memory(spare_bytes: int = SPARE_BYTES) -> bool:
-    """Gives freed memory back to the system if there is more of it than `spare_bytes` and half of what is in use.
+    """Gives freed memory back to the system if there is more of it than `spare_bytes` and a quarter of what is in use.
 
     glibc does not fit an aligned block into a freed one of the same size, so blocks of many megabytes, one after the
     other, take ever more of its heap: with sequences of 100,000 steps 5 GB in an update that needs 1. Nothing is done
@@ -74,7 +74,7 @@ def give_back_spare_memory(spare_bytes: int = SPARE_BYTES) -> bool:
     except (OSError, AttributeError):
         return False
     in_use = info.uordblks + info.hblkhd
-    return resident - in_use > max(spare_bytes, in_use // 2) and libc.malloc_trim(ctypes.c_size_t(0)) == 1
+    return resident - in_use > max(spare_bytes, in_use // 4) and libc.malloc_trim(ctypes.c_size_t(0)) == 1
 
 
 @contextmanager

@@ -89,6 +89,7 @@ class PPOTrainer:
             return
         for rollout in self.collector:
             metrics = self.update(rollout)
+            del rollout  # before there is another one
             sync = getattr(self.collector, "update_policy_weights_", None)
             if sync is not None:
                 sync()

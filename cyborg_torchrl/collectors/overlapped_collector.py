@@ -101,6 +101,7 @@ class OverlappedCollector:
             rollout = self.rollout()
             self.frames += self.frames_per_batch
             yield rollout
+            del rollout  # before there is another one
 
     @torch.no_grad()
     @fixed_parameters()

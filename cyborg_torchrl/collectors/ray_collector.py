@@ -92,6 +92,7 @@ class RayRolloutCollector:
             rollout = self.rollout()
             self.frames += self.frames_per_batch
             yield rollout
+            del rollout  # before there is another one
 
     def rollout(self) -> Rollout:
         """A rollout of all workers; episodes go on where the last one ended."""

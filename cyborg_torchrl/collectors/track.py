@@ -93,10 +93,12 @@ class Track:
 
     def end(self) -> tuple[TensorDict, TensorDict]:
         """The steps [N, T], and what the next rollout begins with."""
-        steps = TensorDict(self._columns.tensors, [*self.env.batch_size, self._steps])
+        columns = self._columns.tensors
+        del self._columns  # whoever takes the rollout has it alone
+        steps = TensorDict(columns, [*self.env.batch_size, self._steps])
         if steps.ndim == 2:
             check_finite(steps, self._checked)
-        self.policy.check(self._columns.tensors)
+        self.policy.check(columns)
         value = torch.zeros_like(steps.get(keys.VALUE))
         for time, is_cut, found in self._cut:
             value[is_cut, time] = found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from weakref import ref
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from tensordict import TensorDictBase
 from torchrl.collectors import Collector
 from torchrl.envs import EnvBase, GymEnv, ParallelEnv, SerialEnv
 
+from cyborg_torchrl.build import build_trainer
 from cyborg_torchrl.collectors import RolloutCollector
+from cyborg_torchrl.config import load_config
 from cyborg_torchrl.cores import Core, build_gru
 from cyborg_torchrl.data import RecurrentRolloutBuffer, Rollout
 from cyborg_torchrl.modules import Backbone, PPOAgent, build_encoder
@@ -160,3 +163,23 @@ def test_refusals(agent: PPOAgent, make_env: Callable, frames: int, total: int, 
             make_env(NUM_ENVS), agent, frames_per_batch=frames, total_frames=total,
             value_operator=agent.get_value_operator(),
         )  # fmt: skip
+
+
+def test_a_rollout_is_gone_before_the_next_one_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of long rollouts there is no room for two."""
+    cfg = load_config(overrides=["env.horizon=4", "env.num_envs=8", "train.total_timesteps=144"])
+    trainer = build_trainer(cfg).trainer
+    there: list[ref] = []
+    still: list[bool] = []
+    play = trainer.collector.rollout
+
+    def rollout() -> Rollout:
+        still.append(any(each() is not None for each in there))
+        played = play()
+        there.extend(ref(tensor) for tensor in played.steps.values(True, True))
+        return played
+
+    monkeypatch.setattr(trainer.collector, "rollout", rollout)
+    for _ in trainer.run():
+        pass
+    assert still == [False, False, False]
