@@ -1,0 +1,93 @@
+# pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# (tensordict's and torchrl's annotations are narrower than what they take)
+"""From configuration to all that a training run needs, or to one process's share of it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import NamedTuple, cast
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torchrl.envs import EnvBase
+
+from cyborg_torchrl.build.agent import build_agent, build_loss
+from cyborg_torchrl.build.buffer import build_buffer, rollout_length
+from cyborg_torchrl.build.collector import build_collector
+from cyborg_torchrl.build.environment import build_env
+from cyborg_torchrl.config import ConfigError, TrainConfig
+from cyborg_torchrl.distributed import Ranks
+from cyborg_torchrl.modules import PPOAgent
+from cyborg_torchrl.process import prepare_cpu
+from cyborg_torchrl.trainer import PPOTrainer
+
+RANK_SEEDS = 10_007
+"""Seeds from one rank to the next: more than a rank has workers or groups."""
+
+
+class Training(NamedTuple):
+    """What a training run needs."""
+
+    trainer: PPOTrainer
+    agent: PPOAgent
+    env: EnvBase
+
+
+def prepare_process(cfg: DictConfig) -> None:
+    """Sets threads, denormals, allocator and seeds of this process."""
+    prepare_cpu(cfg.train.num_threads)
+    torch.manual_seed(cfg.train.seed)
+
+
+def share_of_rank(cfg: DictConfig, ranks: Ranks) -> DictConfig:
+    """What one of the processes that train together does of a configuration: a part of the environments and steps.
+
+    Raises:
+        ConfigError: if environments, or the processes that they run in, cannot be shared evenly.
+    """
+    if ranks.size == 1:
+        return cfg
+    cfg = copy.deepcopy(cfg)
+    for key, number in (("num_envs", cfg.env.get("num_envs", 1)), ("workers", cfg.env.get("workers") or 0)):
+        if number % ranks.size:
+            near = max(1, round(number / ranks.size)) * ranks.size
+            raise ConfigError(
+                f"env.{key} = {number} cannot be shared evenly by the {ranks.size} processes of this run; the nearest "
+                f"that can is {near}."
+            )
+        if key in cfg.env:
+            cfg.env[key] = number // ranks.size
+    cfg.train.total_timesteps = max(1, cfg.train.total_timesteps // ranks.size)
+    cfg.train.seed += ranks.rank * RANK_SEEDS
+    return cfg
+
+
+def build_trainer(
+    cfg: DictConfig, on_progress: Callable[[float], None] = lambda share: None, ranks: Ranks | None = None
+) -> Training:
+    """Builds everything that a training run needs: the trainer, the agent that it trains, and its environment.
+
+    Args:
+        cfg: of the whole run.
+        on_progress: see `PPOTrainer`.
+        ranks: the processes that train together; each builds its share. None: this one alone.
+    """
+    ranks = ranks or Ranks()
+    cfg = share_of_rank(cfg, ranks)
+    prepare_process(cfg)
+    # the groups of an overlapped collector have processes of their own
+    env = build_env(cfg, workers=0 if cfg.collector.name == "overlapped" and cfg.env.get("workers") else None)
+    agent = build_agent(cfg, env)
+    steps = rollout_length(cfg, env)
+    buffer = build_buffer(cfg, env, steps)
+    trainer = PPOTrainer(
+        collector=build_collector(cfg, env, agent, steps, buffer),
+        loss=build_loss(cfg, agent),
+        value_operator=agent.get_value_operator(),
+        buffer=buffer,
+        config=cast("TrainConfig", OmegaConf.to_object(cfg.train)),
+        on_progress=on_progress,
+        ranks=ranks,
+    )
+    return Training(trainer, agent, env)
