@@ -1,0 +1,17 @@
+"""Configuration: dataclasses own the defaults, YAML lists differences, wrong input ends in one clear line."""
+
+from cyborg_torchrl.config.checks import ConfigError, resolve_device, validate
+from cyborg_torchrl.config.composition import DEFAULT_CONFIG, explained, load_config, primary_config
+from cyborg_torchrl.config.schema import BACKENDS, TrainConfig
+
+__all__ = [
+    "BACKENDS",
+    "DEFAULT_CONFIG",
+    "ConfigError",
+    "TrainConfig",
+    "explained",
+    "load_config",
+    "primary_config",
+    "resolve_device",
+    "validate",
+]

@@ -1,0 +1,184 @@
+"""From the name of a configuration and changes to it, to the configuration: YAML lists differences from the schema."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import tempfile
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from cyborg_torchrl.config.checks import ConfigError, validate
+from cyborg_torchrl.config.errors import explain
+from cyborg_torchrl.config.schema import GROUPS, NODES, SHORT_KEYS, Config, config_class_of
+from cyborg_torchrl.registry import (
+    Registry,
+    did_you_mean,
+)
+
+LOGGER = logging.getLogger(__name__)
+DEFAULT_CONFIG = "memory_delayed_cue_recurrent"
+
+
+def config_dir() -> Path:
+    """Folder of the shipped YAML files: inside an installed wheel, or at the top of a checkout."""
+    package = Path(__file__).parents[1]
+    installed = package / "configs"
+    return installed if installed.is_dir() else package.parent / "configs"
+
+
+def load_config(config: str = DEFAULT_CONFIG, overrides: Sequence[str] = ()) -> DictConfig:
+    """Composes and checks a configuration.
+
+    Args:
+        config: name of a shipped configuration, or path of a YAML file: with a `defaults` list it is a Hydra
+            configuration of its own (the shipped groups are found from there too); without, it is laid over the
+            default one, so it may hold a few keys, or all of them, as a run's `config.yaml` does.
+        overrides: Hydra overrides, such as "backbone=gru", "env.horizon=200"; "id=..." stands for "env.id=...".
+
+    Raises:
+        ConfigError: with one line that says what is wrong and what would be right.
+    """
+    GlobalHydra.instance().clear()
+    try:
+        with (
+            primary_config(config, overrides) as primary,
+            initialize_config_dir(str(primary.folder), version_base="1.3"),
+        ):
+            cfg = compose(primary.name, primary.overrides)
+            OmegaConf.resolve(cfg)
+    except ConfigError:
+        raise
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        raise explained(error, config, overrides) from None
+    validate(cfg)
+    return cfg
+
+
+class Primary(NamedTuple):
+    """What Hydra composes a configuration from."""
+
+    folder: Path
+    name: str
+    overrides: list[str]
+
+
+@contextmanager
+def primary_config(config: str, overrides: Sequence[str]) -> Generator[Primary]:
+    """Makes ready for Hydra what `load_config` composes; a file without a `defaults` list lasts as long as the context.
+
+    Raises:
+        ConfigError: if there is no such configuration, or it cannot be read.
+    """
+    _store_nodes()
+    overrides = [_written_out(override) for override in overrides]
+    folder, name = _locate(config)
+    if folder == config_dir():
+        yield Primary(folder, name, overrides)
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        complete = _lay_over_default(folder / name, overrides)
+        if complete is not None:
+            folder, name = Path(scratch), "config"
+            OmegaConf.save(complete, folder / "config.yaml")
+        yield Primary(folder, name, [*overrides, f"hydra.searchpath=[file://{config_dir()}]"])
+
+
+def explained(error: Exception, config: str, overrides: Sequence[str]) -> ConfigError:
+    """What Hydra or OmegaConf raised while composing, as one line."""
+    folder, name = _locate(config)
+    shipped = name if folder == config_dir() else DEFAULT_CONFIG
+    written = [_written_out(override) for override in overrides]
+    return ConfigError(explain(error, written, _choices, partial(_recompose, shipped)))
+
+
+def _written_out(override: str) -> str:
+    key, equals, value = override.partition("=")
+    return f"{SHORT_KEYS.get(key, key)}{equals}{value}"
+
+
+def _lay_over_default(stem: Path, overrides: Sequence[str]) -> DictConfig | None:
+    """A file without a `defaults` list as the configuration that it stands for; None for one that has such a list.
+
+    Raises:
+        ConfigError: if the file cannot be read as a mapping.
+    """
+    path = next(path for path in (stem.with_suffix(".yaml"), stem.with_suffix(".yml")) if path.is_file())
+    try:
+        content = OmegaConf.load(path)
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"cannot read '{path}': {' '.join(str(error).split())}") from None
+    if not isinstance(content, DictConfig):
+        raise ConfigError(f"'{path}' must hold keys and values, such as 'train: {{seed: 1}}'.")
+    if "defaults" in content:
+        return None
+    defaults: list[Any] = [DEFAULT_CONFIG]
+    for override in overrides:
+        content.pop(override.split("=")[0], None)  # a choice of a group, which replaces the file's
+    for group in (*GROUPS, *NODES):
+        chosen: Any = content.get(group)
+        name = chosen.get("name") if group in GROUPS and isinstance(chosen, DictConfig) else chosen
+        if isinstance(name, str):
+            defaults.append({f"override /{group}": name})
+            if isinstance(chosen, str):
+                content.pop(group)
+    return OmegaConf.merge({"defaults": [*defaults, "_self_"]}, content)  # pyright: ignore[reportReturnType]
+
+
+def _store_nodes() -> None:
+    store = ConfigStore.instance()
+    store.store(name="config_schema", node=Config)
+    for group, node in NODES.items():
+        store.store(group=group, name=f"{group}_schema", node=node)
+    for group, registry in GROUPS.items():
+        for name in _registered(registry):
+            try:
+                node = config_class_of(name, registry.get(name))
+            except Exception as error:  # whatever an installed package does: the other components still work
+                LOGGER.warning("%s '%s' cannot be used: %s: %s", group, name, type(error).__name__, error)
+                continue
+            has_file = (config_dir() / group / f"{name}.yaml").is_file()
+            store.store(group=group, name=f"{name}_schema" if has_file else name, node=node)
+
+
+def _registered(registry: Registry) -> tuple[str, ...]:
+    for package in ("cores", "envs"):  # importing them registers the shipped components
+        importlib.import_module(f"cyborg_torchrl.{package}")
+    return registry.names()
+
+
+def _locate(config: str) -> tuple[Path, str]:
+    path = Path(config)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise ConfigError(f"no configuration file '{config}'; shipped: {', '.join(_shipped())}.")
+        return path.resolve().parent, path.stem
+    if config not in _shipped():
+        raise ConfigError(f"no configuration '{config}': {did_you_mean(config, _shipped())}")
+    return config_dir(), config
+
+
+def _shipped() -> list[str]:
+    return sorted(path.stem for path in config_dir().glob("*.yaml"))
+
+
+def _choices(group: str) -> list[str]:
+    registry = GROUPS.get(group)
+    shipped = [path.stem for path in (config_dir() / group).glob("*.yaml")]
+    return sorted({*shipped, *(registry.names() if registry else ())})
+
+
+def _recompose(config: str, overrides: Sequence[str]) -> DictConfig:
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        return compose(config, list(overrides))
