@@ -4,8 +4,10 @@ python -m cyborg_torchrl.memory_benchmarks.soak --minutes 30 --output soak.json
 python -m cyborg_torchrl.memory_benchmarks.soak --config public_benchmark env=gymnasium id=CartPole-v1 env.workers=2
 
 A run in a process of its own is sampled while it trains, and interrupted at the end. Exit code 0 if, after a tenth of
-the time, its resident memory stayed within 5 % and it had no more open files, threads or processes than before, and if
-nothing was left afterwards: no process, no shared memory, no temporary file; 1 if not.
+the time, its own memory stayed within 5 % and it had no more open files, threads or processes than before, and if
+nothing was left afterwards: no process, no shared memory (of whatever program: let nothing else run), no temporary
+file; 1 if not. A process's own memory is what is resident less the pages of files, which the system takes away and
+brings back as it likes.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ MARKER = "CYBORG_TORCHRL_SOAK"
 WARM_UP = 0.1
 """Share of the time in which a run may still grow: pools fill, threads and workers begin."""
 TOLERANCE = 0.05
-"""Of resident memory: by how much its largest value may exceed its smallest."""
+"""Of own memory: by how much its largest value may exceed its smallest."""
 FOREVER = 10**15
 SECONDS_TO_END = 60.0
 
@@ -45,6 +47,9 @@ class Sample(NamedTuple):
 
     seconds: float
     rss_mb: float
+    """Resident."""
+    own_mb: float
+    """Resident, less what belongs to files."""
     files: int
     """Open, sockets and pipes among them."""
     threads: int
@@ -57,11 +62,12 @@ def sample_of(process: Any, began: float) -> Sample | None:
 
     try:
         tree = [process, *process.children(recursive=True)]
-        rss = sum(each.memory_info().rss for each in tree) / 2**20
+        memory = [each.memory_info() for each in tree]
+        rss, shared = (sum(getattr(each, name) for each in memory) / 2**20 for name in ("rss", "shared"))
         files, threads = sum(each.num_fds() for each in tree), sum(each.num_threads() for each in tree)
     except psutil.Error:
         return None
-    return Sample(time.monotonic() - began, rss, files, threads, len(tree))
+    return Sample(time.monotonic() - began, rss, rss - shared, files, threads, len(tree))
 
 
 def findings(samples: Sequence[Sample], minutes: float) -> dict[str, Any]:
@@ -82,9 +88,10 @@ def findings(samples: Sequence[Sample], minutes: float) -> dict[str, Any]:
     for name in Sample._fields[1:]:
         values = [getattr(sample, name) for sample in settled]
         found[name] = {"smallest": min(values), "largest": max(values), "first": values[0], "last": values[-1]}
-    rss, half = found["rss_mb"], len(settled) // 2
-    found["rss_ratio"] = rss["largest"] / rss["smallest"]
-    found["is_flat"] = found["rss_ratio"] <= 1 + TOLERANCE
+    half = len(settled) // 2
+    for name in ("rss", "own"):
+        found[f"{name}_ratio"] = found[f"{name}_mb"]["largest"] / found[f"{name}_mb"]["smallest"]
+    found["is_flat"] = found["own_ratio"] <= 1 + TOLERANCE
     found["grown"] = [
         name
         for name in ("files", "threads", "processes")
@@ -213,7 +220,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.output:
         arguments.output.write_text(json.dumps(result, indent=1) + "\n")
     Console().print(table_of(result))
-    for name in ("rss_ratio", "grown", "processes_left", "shared_memory_left", "temporary_files_left"):
+    for name in ("rss_ratio", "own_ratio", "grown", "processes_left", "shared_memory_left", "temporary_files_left"):
         print(f"{name}: {result.get(name)}")
     steps = (result["summary"] or {}).get("total_timesteps")
     print(f"{'sound' if is_sound(result) else 'NOT SOUND'}, after {steps} environment steps")

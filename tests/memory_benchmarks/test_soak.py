@@ -15,15 +15,15 @@ SOUND = {
 }  # fmt: skip
 
 
-def samples(rss=lambda t: 500.0, files=lambda t: 20, count: int = 100) -> list[Sample]:
-    return [Sample(0.6 * t, rss(t), files(t), 3, 2) for t in range(1, count + 1)]
+def samples(own=lambda t: 500.0, files=lambda t: 20, count: int = 100) -> list[Sample]:
+    return [Sample(0.6 * t, 900.0 - 5 * t, own(t), files(t), 3, 2) for t in range(1, count + 1)]
 
 
 def test_what_grows_in_the_warm_up_is_no_finding() -> None:
     found = findings(samples(lambda t: 100.0 * min(t, 10), lambda t: min(t, 9)), minutes=1.0)
     assert found["is_flat"]
     assert found["grown"] == []
-    assert found["rss_mb"] == {"smallest": 1000.0, "largest": 1000.0, "first": 1000.0, "last": 1000.0}
+    assert found["own_mb"] == {"smallest": 1000.0, "largest": 1000.0, "first": 1000.0, "last": 1000.0}
 
 
 def test_memory_may_vary_by_five_percent_and_no_more() -> None:
@@ -52,6 +52,7 @@ def test_a_short_soak_of_environment_processes_leaves_nothing(tmp_path: Path) ->
     overrides = ["env=gymnasium", "env.id=CartPole-v1", "env.num_envs=4", "env.workers=2", "logger.eval_episodes=0"]
     result = soak("public_benchmark", overrides, minutes=0.2, every=0.5, base_dir=tmp_path)
     assert not result["ended_early"], result["said"]
+    assert 100 < result["own_mb"]["smallest"] < result["rss_mb"]["largest"]
     assert result["processes"]["largest"] >= 3, "two of environments and the run itself"
     assert result["processes_left"] == result["shared_memory_left"] == result["temporary_files_left"] == []
     assert result["summary"]["is_interrupted"]
