@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import os
+import pickle
 import re
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -66,8 +68,7 @@ def load_checkpoint(path: Path, *, kind: str = FORMAT) -> Content:
     except FileNotFoundError:
         raise
     except Exception as error:  # of a broken file, almost any
-        said = (str(error) or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{path} is not a readable checkpoint: {said}") from None
+        raise CheckpointError(f"{path} is not a readable checkpoint: {_what_is_wrong(path, error)}") from None
     if not isinstance(content, dict) or content.get("format") != kind:
         raise CheckpointError(f"{path} is not a {kind.rpartition('.')[2]} of cyborg_torchrl.")
     version = content.get("version")
@@ -82,6 +83,24 @@ def load_checkpoint(path: Path, *, kind: str = FORMAT) -> Content:
         except (KeyError, TypeError) as error:
             raise CheckpointError(f"{path} lacks {error}, which version {version} has.") from None
     return content
+
+
+def _what_is_wrong(path: Path, error: Exception) -> str:
+    """With a file that torch does not read; what torch says of it seldom tells."""
+    if path.is_dir():
+        return "it is a folder"
+    if isinstance(error, OSError) and not path.is_file():
+        return str(error)
+    with path.open("rb") as file:
+        begin = file.read(4)
+    if not begin:
+        return "it is empty"
+    if begin != b"PK\x03\x04":  # torch writes zip archives
+        return "it is no file of torch"
+    if not zipfile.is_zipfile(path):
+        return "it is cut off"
+    is_foreign = isinstance(error, pickle.UnpicklingError)
+    return "it holds other things than tensors and plain values" if is_foreign else "it is damaged"
 
 
 class CheckpointFolder:

@@ -72,7 +72,7 @@ def _run(cfg: DictConfig, ranks: Ranks) -> dict[str, Any]:
     resumption = ranks.of_first(find_run(cfg) if ranks.is_first else None)
     if resumption is not None and is_done(resumption, cfg):
         progress.console.print(f"{resumption.folder} is done already.")
-        return dict(resumption.summary or {})
+        return {**(resumption.summary or {}), "run_dir": str(resumption.folder)}
     training = build_trainer(cfg, progress.advance, ranks)
     trainer, agent, env = training
     horizon = episode_attribute(env, "horizon")  # now: a closed environment does not tell
@@ -96,7 +96,10 @@ def _run(cfg: DictConfig, ranks: Ranks) -> dict[str, Any]:
                 progress.report(metrics)
             if cfg.logger.eval_episodes and ranks.is_first:
                 is_greedy = cfg.logger.eval_actions == "greedy"
-                result = evaluate_agent(cfg, agent, cfg.logger.eval_episodes, is_deterministic=is_greedy)
+                with progress.over_episodes(cfg.logger.eval_episodes) as show:
+                    result = evaluate_agent(
+                        cfg, agent, cfg.logger.eval_episodes, is_deterministic=is_greedy, on_episodes=show
+                    )
                 figures = {"success_rate": result.success_rate, "mean_reward": result.mean_reward}
                 with _room_needed(run, trainer):
                     run.log_evaluation({**figures, "episodes": float(result.episodes)}, trainer.num_steps)
@@ -106,8 +109,9 @@ def _run(cfg: DictConfig, ranks: Ranks) -> dict[str, Any]:
         is_interrupted = True
         _ignore_further_interrupts(ranks)
         if ranks.is_first:
-            why = str(error) or "interrupted"
-            print(f"{why}; resume={run.path} goes on from the last checkpoint", file=sys.stderr)
+            is_kept = (run.path / "checkpoints" / "last.pt").exists()
+            then = "goes on from the last checkpoint" if is_kept else "begins again: there is no checkpoint yet"
+            print(f"{str(error) or 'interrupted'}; resume={run.path} {then}", file=sys.stderr)
     except WorkerError as error:
         raise StoppedError(f"{error} resume={run.path} goes on from the last checkpoint") from None
     finally:
@@ -125,7 +129,7 @@ def _run(cfg: DictConfig, ranks: Ranks) -> dict[str, Any]:
         "seed": cfg.train.seed,
         "success_rate": result.success_rate if result else metrics.get("success_rate"),
         "mean_reward": result.mean_reward if result else metrics.get("mean_reward"),
-        "eval_actions": cfg.logger.eval_actions,
+        "eval_actions": cfg.logger.eval_actions if result else None,
         "eval_episodes": result.episodes if result else 0,
         "train_success_rate": metrics.get("success_rate"),
         "steps_per_second": round(metrics["steps_per_second"], 1) if metrics else None,
@@ -142,12 +146,12 @@ def _run(cfg: DictConfig, ranks: Ranks) -> dict[str, Any]:
 
 
 def is_done(resumption: Resumption, cfg: DictConfig) -> bool:
-    """Whether a run has nothing left to do."""
+    """Whether a run has nothing left to do: it ended, and there is no other update in what is asked for."""
     summary = resumption.summary
     if summary is None or summary.get("is_interrupted"):
         return False
-    begun = resumption.content["config"]["train"]["total_timesteps"] if resumption.content else 0
-    return cfg.train.total_timesteps <= begun
+    updates = summary["total_updates"]
+    return updates > 0 and cfg.train.total_timesteps // (summary["total_timesteps"] // updates) <= updates
 
 
 def _begin(

@@ -14,7 +14,8 @@ from rich.progress import Progress as RichProgress
 def progress_bar(what: str, total: int) -> Generator[Callable[[int], None]]:
     """A bar on stderr, gone when it is over; what is yielded is called with how much is done."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with RichProgress(*columns, console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    with RichProgress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(what, total=total)
         yield lambda done: progress.update(task, completed=done)
 
@@ -33,12 +34,12 @@ class Progress:
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("steps  {task.fields[figures]}"),
+            TextColumn("{task.fields[unit]}  {task.fields[figures]}"),
             TimeRemainingColumn(),
             console=self.console,
             disable=not is_shown,
         )
-        self._task = self.bar.add_task("training", total=None, figures="")
+        self._task = self.bar.add_task("training", total=None, unit="steps", figures="")
         self._steps_per_update = 0
         self._updates = 0
 
@@ -49,6 +50,13 @@ class Progress:
         self.bar.update(self._task, total=total_updates * steps_per_update)
         with self.bar:
             yield
+
+    @contextmanager
+    def over_episodes(self, number: int) -> Generator[Callable[[int, int], None]]:
+        """Says that the agent is evaluated; what is yielded is called with how many episodes are over."""
+        self.console.print(f"evaluating {number:,} episodes")
+        task = self.bar.add_task("evaluating", total=number, unit="episodes", figures="")
+        yield lambda finished, total: self.bar.update(task, completed=min(finished, number))
 
     def advance(self, share: float) -> None:
         """Sets the share of the present update that is done, in [0, 1]."""

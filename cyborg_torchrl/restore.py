@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import tempfile
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -98,7 +99,7 @@ def agent_of(content: dict[str, Any], path: Path, overrides: Sequence[str] = ())
         agent = build_agent(cfg, env)
     finally:
         env.close()
-    load_parameters(agent, content, path)
+    load_parameters(agent, content, path, overrides)
     return Restored(cfg, agent, content)
 
 
@@ -122,8 +123,8 @@ def _pinned_horizons(cfg: DictConfig) -> list[str]:
         env.close()
 
 
-def load_parameters(agent: PPOAgent, content: dict[str, Any], path: Path) -> None:
-    """Gives an agent the parameters of a checkpoint.
+def load_parameters(agent: PPOAgent, content: dict[str, Any], path: Path, overrides: Sequence[str] = ()) -> None:
+    """Gives an agent the parameters of a checkpoint; with the changes to its configuration, of which is told.
 
     Raises:
         CheckpointError: if they do not fit.
@@ -133,8 +134,15 @@ def load_parameters(agent: PPOAgent, content: dict[str, Any], path: Path) -> Non
     try:
         agent.load_state_dict(content["agent"])
     except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+        if overrides:
+            raise CheckpointError(
+                f"the parameters in {path} do not fit the agent that {' '.join(overrides)} makes of it: change the "
+                "environment's options, not the agent's."
+            ) from None
         said = " ".join(str(error).split())
-        raise CheckpointError(f"the parameters in {path} do not fit its configuration: {said[:300]}") from None
+        raise CheckpointError(
+            f"the parameters in {path} do not fit its configuration: {textwrap.shorten(said, 300)}"
+        ) from None
 
 
 def build_acting_env(

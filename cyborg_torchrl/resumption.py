@@ -55,7 +55,9 @@ def with_config_of_run(cfg: DictConfig, overrides: list[str]) -> DictConfig:
     path = Path(cfg.logger.resume)
     if path.is_dir() and (path / "config.yaml").is_file() and not list(path.glob("checkpoints/*.pt")):
         return load_config(str(path / "config.yaml"), overrides)
-    path, content = _read(path)
+    path, content = _read(path, is_told=False)  # `find_run` tells
+    if _run_of(path) is None and not any(override.startswith("logger.run_name=") for override in overrides):
+        overrides = [*overrides, "logger.run_name=null"]  # the name is the old run's
     changed = config_of(content, path, overrides)
     _check_unchanged(config_of(content, path), changed, path)
     return changed
@@ -78,19 +80,22 @@ def find_run(cfg: DictConfig) -> Resumption | None:
     if path.is_dir():
         return _resumption(path)
     path, content = _read(path)
+    return Resumption(_run_of(path), path, content, None)
+
+
+def _run_of(path: Path) -> Path | None:
+    """The folder of the run that goes on from a checkpoint; None: a new one begins there."""
     folder = path.parent.parent
-    if path.name == "last.pt" and (folder / "manifest.json").is_file():
-        return Resumption(folder, path, content, None)
-    return Resumption(None, path, content, None)
+    return folder if path.name == "last.pt" and (folder / "manifest.json").is_file() else None
 
 
-def _read(path: Path) -> tuple[Path, Content]:
-    """A checkpoint, or the newest whole one of a run."""
+def _read(path: Path, *, is_told: bool = True) -> tuple[Path, Content]:
+    """A checkpoint, or the newest whole one of a run; a warning tells of those that are not."""
     if path.is_dir():
         newest = CheckpointFolder(path / "checkpoints").newest()
         if newest is None:
             raise CheckpointError(f"no checkpoint in '{path / 'checkpoints'}': is '{path}' a run's folder?")
-        for fault in newest[2]:
+        for fault in newest[2] if is_told else ():
             LOGGER.warning("%s; the one before is taken", fault)
         return newest[0], newest[1]
     path = checkpoint_path(path)

@@ -112,7 +112,7 @@ class PPOTrainer:
             for moments in self._moments:
                 moments.merge(self.ranks.sum)
         rollout, metrics = self._prepare(rollout)
-        self.num_steps += rollout.steps.numel() * self.ranks.size
+        num_steps = rollout.steps.numel() * self.ranks.size
         figures: dict[str, list[torch.Tensor]] = defaultdict(list)
         epochs = 0
         for epoch in range(config.n_epochs):
@@ -130,7 +130,7 @@ class PPOTrainer:
                 self.on_progress(1.0)
                 break
         metrics |= self._drift(rollout)
-        self.num_updates += 1
+        self.num_updates, self.num_steps = self.num_updates + 1, self.num_steps + num_steps
         metrics |= {name: float(torch.stack(values).mean()) for name, values in figures.items()}
         # the very first minibatch is evaluated before any optimiser step
         metrics["ratio_error"] = float(self.ranks.maximum(figures["ratio_error"][0]))

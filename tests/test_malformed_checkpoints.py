@@ -63,18 +63,33 @@ def garbled(file: bytes) -> bytes:
 
 
 CASES: dict[str, tuple[Callable[[Content, Path], bytes], str]] = {
-    "empty": (lambda content, marker: b"", "not a readable checkpoint"),
-    "one byte": (lambda content, marker: b"P", "not a readable checkpoint"),
-    "cut after the magic number": (lambda content, marker: saved(content)[:4], "not a readable checkpoint"),
-    "cut in the middle": (lambda content, marker: saved(content)[: len(saved(content)) // 2], "not a readable"),
-    "cut before its end": (lambda content, marker: saved(content)[:-30], "not a readable checkpoint"),
+    "empty": (lambda content, marker: b"", "not a readable checkpoint: it is empty"),
+    "one byte": (lambda content, marker: b"P", "not a readable checkpoint: it is no file of torch"),
+    "cut after the magic number": (
+        lambda content, marker: saved(content)[:4],
+        "not a readable checkpoint: it is cut off",
+    ),
+    "cut in the middle": (
+        lambda content, marker: saved(content)[: len(saved(content)) // 2],
+        "not a readable checkpoint: it is cut off",
+    ),
+    "cut before its end": (lambda content, marker: saved(content)[:-30], "not a readable checkpoint: it is cut off"),
     "garbled": (lambda content, marker: garbled(saved(content)), "not a readable checkpoint"),
-    "text": (lambda content, marker: b"backbone: gru\n" * 50, "not a readable checkpoint"),
-    "bytes": (lambda content, marker: bytes(range(256)) * 20, "not a readable checkpoint"),
-    "a zip file": (lambda content, marker: zipped(), "not a readable checkpoint"),
-    "a pickle that runs code": (lambda content, marker: pickle.dumps(RunsCode(marker)), "not a readable checkpoint"),
-    "a torch file that runs code": (lambda content, marker: saved(RunsCode(marker)), "not a readable checkpoint"),
-    "code within a checkpoint": (lambda content, marker: with_(content, more=RunsCode(marker)), "not a readable"),
+    "text": (lambda content, marker: b"backbone: gru\n" * 50, "not a readable checkpoint: it is no file of torch"),
+    "bytes": (lambda content, marker: bytes(range(256)) * 20, "not a readable checkpoint: it is no file of torch"),
+    "a zip file": (lambda content, marker: zipped(), "not a readable checkpoint: it is damaged"),
+    "a pickle that runs code": (
+        lambda content, marker: pickle.dumps(RunsCode(marker)),
+        "not a readable checkpoint: it is no file of torch",
+    ),
+    "a torch file that runs code": (
+        lambda content, marker: saved(RunsCode(marker)),
+        "it holds other things than tensors",
+    ),
+    "code within a checkpoint": (
+        lambda content, marker: with_(content, more=RunsCode(marker)),
+        "it holds other things than tensors",
+    ),
     "a tensor": (lambda content, marker: saved(torch.zeros(3)), "not a checkpoint of cyborg_torchrl"),
     "parameters alone": (lambda content, marker: saved(content["agent"]), "not a checkpoint of cyborg_torchrl"),
     "a list": (lambda content, marker: saved([content]), "not a checkpoint of cyborg_torchrl"),

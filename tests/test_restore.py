@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from cyborg_torchrl.checkpoint import CheckpointError
 from cyborg_torchrl.registry import backbones
 from cyborg_torchrl.restore import load_agent
 
@@ -22,3 +23,10 @@ def test_memory_is_as_trained_at_another_horizon(overrides: tuple[str, ...], sav
     seen, actions = torch.rand(2, 30, 6), torch.zeros(2, 30, dtype=torch.long)
     one, other = (restored.agent.evaluate_actions(seen, actions).log_prob for restored in (here, there))
     assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("change", ["backbone.hidden_size=7", "encoder.features=9"])
+def test_a_change_of_the_agent_is_blamed_and_not_the_file(change: str, save_trained: Callable[..., Path]) -> None:
+    with pytest.raises(CheckpointError, match=rf"do not fit the agent that {change} makes of it") as error:
+        load_agent(save_trained(), [change])
+    assert "\n" not in str(error.value)

@@ -33,6 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Shows the dump."""
     path: Path = arguments.dump
+    if path.is_dir():
+        raise CheckpointError(f"'{path}' is a folder: name a file, such as one in a run's 'dumps'.")
     try:
         content = load_checkpoint(path, kind=DUMP)
     except FileNotFoundError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -73,6 +74,9 @@ def validate(cfg: DictConfig) -> None:
     for key, value in (("gamma", train.gamma), ("gae_lambda", train.gae_lambda)):
         if not 0.0 <= value <= 1.0:
             raise ConfigError(f"train.{key} must lie in [0, 1]; got {value}.")
+    name = cfg.logger.run_name
+    if name is not None and (Path(name).is_absolute() or ".." in Path(name).parts):
+        raise ConfigError(f"logger.run_name must be the name of a folder in logger.base_dir; got '{name}'.")
     options = cfg.env.get("options")
     if options is not None and not isinstance(options, DictConfig):
         raise ConfigError(f"env.options must be a mapping, as in 'env.options={{g: 5.0}}'; got {options!r}.")

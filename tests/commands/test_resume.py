@@ -201,3 +201,42 @@ def test_a_full_disk_ends_in_one_line_and_keeps_the_last_checkpoint(tmp_path, mo
     assert "No space left on device" in line
     assert "resume=" in line
     assert load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")["update"] == 2
+
+
+def test_a_run_that_ended_with_less_than_it_had_done_goes_on(tmp_path, monkeypatch) -> None:
+    cfg = config(tmp_path, "run", "resume=auto")
+    cut_short(monkeypatch, cfg, 3)
+    short = run_experiment(config(tmp_path, "run", "resume=auto", "train.total_timesteps=56"))
+    assert (short["total_updates"], short["total_timesteps"], short["is_interrupted"]) == (3, 84, False)
+    almost = run_experiment(config(tmp_path, "run", "resume=auto", "train.total_timesteps=111"))
+    assert almost["total_updates"] == 3, "there is no room for another"
+    assert run_experiment(cfg)["total_updates"] == 5
+
+
+def test_a_copied_run_is_where_it_is(tmp_path) -> None:
+    run_experiment(config(tmp_path, "run"))
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    again = run_experiment(config(tmp_path, "copy", f"resume={tmp_path / 'copy'}"))
+    assert again["run_dir"] == str(tmp_path / "copy")
+
+
+def test_a_new_run_from_a_checkpoint_of_a_named_run_has_a_folder_of_its_own(tmp_path, capsys) -> None:
+    run_experiment(config(tmp_path, "run"))
+    best = tmp_path / "run" / "checkpoints" / "best.pt"
+    assert run_command("memory_delayed_cue_recurrent", [f"resume={best}", "train.total_timesteps=280"]) == 0
+    folder = Path(json.loads(capsys.readouterr().out.splitlines()[-1])["run_dir"])
+    assert folder.parent == tmp_path
+    assert folder.name.startswith("delayed_cue-lru-s0-")
+    name = "logger.run_name=branch"
+    assert run_command("memory_delayed_cue_recurrent", [f"resume={best}", "train.total_timesteps=280", name]) == 0
+    assert (tmp_path / "branch" / "summary.json").is_file()
+
+
+def test_a_checkpoint_that_is_cut_off_is_told_of_once(tmp_path, monkeypatch, caplog) -> None:
+    cut_short(monkeypatch, config(tmp_path, "run"), 3)
+    for name in ("last.pt", "update_00000003.pt"):
+        (tmp_path / "run" / "checkpoints" / name).write_bytes(b"PK\x03\x04 and no more")
+    assert run_command("memory_delayed_cue_recurrent", [f"resume={tmp_path / 'run'}"]) == 0
+    told = [record.getMessage() for record in caplog.records if "the one before is taken" in record.getMessage()]
+    assert len(told) == len(set(told))
+    assert any("last.pt is not a readable checkpoint: it is cut off" in message for message in told)

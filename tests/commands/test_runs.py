@@ -111,6 +111,8 @@ def test_an_interrupted_run_saves_what_was_learned(tmp_path, number):
     summary = json.loads(out.splitlines()[-1])
     assert summary["is_interrupted"]
     assert summary["total_updates"] >= 1
+    assert summary["total_timesteps"] == summary["total_updates"] * 64 * 52, "of whole updates"
+    assert summary["eval_actions"] is None, "nothing was evaluated"
     assert load_checkpoint(checkpoint)["agent"]
 
 
