@@ -10,6 +10,7 @@ show what the one before showed and bring no reward are counted and not written 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -50,6 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
     cfg, agent, _ = load_agent(arguments.checkpoint, overrides_of(arguments))
     prepare_process(cfg)
     if arguments.output:
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame draws without a screen, and complains of none
         cfg = _rendered(cfg)
     workers = 0 if "workers" in cfg.env else None
     env = build_acting_env(cfg, agent, num_envs=1, seed=cfg.train.seed + EVALUATION_SEED_OFFSET, workers=workers)
