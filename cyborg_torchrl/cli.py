@@ -30,6 +30,7 @@ def overrides_parser(description: str | None, default_config: str) -> argparse.A
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="overrides: key=value, as in backbone=gru env.horizon=200 train.seed=3 train.learning_rate=1e-3; "
         "a public benchmark by its id: env=popgym id=popgym-RepeatFirstEasy-v0 (id=... is short for env.id=...); "
+        "resume=auto or resume=runs/NAME goes on with a run; "
         "the keys with their defaults are in configs/ and printed by --print-config.",
     )
     parser.add_argument("--config", default=default_config, help="shipped configuration, or a YAML file (%(default)s)")

@@ -86,7 +86,10 @@ def _run(cfg: DictConfig, ranks: Ranks) -> dict[str, Any]:
     metrics: dict[str, float] = {}
     steps_before = trainer.num_steps
     try:
-        with _sigterm_as_interrupt(), progress.over(trainer.total_updates, trainer.steps_per_update):
+        with (
+            _sigterm_as_interrupt(),
+            progress.over(trainer.total_updates, trainer.steps_per_update, trainer.num_updates),
+        ):
             for metrics in trainer.run():
                 seconds = time.perf_counter() - started
                 speed = (trainer.num_steps - steps_before) / seconds

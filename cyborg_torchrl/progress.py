@@ -44,10 +44,11 @@ class Progress:
         self._updates = 0
 
     @contextmanager
-    def over(self, total_updates: int, steps_per_update: int) -> Generator[None]:
+    def over(self, total_updates: int, steps_per_update: int, done_updates: int = 0) -> Generator[None]:
         """Shows the bar while the context lasts."""
-        self._steps_per_update = steps_per_update
-        self.bar.update(self._task, total=total_updates * steps_per_update)
+        self._steps_per_update, self._updates = steps_per_update, done_updates
+        self.bar.update(self._task, total=max(total_updates, done_updates) * steps_per_update)
+        self.advance(0.0)
         with self.bar:
             yield
 
