@@ -201,6 +201,7 @@ def restore_training(training: Training, content: Content, path: Path, seed: int
     notes: list[str] = []
     try:
         trainer.load_state_dict(content["trainer"])
+        trainer.share_parameters()
         own = _of_rank(trainer.ranks, content)
         state, entropy = own["collector"], [seed, trainer.num_updates]
         if trainer.ranks.rank:

@@ -90,12 +90,16 @@ class PPOTrainer:
         for rollout in self.collector:
             metrics = self.update(rollout)
             del rollout  # before there is another one
-            sync = getattr(self.collector, "update_policy_weights_", None)
-            if sync is not None:
-                sync()
+            self.share_parameters()
             yield metrics
             if self.num_updates >= self.total_updates:
                 return
+
+    def share_parameters(self) -> None:
+        """Lets the collector act with the present parameters, where it has a copy of them."""
+        share = getattr(self.collector, "update_policy_weights_", None)
+        if share is not None:
+            share()
 
     def update(self, rollout: TensorDictBase | Rollout) -> Metrics:
         """Trains on one rollout [N, T]. Returns what happened, as numbers.

@@ -12,6 +12,7 @@ import torch
 
 from cyborg_torchrl.checkpoint import CheckpointError, CheckpointFolder, load_checkpoint
 from cyborg_torchrl.cli import run_command
+from cyborg_torchrl.collectors import RolloutCollector
 from cyborg_torchrl.config import ConfigError, load_config
 from cyborg_torchrl.experiment import run_experiment
 from cyborg_torchrl.resumption import find_run
@@ -240,3 +241,23 @@ def test_a_checkpoint_that_is_cut_off_is_told_of_once(tmp_path, monkeypatch, cap
     told = [record.getMessage() for record in caplog.records if "the one before is taken" in record.getMessage()]
     assert len(told) == len(set(told))
     assert any("last.pt is not a readable checkpoint: it is cut off" in message for message in told)
+
+
+def test_a_collector_with_parameters_of_its_own_gets_those_of_the_checkpoint(tmp_path, monkeypatch) -> None:
+    """Before the first rollout: else workers elsewhere would play it with those that the agent was built with."""
+    run_experiment(config(tmp_path, "run", "train.n_steps=7", "train.total_timesteps=84"))
+    learned, events = parameters(tmp_path / "run"), []
+    play = RolloutCollector.rollout
+
+    def share(collector) -> None:
+        own = dict(collector.policy.named_parameters())
+        events.append("learned" if all(torch.equal(value, learned[name]) for name, value in own.items()) else "other")
+
+    def rollout(collector):
+        events.append("rollout")
+        return play(collector)
+
+    monkeypatch.setattr(RolloutCollector, "update_policy_weights_", share, raising=False)
+    monkeypatch.setattr(RolloutCollector, "rollout", rollout)
+    run_experiment(config(tmp_path, "run", "train.n_steps=7", "resume=auto"))
+    assert events == ["learned", "rollout", "other", "rollout", "other"]

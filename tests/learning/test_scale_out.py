@@ -102,7 +102,8 @@ def test_training_goes_on_when_a_node_is_lost(cluster: Any, tmp_path) -> None:
         metrics.append(metric)
         if len(metrics) == 3:
             cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
-    assert training.trainer.collector.deaths == 1
+    # another worker may have begun on the node before the cluster knew that it was gone
+    assert training.trainer.collector.deaths >= 1
     training.trainer.close()
     assert len(metrics) == training.trainer.total_updates
     assert metrics[-1]["success_rate"] > 0.9
