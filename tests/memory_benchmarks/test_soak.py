@@ -28,7 +28,8 @@ def test_what_grows_in_the_warm_up_is_no_finding() -> None:
 
 def test_memory_may_vary_by_five_percent_and_no_more() -> None:
     assert findings(samples(lambda t: 500.0 + 20 * (t % 2)), minutes=1.0)["is_flat"]
-    assert not findings(samples(lambda t: 500.0 + 30 * (t % 2)), minutes=1.0)["is_flat"]
+    assert findings(samples(lambda t: 500.0 - 200 * (t % 9 == 0)), minutes=1.0)["is_flat"], "it falls for a moment"
+    assert not findings(samples(lambda t: 500.0 + 30 * (t % 3 == 0)), minutes=1.0)["is_flat"]
     assert not findings(samples(lambda t: 500.0 + 0.4 * t), minutes=1.0)["is_flat"]
 
 
