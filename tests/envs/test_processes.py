@@ -155,18 +155,16 @@ def test_training_does_not_notice_twenty_deaths(collector, tmp_path, monkeypatch
     def dangerous(processes: EnvironmentProcesses, actions: Any) -> Any:
         if len(deaths) < 20 and chance.random() < 0.3:
             with lock:
-                worker = chance.randrange(len(processes.pids))
-                deaths.append(worker)
-            pid = processes.pids[worker]
+                pid = processes.pids[chance.randrange(len(processes.pids))]
             if chance.random() < 0.5:
-                os.kill(pid, signal.SIGKILL)
+                _kill_if_there(pid, deaths)
             else:  # while it steps, or after
-                threading.Timer(chance.random() * 1e-3, _kill_if_there, [pid]).start()
+                threading.Timer(chance.random() * 1e-3, _kill_if_there, [pid, deaths]).start()
         return step(processes, actions)
 
     monkeypatch.setattr(EnvironmentProcesses, "step", dangerous)
     killed = run_experiment(load_config(overrides=[*options, "logger.run_name=killed"]))
-    assert len(deaths) == 20
+    assert len(deaths) >= 20
     assert killed["total_timesteps"] == untouched["total_timesteps"] == 600
     one, other = (
         load_checkpoint(tmp_path / name / "checkpoints" / "last.pt")["agent"] for name in ("untouched", "killed")
@@ -174,9 +172,10 @@ def test_training_does_not_notice_twenty_deaths(collector, tmp_path, monkeypatch
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
-def _kill_if_there(pid: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
+def _kill_if_there(pid: int, deaths: list[int]) -> None:
+    with contextlib.suppress(ProcessLookupError):  # another one has come before
         os.kill(pid, signal.SIGKILL)
+        deaths.append(pid)
 
 
 def test_no_process_outlives_the_one_that_collects() -> None:

@@ -85,7 +85,8 @@ def test_every_kind_is_read(kind: str, discrete: str, batch: tuple[int, ...]) ->
     assert together.dtype == torch.float32
     if batch:  # step by step is the same
         one_by_one = torch.stack([encoder(sequence[..., t].clone())["features"] for t in range(7)], -2)
-        torch.testing.assert_close(together, one_by_one)
+        scale = together.abs().max().clamp_min(1.0)  # integers of any size cancel, and rows are rounded in other orders
+        torch.testing.assert_close(together / scale, one_by_one / scale, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in SPECS if kind not in BIASED])
