@@ -99,10 +99,9 @@ def _run(cfg: DictConfig, ranks: Ranks) -> dict[str, Any]:
                 progress.report(metrics)
             if cfg.logger.eval_episodes and ranks.is_first:
                 is_greedy = cfg.logger.eval_actions == "greedy"
-                with progress.over_episodes(cfg.logger.eval_episodes) as show:
-                    result = evaluate_agent(
-                        cfg, agent, cfg.logger.eval_episodes, is_deterministic=is_greedy, on_episodes=show
-                    )
+                episodes = cfg.logger.eval_episodes
+                show = progress.over_episodes(episodes)
+                result = evaluate_agent(cfg, agent, episodes, is_deterministic=is_greedy, on_episodes=show)
                 figures = {"success_rate": result.success_rate, "mean_reward": result.mean_reward}
                 with _room_needed(run, trainer):
                     run.log_evaluation({**figures, "episodes": float(result.episodes)}, trainer.num_steps)

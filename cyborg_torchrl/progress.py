@@ -52,12 +52,11 @@ class Progress:
         with self.bar:
             yield
 
-    @contextmanager
-    def over_episodes(self, number: int) -> Generator[Callable[[int, int], None]]:
-        """Says that the agent is evaluated; what is yielded is called with how many episodes are over."""
+    def over_episodes(self, number: int) -> Callable[[int, int], None]:
+        """Says that the agent is evaluated; what is returned is called with how many episodes are over."""
         self.console.print(f"evaluating {number:,} episodes")
         task = self.bar.add_task("evaluating", total=number, unit="episodes", figures="")
-        yield lambda finished, total: self.bar.update(task, completed=min(finished, number))
+        return lambda finished, total: self.bar.update(task, completed=min(finished, number))
 
     def advance(self, share: float) -> None:
         """Sets the share of the present update that is done, in [0, 1]."""

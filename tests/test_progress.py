@@ -18,7 +18,8 @@ def test_a_run_that_goes_on_begins_where_it_was() -> None:
 
 def test_an_evaluation_counts_episodes_and_not_more_than_were_asked_for() -> None:
     progress = Progress(is_shown=False)
-    with progress.over(1, 64), progress.over_episodes(100) as show:
+    with progress.over(1, 64):
+        show = progress.over_episodes(100)
         show(40, 112)
         _, task = progress.bar.tasks
         assert (task.completed, task.total, task.fields["unit"]) == (40, 100, "episodes")

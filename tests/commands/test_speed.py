@@ -36,7 +36,7 @@ def test_turns_are_taken_and_warming_up_is_not_counted() -> None:
     def subject(name: str):
         return name, lambda: len(order.append(name) or order)
 
-    timings = take_turns([subject("a"), subject("b")], 2, on_run=lambda: None)
+    timings = take_turns([subject("a"), subject("b")], 2)
     assert order == ["a", "b"] * (WARM_UP + 2)
     assert [len(runs) for runs in timings.values()] == [2, 2]
 

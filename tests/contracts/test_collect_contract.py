@@ -114,8 +114,8 @@ def test_without_memory_single_steps_are_enough(
             evaluation = agent.evaluate_actions(batch["observation"].unsqueeze(1), batch["action"].unsqueeze(1))
         assert losses["ratio_error"] <= TOLERANCE
         assert (evaluation.log_prob.squeeze(1) - batch["action_log_prob"]).abs().max() <= TOLERANCE
-        # values are of any size: rounded relative to it
-        torch.testing.assert_close(evaluation.value, batch["state_value"], rtol=TOLERANCE, atol=TOLERANCE)
+        value = batch["state_value"]  # of any size: rounded relative to it
+        assert ((evaluation.value - value) / value.abs().clamp_min(1.0)).abs().max() <= TOLERANCE
 
 
 def test_states_are_those_of_each_environment_alone(

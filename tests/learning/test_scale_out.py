@@ -103,7 +103,7 @@ def test_training_goes_on_when_a_node_is_lost(cluster: Any, tmp_path) -> None:
         if len(metrics) == 3:
             cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
     # another worker may have begun on the node before the cluster knew that it was gone
-    assert training.trainer.collector.deaths >= 1
+    assert 1 <= training.trainer.collector.deaths <= 2
     training.trainer.close()
     assert len(metrics) == training.trainer.total_updates
     assert metrics[-1]["success_rate"] > 0.9

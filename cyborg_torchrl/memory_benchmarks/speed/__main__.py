@@ -158,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with Progress(transient=True) as progress:
         bar = progress.add_task("measuring", total=len(todo))
         for about, build in todo:
-            timings = take_turns(build(), arguments.repeats, on_run=lambda: None)
+            timings = take_turns(build(), arguments.repeats)
             found = rows_of(timings, about)
             if about["part"] == "horizons":
                 case = Case(about["backbone"], about["num_envs"], about["horizon"], about["width"])

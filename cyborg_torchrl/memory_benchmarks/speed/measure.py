@@ -32,7 +32,7 @@ def time_once(run: Callable[[], int]) -> Timing:
     return Timing(time.perf_counter() - wall, time.process_time() - cpu, steps)
 
 
-def take_turns(subjects: Sequence[Subject], repeats: int, on_run: Callable[[], None]) -> dict[str, list[Timing]]:
+def take_turns(subjects: Sequence[Subject], repeats: int) -> dict[str, list[Timing]]:
     """Runs all in turns, `WARM_UP` times more often than is counted."""
     timings: dict[str, list[Timing]] = {name: [] for name, _ in subjects}
     for repeat in range(WARM_UP + repeats):
@@ -40,7 +40,6 @@ def take_turns(subjects: Sequence[Subject], repeats: int, on_run: Callable[[], N
             timing = time_once(run)
             if repeat >= WARM_UP:
                 timings[name].append(timing)
-            on_run()
     return timings
 
 
