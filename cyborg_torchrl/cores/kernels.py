@@ -21,6 +21,8 @@ from cyborg_torchrl.registry import did_you_mean
 LOGGER = logging.getLogger(__name__)
 TINY_STEP = 1e-9
 """Step size of the virtual inputs that put a stored state into a kernel that starts from zero."""
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+"""What mamba-ssm's kernels were built for."""
 FORGET = 110.0
 """exp(-110) is zero in float32."""
 
@@ -53,7 +55,7 @@ class Kernel:
         fast = self.name if self.name != "auto" else ("cuda" if device.type == "cuda" else "cpp")
         if fast not in self.scans:
             return "torch"
-        reason = _why_no_cuda(device) if fast == "cuda" else _why_no_cpp(device, dtype)
+        reason = _why_no_cuda(device, dtype) if fast == "cuda" else _why_no_cpp(device, dtype)
         if reason and self.name != "auto":
             raise RuntimeError(f"kernel '{self.name}' cannot be used: {reason}; use kernel 'auto' or 'torch'.")
         if fast == "cuda":
@@ -177,8 +179,12 @@ def _operations() -> dict[str, Callable[..., Any]]:
     return {"selective_scan_fn": selective_scan_fn, "mamba_chunk_scan_combined": mamba_chunk_scan_combined}
 
 
-def _why_no_cuda(device: torch.device) -> str:
-    return _why_not() if device.type == "cuda" else f"the tensors are on {device}"
+def _why_no_cuda(device: torch.device, dtype: torch.dtype) -> str:
+    if device.type != "cuda":
+        return f"the tensors are on {device}"
+    if dtype not in KERNEL_DTYPES:
+        return f"the tensors are {dtype}"
+    return _why_not()
 
 
 def _why_no_cpp(device: torch.device, dtype: torch.dtype) -> str:

@@ -1,6 +1,7 @@
 """Times the cores side by side, in one process on one thread: ratios that can be compared between machines.
 
 python -m cyborg_torchrl.memory_benchmarks.core_speed --repeats 15
+python -m cyborg_torchrl.memory_benchmarks.core_speed --device cuda       # beside cuDNN, and mamba-ssm's kernels
 
 Each line times two things alternately and prints both medians and the median of the ratios of neighbours.
 """
@@ -31,6 +32,7 @@ from cyborg_torchrl.cores import (
 from cyborg_torchrl.cores.native import IS_BUILT
 from cyborg_torchrl.cores.selective_scan_cpp import selective_scan_cpp
 from cyborg_torchrl.memory_benchmarks.arguments import positive
+from cyborg_torchrl.memory_benchmarks.device import device_here, device_name, finish
 from cyborg_torchrl.process import prepare_cpu
 
 Run = Callable[[], object]
@@ -49,12 +51,14 @@ def paired(first: Run, second: Run, repeats: int) -> tuple[float, float, float]:
 def _milliseconds(run: Run) -> float:
     start = time.perf_counter()
     run()
+    finish()
     return 1e3 * (time.perf_counter() - start)
 
 
 def training(core: Core, x: Tensor) -> Run:
     """Forward and backward of a core over a sequence [B, T, F] without resets."""
-    is_init = torch.zeros(x.shape[:2], dtype=torch.bool)
+    is_init = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
+    core.to(x.device)
 
     def run() -> None:
         y, _ = core(x, core.initial_state(x.shape[0]), is_init)
@@ -65,11 +69,13 @@ def training(core: Core, x: Tensor) -> Run:
 
 def torch_training(module: nn.GRU | nn.LSTM, x: Tensor) -> Run:
     """Forward and backward of one of torch's own networks."""
+    module.to(x.device)
     return lambda: module(x)[0].sum().backward()
 
 
 def acting(core: Core, x: Tensor, steps: int = 50) -> Run:
     """Acting steps of a core, each from the state of the one before, in a scope such as a rollout is taken in."""
+    core.to(x.device)
 
     @torch.no_grad()
     @fixed_parameters()
@@ -83,6 +89,7 @@ def acting(core: Core, x: Tensor, steps: int = 50) -> Run:
 
 def torch_acting(cell: nn.GRUCell, x: Tensor, steps: int = 50) -> Run:
     """The same of torch's cell."""
+    cell.to(x.device)
 
     @torch.no_grad()
     def run() -> None:
@@ -107,18 +114,22 @@ def loop_scan(
 
 
 def scans(
-    batch: int, steps: int, channels: int, numbers: int, scan: Callable[..., tuple[Tensor, Tensor]] = selective_scan
+    sizes: tuple[int, int, int, int],
+    device: torch.device,
+    scan: Callable[..., tuple[Tensor, Tensor]] = selective_scan,
 ) -> tuple[Run, Run]:
-    """Our selective scan, and the loop."""
-    u, delta = torch.randn(2, batch, steps, channels)
+    """Our selective scan, and the loop; sizes are those of batch, time, channels and state."""
+    batch, steps, channels, numbers = sizes
+    u, delta = torch.randn(2, batch, steps, channels, device=device)
     delta = delta - 3
-    b, c = torch.randn(2, batch, steps, numbers)
-    a, h_0 = -torch.rand(channels, numbers) - 0.1, torch.zeros(batch, channels, numbers)
+    b, c = torch.randn(2, batch, steps, numbers, device=device)
+    a = -torch.rand(channels, numbers, device=device) - 0.1
+    h_0 = torch.zeros(batch, channels, numbers, device=device)
     batch_first = [x.requires_grad_() for x in (u, delta.exp(), a, b, c, h_0)]
     time_first = [x.detach().transpose(0, 1).contiguous() for x in (u, delta.exp(), b, c)]
     time_first = [time_first[0], time_first[1], a.detach(), *time_first[2:], h_0.detach()]
     time_first = [x.clone().requires_grad_() for x in time_first]
-    is_init = torch.zeros(steps, batch, dtype=torch.bool)
+    is_init = torch.zeros(steps, batch, dtype=torch.bool, device=device)
 
     def ours() -> None:
         u, delta, a, b, c, h_0 = time_first
@@ -133,9 +144,9 @@ def scans(
     return ours, loop
 
 
-def comparisons() -> Iterator[tuple[str, str, str, Run, Run]]:
-    """What is timed, against what, the bar, and both."""
-    x = torch.randn(64, 128, 64)
+def comparisons(device: torch.device) -> Iterator[tuple[str, str, str, Run, Run]]:
+    """What is timed, against what, the bar (of a CPU), and both."""
+    x = torch.randn(64, 128, 64, device=device)
     for name, core in {
         "mamba2 block, d_model 64": Mamba2Block(64),
         "mamba block, d_model 64": MambaBlock(64),
@@ -154,17 +165,30 @@ def comparisons() -> Iterator[tuple[str, str, str, Run, Run]]:
         "lstm 128, 64 x 128", "nn.LSTM 128", "",
         training(build_lstm(64, hidden_size=128), x), torch_training(nn.LSTM(64, 128, batch_first=True), x),
     )  # fmt: skip
-    wide = torch.randn(64, 128, 128)
+    wide = torch.randn(64, 128, 128, device=device)
     yield (
         "mamba block, d_model 128, 64 x 128", "nn.GRU 128", "<= 3",
         training(MambaBlock(128), wide), torch_training(nn.GRU(128, 128, batch_first=True), wide),
     )  # fmt: skip
-    yield "selective scan, 64 x 128 x 128 x 16", "loop with unbind", "<= 0.5", *scans(64, 128, 128, 16)
-    if IS_BUILT:
-        in_torch, _ = scans(64, 128, 128, 16)
-        in_cpp, _ = scans(64, 128, 128, 16, selective_scan_cpp)
+    sizes = 64, 128, 128, 16
+    yield "selective scan, 64 x 128 x 128 x 16", "loop with unbind", "<= 0.5", *scans(sizes, device)
+    if IS_BUILT and device.type == "cpu":
+        in_torch, _ = scans(sizes, device)
+        in_cpp, _ = scans(sizes, device, selective_scan_cpp)
         yield "selective scan in C++, 64 x 128 x 128 x 16", "ours in torch", "<= 0.33", in_cpp, in_torch
-    yield "selective scan, 8 x 1002 x 128 x 16", "loop with unbind", "", *scans(8, 1002, 128, 16)
+    yield "selective scan, 8 x 1002 x 128 x 16", "loop with unbind", "", *scans((8, 1002, 128, 16), device)
+    for kind in (MambaBlock, Mamba2Block) if device.type == "cuda" else ():
+        ours = kind(64, kernel="torch")
+        try:
+            official = kind(64, kernel="cuda")
+            official.to(device)(x, official.initial_state(64), torch.zeros(64, 128, dtype=torch.bool, device=device))
+        except RuntimeError as error:
+            print(f"mamba-ssm's kernels are left out: {error}", file=sys.stderr)
+            break
+        name = f"{kind.__name__} on mamba-ssm's kernel"
+        for rows, steps in ((64, 128), (64, 1002), (8, 8192)):
+            long = torch.randn(rows, steps, 64, device=device)
+            yield f"{name}, {rows} x {steps}", "our torch path", "", training(official, long), training(ours, long)
     for name, core in {
         "mamba2 block": Mamba2Block(64),
         "mamba block": MambaBlock(64),
@@ -181,7 +205,9 @@ def comparisons() -> Iterator[tuple[str, str, str, Run, Run]]:
         )
 
 
-def lengths(only: str, repeats: int, short: int = 128, long: int = 8192) -> Iterator[tuple[str, float, float, float]]:
+def lengths(
+    only: str, repeats: int, device: torch.device, short: int = 128, long: int = 8192
+) -> Iterator[tuple[str, float, float, float]]:
     """Milliseconds a step of a short and a long sequence, and their ratio: 1 where the cost is linear."""
     for name, core in {
         "mamba2 block, d_model 64": Mamba2Block(64),
@@ -191,7 +217,7 @@ def lengths(only: str, repeats: int, short: int = 128, long: int = 8192) -> Iter
     }.items():
         if only not in name:
             continue
-        runs = [training(core, torch.randn(32, steps, 64)) for steps in (long, short)]
+        runs = [training(core, torch.randn(32, steps, 64, device=device)) for steps in (long, short)]
         a, b, ratio = paired(runs[0], lambda run=runs[1]: [run() for _ in range(long // short)], max(3, repeats // 5))
         yield name, a / long, b / long, ratio
 
@@ -202,16 +228,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeats", type=positive, default=15, help="pairs of runs a line (%(default)s)")
     parser.add_argument("--only", default="", help="lines whose name has this in it (all)")
     parser.add_argument("--threads", type=positive, default=1, help="threads of torch (%(default)s)")
+    parser.add_argument("--device", type=device_here, default="cpu", help="cpu, cuda or cuda:N (%(default)s)")
     arguments = parser.parse_args(argv)
     prepare_cpu(arguments.threads)
     torch.manual_seed(0)
     console = Console(width=140)
     table = Table(
-        "ours", "against", title=f"forward and backward, {arguments.threads} thread(s), medians of {arguments.repeats}"
+        "ours",
+        "against",
+        title=f"forward and backward, {device_name(arguments.device)}, {arguments.threads} thread(s), "
+        f"medians of {arguments.repeats}",
     )
     for column in ("ms", "ms against", "ratio", "bar"):
         table.add_column(column, justify="right")
-    for name, against, bar, first, second in comparisons():
+    for name, against, bar, first, second in comparisons(arguments.device):
         if arguments.only not in name:
             continue
         a, b, ratio = paired(first, second, arguments.repeats)
@@ -224,7 +254,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     linear = Table("core, 32 environments", title="cost of a step: sequences of 8192 and of 128 steps")
     for column in ("ms at 8192", "ms at 128", "ratio", "bar"):
         linear.add_column(column, justify="right")
-    for name, a, b, ratio in lengths(arguments.only, arguments.repeats):
+    for name, a, b, ratio in lengths(arguments.only, arguments.repeats, arguments.device):
         linear.add_row(name, f"{a:.4f}", f"{b:.4f}", f"{ratio:.2f}", "<= 1.2")
     if linear.row_count:
         console.print(linear)

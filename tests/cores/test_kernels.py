@@ -121,6 +121,14 @@ def test_a_kernel_that_cannot_be_had_is_a_clear_error() -> None:
         Kernel("cuda", SCANS).choose(CPU, torch.float32)
 
 
+def test_double_precision_on_a_gpu_takes_the_torch_path(monkeypatch) -> None:
+    monkeypatch.setattr(kernels, "_why_not", lambda: "")
+    choices = [Kernel("auto", SCANS).choose(GPU, dtype) for dtype in (torch.float32, torch.float64)]
+    assert choices == ["cuda", "torch"]
+    with pytest.raises(RuntimeError, match=r"the tensors are torch\.float64"):
+        Kernel("cuda", SCANS).choose(GPU, torch.float64)
+
+
 def test_an_unknown_kernel_is_named() -> None:
     with pytest.raises(ValueError, match="unknown kernel 'cudda': did you mean 'cuda'"):
         Kernel("cudda", SCANS)

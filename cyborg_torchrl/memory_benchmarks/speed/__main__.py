@@ -1,6 +1,7 @@
 """How fast we collect and train, beside others, in one run on one thread.
 
 python -m cyborg_torchrl.memory_benchmarks.speed --output speed.json --plot speed.png
+python -m cyborg_torchrl.memory_benchmarks.speed --parts collection update --device cuda
 
 collection: FusedCollector, TorchRL's Collector and a raw PyTorch loop, with the same networks and the same task.
 processes: 16 Crafter worlds in two processes, with groups that overlap and without, and TorchRL's Collector.
@@ -27,6 +28,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from cyborg_torchrl.memory_benchmarks.arguments import picture, positive, writable
+from cyborg_torchrl.memory_benchmarks.device import device_here
 from cyborg_torchrl.memory_benchmarks.speed.baselines import BASELINES, MissingPackage, pufferlib
 from cyborg_torchrl.memory_benchmarks.speed.measure import Subject, rows_of, take_turns
 from cyborg_torchrl.memory_benchmarks.speed.plot import draw
@@ -37,6 +39,7 @@ PARTS = ("collection", "processes", "update", "end_to_end", "truncated", "horizo
 PACKAGES = ("torch", "torchrl", "tensordict", "sb3-contrib", "numpy")
 SHORT = 64
 """Steps of a sequence in truncated BPTT: PufferLib's own default."""
+ON_ANY_DEVICE = ("collection", "update")
 Row = dict[str, Any]
 
 
@@ -50,13 +53,14 @@ def comparisons(arguments: argparse.Namespace) -> list[tuple[Row, Callable[[], l
 
     for count in arguments.num_envs if "collection" in arguments.parts else []:
         for backbone in arguments.backbones:
-            case = Case(backbone, count, arguments.horizon, arguments.width, n_steps=arguments.collected)
+            sizes = {"n_steps": arguments.collected, "device": str(arguments.device)}
+            case = Case(backbone, count, arguments.horizon, arguments.width, **sizes)
             add("collection", case, lambda case=case: collection(case))
     if "processes" in arguments.parts:
         case = Case(arguments.backbones[0], 16, 0, arguments.width, n_steps=min(64, arguments.collected))
         add("processes", case, lambda case=case: in_processes(case))
     for backbone in arguments.backbones if "update" in arguments.parts else []:
-        case = Case(backbone, 64, arguments.horizon, arguments.width)
+        case = Case(backbone, 64, arguments.horizon, arguments.width, device=str(arguments.device))
         add("update", case, lambda case=case: [updating(case)])
     if "end_to_end" in arguments.parts:
         for horizon in dict.fromkeys((40, arguments.horizon)):
@@ -112,6 +116,7 @@ def machine() -> Row:
             versions[package] = None
     return {
         "processor": platform.processor() or platform.machine(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -149,10 +154,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--repeats", type=positive, default=5)
     parser.add_argument("--threads", type=positive, default=1)
+    parser.add_argument(
+        "--device", type=device_here, default="cpu", help="of collection and update: cpu, cuda or cuda:N (%(default)s)"
+    )
     parser.add_argument("--output", type=writable, help="JSON file for all figures")
     parser.add_argument("--plot", type=picture, help="picture of the comparisons")
     arguments = parser.parse_args(argv)
     prepare_cpu(arguments.threads)
+    if arguments.device.type != "cpu" and (others := set(arguments.parts) - set(ON_ANY_DEVICE)):
+        named = ", ".join(sorted(others))
+        parser.error(f"--device {arguments.device} is for --parts {' '.join(ON_ANY_DEVICE)}; {named} run on the CPU")
     rows: list[Row] = []
     todo = comparisons(arguments)
     with Progress(transient=True) as progress:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any, NamedTuple
 
+from cyborg_torchrl.memory_benchmarks.device import finish
+
 Subject = tuple[str, Callable[[], int]]
 """A name, and what runs it once and returns the environment steps that it took."""
 
@@ -29,6 +31,7 @@ def time_once(run: Callable[[], int]) -> Timing:
     """Runs and times it."""
     wall, cpu = time.perf_counter(), time.process_time()
     steps = run()
+    finish()
     return Timing(time.perf_counter() - wall, time.process_time() - cpu, steps)
 
 

@@ -5,7 +5,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -35,6 +36,8 @@ class Case(NamedTuple):
     num_minibatches: int = 4
     seq_len: int | None = None
     """Truncated BPTT in sequences of so many steps; None: whole episodes."""
+    device: str = "cpu"
+    """Of environments and networks."""
 
     @property
     def steps(self) -> int:
@@ -56,15 +59,19 @@ class Case(NamedTuple):
                 f"train.n_epochs={self.n_epochs}",
                 f"train.num_minibatches={self.num_minibatches}",
                 f"train.total_timesteps={10**12}",
+                f"train.device={self.device}",
             ]
         )
 
 
 def collection(case: Case) -> list[Subject]:
-    """Our collector, TorchRL's with the same policy and environment, and the raw loop."""
+    """Our collector (on a GPU as a graph and without), TorchRL's with the same policy and environment, a raw loop."""
     frames = case.num_envs * case.steps
     subjects: list[Subject] = []
-    for name, kind in (("ours (FusedCollector)", FusedCollector), ("torchrl Collector", Collector)):
+    kinds: list[tuple[str, Callable]] = [("ours (FusedCollector)", FusedCollector), ("torchrl Collector", Collector)]
+    if torch.device(case.device).type == "cuda":
+        kinds.insert(0, ("ours (FusedCollector, is_graphed)", partial(FusedCollector, is_graphed=True)))
+    for name, kind in kinds:
         env, agent = _parts(case)
         collector = kind(env, agent, frames_per_batch=frames, total_frames=-1, auto_register_policy_transforms=True)
         subjects.append((name, _next_of(iter(collector), frames)))
@@ -133,12 +140,13 @@ class RawLoop:
         self.policy, self.value = agent.policy_head.module, agent.value_head.module
         count = task.num_envs
         shown, _ = task.restart()
+        device = shown.device
         self.observation, self.state = shown, self.core.initial_state(count)
-        self.is_init: Tensor | None = torch.ones(count, dtype=torch.bool)
+        self.is_init: Tensor | None = torch.ones(count, dtype=torch.bool, device=device)
         self.observations = shown.new_empty(steps, *shown.shape)
-        self.actions = torch.empty(steps, count, dtype=torch.long)
-        self.log_probs, self.values, self.rewards = torch.empty(3, steps, count).unbind(0)
-        self.is_inits, self.ends = torch.zeros(2, steps, count, dtype=torch.bool).unbind(0)
+        self.actions = torch.empty(steps, count, dtype=torch.long, device=device)
+        self.log_probs, self.values, self.rewards = torch.empty(3, steps, count, device=device).unbind(0)
+        self.is_inits, self.ends = torch.zeros(2, steps, count, dtype=torch.bool, device=device).unbind(0)
 
     @torch.no_grad()
     @fixed_parameters()

@@ -1,0 +1,152 @@
+"""On a GPU: the same cores, collectors, checks and runs as on a CPU."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torchrl.collectors import Collector
+
+from cyborg_torchrl.build import build_agent, build_env
+from cyborg_torchrl.checkpoint import load_checkpoint
+from cyborg_torchrl.collectors import FusedCollector
+from cyborg_torchrl.config import load_config
+from cyborg_torchrl.cores import Core
+from cyborg_torchrl.diagnostics import check_recurrent
+from cyborg_torchrl.experiment import run_experiment
+from cyborg_torchrl.registry import backbones
+from cyborg_torchrl.restore import load_agent
+from cyborg_torchrl.trainer import PPOTrainer
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
+
+ROWS, STEPS = 3, 70
+SMALL = ["env.num_envs=4", "env.horizon=5", "train.n_epochs=2", "train.num_minibatches=2", "train.n_steps=7"]
+SMALL += ["logger.progress=false", "logger.tensorboard=false", "logger.eval_episodes=0", "train.total_timesteps=140"]
+
+
+def outcome(core: Core, x: Tensor, state: dict[str, Tensor], is_init: Tensor) -> list[Tensor]:
+    """Outputs, last states, and the gradients of parameters, inputs and the stored state."""
+    x = x.detach().clone().requires_grad_()
+    state = {name: value.detach().clone().requires_grad_() for name, value in state.items()}
+    y, last = core(x, state, is_init)
+    weight = torch.linspace(-1, 1, y.numel(), device="cpu").reshape(y.shape).to(y.device)
+    loss = (y * weight).sum() + sum(value.sum() for value in last.values())
+    wanted = [*core.parameters(), x, *state.values()]
+    grads = torch.autograd.grad(loss, wanted, allow_unused=True)
+    return [value.detach().cpu() for value in (y, *last.values(), *(g for g in grads if g is not None))]
+
+
+def test_a_core_is_the_same_on_a_gpu(
+    build_core: Callable[..., Core], stored_state: Callable, random_resets: Callable
+) -> None:
+    core = build_core()
+    x, is_init, state = torch.randn(ROWS, STEPS, core.in_features), random_resets(ROWS, STEPS), stored_state(core, ROWS)
+    expected = outcome(core, x, state, is_init)
+    moved = copy.deepcopy(core).cuda()
+    there = outcome(moved, x.cuda(), {name: value.cuda() for name, value in state.items()}, is_init.cuda())
+    for ours, theirs in zip(there, expected, strict=True):
+        assert (ours - theirs).abs().max() <= 1e-3 * max(1.0, float(theirs.abs().max()))
+
+
+def test_steps_on_a_gpu_equal_the_sequence(
+    build_core: Callable[..., Core], stored_state: Callable, random_resets: Callable
+) -> None:
+    core = build_core()
+    x, is_init, state = torch.randn(ROWS, STEPS, core.in_features), random_resets(ROWS, STEPS), stored_state(core, ROWS)
+    core = core.cuda()
+    x, is_init, state = x.cuda(), is_init.cuda(), {name: value.cuda() for name, value in state.items()}
+    with torch.no_grad():
+        y, _ = core(x, state, is_init)
+        initial = core.initial_state(ROWS)
+        for t in range(STEPS):
+            where = {name: is_init[:, t].view(-1, *[1] * (value.ndim - 1)) for name, value in state.items()}
+            state = {name: torch.where(where[name], initial[name], value) for name, value in state.items()}
+            y_t, state = core.step(x[:, t], state)
+            assert (y_t - y[:, t]).abs().max() <= 1e-4, t
+
+
+@pytest.mark.parametrize("backbone", backbones.names())
+def test_the_checker_finds_nothing(backbone: str) -> None:
+    cfg = load_config(overrides=[f"backbone={backbone}", "env.horizon=20", "train.device=cuda"])
+    env = build_env(cfg, num_envs=4)
+    agent = build_agent(cfg, env)
+    env.append_transform(agent.backbone.make_tensordict_primer())
+    report = check_recurrent(agent, env)
+    assert report.is_healthy, report.table()
+
+
+@pytest.mark.parametrize("backbone", ["gru", "lstm", "lru", "mamba", "mamba2"])
+def test_batches_equal_those_of_torchrls_collector(backbone: str) -> None:
+    batches = []
+    for kind in (FusedCollector, Collector):
+        torch.manual_seed(0)
+        cfg = load_config(overrides=[f"backbone={backbone}", "train.device=cuda", "env.num_envs=4", "env.horizon=5"])
+        env = build_env(cfg)
+        agent = build_agent(cfg, env)
+        made = kind(env, agent, frames_per_batch=80, total_frames=-1, auto_register_policy_transforms=True)
+        made.set_seed(3)
+        torch.manual_seed(5)
+        batches.append([batch.clone() for batch in islice(iter(made), 2)])
+    for ours, theirs in zip(*batches, strict=True):
+        for key in theirs.keys(True, True):
+            assert torch.equal(ours[key], theirs[key]), key
+
+
+@pytest.mark.parametrize("more", [["backbone=lru"], ["backbone=mamba_gru"], ["memory=pmm"]], ids=str)
+def test_a_run_that_is_cut_short_goes_on_as_if_it_had_not_been(
+    more: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def config(name: str, *options: str):
+        own = [f"logger.base_dir={tmp_path}", f"logger.run_name={name}", "train.device=cuda"]
+        return load_config(overrides=[*SMALL, *more, *own, *options])
+
+    class Killed(BaseException):
+        pass
+
+    run_experiment(config("whole"))
+    update = PPOTrainer.update
+
+    def cut_short(trainer: PPOTrainer, rollout) -> dict[str, float]:
+        if trainer.num_updates == 2:
+            raise Killed
+        return update(trainer, rollout)
+
+    cut = config("cut", "resume=auto")
+    with monkeypatch.context() as patch:
+        patch.setattr(PPOTrainer, "update", cut_short)
+        with pytest.raises(Killed):
+            run_experiment(cut)
+    torch.manual_seed(99)
+    run_experiment(cut)
+    ends = [load_checkpoint(tmp_path / name / "checkpoints" / "last.pt")["agent"] for name in ("whole", "cut")]
+    for key, value in ends[0].items():
+        assert torch.equal(value, ends[1][key]), key
+
+
+def test_what_was_trained_on_a_gpu_acts_on_a_cpu(tmp_path: Path) -> None:
+    own = [f"logger.base_dir={tmp_path}", "logger.run_name=run", "train.device=cuda"]
+    run_experiment(load_config(overrides=[*SMALL, *own]))
+    checkpoint = tmp_path / "run" / "checkpoints" / "last.pt"
+    there, here = load_agent(checkpoint).agent, load_agent(checkpoint, ["train.device=cpu"]).agent
+    assert {p.device.type for p in there.parameters()} == {"cuda"}
+    assert {p.device.type for p in here.parameters()} == {"cpu"}
+    seen, actions = torch.rand(2, 30, 6), torch.zeros(2, 30, dtype=torch.long)
+    ours = here.evaluate_actions(seen, actions).log_prob
+    theirs = there.evaluate_actions(seen.cuda(), actions.cuda()).log_prob.cpu()
+    assert (ours - theirs).abs().max() <= 1e-4
+
+
+def test_the_update_sees_what_the_agent_acted_with(tmp_path: Path) -> None:
+    own = [f"logger.base_dir={tmp_path}", "logger.run_name=run", "train.device=cuda", "train=burn_in"]
+    run_experiment(load_config(overrides=[*own, *SMALL, "train.n_steps=8", "train.seq_len=4"]))
+    lines = (tmp_path / "run" / "logs" / "metrics.csv").read_text().splitlines()
+    column = lines[0].split(",").index("ratio_error")
+    assert all(float(line.split(",")[column]) <= 1e-5 for line in lines[1:])
+    assert json.loads((tmp_path / "run" / "manifest.json").read_text())["machine"]
