@@ -96,10 +96,13 @@ def test_batches_equal_those_of_torchrls_collector(backbone: str) -> None:
         batches.append([batch.clone() for batch in islice(iter(made), 2)])
     for ours, theirs in zip(*batches, strict=True):
         for key in theirs.keys(True, True):
-            assert torch.equal(ours[key], theirs[key]), key
+            assert torch.equal(ours[key].cpu(), theirs[key].cpu()), key
 
 
-@pytest.mark.parametrize("more", [["backbone=lru"], ["backbone=mamba_gru"], ["memory=pmm"]], ids=str)
+# backward, mamba-ssm's kernels add in any order: two runs with them differ in the last bits
+@pytest.mark.parametrize(
+    "more", [["backbone=lru"], ["backbone=mamba_gru", "backbone.kernel=torch"], ["memory=pmm"]], ids=str
+)
 def test_a_run_that_is_cut_short_goes_on_as_if_it_had_not_been(
     more: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

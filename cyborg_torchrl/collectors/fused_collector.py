@@ -154,7 +154,7 @@ class FusedCollector(Collector):
     def _next_traj_ids(self, traj_ids: Tensor, is_over: Tensor | None) -> Tensor:
         if is_over is None:
             return traj_ids
-        ended = is_over.view(traj_ids.shape)
+        ended = is_over.view(traj_ids.shape).to(traj_ids.device)
         fresh = self._traj_pool.get_traj_and_increment(ended.sum(), device=ended.device)
         return traj_ids.masked_scatter(ended, fresh)
 

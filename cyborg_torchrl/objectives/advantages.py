@@ -76,6 +76,7 @@ def value_after(following: TensorDictBase, value_operator: TensorDictModuleBase)
     """
     read = [key for key in value_operator.in_keys if key != keys.IS_INIT]
     last = following.select(*read, strict=False)
-    last.set(keys.IS_INIT, torch.zeros(*last.batch_size, 1, dtype=torch.bool, device=last.device))
+    device = next(iter(last.values(True, True))).device  # a tensordict may have none of its own
+    last.set(keys.IS_INIT, torch.zeros(*last.batch_size, 1, dtype=torch.bool, device=device))
     with set_recurrent_mode(False):
         return value_operator(last).get(keys.VALUE)

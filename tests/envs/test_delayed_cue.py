@@ -44,9 +44,8 @@ def play(env: DelayedCueEnv, policy: object, batches: int) -> TensorDictBase:
     """The query steps of so many batches of episodes, played through automatic resets, [N, batches]."""
     steps = env.max_episode_steps
     rollout = env.rollout(batches * steps, policy, break_when_any_done=False)
-    assert torch.equal(
-        rollout["next", "done"].squeeze(-1).nonzero()[:, 1] % steps, torch.full((64 * batches,), steps - 1)
-    )
+    ends = rollout["next", "done"].squeeze(-1).nonzero()[:, 1].cpu()
+    assert torch.equal(ends % steps, torch.full((64 * batches,), steps - 1))
     return rollout[:, steps - 1 :: steps]
 
 

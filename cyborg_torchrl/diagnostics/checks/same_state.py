@@ -96,7 +96,8 @@ def _buffer_errors(subject: Subject, steps: TensorDictBase, length: int) -> Tens
     buffer = RecurrentRolloutBuffer(steps.numel(), length, batch_size=-(-rows // 3), state_keys=subject.state_keys)
     with torch.random.fork_rng():
         buffer.store(steps)
-        return torch.cat([_log_ratio(subject, batch).flatten() for batch in buffer])
+        device = subject.recorded_log_prob(steps).device
+        return torch.cat([_log_ratio(subject, batch.to(device)).flatten() for batch in buffer])
 
 
 def _log_ratio(subject: Subject, steps: TensorDictBase) -> Tensor:
