@@ -7,7 +7,6 @@ is asked for.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -35,15 +34,16 @@ class Kernel:
         name: "torch"; "cpp", the C++ scan (float32 and float64 on a CPU); "cuda", mamba-ssm's kernels; or "auto": the
             fastest that is there.
         scans: the scans by name; "torch" is always there.
+        is_exact: the CUDA kernels compute in float32; where they do not, "auto" leaves them alone.
 
     Raises:
         ValueError: for a name that is not among them.
     """
 
-    def __init__(self, name: str, scans: dict[str, Callable[..., Any]]) -> None:
+    def __init__(self, name: str, scans: dict[str, Callable[..., Any]], is_exact: bool = True) -> None:
         if name not in ("auto", *scans):
             raise ValueError(f"unknown kernel '{name}': {did_you_mean(name, ('auto', *scans))}")
-        self.name, self.scans = name, scans
+        self.name, self.scans, self.is_exact = name, scans, is_exact
 
     def choose(self, device: torch.device, dtype: torch.dtype) -> str:
         """The name of the scan for sequences on that device. Logs once what a GPU gets.
@@ -54,7 +54,7 @@ class Kernel:
         if self.name == "torch" or torch.compiler.is_exporting():
             return "torch"
         fast = self.name if self.name != "auto" else ("cuda" if device.type == "cuda" else "cpp")
-        if fast not in self.scans:
+        if fast not in self.scans or (self.name == "auto" and fast == "cuda" and not self.is_exact):
             return "torch"
         reason = _why_no_cuda(device, dtype) if fast == "cuda" else _why_no_cpp(device, dtype)
         if reason and self.name != "auto":
@@ -177,17 +177,7 @@ def _operations() -> dict[str, Callable[..., Any]]:
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn  # pyright: ignore
     from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined  # pyright: ignore
 
-    _multiply_in_float32()
     return {"selective_scan_fn": selective_scan_fn, "mamba_chunk_scan_combined": mamba_chunk_scan_combined}
-
-
-def _multiply_in_float32() -> None:
-    """Has Triton multiply float32 matrices nearly as exactly as float32 is, unless TRITON_F32_DEFAULT says how.
-
-    By itself it rounds their entries to TF32, ten bits: sequences would then differ by 1e-3 from the steps that the
-    agent acted with. Three TF32 products have float32's bits. It holds for all that is compiled in this process after.
-    """
-    os.environ.setdefault("TRITON_F32_DEFAULT", "tf32x3")
 
 
 def _why_no_cuda(device: torch.device, dtype: torch.dtype) -> str:

@@ -246,7 +246,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             continue
         a, b, ratio = paired(first, second, arguments.repeats)
         table.add_row(name, against, f"{a:.2f}", f"{b:.2f}", f"{ratio:.2f}", bar)
-        print(f"timed: {name}", file=sys.stderr)
+        print(f"timed: {name}: {a:.2f} ms, {against} {b:.2f} ms, {ratio:.2f}", file=sys.stderr)  # in case it is stopped
     if not table.row_count:
         print(f"error: no line's name has '{arguments.only}' in it; try lru, gru, mamba or scan", file=sys.stderr)
         return 2

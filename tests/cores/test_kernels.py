@@ -121,6 +121,12 @@ def test_a_kernel_that_cannot_be_had_is_a_clear_error() -> None:
         Kernel("cuda", SCANS).choose(CPU, torch.float32)
 
 
+def test_auto_leaves_a_kernel_that_rounds_alone(monkeypatch) -> None:
+    monkeypatch.setattr(kernels, "_why_not", lambda: "")
+    assert Kernel("auto", SCANS, is_exact=False).choose(GPU, torch.float32) == "torch"
+    assert Kernel("cuda", SCANS, is_exact=False).choose(GPU, torch.float32) == "cuda"
+
+
 def test_double_precision_on_a_gpu_takes_the_torch_path(monkeypatch) -> None:
     monkeypatch.setattr(kernels, "_why_not", lambda: "")
     choices = [Kernel("auto", SCANS).choose(GPU, dtype) for dtype in (torch.float32, torch.float64)]
