@@ -10,10 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from cyborg_torchrl import commands
-from cyborg_torchrl.checkpoint import CheckpointError
-from cyborg_torchrl.cli import EXIT_BAD_INPUT, EXIT_INTERRUPTED
-from cyborg_torchrl.config import ConfigError
-from cyborg_torchrl.registry import UnavailableError
+from cyborg_torchrl.cli import EXIT_INTERRUPTED, KNOWN_ERRORS, report_error, unless_unread
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,10 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.overrides = [*arguments.overrides, *rest]
     logging.getLogger("torchrl").setLevel(logging.WARNING)
     try:
-        return arguments.run(arguments)
-    except (CheckpointError, ConfigError, UnavailableError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
+        return unless_unread(lambda: arguments.run(arguments))
+    except KNOWN_ERRORS as error:
+        return report_error(error)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED

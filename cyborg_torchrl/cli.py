@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from cyborg_torchrl.checkpoint import CheckpointError
 from cyborg_torchrl.config import ConfigError, load_config
@@ -19,6 +21,10 @@ from cyborg_torchrl.resumption import with_config_of_run
 EXIT_STOPPED = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
+EXIT_UNREAD = 141
+"""Whoever read the output has left, as `head` does; what a shell says of programs that end of it (128 + SIGPIPE)."""
+KNOWN_ERRORS = (CheckpointError, ConfigError, StoppedError, UnavailableError)
+"""What is said in one line."""
 GRACE = 20.0
 """Seconds in which a launcher ends all processes because the first one has failed."""
 
@@ -51,8 +57,23 @@ def overrides_of(arguments: argparse.Namespace) -> list[str]:
     return [*arguments.overrides, *([] if arguments.seed is None else [f"train.seed={arguments.seed}"])]
 
 
+def unless_unread(run: Callable[[], int]) -> int:
+    """The exit code of a command; `EXIT_UNREAD`, and no traceback, if its output is no longer read."""
+    try:
+        code = run()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is flushed at the end goes nowhere
+        return EXIT_UNREAD
+    return code
+
+
 def run_command(config: str, overrides: Sequence[str], *, is_print_only: bool = False) -> int:
     """Composes a configuration, trains, and prints the summary as one JSON object. Returns the exit code."""
+    return unless_unread(lambda: _run_command(config, overrides, is_print_only))
+
+
+def _run_command(config: str, overrides: Sequence[str], is_print_only: bool) -> int:
     logging.getLogger("torchrl").setLevel(logging.WARNING)
     try:
         cfg = with_config_of_run(load_config(config, overrides), list(overrides))
@@ -62,23 +83,26 @@ def run_command(config: str, overrides: Sequence[str], *, is_print_only: bool = 
             print(OmegaConf.to_yaml(cfg), end="")
             return 0
         summary = run_experiment(cfg)
-    except (CheckpointError, ConfigError, UnavailableError) as error:
-        _print_error(error)
-        return EXIT_BAD_INPUT
-    except StoppedError as error:  # of one process, and not for the same reason of all
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_STOPPED
+    except KNOWN_ERRORS as error:
+        return report_error(error)
+    return report_summary(summary)
+
+
+def report_error(error: Exception) -> int:
+    """Says in one line on stderr what ended a command. Returns the exit code."""
+    is_of_this_process = isinstance(error, StoppedError)
+    rank = launched_rank()
+    if rank and not is_of_this_process:  # what is wrong for the first is wrong for all, and it ends them
+        time.sleep(GRACE)
+    print(f"{f'process {rank}: ' if rank else ''}error: {error}", file=sys.stderr)
+    return EXIT_STOPPED if is_of_this_process else EXIT_BAD_INPUT
+
+
+def report_summary(summary: dict[str, Any]) -> int:
+    """Prints the summary of a run as one JSON object, from the first process. Returns the exit code."""
     if not launched_rank():
         print(json.dumps(summary))
     return EXIT_INTERRUPTED if summary["is_interrupted"] else 0
-
-
-def _print_error(error: Exception) -> None:
-    """One line on stderr, from one process: what is wrong for the first is wrong for all, and ends them."""
-    if rank := launched_rank():
-        time.sleep(GRACE)
-        print(f"process {rank}: ", end="", file=sys.stderr)
-    print(f"error: {error}", file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None, *, description: str | None = None, default_config: str) -> int:

@@ -20,10 +20,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from cyborg_torchrl.checkpoint import CheckpointError
-from cyborg_torchrl.cli import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_STOPPED
-from cyborg_torchrl.config import ConfigError, validate
-from cyborg_torchrl.experiment import StoppedError, run_experiment
+from cyborg_torchrl.cli import KNOWN_ERRORS, report_error, report_summary
+from cyborg_torchrl.config import validate
+from cyborg_torchrl.experiment import run_experiment
 from cyborg_torchrl.memory_benchmarks.sweep import (
     ASKED,
     MEASURED,
@@ -33,14 +32,11 @@ from cyborg_torchrl.memory_benchmarks.sweep import (
     finished_row,
     table,
 )
-from cyborg_torchrl.registry import UnavailableError
 from cyborg_torchrl.resumption import with_config_of_run
 
 EXIT_FAILED = 1
 JOB_FILE = "job.json"
 UNFINISHED = "has not ended"
-KNOWN = (CheckpointError, ConfigError, StoppedError, UnavailableError)
-"""Errors whose message is one line that says all."""
 
 
 def cell_of_job(cfg: DictConfig, hydra: Any) -> Cell:
@@ -85,12 +81,10 @@ def run_job(cfg: DictConfig) -> float:
         return _run_in_sweep(cfg, hydra)
     try:
         summary = _train(with_config_of_run(cfg, list(hydra.overrides.task)))
-    except KNOWN as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(EXIT_STOPPED if isinstance(error, StoppedError) else EXIT_BAD_INPUT) from None
-    print(json.dumps(summary))
-    if summary["is_interrupted"]:
-        raise SystemExit(EXIT_INTERRUPTED)
+    except KNOWN_ERRORS as error:
+        raise SystemExit(report_error(error)) from None
+    if code := report_summary(summary):
+        raise SystemExit(code)
     return _objective(summary)
 
 
@@ -105,7 +99,7 @@ def _run_in_sweep(cfg: DictConfig, hydra: Any) -> float:
         summary = _train(cfg)
     except Exception as error:  # whatever it is: the other runs go on
         text = str(error)
-        if not isinstance(error, KNOWN):
+        if not isinstance(error, KNOWN_ERRORS):
             (folder / "error.txt").write_text(traceback.format_exc())
             text = " ".join(f"{type(error).__name__}: {error} (see error.txt in its folder)".split())
         _record(folder, cell, text)

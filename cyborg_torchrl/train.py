@@ -26,7 +26,7 @@ from hydra.core.utils import env_override
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from cyborg_torchrl.cli import EXIT_BAD_INPUT, EXIT_INTERRUPTED
+from cyborg_torchrl.cli import EXIT_INTERRUPTED, report_error
 from cyborg_torchrl.config import DEFAULT_CONFIG, ConfigError, explained, load_config, primary_config
 from cyborg_torchrl.jobs import EXIT_FAILED, run_job
 from cyborg_torchrl.registry import UnavailableError
@@ -52,8 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _run(list(sys.argv[1:] if argv is None else argv))
     except (ConfigError, UnavailableError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
+        return report_error(error)
     except BrokenProcessPool:
         print(f"error: a process of the sweep was killed (out of memory?); {GO_ON}", file=sys.stderr)
         return EXIT_FAILED

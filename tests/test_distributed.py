@@ -188,3 +188,47 @@ def test_an_interrupt_ends_all(tmp_path: Path, number: int) -> None:
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["is_interrupted"]
     with pytest.raises(ProcessLookupError):
         os.killpg(running.pid, 0)
+
+
+BROKEN = """
+import os
+import sys
+
+import torch
+
+from cyborg_torchrl.envs import DelayedCueEnv
+from cyborg_torchrl.train import main
+
+advance, calls = DelayedCueEnv.advance, []
+
+
+def broken(env, action):
+    result = advance(env, action)
+    calls.append(1)
+    if os.environ["RANK"] == "1" and len(calls) == 20:
+        value = result.reward.clone()
+        value[1] = torch.nan
+        result = result._replace(reward=value)
+    return result
+
+
+DelayedCueEnv.advance = broken
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_nan_in_one_process_ends_all_and_says_where(tmp_path: Path) -> None:
+    """The other waits for gradients that never come: it is ended, and the last good checkpoint is kept."""
+    program = tmp_path / "broken.py"
+    program.write_text(BROKEN)
+    options = ["env.horizon=5", "env.num_envs=8", "train.n_steps=7", "train.total_timesteps=5600"]
+    options += ["train.num_minibatches=2"]
+    options += [f"logger.base_dir={tmp_path}", "logger.run_name=run", "logger.progress=false", "logger.eval_episodes=0"]
+    command = [*TORCHRUN, "--master-port", str(free_port()), str(program), *options]
+    done = subprocess.run(command, env=THIS_CHECKOUT, capture_output=True, text=True, timeout=180, check=False)
+    assert done.returncode != 0
+    (line,) = [line for line in done.stderr.splitlines() if "error: " in line and "error_file" not in line]
+    assert line.startswith("process 1: error: 'next/reward' is nan in environment 1 at step 5 of the rollout (update 3")
+    assert str(tmp_path / "run" / "dumps" / "update_00000003.pt") in line
+    assert load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")["trainer"]["num_updates"] == 2

@@ -37,6 +37,14 @@ def example(*arguments: str, **options):
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, **options)
 
 
+def test_a_reader_that_leaves_ends_a_command_without_a_traceback(tmp_path):
+    command = [sys.executable, str(ROOT / "examples" / "delayed_cue.py"), "--print-config"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=THIS_CHECKOUT) as process:
+        process.stdout.close()  # as `head` does
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
+
+
 def test_the_example_leaves_what_it_promises(tmp_path):
     result = example(*SMALL, f"logger.base_dir={tmp_path}", "logger.run_name=run")
     assert result.returncode == 0, result.stderr

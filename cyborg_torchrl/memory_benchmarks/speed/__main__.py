@@ -53,8 +53,8 @@ def comparisons(arguments: argparse.Namespace) -> list[tuple[Row, Callable[[], l
 
     for count in arguments.num_envs if "collection" in arguments.parts else []:
         for backbone in arguments.backbones:
-            sizes = {"n_steps": arguments.collected, "device": str(arguments.device)}
-            case = Case(backbone, count, arguments.horizon, arguments.width, **sizes)
+            where = str(arguments.device)
+            case = Case(backbone, count, arguments.horizon, arguments.width, n_steps=arguments.collected, device=where)
             add("collection", case, lambda case=case: collection(case))
     if "processes" in arguments.parts:
         case = Case(arguments.backbones[0], 16, 0, arguments.width, n_steps=min(64, arguments.collected))
@@ -67,8 +67,8 @@ def comparisons(arguments: argparse.Namespace) -> list[tuple[Row, Callable[[], l
             cases = [Case(backbone, 64, horizon, arguments.width) for backbone in arguments.backbones]
             add("end_to_end", cases[0], lambda cases=cases: _beside_others(cases, arguments.beside))
     if "truncated" in arguments.parts:
-        short = {"n_steps": 16 * SHORT, "n_epochs": 1, "seq_len": SHORT}
-        cases = [Case(name, 64, 16 * SHORT - 2, arguments.width, **short) for name in arguments.backbones]
+        short = Case("", 64, 16 * SHORT - 2, arguments.width, n_steps=16 * SHORT, n_epochs=1, seq_len=SHORT)
+        cases = [short._replace(backbone=name) for name in arguments.backbones]
         add("truncated", cases[0], lambda cases=cases: _beside_pufferlib(cases, arguments.pufferlib_python))
     for horizon in arguments.horizons if "horizons" in arguments.parts else []:
         case = Case(arguments.backbones[0], 64, horizon, arguments.width)
