@@ -8,6 +8,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from itertools import islice
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import NamedTuple
@@ -19,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import Tensor, nn
+from torchrl.collectors import Collector
 from torchrl.data import Binary, Categorical, Composite, TensorSpec, Unbounded
 from torchrl.envs import Compose, EnvBase, InitTracker, TransformedEnv
 from torchrl.modules import GRUModule, LSTMModule, ProbabilisticActor, ValueOperator
@@ -26,6 +28,7 @@ from torchrl.modules import GRUModule, LSTMModule, ProbabilisticActor, ValueOper
 import cyborg_torchrl.cores  # noqa: F401  (registers the shipped cores)
 from cyborg_torchrl.build import build_agent, build_env
 from cyborg_torchrl.checkpoint import save_checkpoint
+from cyborg_torchrl.collectors import FusedCollector
 from cyborg_torchrl.config import load_config
 from cyborg_torchrl.cores import Core, InitialState, State, unroll
 from cyborg_torchrl.modules import Backbone, PPOAgent, build_encoder
@@ -311,6 +314,26 @@ def build_trained() -> Callable[..., tuple[DictConfig, PPOAgent]]:
         return cfg, trained(cfg)
 
     return build
+
+
+@pytest.fixture
+def batches_of_both() -> Callable[..., Iterator[tuple[TensorDictBase, TensorDictBase]]]:
+    """Collects with our fused collector and with TorchRL's, from the same seeds: `run(*overrides)` yields two pairs."""
+
+    def run(*overrides: str) -> Iterator[tuple[TensorDictBase, TensorDictBase]]:
+        batches = []
+        for kind in (FusedCollector, Collector):
+            torch.manual_seed(0)
+            cfg = load_config(overrides=[*overrides, "env.num_envs=4", "env.horizon=5"])
+            env = build_env(cfg)
+            agent = build_agent(cfg, env)
+            made = kind(env, agent, frames_per_batch=80, total_frames=-1, auto_register_policy_transforms=True)
+            made.set_seed(3)
+            torch.manual_seed(5)
+            batches.append([batch.clone() for batch in islice(iter(made), 2)])
+        return zip(*batches, strict=True)
+
+    return run
 
 
 @pytest.fixture

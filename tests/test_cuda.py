@@ -5,17 +5,14 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
-from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
-from torchrl.collectors import Collector
 
 from cyborg_torchrl.build import build_agent, build_env
 from cyborg_torchrl.checkpoint import load_checkpoint
-from cyborg_torchrl.collectors import FusedCollector
 from cyborg_torchrl.config import load_config
 from cyborg_torchrl.cores import Core
 from cyborg_torchrl.diagnostics import check_recurrent
@@ -83,18 +80,8 @@ def test_the_checker_finds_nothing(backbone: str) -> None:
 
 
 @pytest.mark.parametrize("backbone", ["gru", "lstm", "lru", "mamba", "mamba2"])
-def test_batches_equal_those_of_torchrls_collector(backbone: str) -> None:
-    batches = []
-    for kind in (FusedCollector, Collector):
-        torch.manual_seed(0)
-        cfg = load_config(overrides=[f"backbone={backbone}", "train.device=cuda", "env.num_envs=4", "env.horizon=5"])
-        env = build_env(cfg)
-        agent = build_agent(cfg, env)
-        made = kind(env, agent, frames_per_batch=80, total_frames=-1, auto_register_policy_transforms=True)
-        made.set_seed(3)
-        torch.manual_seed(5)
-        batches.append([batch.clone() for batch in islice(iter(made), 2)])
-    for ours, theirs in zip(*batches, strict=True):
+def test_batches_equal_those_of_torchrls_collector(backbone: str, batches_of_both: Callable) -> None:
+    for ours, theirs in batches_of_both("train.device=cuda", f"backbone={backbone}"):
         for key in theirs.keys(True, True):
             assert torch.equal(ours[key].cpu(), theirs[key].cpu()), key
 

@@ -6,8 +6,7 @@ What they hold is computed on the CPU.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import islice
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,11 +15,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
-from torchrl.collectors import Collector
 
 from cyborg_torchrl.build import agent as agent_builder
 from cyborg_torchrl.build import buffer, build_agent, build_env, collector, environment
-from cyborg_torchrl.collectors import FusedCollector
 from cyborg_torchrl.config import checks, load_config
 from cyborg_torchrl.diagnostics import check_recurrent
 from cyborg_torchrl.experiment import run_experiment
@@ -217,17 +214,7 @@ def test_the_checker_finds_nothing(backbone: str) -> None:
     assert report.is_healthy, report.table()
 
 
-def test_batches_equal_those_of_torchrls_collector() -> None:
-    batches = []
-    for kind in (FusedCollector, Collector):
-        torch.manual_seed(0)
-        cfg = load_config(overrides=[f"train.device={AWAY}", "env.num_envs=4", "env.horizon=5"])
-        env = build_env(cfg)
-        agent = build_agent(cfg, env)
-        made = kind(env, agent, frames_per_batch=80, total_frames=-1, auto_register_policy_transforms=True)
-        made.set_seed(3)
-        torch.manual_seed(5)
-        batches.append([batch.clone() for batch in islice(iter(made), 2)])
-    for ours, theirs in zip(*batches, strict=True):
+def test_batches_equal_those_of_torchrls_collector(batches_of_both: Callable) -> None:
+    for ours, theirs in batches_of_both(f"train.device={AWAY}"):
         for key in theirs.keys(True, True):
             assert torch.equal(ours[key].cpu(), theirs[key].cpu()), key
