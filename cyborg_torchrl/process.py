@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import math
 import os
 import platform
 import signal
 import threading
-from collections.abc import Generator
+import time
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -18,6 +20,8 @@ import torch
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
 SPARE_BYTES = 2**30
 """What a process may keep of freed memory, whatever it uses."""
+MOST_ABOVE_LEVEL = 1.04
+"""How far memory may rise above the lowest level that it has settled at."""
 
 
 class _MallInfo(ctypes.Structure):
@@ -51,30 +55,79 @@ def keep_freed_memory() -> bool:
     return all(mallopt(option, value) == 1 for option, value in options.items())
 
 
-def give_back_spare_memory(spare_bytes: int = SPARE_BYTES) -> bool:
-    """Gives freed memory back to the system if there is more of it than `spare_bytes` and a quarter of what is in use.
+class FreedMemory:
+    """Gives freed memory back to the system where a process has come to hold more of it than it needs.
 
     glibc does not fit an aligned block into a freed one of the same size, so blocks of many megabytes, one after the
-    other, take ever more of its heap: with sequences of 100,000 steps 5 GB in an update that needs 1. Nothing is done
-    where there is no such glibc, or no /proc.
+    other, take ever more of its heap: with sequences of 100,000 steps 5 GB in an update that needs 1. And a small
+    block that stays, put where a large one used to fit, makes the heap longer by the large one for good. Nothing is
+    done where there is no such glibc, or no /proc.
 
     Args:
-        spare_bytes: what may be kept whatever is in use.
-
-    Returns:
-        Whether any was given back.
+        spare_bytes: freed memory beyond this, and beyond a quarter of what is in use, is given back at once.
+        settling: seconds in which memory may rise to its level, from the first look and after any was given back.
+            Later, 4 % more than the lowest level is given back.
+        clock: seconds.
     """
-    try:
-        libc, pages = ctypes.CDLL(None), int(Path("/proc/self/statm").read_text().split()[1])
-        resident = pages * os.sysconf("SC_PAGE_SIZE")
-        if resident <= spare_bytes:
+
+    def __init__(
+        self, spare_bytes: int = SPARE_BYTES, settling: float = 60.0, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.spare_bytes, self.settling, self._clock = spare_bytes, settling, clock
+        self._settles_at: float | None = None
+        self._level = 0
+        self._lowest_level = math.inf
+
+    def give_back(self) -> bool:
+        """Looks, and gives back what is too much. Returns whether any was; called where little is in use."""
+        own = own_memory()
+        if own is None or not (self._has_risen(own) or self._is_mostly_spare(own)):
             return False
+        self._settles_at, self._level = self._clock() + self.settling, 0
+        return _trim()
+
+    def _has_risen(self, own: int) -> bool:
+        now = self._clock()
+        if self._settles_at is None:
+            self._settles_at = now + self.settling
+        if now < self._settles_at:
+            self._level = max(self._level, own)
+            return False
+        if self._level:
+            self._lowest_level, self._level = min(self._lowest_level, self._level), 0
+        return own > MOST_ABOVE_LEVEL * self._lowest_level
+
+    def _is_mostly_spare(self, own: int) -> bool:
+        if own <= self.spare_bytes:
+            return False
+        in_use = _heap_in_use()
+        return in_use is not None and own - in_use > max(self.spare_bytes, in_use // 4)
+
+
+def own_memory() -> int | None:
+    """Bytes of this process that are resident and belong to no file; None where there is no /proc."""
+    try:
+        _, resident, shared, *_ = map(int, Path("/proc/self/statm").read_text().split())
+    except OSError:
+        return None
+    return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _heap_in_use() -> int | None:
+    try:
+        libc = ctypes.CDLL(None)
         libc.mallinfo2.restype = _MallInfo
         info = libc.mallinfo2()
     except (OSError, AttributeError):
+        return None
+    return info.uordblks + info.hblkhd
+
+
+def _trim() -> bool:
+    try:
+        return ctypes.CDLL(None).malloc_trim(ctypes.c_size_t(0)) == 1
+    except (OSError, AttributeError):
         return False
-    in_use = info.uordblks + info.hblkhd
-    return resident - in_use > max(spare_bytes, in_use // 4) and libc.malloc_trim(ctypes.c_size_t(0)) == 1
 
 
 @contextmanager

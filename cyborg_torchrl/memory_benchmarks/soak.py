@@ -161,7 +161,7 @@ def soak(config: str, overrides: Sequence[str], minutes: float, every: float, ba
             is_early = running.poll() is not None
         finally:
             if running.poll() is None:
-                os.killpg(running.pid, signal.SIGINT)
+                running.terminate()  # SIGINT is ignored by what a shell has started with &
             try:
                 output, said = running.communicate(timeout=SECONDS_TO_END)
             except subprocess.TimeoutExpired:
