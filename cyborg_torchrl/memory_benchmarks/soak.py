@@ -122,6 +122,11 @@ def names_in(*folders: Path) -> set[str]:
     return {str(path) for folder in folders if folder.is_dir() for path in folder.iterdir()}
 
 
+def _heed_interrupts() -> None:
+    """What a shell has started with & ignores SIGINT, and so does what that starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def soak(config: str, overrides: Sequence[str], minutes: float, every: float, base_dir: Path) -> dict[str, Any]:
     """Trains for so long.
 
@@ -148,6 +153,7 @@ def soak(config: str, overrides: Sequence[str], minutes: float, every: float, ba
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
+            preexec_fn=_heed_interrupts,
         )
         process, samples = psutil.Process(running.pid), list[Sample]()
         try:
@@ -161,7 +167,7 @@ def soak(config: str, overrides: Sequence[str], minutes: float, every: float, ba
             is_early = running.poll() is not None
         finally:
             if running.poll() is None:
-                running.terminate()  # SIGINT is ignored by what a shell has started with &
+                os.killpg(running.pid, signal.SIGINT)
             try:
                 output, said = running.communicate(timeout=SECONDS_TO_END)
             except subprocess.TimeoutExpired:
