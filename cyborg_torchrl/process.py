@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import math
 import os
 import platform
 import signal
@@ -20,8 +19,6 @@ import torch
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
 SPARE_BYTES = 2**30
 """What a process may keep of freed memory, whatever it uses."""
-MOST_ABOVE_LEVEL = 1.04
-"""How far memory may rise above the lowest level that it has settled at."""
 
 
 class _MallInfo(ctypes.Structure):
@@ -56,61 +53,47 @@ def keep_freed_memory() -> bool:
 
 
 class FreedMemory:
-    """Gives freed memory back to the system where a process has come to hold more of it than it needs.
+    """Gives freed memory back to the system now and then, and at once where there is very much of it.
 
     glibc does not fit an aligned block into a freed one of the same size, so blocks of many megabytes, one after the
     other, take ever more of its heap: with sequences of 100,000 steps 5 GB in an update that needs 1. And a small
-    block that stays, put where a large one used to fit, makes the heap longer by the large one for good. Nothing is
-    done where there is no such glibc, or no /proc.
+    block that stays, put where a large one used to fit, makes the heap longer by the large one: what is resident is
+    all that was ever used, and not what an update needs. Nothing is done where there is no such glibc, or no /proc.
 
     Args:
         spare_bytes: freed memory beyond this, and beyond a quarter of what is in use, is given back at once.
-        settling: seconds in which memory may rise to its level, from the first look and after any was given back.
-            Later, 4 % more than the lowest level is given back.
+        every: seconds after which all that is free is given back. Touching it again takes a hundredth of that time.
         clock: seconds.
     """
 
     def __init__(
-        self, spare_bytes: int = SPARE_BYTES, settling: float = 60.0, clock: Callable[[], float] = time.monotonic
+        self, spare_bytes: int = SPARE_BYTES, every: float = 10.0, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self.spare_bytes, self.settling, self._clock = spare_bytes, settling, clock
-        self._settles_at: float | None = None
-        self._level = 0
-        self._lowest_level = math.inf
+        self.spare_bytes, self.every, self._clock = spare_bytes, every, clock
+        self._next = clock() + every
 
     def give_back(self) -> bool:
         """Looks, and gives back what is too much. Returns whether any was; called where little is in use."""
-        own = own_memory()
-        if own is None or not (self._has_risen(own) or self._is_mostly_spare(own)):
+        now = self._clock()
+        if now < self._next and not self._is_mostly_spare():
             return False
-        self._settles_at, self._level = self._clock() + self.settling, 0
+        self._next = now + self.every
         return _trim()
 
-    def _has_risen(self, own: int) -> bool:
-        now = self._clock()
-        if self._settles_at is None:
-            self._settles_at = now + self.settling
-        if now < self._settles_at:
-            self._level = max(self._level, own)
-            return False
-        if self._level:
-            self._lowest_level, self._level = min(self._lowest_level, self._level), 0
-        return own > MOST_ABOVE_LEVEL * self._lowest_level
-
-    def _is_mostly_spare(self, own: int) -> bool:
-        if own <= self.spare_bytes:
+    def _is_mostly_spare(self) -> bool:
+        resident = _resident_memory()
+        if resident <= self.spare_bytes:
             return False
         in_use = _heap_in_use()
-        return in_use is not None and own - in_use > max(self.spare_bytes, in_use // 4)
+        return in_use is not None and resident - in_use > max(self.spare_bytes, in_use // 4)
 
 
-def own_memory() -> int | None:
-    """Bytes of this process that are resident and belong to no file; None where there is no /proc."""
+def _resident_memory() -> int:
+    """Bytes of this process that are resident; 0 where there is no /proc."""
     try:
-        _, resident, shared, *_ = map(int, Path("/proc/self/statm").read_text().split())
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
-        return None
-    return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
+        return 0
 
 
 def _heap_in_use() -> int | None:

@@ -47,15 +47,11 @@ def test_freed_memory_is_kept_until_there_is_too_much_of_it() -> None:
     assert 70 < after - before < 200  # what is in use is 80
 
 
-def test_memory_that_rises_from_where_it_settled_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Levels in MB at moments in seconds; a rise is legitimate while memory settles, and looked at again after."""
+def test_all_that_is_free_is_given_back_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[float] = []
-    at = {"now": 0.0, "own": 0.0}
-    monkeypatch.setattr(process, "own_memory", lambda: int(at["own"] * 1e6))
-    monkeypatch.setattr(process, "_trim", lambda: given.append(at["now"]) or True)
-    memory = FreedMemory(settling=60.0, clock=lambda: at["now"])
-    moments = [(0, 100), (30, 370), (50, 360), (61, 380), (90, 384), (100, 390)]  # 1.04 x 370 = 384.8
-    moments += [(101, 330), (130, 420), (161, 420), (170, 300), (200, 371), (230, 380)]
-    for at["now"], at["own"] in moments:
-        memory.give_back()
-    assert given == [100, 161]
+    now = 0.0
+    monkeypatch.setattr(process, "_trim", lambda: given.append(now) or True)
+    memory = FreedMemory(2**60, every=10.0, clock=lambda: now)
+    for now in (0.0, 5.0, 9.9, 10.5, 11.0, 20.0, 20.4, 20.5, 45.0, 46.0):
+        assert memory.give_back() == (now in (10.5, 20.5, 45.0))
+    assert given == [10.5, 20.5, 45.0]
