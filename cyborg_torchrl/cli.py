@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import os
+import select
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -57,12 +58,24 @@ def overrides_of(arguments: argparse.Namespace) -> list[str]:
     return [*arguments.overrides, *([] if arguments.seed is None else [f"train.seed={arguments.seed}"])]
 
 
+def _has_no_reader() -> bool:
+    """Whether nobody reads stdout any more."""
+    try:
+        look = select.poll()
+        look.register(sys.stdout.fileno(), 0)
+        return any(event & select.POLLERR for _, event in look.poll(0))
+    except (AttributeError, OSError, ValueError):  # there is no poll here, or stdout is no file
+        return False
+
+
 def unless_unread(run: Callable[[], int]) -> int:
     """The exit code of a command; `EXIT_UNREAD`, and no traceback, if its output is no longer read."""
     try:
         code = run()
         sys.stdout.flush()
     except BrokenPipeError:
+        if not _has_no_reader():  # some other pipe
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is flushed at the end goes nowhere
         return EXIT_UNREAD
     return code

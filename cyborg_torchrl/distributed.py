@@ -213,7 +213,9 @@ def _peers() -> Generator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise PeerLostError(f"another process of this run has ended, and says why ({_first_line(error)})") from None
+        raise PeerLostError(
+            f"another process of this run has ended; if it said why, see there ({_first_line(error)})"
+        ) from None
 
 
 def _first_line(error: BaseException) -> str:

@@ -91,7 +91,8 @@ def agent_of(content: dict[str, Any], path: Path, overrides: Sequence[str] = ())
         CheckpointError: if there is none that fits the configuration in it.
         ConfigError: if the configuration cannot be used.
     """
-    cfg = config_of(content, path)
+    device = device_overrides(overrides)
+    cfg = config_of(content, path, device)
     if overrides:
         cfg = config_of(content, path, [*_pinned_horizons(cfg), *overrides])
     env = build_single_env(cfg)
@@ -99,8 +100,13 @@ def agent_of(content: dict[str, Any], path: Path, overrides: Sequence[str] = ())
         agent = build_agent(cfg, env)
     finally:
         env.close()
-    load_parameters(agent, content, path, overrides)
+    load_parameters(agent, content, path, [override for override in overrides if override not in device])
     return Restored(cfg, agent, content)
+
+
+def device_overrides(overrides: Sequence[str]) -> list[str]:
+    """Those of the changes that say where to compute: the device that was trained on need not be here."""
+    return [override for override in overrides if override.startswith("train.device=")]
 
 
 def build_single_env(cfg: DictConfig) -> EnvBase:

@@ -21,7 +21,7 @@ from cyborg_torchrl.collectors.resumption import collector_state, resume_collect
 from cyborg_torchrl.config import ConfigError, load_config
 from cyborg_torchrl.distributed import Ranks
 from cyborg_torchrl.randomness import random_state, set_random_state
-from cyborg_torchrl.restore import checkpoint_path, config_of, load_parameters
+from cyborg_torchrl.restore import checkpoint_path, config_of, device_overrides, load_parameters
 from cyborg_torchrl.run_directory import lock_run
 
 LOGGER = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ def with_config_of_run(cfg: DictConfig, overrides: list[str]) -> DictConfig:
     if _run_of(path) is None and not any(override.startswith("logger.run_name=") for override in overrides):
         overrides = [*overrides, "logger.run_name=null"]  # the name is the old run's
     changed = config_of(content, path, overrides)
-    _check_unchanged(config_of(content, path), changed, path)
+    _check_unchanged(config_of(content, path, device_overrides(overrides)), changed, path)
     return changed
 
 

@@ -26,7 +26,7 @@ from hydra.core.utils import env_override
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from cyborg_torchrl.cli import EXIT_INTERRUPTED, report_error
+from cyborg_torchrl.cli import EXIT_INTERRUPTED, report_error, unless_unread
 from cyborg_torchrl.config import DEFAULT_CONFIG, ConfigError, explained, load_config, primary_config
 from cyborg_torchrl.jobs import EXIT_FAILED, run_job
 from cyborg_torchrl.registry import UnavailableError
@@ -48,9 +48,13 @@ $CONFIG
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command. Returns 0, 1 if a run of a sweep failed, 2 for bad input, 130 if interrupted."""
+    return unless_unread(lambda: _main(list(sys.argv[1:] if argv is None else argv)))
+
+
+def _main(argv: list[str]) -> int:
     logging.getLogger("torchrl").setLevel(logging.WARNING)
     try:
-        _run(list(sys.argv[1:] if argv is None else argv))
+        _run(argv)
     except (ConfigError, UnavailableError) as error:
         return report_error(error)
     except BrokenProcessPool:

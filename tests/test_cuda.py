@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -138,5 +137,6 @@ def test_the_update_sees_what_the_agent_acted_with(tmp_path: Path) -> None:
     run_experiment(load_config(overrides=[*own, *SMALL, "train.n_steps=8", "train.seq_len=4"]))
     lines = (tmp_path / "run" / "logs" / "metrics.csv").read_text().splitlines()
     column = lines[0].split(",").index("ratio_error")
-    assert all(float(line.split(",")[column]) <= 1e-5 for line in lines[1:])
-    assert json.loads((tmp_path / "run" / "manifest.json").read_text())["machine"]
+    errors = [float(line.split(",")[column]) for line in lines[1:]]
+    assert len(errors) >= 2
+    assert max(errors) <= 1e-5

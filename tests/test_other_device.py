@@ -173,13 +173,17 @@ def test_the_stand_in_refuses_what_a_gpu_refuses() -> None:
         here[there > 0]
 
 
-# without what torch makes in C++, where the stand-in's tensors are the CPU's: one_hot, uninitialised buffers
+# but `overlapped`, `permuted_copy` and transforms: they use what torch makes in C++, where the stand-in's tensors are
+# the CPU's (one_hot, uninitialised buffers)
 MODES = {
     "episode": ["train.n_steps=7"],
     "tbptt": ["train=tbptt", "train.seq_len=4", "train.n_steps=8"],
     "burn_in": ["train=burn_in", "train.seq_len=4", "train.burn_in=2", "train.n_steps=8"],
     "refreshed": ["train=tbptt", "train.seq_len=4", "train.n_steps=8", "train.refresh_states=true"],
     "stored_there": ["train=tbptt", "train.seq_len=4", "train.n_steps=8", "train.storage=device"],
+    "between_states": [
+        "train=tbptt", "train.seq_len=4", "train.n_steps=8", "train.state_stride=8", "train.state_dtype=float16",
+    ],
     "none": ["train.recurrent_mode=none", "train.n_steps=8"],
     "lstm": ["backbone=lstm", "train.n_steps=7", "train.micro_batch_steps=7"],
     "mamba_gru": ["backbone=mamba_gru", "train=tbptt", "train.seq_len=4", "train.n_steps=8"],
@@ -201,7 +205,9 @@ def test_runs(mode: str, tmp_path: Path) -> None:
     run_experiment(load_config(overrides=overrides))
     lines = (tmp_path / "run" / "logs" / "metrics.csv").read_text().splitlines()
     column = lines[0].split(",").index("ratio_error")
-    assert all(float(line.split(",")[column]) <= 1e-5 for line in lines[1:])
+    errors = [float(line.split(",")[column]) for line in lines[1:]]
+    assert len(errors) >= 1
+    assert max(errors) <= (1e-2 if "train.state_dtype=float16" in overrides else 1e-5)
 
 
 @pytest.mark.parametrize("backbone", ["lru", "mamba_gru", "pmm"])

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from cyborg_torchrl.checkpoint import CheckpointError
+from cyborg_torchrl.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from cyborg_torchrl.config import ConfigError
 from cyborg_torchrl.registry import backbones
 from cyborg_torchrl.restore import load_agent
 
@@ -30,3 +31,13 @@ def test_a_change_of_the_agent_is_blamed_and_not_the_file(change: str, save_trai
     with pytest.raises(CheckpointError, match=rf"do not fit the agent that {change} makes of it") as error:
         load_agent(save_trained(), [change])
     assert "\n" not in str(error.value)
+
+
+def test_what_was_trained_on_a_gpu_acts_where_there_is_none(save_trained: Callable[..., Path]) -> None:
+    path = save_trained("env.horizon=10")
+    content = load_checkpoint(path)
+    content["config"]["train"]["device"] = "cuda:99"
+    save_checkpoint(path, content)
+    assert load_agent(path, ["train.device=cpu"]).cfg.train.device == "cpu"
+    with pytest.raises(ConfigError, match=r"train.device is 'cuda:99'"):
+        load_agent(path)

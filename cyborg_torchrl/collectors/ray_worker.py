@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from torchrl.envs import EnvBase
 
 from cyborg_torchrl.collectors.rollout_collector import RolloutCollector
@@ -71,8 +72,9 @@ class RayWorker:
         self.collector.set_seed(seed)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the environments and the generators of random numbers stand."""
-        return {"collector": self.collector.state_dict(), "rng": random_state()}
+        """Where the environments and the generators of random numbers stand; on the CPU, as the learner's may be."""
+        state = {"collector": self.collector.state_dict(), "rng": random_state()}
+        return tree_map(lambda value: value.cpu() if isinstance(value, Tensor) else value, state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> int:
         """Goes back there. Returns how many environments begin new episodes instead."""

@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
         content = load_checkpoint(path, kind=DUMP)
     except FileNotFoundError:
         raise CheckpointError(f"no dump '{path}'.") from None
-    agent = agent_of(content, path).agent
+    agent = agent_of(content, path, ["train.device=cpu"]).agent
     print(f"update {content['update']}: {content['message']}")
     steps = content.get("steps")
     if not steps:

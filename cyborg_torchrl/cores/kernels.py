@@ -32,18 +32,18 @@ class Kernel:
 
     Args:
         name: "torch"; "cpp", the C++ scan (float32 and float64 on a CPU); "cuda", mamba-ssm's kernels; or "auto": the
-            fastest that is there.
+            fastest that is there and exact.
         scans: the scans by name; "torch" is always there.
-        is_exact: the CUDA kernels compute in float32; where they do not, "auto" leaves them alone.
+        is_cuda_exact: the CUDA scan rounds as the torch one does; where it does not, "auto" leaves it alone.
 
     Raises:
         ValueError: for a name that is not among them.
     """
 
-    def __init__(self, name: str, scans: dict[str, Callable[..., Any]], is_exact: bool = True) -> None:
+    def __init__(self, name: str, scans: dict[str, Callable[..., Any]], is_cuda_exact: bool = True) -> None:
         if name not in ("auto", *scans):
             raise ValueError(f"unknown kernel '{name}': {did_you_mean(name, ('auto', *scans))}")
-        self.name, self.scans, self.is_exact = name, scans, is_exact
+        self.name, self.scans, self.is_cuda_exact = name, scans, is_cuda_exact
 
     def choose(self, device: torch.device, dtype: torch.dtype) -> str:
         """The name of the scan for sequences on that device. Logs once what a GPU gets.
@@ -54,9 +54,11 @@ class Kernel:
         if self.name == "torch" or torch.compiler.is_exporting():
             return "torch"
         fast = self.name if self.name != "auto" else ("cuda" if device.type == "cuda" else "cpp")
-        if fast not in self.scans or (self.name == "auto" and fast == "cuda" and not self.is_exact):
+        if fast not in self.scans:
             return "torch"
         reason = _why_no_cuda(device, dtype) if fast == "cuda" else _why_no_cpp(device, dtype)
+        if fast == "cuda" and self.name == "auto" and not self.is_cuda_exact:
+            reason = "mamba-ssm's kernels round what they multiply; kernel 'cuda' takes them nevertheless"
         if reason and self.name != "auto":
             raise RuntimeError(f"kernel '{self.name}' cannot be used: {reason}; use kernel 'auto' or 'torch'.")
         if fast == "cuda":

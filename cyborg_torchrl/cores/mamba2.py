@@ -87,7 +87,7 @@ class Mamba2Block(Core):
         timescales = (1.0 / (d_state * step_sizes(heads, max_horizon))).repeat_interleave(headdim)
         self.readout = build_readout("none" if official else readout, d_inner, readout_groups, timescales)
         self.initial = InitialState(self.state_shapes, learn_initial_state)
-        self.kernel = Kernel(kernel, {"torch": ssd_scan, "cuda": ssd_scan_cuda}, is_exact=False)
+        self.kernel = Kernel(kernel, {"torch": ssd_scan, "cuda": ssd_scan_cuda}, is_cuda_exact=False)
         # repeats one number a head for all of its channels; broadcasting over rows of 8 is far slower
         self.spread: Tensor
         self.register_buffer("spread", torch.eye(heads).repeat_interleave(headdim, 1), persistent=False)

@@ -201,7 +201,8 @@ class RecurrentRolloutBuffer(ReplayBuffer):
         stored = rows.get(KEYFRAME)
         if self.state_dtype is None:
             return stored
-        return TensorDict({key: stored.get(key).to(dtype) for key, dtype in self._dtypes.items()}, stored.batch_size)
+        states = {key: stored.get(key).to(dtype) for key, dtype in self._dtypes.items()}
+        return TensorDict(states, stored.batch_size, device=stored.device)
 
     def _sequences(self, rows: TensorDictBase, row: Tensor) -> tuple[TensorDictBase, Tensor]:
         """The sequences of stored rows, and the number of each chunk, counted over all environments."""

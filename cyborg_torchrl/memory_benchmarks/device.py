@@ -11,11 +11,14 @@ from cyborg_torchrl.config.checks import resolve_device
 
 
 def device_here(text: str) -> torch.device:
-    """Type of an argument: cpu, cuda, cuda:N or auto, if it is there."""
+    """Type of an argument: cpu, cuda, cuda:N or auto, if it is there; a GPU becomes the present one."""
     try:
-        return resolve_device(text)
+        device = resolve_device(text)
     except ConfigError as error:
-        raise argparse.ArgumentTypeError(str(error).removeprefix("train.device ")) from None
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
 
 
 def device_name(device: torch.device) -> str:

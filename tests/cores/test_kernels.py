@@ -123,8 +123,8 @@ def test_a_kernel_that_cannot_be_had_is_a_clear_error() -> None:
 
 def test_auto_leaves_a_kernel_that_rounds_alone(monkeypatch) -> None:
     monkeypatch.setattr(kernels, "_why_not", lambda: "")
-    assert Kernel("auto", SCANS, is_exact=False).choose(GPU, torch.float32) == "torch"
-    assert Kernel("cuda", SCANS, is_exact=False).choose(GPU, torch.float32) == "cuda"
+    assert Kernel("auto", SCANS, is_cuda_exact=False).choose(GPU, torch.float32) == "torch"
+    assert Kernel("cuda", SCANS, is_cuda_exact=False).choose(GPU, torch.float32) == "cuda"
 
 
 def test_double_precision_on_a_gpu_takes_the_torch_path(monkeypatch) -> None:
