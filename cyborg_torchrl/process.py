@@ -62,7 +62,7 @@ class FreedMemory:
 
     Args:
         spare_bytes: freed memory beyond this, and beyond a quarter of what is in use, is given back at once.
-        every: seconds after which all that is free is given back. Touching it again takes a hundredth of that time.
+        every: seconds after which all that is free is given back.
         clock: seconds.
     """
 
