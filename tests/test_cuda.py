@@ -140,3 +140,13 @@ def test_the_update_sees_what_the_agent_acted_with(tmp_path: Path) -> None:
     errors = [float(line.split(",")[column]) for line in lines[1:]]
     assert len(errors) >= 2
     assert max(errors) <= 1e-5
+
+
+def test_a_run_with_a_graph_is_the_same_run(tmp_path: Path) -> None:
+    own = [*SMALL, f"logger.base_dir={tmp_path}", "train.device=cuda", "collector=fused"]
+    for is_graphed in ("false", "true"):
+        asked = [f"collector.is_graphed={is_graphed}", f"logger.run_name={is_graphed}"]
+        run_experiment(load_config(overrides=[*own, *asked]))
+    ends = [load_checkpoint(tmp_path / name / "checkpoints" / "last.pt")["agent"] for name in ("false", "true")]
+    for key, value in ends[0].items():
+        assert torch.equal(value, ends[1][key]), key

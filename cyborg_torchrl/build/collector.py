@@ -33,11 +33,17 @@ def build_collector(
         "frames_per_batch": frames,
         "total_frames": frames * max(1, cfg.train.total_timesteps // frames),
     }
+    is_graphed = cfg.collector.is_graphed
     if cfg.collector.name == "rollout":
         collector = RolloutCollector(env, agent, **options, **_kept(agent, buffer, env))
     elif cfg.collector.name in ("single", "fused"):
-        kind = FusedCollector if cfg.collector.name == "fused" else Collector
-        collector = kind(env, agent, auto_register_policy_transforms=True, **options)
+        kind = Collector if cfg.collector.name == "single" else partial(FusedCollector, is_graphed=is_graphed)
+        try:
+            collector = kind(env, agent, auto_register_policy_transforms=True, **options)
+        except ValueError as error:
+            if not is_graphed:
+                raise
+            raise ConfigError(f"collector.is_graphed: {error}") from None
     elif cfg.collector.name == "overlapped":
         collector = OverlappedCollector(_groups(cfg, env), agent, **options, **_kept(agent, buffer, env))
     elif cfg.collector.name == "ray":

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cyborg_torchrl.build import build_agent, build_env
+from cyborg_torchrl.build import build_agent, build_env, build_trainer
 from cyborg_torchrl.collectors import FusedCollector
 from cyborg_torchrl.collectors.entries import Entries
 from cyborg_torchrl.collectors.fused_policy import FusedPolicy
 from cyborg_torchrl.collectors.graphed_policy import GraphedPolicy
-from cyborg_torchrl.config import load_config
+from cyborg_torchrl.config import ConfigError, load_config
 
 STEPS, ENVS = 40, 3
 OPTIONS = ["env=delayed_cue", "env.horizon=5", f"env.num_envs={ENVS}", f"train.n_steps={STEPS}", "backbone=lstm"]
@@ -93,6 +93,17 @@ def test_without_cuda_a_graph_is_refused() -> None:
     env = build_env(cfg)
     with pytest.raises(ValueError, match=r"is_graphed needs a policy that can be fused, .* here are cpu"):
         FusedCollector(env, build_agent(cfg, env), frames_per_batch=STEPS * ENVS, total_frames=-1, is_graphed=True)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs that there is no CUDA device")
+def test_a_configuration_asks_for_a_graph() -> None:
+    asks = [*OPTIONS, "collector=fused"]
+    with pytest.raises(ConfigError, match=r"is_graphed needs train\.device=cuda; the device here is 'cpu'"):
+        load_config(overrides=[*asks, "collector.is_graphed=true"])
+    cfg = load_config(overrides=asks)
+    cfg.collector.is_graphed = True  # as where there is a device
+    with pytest.raises(ConfigError, match=r"collector\.is_graphed: .* here are cpu"):
+        build_trainer(cfg)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
