@@ -1,5 +1,6 @@
 # Each target sets up .venv by itself. The same by hand:
 #   python3 -m venv .venv
+#   .venv/bin/pip install -c constraints.txt torch numpy   (first: what is in C++ is built against it)
 #   .venv/bin/pip install -c constraints.txt -e ".[dev]"
 #   .venv/bin/python examples/delayed_cue.py      (make demo)
 #   scripts/check && scripts/test                 (make test, which first builds mamba-ssm to test against)

@@ -16,6 +16,8 @@ from types import FrameType
 
 import torch
 
+from cyborg_torchrl import tensor_pool
+
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
 SPARE_BYTES = 2**30
 """What a process may keep of freed memory, whatever it uses."""
@@ -32,11 +34,12 @@ def prepare_cpu(num_threads: int = 1) -> None:
     """Sets torch's threads, flushes denormals, and keeps freed memory.
 
     Decayed memory states become denormal numbers, which a CPU handles ten times slower: they are flushed to zero.
-    Changes the whole process.
+    Large tensors get a place of their own (`tensor_pool`). Changes the whole process.
     """
     torch.set_num_threads(num_threads)
     torch.set_flush_denormal(True)
     keep_freed_memory()
+    tensor_pool.install()
 
 
 def keep_freed_memory() -> bool:
@@ -55,14 +58,15 @@ def keep_freed_memory() -> bool:
 class FreedMemory:
     """Gives freed memory back to the system now and then, and at once where there is very much of it.
 
+    What is resident is all that was ever used at once, not what an update needs. Without a `tensor_pool` it is more:
     glibc does not fit an aligned block into a freed one of the same size, so blocks of many megabytes, one after the
-    other, take ever more of its heap: with sequences of 100,000 steps 5 GB in an update that needs 1. And a small
-    block that stays, put where a large one used to fit, makes the heap longer by the large one: what is resident is
-    all that was ever used, and not what an update needs. Nothing is done where there is no such glibc, or no /proc.
+    other, take ever more of its heap (with sequences of 100,000 steps 5 GB in an update that needs 1), and a small
+    block that stays, put where a large one used to fit, makes the heap longer by the large one. glibc's part is left
+    where there is no such glibc, or no /proc.
 
     Args:
         spare_bytes: freed memory beyond this, and beyond a quarter of what is in use, is given back at once.
-        every: seconds after which all that is free is given back.
+        every: seconds after which the heap's free memory is given back, and of the pool what it has not needed since.
         clock: seconds.
     """
 
@@ -75,10 +79,12 @@ class FreedMemory:
     def give_back(self) -> bool:
         """Looks, and gives back what is too much. Returns whether any was; called where little is in use."""
         now = self._clock()
-        if now < self._next and not self._is_mostly_spare():
+        is_mostly_spare = self._is_mostly_spare()
+        if now < self._next and not is_mostly_spare:
             return False
         self._next = now + self.every
-        return _trim()
+        released = tensor_pool.release(everything=is_mostly_spare)
+        return _trim() or released > 0
 
     def _is_mostly_spare(self) -> bool:
         resident = _resident_memory()
@@ -103,7 +109,7 @@ def _heap_in_use() -> int | None:
         info = libc.mallinfo2()
     except (OSError, AttributeError):
         return None
-    return info.uordblks + info.hblkhd
+    return info.uordblks + info.hblkhd + tensor_pool.bytes_in_use()
 
 
 def _trim() -> bool:
