@@ -98,6 +98,9 @@ def _run_command(config: str, overrides: Sequence[str], is_print_only: bool) -> 
         summary = run_experiment(cfg)
     except KNOWN_ERRORS as error:
         return report_error(error)
+    except KeyboardInterrupt:
+        print("interrupted before training began", file=sys.stderr)
+        return EXIT_INTERRUPTED
     return report_summary(summary)
 
 

@@ -45,7 +45,8 @@ def run_experiment(cfg: DictConfig) -> dict[str, Any]:
     """Trains, evaluates and writes everything down.
 
     Ctrl-C (or SIGTERM) ends training, and the summary says that it was cut short; `logger.resume` goes on from the last
-    update that was done, with the same figures as if nothing had happened. Where a launcher has started several
+    update that was done, with the same figures as if nothing had happened. Before training, while environments are
+    built, there is nothing to keep, and it is a KeyboardInterrupt. Where a launcher has started several
     processes they train together; the first of them evaluates and writes.
 
     Args:
@@ -60,7 +61,7 @@ def run_experiment(cfg: DictConfig) -> dict[str, Any]:
         StoppedError: if the run cannot go on: the disk is full, a number is not finite, workers die over and over.
     """
     try:
-        with joined_ranks(cfg.train.device) as ranks:
+        with _sigterm_as_interrupt(), joined_ranks(cfg.train.device) as ranks:
             return _run(cfg, ranks)
     except LaunchError as error:
         raise ConfigError(str(error)) from None
@@ -86,10 +87,7 @@ def _run(cfg: DictConfig, ranks: Ranks) -> dict[str, Any]:
     metrics: dict[str, float] = {}
     steps_before = trainer.num_steps
     try:
-        with (
-            _sigterm_as_interrupt(),
-            progress.over(trainer.total_updates, trainer.steps_per_update, trainer.num_updates),
-        ):
+        with progress.over(trainer.total_updates, trainer.steps_per_update, trainer.num_updates):
             for metrics in trainer.run():
                 seconds = time.perf_counter() - started
                 speed = (trainer.num_steps - steps_before) / seconds

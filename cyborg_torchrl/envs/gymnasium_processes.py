@@ -17,6 +17,7 @@ import cloudpickle
 import gymnasium
 
 from cyborg_torchrl.envs.episode import Episode, fingerprint
+from cyborg_torchrl.process import interrupts_deferred
 
 LOGGER = logging.getLogger(__name__)
 ATTEMPTS = 5
@@ -240,7 +241,8 @@ class EnvironmentProcesses:
     def _started(self, worker: int) -> _Worker:
         ours, theirs = self._context.Pipe()
         process = self._context.Process(target=_serve, args=(theirs, self._makers[worker]), daemon=True)
-        process.start()
+        with interrupts_deferred():  # one that has been told half of what to do complains
+            process.start()
         theirs.close()
         return _Worker(process, ours)
 

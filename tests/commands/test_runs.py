@@ -124,6 +124,30 @@ def test_an_interrupted_run_saves_what_was_learned(tmp_path, number):
     assert load_checkpoint(checkpoint)["agent"]
 
 
+def test_an_interrupt_while_processes_start_leaves_nothing(tmp_path):
+    folder, base = tmp_path / "temporary", tmp_path / "runs"
+    folder.mkdir()
+    command = [sys.executable, "examples/delayed_cue.py", "env=gymnasium", "env.id=CartPole-v1", "env.workers=2"]
+    process = subprocess.Popen(
+        [*command, f"logger.base_dir={base}"],
+        cwd=ROOT,
+        env={**THIS_CHECKOUT, "TMPDIR": str(folder)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 300
+    while not list(folder.glob("pymp-*")) and time.monotonic() < deadline:  # multiprocessing's
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 130, err
+    assert err == "interrupted before training began\n"
+    assert not out
+    assert not list(folder.iterdir())
+    assert not list(base.glob("*"))
+
+
 def test_an_interrupt_waits_until_a_block_is_done() -> None:
     done = []
 
