@@ -5,8 +5,8 @@ python -m cyborg_torchrl.memory_benchmarks.soak --config public_benchmark env=gy
 
 A run in a process of its own is sampled while it trains, and interrupted at the end. Exit code 0 if, after a tenth of
 the time, its own memory never was 5 % above the median of the first half, and it had no more open files, threads or
-processes than before, and if nothing was left afterwards: no process, no shared memory (of whatever program: let
-nothing else run), no temporary file; 1 if not. A process's own memory is what is resident less the pages of files,
+processes than before, and if nothing was left afterwards: no process, no shared memory that nobody holds, no temporary
+file; 1 if not. A process's own memory is what is resident less the pages of files,
 which the system takes away and brings back as it likes. It may fall for a moment: protobuf, which TensorBoard's files
 are written with, has glibc give all freed memory back every now and then.
 """
@@ -40,6 +40,7 @@ WARM_UP = 0.1
 """Share of the time in which a run may still grow: pools fill, threads and workers begin."""
 TOLERANCE = 0.05
 """Of own memory: by how much its largest value may exceed the median of the first half."""
+SHARED_MEMORY = Path("/dev/shm")
 FOREVER = 10**15
 SECONDS_TO_END = 60.0
 
@@ -122,6 +123,19 @@ def names_in(*folders: Path) -> set[str]:
     return {str(path) for folder in folders if folder.is_dir() for path in folder.iterdir()}
 
 
+def held(folder: Path) -> set[str]:
+    """Paths in a folder that a process, which we may ask, has open or mapped."""
+    import psutil
+
+    paths: set[str] = set()
+    for process in psutil.process_iter():
+        try:
+            paths |= {opened.path for opened in process.open_files()} | {each.path for each in process.memory_maps()}
+        except psutil.Error:
+            continue
+    return {path for path in paths if Path(path).parent == folder}
+
+
 def _heed_interrupts() -> None:
     """What a shell has started with & ignores SIGINT, and so does what that starts."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -145,7 +159,7 @@ def soak(config: str, overrides: Sequence[str], minutes: float, every: float, ba
     marker = uuid.uuid4().hex
     with tempfile.TemporaryDirectory(prefix="soak-") as temporary:
         own = [f"train.total_timesteps={FOREVER}", "logger.progress=false", f"logger.base_dir={base_dir}"]
-        shared, began = names_in(Path("/dev/shm")), time.monotonic()
+        shared, began = names_in(SHARED_MEMORY), time.monotonic()
         running = subprocess.Popen(
             [sys.executable, "-c", PROGRAM, config, *own, *overrides],
             env={**os.environ, MARKER: marker, "TMPDIR": temporary},
@@ -178,7 +192,9 @@ def soak(config: str, overrides: Sequence[str], minutes: float, every: float, ba
             time.sleep(0.2)
         result = findings(samples, minutes)
         result["processes_left"] = left_behind(marker)
-        result["shared_memory_left"] = sorted(names_in(Path("/dev/shm")) - shared)
+        found = names_in(SHARED_MEMORY) - shared
+        # what others made meanwhile they hold
+        result["shared_memory_left"] = sorted((found - held(SHARED_MEMORY)) & names_in(SHARED_MEMORY)) if found else []
         result["temporary_files_left"] = sorted(names_in(Path(temporary)))
         summary = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
         result |= {"ended_early": is_early, "said": said, "summary": summary[-1] if summary else None}

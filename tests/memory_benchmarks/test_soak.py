@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import mmap
 from pathlib import Path
 
 import pytest
 
-from cyborg_torchrl.memory_benchmarks.soak import Sample, findings, is_sound, main, soak
+from cyborg_torchrl.memory_benchmarks.soak import Sample, findings, held, is_sound, main, soak
 
 SOUND = {
     "is_flat": True, "grown": [], "processes_left": [], "shared_memory_left": [], "temporary_files_left": [],
@@ -57,6 +58,18 @@ def test_a_short_soak_of_environment_processes_leaves_nothing(tmp_path: Path) ->
     assert result["processes"]["largest"] >= 3, "two of environments and the run itself"
     assert result["processes_left"] == result["shared_memory_left"] == result["temporary_files_left"] == []
     assert result["summary"]["is_interrupted"]
+
+
+def test_what_another_program_holds_is_not_left_behind(tmp_path: Path) -> None:
+    (tmp_path / "mapped").write_bytes(b"x" * 4096)
+    (tmp_path / "open").write_bytes(b"")
+    (tmp_path / "nobody's").write_bytes(b"")
+    with (tmp_path / "mapped").open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 4096, prot=mmap.PROT_READ)
+    with (tmp_path / "open").open("w"):
+        assert held(tmp_path) == {str(tmp_path / "mapped"), str(tmp_path / "open")}
+    mapped.close()
+    assert held(tmp_path) == set()
 
 
 def test_a_run_that_ends_early_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
