@@ -38,7 +38,7 @@ demo: install  ## train on delayed cue at horizon 1000
 
 test: install .venv/official .venv/memory-gym  ## linters and tests
 	scripts/check
-	scripts/test
+	scripts/test --numprocesses logical --maxprocesses 4 --dist loadfile
 
 check: install  ## linters alone
 	scripts/check
