@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -124,9 +125,15 @@ def test_an_interrupted_run_saves_what_was_learned(tmp_path, number):
     assert load_checkpoint(checkpoint)["agent"]
 
 
-def test_an_interrupt_while_processes_start_leaves_nothing(tmp_path):
-    folder, base = tmp_path / "temporary", tmp_path / "runs"
-    folder.mkdir()
+@pytest.fixture
+def short_path():
+    """Where a socket's path, of at most 108 bytes, has room."""
+    with tempfile.TemporaryDirectory(prefix="t-") as folder:
+        yield Path(folder)
+
+
+def test_an_interrupt_while_processes_start_leaves_nothing(tmp_path, short_path):
+    folder, base = short_path, tmp_path / "runs"
     command = [sys.executable, "examples/delayed_cue.py", "env=gymnasium", "env.id=CartPole-v1", "env.workers=2"]
     process = subprocess.Popen(
         [*command, f"logger.base_dir={base}"],
