@@ -18,6 +18,7 @@ import gymnasium
 
 from cyborg_torchrl.envs.episode import Episode, fingerprint
 from cyborg_torchrl.process import interrupts_deferred
+from cyborg_torchrl.registry import UnavailableError
 
 LOGGER = logging.getLogger(__name__)
 ATTEMPTS = 5
@@ -241,8 +242,12 @@ class EnvironmentProcesses:
     def _started(self, worker: int) -> _Worker:
         ours, theirs = self._context.Pipe()
         process = self._context.Process(target=_serve, args=(theirs, self._makers[worker]), daemon=True)
-        with interrupts_deferred():  # one that has been told half of what to do complains
-            process.start()
+        try:
+            with interrupts_deferred():  # one that has been told half of what to do complains
+                process.start()
+        except OSError as error:
+            help_ = ": TMPDIR is too long for a socket" if "AF_UNIX" in str(error) else ""
+            raise UnavailableError(f"cannot start a process for environments ({error}){help_}.") from None
         theirs.close()
         return _Worker(process, ours)
 

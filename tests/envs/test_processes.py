@@ -26,6 +26,7 @@ from cyborg_torchrl.envs.gymnasium_batch import batch
 from cyborg_torchrl.envs.gymnasium_env import wrap
 from cyborg_torchrl.envs.gymnasium_processes import EnvironmentProcesses
 from cyborg_torchrl.experiment import run_experiment
+from cyborg_torchrl.registry import UnavailableError
 
 ROOT = Path(__file__).resolve().parents[2]
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # other processes do not find the tests
@@ -200,3 +201,12 @@ def _is_running(pid: int) -> bool:
         return " Z " not in Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return False
+
+
+def test_a_process_that_cannot_be_started_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Any) -> None:
+        raise OSError("AF_UNIX path too long")
+
+    monkeypatch.setattr("multiprocessing.context.ForkServerProcess.start", refuse)
+    with pytest.raises(UnavailableError, match=r"cannot start a process .*: TMPDIR is too long for a socket\.$"):
+        EnvironmentProcesses([Counter, Counter], 2, [])
