@@ -42,7 +42,8 @@ def install() -> bool:
 
     Returns:
         Whether they are: not where nothing was built, where another allocator has taken torch's place, or where
-        addresses are limited (`ulimit -v`): the pool reserves as many as there is memory, and uses what it needs.
+        addresses are limited (`ulimit -v`) or count as memory (`vm.overcommit_memory=2`): the pool reserves as many as
+        there is memory, and uses what it needs.
     """
     found = library()
     return found is not None and found.cyborg_pool_install()

@@ -11,6 +11,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <fstream>
 #include <iterator>
 #include <map>
 #include <mutex>
@@ -33,8 +34,11 @@ struct Range {
 
 class Pool {
   public:
-    // Whether there is room: a limit on addresses (ulimit -v) may forbid it.
+    // Whether there is room: a limit on addresses (ulimit -v) may forbid it. Where the system promises no more than it
+    // has (vm.overcommit_memory = 2), addresses count as memory, and all of them would be taken from other programs.
     bool reserve() {
+        int overcommit = 0;
+        if (std::ifstream("/proc/sys/vm/overcommit_memory") >> overcommit && overcommit == 2) return false;
         page_ = size_t(sysconf(_SC_PAGESIZE));
         const size_t size = page_ * size_t(sysconf(_SC_PHYS_PAGES));
         void* got = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
