@@ -23,6 +23,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -124,16 +125,32 @@ def names_in(*folders: Path) -> set[str]:
 
 
 def held(folder: Path) -> set[str]:
-    """Paths in a folder that a process, which we may ask, has open or mapped."""
-    import psutil
+    """Paths in a folder that a process, which we may ask, has open or mapped.
 
-    paths: set[str] = set()
-    for process in psutil.process_iter():
-        try:
-            paths |= {opened.path for opened in process.open_files()} | {each.path for each in process.memory_maps()}
-        except psutil.Error:
-            continue
-    return {path for path in paths if Path(path).parent == folder}
+    By inode: a semaphore is mapped while it has another name than the one that it gets.
+    """
+    paths: dict[tuple[int, int], str] = {}
+    for path in folder.iterdir():
+        with suppress(OSError):
+            paths[(path.stat().st_dev, path.stat().st_ino)] = str(path)
+    found: set[tuple[int, int]] = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            for line in (process / "maps").read_text().splitlines():
+                device, inode = line.split()[3:5]
+                major, minor = (int(number, 16) for number in device.split(":"))
+                found.add((os.makedev(major, minor), int(inode)))
+        with suppress(OSError):
+            for file in (process / "fd").iterdir():
+                with suppress(OSError):
+                    found.add((file.stat().st_dev, file.stat().st_ino))
+    return {paths[each] for each in found & paths.keys()}
+
+
+def unheld(before: set[str]) -> set[str]:
+    """Shared memory that was not there before, and that nobody holds: what other programs made meanwhile they hold."""
+    found = names_in(SHARED_MEMORY) - before
+    return (found - held(SHARED_MEMORY)) & names_in(SHARED_MEMORY) if found else set()
 
 
 def _heed_interrupts() -> None:
@@ -188,13 +205,12 @@ def soak(config: str, overrides: Sequence[str], minutes: float, every: float, ba
                 os.killpg(running.pid, signal.SIGKILL)
                 output, said = running.communicate()
         end = time.monotonic() + 10
-        while left_behind(marker) and time.monotonic() < end:  # a helper of multiprocessing ends a moment later
+        # a helper of multiprocessing ends, and takes semaphores with it, a moment later
+        while (left_behind(marker) or unheld(shared)) and time.monotonic() < end:
             time.sleep(0.2)
         result = findings(samples, minutes)
         result["processes_left"] = left_behind(marker)
-        found = names_in(SHARED_MEMORY) - shared
-        # what others made meanwhile they hold
-        result["shared_memory_left"] = sorted((found - held(SHARED_MEMORY)) & names_in(SHARED_MEMORY)) if found else []
+        result["shared_memory_left"] = sorted(unheld(shared))
         result["temporary_files_left"] = sorted(names_in(Path(temporary)))
         summary = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
         result |= {"ended_early": is_early, "said": said, "summary": summary[-1] if summary else None}

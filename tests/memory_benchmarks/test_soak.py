@@ -4,11 +4,23 @@ from __future__ import annotations
 
 import json
 import mmap
+import multiprocessing
+import os
 from pathlib import Path
 
 import pytest
 
-from cyborg_torchrl.memory_benchmarks.soak import Sample, findings, held, is_sound, main, soak
+from cyborg_torchrl.memory_benchmarks.soak import (
+    SHARED_MEMORY,
+    Sample,
+    findings,
+    held,
+    is_sound,
+    main,
+    names_in,
+    soak,
+    unheld,
+)
 
 SOUND = {
     "is_flat": True, "grown": [], "processes_left": [], "shared_memory_left": [], "temporary_files_left": [],
@@ -72,6 +84,20 @@ def test_what_another_program_holds_is_not_left_behind(tmp_path: Path) -> None:
     assert held(tmp_path) == set()
 
 
+def test_a_semaphore_is_held_by_who_made_it_until_nobody_does() -> None:
+    before = names_in(SHARED_MEMORY)
+    held_here = multiprocessing.get_context("spawn").Lock()  # its name stays as long as it lives
+    made = names_in(SHARED_MEMORY) - before
+    assert made
+    assert made & held(SHARED_MEMORY)
+    assert not made <= unheld(before)
+    del held_here
+    stray = SHARED_MEMORY / f"stray-{os.getpid()}"
+    stray.write_bytes(b"")
+    assert str(stray) in unheld(before)
+    stray.unlink()
+
+
 def test_a_run_that_ends_early_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--minutes", "1", "--every", "1", "--base-dir", str(tmp_path), "train.n_steps=-1"]) == 2
     assert "train.n_steps" in capsys.readouterr().err
@@ -79,7 +105,6 @@ def test_a_run_that_ends_early_says_why(tmp_path: Path, capsys: pytest.CaptureFi
 
 def test_processes_that_outlive_the_run_are_found(tmp_path: Path) -> None:
     """The marker is in the environment of whatever a run starts, in whatever session."""
-    import os
     import subprocess
     import sys
 
