@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,12 +11,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from cyborg_torchrl.__main__ import main
 from cyborg_torchrl.build import build_agent, build_env
 from cyborg_torchrl.checkpoint import load_checkpoint
+from cyborg_torchrl.cli import run_command
 from cyborg_torchrl.config import load_config
 from cyborg_torchrl.cores import Core
 from cyborg_torchrl.diagnostics import check_recurrent
+from cyborg_torchrl.envs import DelayedCueEnv
+from cyborg_torchrl.envs.memory_task import Transition
 from cyborg_torchrl.experiment import run_experiment
+from cyborg_torchrl.memory_benchmarks import core_speed
 from cyborg_torchrl.registry import backbones
 from cyborg_torchrl.restore import load_agent
 from cyborg_torchrl.trainer import PPOTrainer
@@ -132,21 +138,54 @@ def test_what_was_trained_on_a_gpu_acts_on_a_cpu(tmp_path: Path) -> None:
     assert (ours - theirs).abs().max() <= 1e-4
 
 
-def test_the_update_sees_what_the_agent_acted_with(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("more", "bound"), [([], 1e-5), (["train.state_stride=8", "train.state_dtype=float16"], 1e-2)], ids=str
+)
+def test_the_update_sees_what_the_agent_acted_with(more: list[str], bound: float, tmp_path: Path) -> None:
     own = [f"logger.base_dir={tmp_path}", "logger.run_name=run", "train.device=cuda", "train=burn_in"]
-    run_experiment(load_config(overrides=[*own, *SMALL, "train.n_steps=8", "train.seq_len=4"]))
+    run_experiment(load_config(overrides=[*own, *SMALL, "train.n_steps=8", "train.seq_len=4", *more]))
     lines = (tmp_path / "run" / "logs" / "metrics.csv").read_text().splitlines()
     column = lines[0].split(",").index("ratio_error")
     errors = [float(line.split(",")[column]) for line in lines[1:]]
     assert len(errors) >= 2
-    assert max(errors) <= 1e-5
+    assert max(errors) <= bound
+
+
+def test_the_dump_of_a_run_is_looked_into_without_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """NaN in an observation of the second update: the agent comes to it again, on the CPU."""
+    advance, calls = DelayedCueEnv.advance, 0
+
+    def broken(env: DelayedCueEnv, action: Tensor) -> Transition:
+        nonlocal calls
+        result, calls = advance(env, action), calls + 1
+        if calls == 7 + 3:
+            result = result._replace(observation=result.observation.clone())
+            result.observation[1] = torch.nan
+        return result
+
+    monkeypatch.setattr(DelayedCueEnv, "advance", broken)
+    own = [f"logger.base_dir={tmp_path}", "logger.run_name=run", "train.device=cuda"]
+    assert run_command("memory_delayed_cue_recurrent", [*SMALL, *own]) == 1
+    assert "'observation' is nan in environment 1 at step 3 of the rollout (update 2" in capsys.readouterr().err
+    assert main(["replay", str(tmp_path / "run" / "dumps" / "update_00000002.pt")]) == 0
+    said = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (said["environment"], said["first_step_without_log_prob"], said["is_reproduced"]) == (1, 3, True)
 
 
 def test_a_run_with_a_graph_is_the_same_run(tmp_path: Path) -> None:
     own = [*SMALL, f"logger.base_dir={tmp_path}", "train.device=cuda", "collector=fused"]
     for is_graphed in ("false", "true"):
-        asked = [f"collector.is_graphed={is_graphed}", f"logger.run_name={is_graphed}"]
+        asked = [f"collector.is_graphed={is_graphed}", f"logger.run_name=graphed_{is_graphed}"]
         run_experiment(load_config(overrides=[*own, *asked]))
-    ends = [load_checkpoint(tmp_path / name / "checkpoints" / "last.pt")["agent"] for name in ("false", "true")]
+    runs = [tmp_path / f"graphed_{is_graphed}" for is_graphed in ("false", "true")]
+    ends = [load_checkpoint(run / "checkpoints" / "last.pt")["agent"] for run in runs]
     for key, value in ends[0].items():
         assert torch.equal(value, ends[1][key]), key
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:0"])
+def test_a_benchmark_takes_a_gpu(device: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert core_speed.main(["--device", device, "--repeats", "1", "--only", "lru 128, 64 x 128"]) == 0
+    assert torch.cuda.get_device_name() in capsys.readouterr().out
