@@ -6,17 +6,19 @@
 #   scripts/check && scripts/test                 (make test, which first builds mamba-ssm to test against)
 PYTHON ?= python3
 BIN := .venv/bin
+# Modules are compiled when they are first imported: most of what is installed never is, and it takes minutes
+QUIETLY := --disable-pip-version-check -q --no-compile
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install demo test check docs learn minerl test-minerl clean
+.PHONY: help install demo test slow check docs learn minerl test-minerl clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt torch numpy
-	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e ".[dev]"
+	$(BIN)/pip install $(QUIETLY) -c constraints.txt torch numpy
+	$(BIN)/pip install $(QUIETLY) -c constraints.txt -e ".[dev]"
 	touch $@
 
 install: .venv/installed  ## .venv with the package and its tools, from the pinned lock
@@ -26,14 +28,14 @@ demo: install  ## train on delayed cue at horizon 1000
 
 # The official Mamba package, without its CUDA kernels: its pure-PyTorch code is what ours is tested against
 .venv/official: .venv/installed
-	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt einops ninja packaging setuptools wheel
-	MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE $(BIN)/pip install --disable-pip-version-check -q \
+	$(BIN)/pip install $(QUIETLY) -c constraints.txt einops ninja packaging setuptools wheel
+	MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE $(BIN)/pip install $(QUIETLY) \
 	  --no-build-isolation --no-deps -c constraints.txt mamba-ssm \
 	  && touch $@ || echo "mamba-ssm could not be built here: the tests against it will be skipped"
 
 # Memory Gym, without what it pins (an old gymnasium); pygame-ce is there already
 .venv/memory-gym: .venv/installed
-	$(BIN)/pip install --disable-pip-version-check -q --no-deps -c constraints.txt memory-gym pygame-ce \
+	$(BIN)/pip install $(QUIETLY) --no-deps -c constraints.txt memory-gym pygame-ce \
 	  && touch $@ || echo "memory-gym could not be installed here: its tests will be skipped"
 
 test: install .venv/official .venv/memory-gym  ## linters and tests
@@ -46,6 +48,9 @@ check: install  ## linters alone
 docs: install  ## the site, in site/; a warning is an error (the tests build it, too)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
+slow: install .venv/official .venv/memory-gym  ## what takes too long for every change
+	scripts/test -m slow --numprocesses logical --maxprocesses 4 --dist loadfile
+
 learn: install  ## full learning runs: about an hour
 	scripts/test -m learning
 
@@ -56,11 +61,11 @@ MINERL := .venv-minerl/bin
 READTHEDOCS ?= 1
 .venv-minerl/installed: pyproject.toml constraints.txt requirements-minerl.txt
 	$(PYTHON) -m venv .venv-minerl
-	$(MINERL)/pip install --disable-pip-version-check -q "setuptools==65.5.0" "wheel<0.39"
-	$(MINERL)/pip install --disable-pip-version-check -q --no-build-isolation --no-deps gym==0.19.0
-	$(if $(READTHEDOCS),READTHEDOCS=$(READTHEDOCS)) $(MINERL)/pip install --disable-pip-version-check -q --no-deps minerl==0.4.4
-	$(MINERL)/pip install --disable-pip-version-check -q -c constraints.txt torch numpy
-	$(MINERL)/pip install --disable-pip-version-check -q -c constraints.txt -e . -r requirements-minerl.txt \
+	$(MINERL)/pip install $(QUIETLY) "setuptools==65.5.0" "wheel<0.39"
+	$(MINERL)/pip install $(QUIETLY) --no-build-isolation --no-deps gym==0.19.0
+	$(if $(READTHEDOCS),READTHEDOCS=$(READTHEDOCS)) $(MINERL)/pip install $(QUIETLY) --no-deps minerl==0.4.4
+	$(MINERL)/pip install $(QUIETLY) -c constraints.txt torch numpy
+	$(MINERL)/pip install $(QUIETLY) -c constraints.txt -e . -r requirements-minerl.txt \
 	  beartype gymnasium pytest
 	touch $@
 

@@ -36,7 +36,7 @@ MIGRATIONS: dict[int, Callable[[Content], Content]] = {1: _from_version_1}
 
 
 def save_checkpoint(path: Path, content: Content, *, kind: str = FORMAT) -> None:
-    """Writes a checkpoint; a reader sees the old file or the new one, never a half.
+    """Writes a checkpoint in one piece (`write_whole`), and its folder if there is none.
 
     Raises:
         OSError: if it cannot be written; the old file is then still there.
@@ -45,10 +45,19 @@ def save_checkpoint(path: Path, content: Content, *, kind: str = FORMAT) -> None
     buffer = io.BytesIO()  # torch's own file writer turns a full disk into an error about its archive,
     with interrupts_deferred():  # and Ctrl-C too, whatever it writes to
         torch.save({"format": kind, "version": VERSION, **content}, buffer)
+    write_whole(path, buffer.getbuffer())
+
+
+def write_whole(path: Path, data: bytes | memoryview) -> None:
+    """Writes a file; a reader sees the old one or the new one, never a half.
+
+    Raises:
+        OSError: if it cannot be written; the old file is then still there.
+    """
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
-            file.write(buffer.getbuffer())
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -49,7 +49,7 @@ def overrides_parser(description: str | None, default_config: str) -> argparse.A
 def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
     """A checkpoint and changes to its configuration, which `overrides_of` reads."""
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a run's folder, or a file in its 'checkpoints'")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes, as in env.horizon=2000")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="changes, as in env.horizon=2000")
     parser.add_argument("--seed", type=int, help="seed of episodes and samples (that of the run)")
 
 

@@ -4,8 +4,10 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import signal
+import stat
 import sys
 import threading
 import time
@@ -25,6 +27,7 @@ from cyborg_torchrl.envs.make import episode_attribute
 from cyborg_torchrl.evaluation import Evaluation, OnEpisodes, evaluate, ignore_episodes
 from cyborg_torchrl.finite import NonFiniteError
 from cyborg_torchrl.modules import PPOAgent
+from cyborg_torchrl.process import TERMINATIONS
 from cyborg_torchrl.progress import Progress
 from cyborg_torchrl.registry import environments
 from cyborg_torchrl.restore import build_acting_env
@@ -44,10 +47,10 @@ EVALUATION_SEED_OFFSET = 1_000_003
 def run_experiment(cfg: DictConfig) -> dict[str, Any]:
     """Trains, evaluates and writes everything down.
 
-    Ctrl-C (or SIGTERM) ends training, and the summary says that it was cut short; `logger.resume` goes on from the last
-    update that was done, with the same figures as if nothing had happened. Before training, while environments are
-    built, there is nothing to keep, and it is a KeyboardInterrupt. Where a launcher has started several
-    processes they train together; the first of them evaluates and writes.
+    Ctrl-C (or SIGTERM, or SIGHUP) ends training, and the summary says that it was cut short; `resume=auto` goes on from
+    the last update that was done, with the same figures as if nothing had happened. Before training, while environments
+    are built, there is nothing to keep, and it is a KeyboardInterrupt. Where a launcher has started several processes
+    they train together; the first of them evaluates and writes.
 
     Args:
         cfg: a checked configuration, from `load_config`.
@@ -61,7 +64,7 @@ def run_experiment(cfg: DictConfig) -> dict[str, Any]:
         StoppedError: if the run cannot go on: the disk is full, a number is not finite, workers die over and over.
     """
     try:
-        with _sigterm_as_interrupt(), joined_ranks(cfg.train.device) as ranks:
+        with _terminations_as_interrupt(), joined_ranks(cfg.train.device) as ranks:
             return _run(cfg, ranks)
     except LaunchError as error:
         raise ConfigError(str(error)) from None
@@ -269,23 +272,38 @@ def peak_rss_mb() -> float:
 def _ignore_further_interrupts(ranks: Ranks) -> None:
     """A launcher passes on the interrupt that all have got already."""
     if ranks.size > 1 and threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, *TERMINATIONS):
             signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager
-def _sigterm_as_interrupt() -> Generator[None]:
-    """Ends a run that is told to terminate as Ctrl-C would."""
+def _terminations_as_interrupt() -> Generator[None]:
+    """Ends a run that is told to terminate, or whose terminal is closed, as Ctrl-C would.
+
+    Under nohup a closed terminal changes nothing.
+    """
 
     def interrupt(signum: int, frame: Any) -> None:
+        if signum != signal.SIGTERM:
+            _leave_terminal()
         raise KeyboardInterrupt
 
-    try:
-        previous = signal.signal(signal.SIGTERM, interrupt)
-    except ValueError:  # not in the main thread: the host handles signals
+    if threading.current_thread() is not threading.main_thread():  # the host handles signals
         yield
         return
+    heeded = [number for number in TERMINATIONS if signal.getsignal(number) is not signal.SIG_IGN]
+    previous = {number: signal.signal(number, interrupt) for number in heeded}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+def _leave_terminal() -> None:
+    """What is printed goes nowhere: writing to a terminal that was closed is an error."""
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for stream in (1, 2):
+        if stat.S_ISCHR(os.fstat(stream).st_mode):  # isatty says no of one that is closed
+            os.dup2(nowhere, stream)
+    os.close(nowhere)

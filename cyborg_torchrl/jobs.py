@@ -35,6 +35,7 @@ from cyborg_torchrl.memory_benchmarks.sweep import (
 from cyborg_torchrl.resumption import with_config_of_run
 
 EXIT_FAILED = 1
+EXIT_BAD_INPUT = 2
 JOB_FILE = "job.json"
 UNFINISHED = "has not ended"
 
@@ -166,8 +167,18 @@ class SweepTable(Callback):
         self.config = config
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """Says where the runs will be."""
-        print(f"runs are in {config.hydra.sweep.dir}", file=sys.stderr)
+        """Makes the folder of the runs, and says where it is.
+
+        Raises:
+            SystemExit: if it cannot be written; Hydra makes warnings of other exceptions.
+        """
+        folder = config.hydra.sweep.dir
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            print(f"error: hydra.sweep.dir: cannot write to '{folder}' ({error.strerror}).", file=sys.stderr)
+            raise SystemExit(EXIT_BAD_INPUT) from None
+        print(f"runs are in {folder}", file=sys.stderr)
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         """Prints the table.

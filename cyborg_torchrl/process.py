@@ -21,6 +21,8 @@ from cyborg_torchrl import tensor_pool
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
 SPARE_BYTES = 2**30
 """What a process may keep of freed memory, whatever it uses."""
+TERMINATIONS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
+"""What tells a process to end: of a scheduler, or of a terminal that is closed."""
 
 
 class _MallInfo(ctypes.Structure):
@@ -135,7 +137,7 @@ def rare_garbage_collection() -> Generator[None]:
 
 @contextmanager
 def interrupts_deferred() -> Generator[None]:
-    """Lets SIGINT and SIGTERM wait until the block is done; in another thread than the main one they never come.
+    """Lets SIGINT and `TERMINATIONS` wait until the block is done; in another thread than the main one they never come.
 
     An interrupt inside of torch's file writer ends in an error about the file instead.
     """
@@ -147,7 +149,7 @@ def interrupts_deferred() -> Generator[None]:
     def remember(number: int, frame: FrameType | None) -> None:
         received.append((number, frame))
 
-    handlers = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.signal(number, remember) for number in (signal.SIGINT, *TERMINATIONS)}
     try:
         yield
     finally:

@@ -21,6 +21,9 @@ from cyborg_torchrl.config import load_config
 from cyborg_torchrl.envs.normalization import freeze_statistics
 from cyborg_torchrl.modules import PPOAgent
 
+NAMED = 3
+"""Runs of a folder that an error names."""
+
 
 class Restored(NamedTuple):
     """What a checkpoint holds."""
@@ -40,7 +43,9 @@ def checkpoint_path(path: Path) -> Path:
     """
     found = path / "checkpoints" / "last.pt" if path.is_dir() else path
     if not found.is_file():
-        raise CheckpointError(f"no checkpoint '{found}': give a run's folder, or a file in its 'checkpoints'.")
+        runs = sorted(str(each.parent.parent) for each in path.glob("*/checkpoints/last.pt"))
+        named = f", such as {' or '.join(map(repr, runs[:NAMED]))}" if runs else ""
+        raise CheckpointError(f"no checkpoint '{found}': give a run's folder{named}, or a file in its 'checkpoints'.")
     return found
 
 

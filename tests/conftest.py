@@ -305,6 +305,24 @@ def unchecked_shapes() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
+WHOLE_RUNS = {
+    "collectors",
+    "commands",
+    "deployment",
+    "learning",
+    "memory_benchmarks",
+    "playback",
+    "test_other_device.py",
+}
+"""Tests of much that is tested by itself: the checker would take most of their time."""
+
+
+@pytest.fixture(autouse=True)
+def _shapes_are_checked_in_parts(request: pytest.FixtureRequest) -> None:
+    if WHOLE_RUNS & set(request.path.relative_to(Path(__file__).parent).parts):
+        request.getfixturevalue("unchecked_shapes")
+
+
 @pytest.fixture
 def build_trained() -> Callable[..., tuple[DictConfig, PPOAgent]]:
     """Builder of a configuration and its agent, from overrides."""

@@ -210,7 +210,7 @@ def test_runs(mode: str, tmp_path: Path) -> None:
     assert max(errors) <= (1e-2 if "train.state_dtype=float16" in overrides else 1e-5)
 
 
-@pytest.mark.parametrize("backbone", ["lru", "mamba_gru", "pmm"])
+@pytest.mark.parametrize("backbone", ["lru", "mamba_gru", pytest.param("pmm", marks=pytest.mark.slow)])
 def test_the_checker_finds_nothing(backbone: str) -> None:
     cfg = load_config(overrides=[f"backbone={backbone}", "env.horizon=10", f"train.device={AWAY}"])
     env = build_env(cfg, num_envs=4)

@@ -36,6 +36,7 @@ def run_commands(text: str) -> None:
             assert train.main(shlex.split(arguments, comments=True)) == 0, command
 
 
+@pytest.mark.slow  # two minutes: it trains
 def test_everything_runs_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {"__name__": "tutorial"}

@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 from cyborg_torchrl.build import prepare_process
+from cyborg_torchrl.checkpoint import write_whole
 from cyborg_torchrl.cli import add_checkpoint_arguments, overrides_of
 from cyborg_torchrl.config import ConfigError
 from cyborg_torchrl.deployment import (
@@ -82,7 +83,10 @@ def run(arguments: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return EXIT_DIFFERS
-    output.write_bytes(file)
+    try:
+        write_whole(output, file)
+    except OSError as error:
+        raise ConfigError(f"--output: cannot write '{output}' ({error.strerror}).") from None
     inputs = {name: each["shape"] for name, each in description["observation"].items()}
     state = {name: each["shape"] for name, each in description["state"].items()}
     print(f"{output}: {len(file):,} bytes; reads {inputs}, is_init and the state {state}")

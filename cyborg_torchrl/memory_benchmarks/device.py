@@ -16,7 +16,7 @@ def device_here(text: str) -> torch.device:
         device = resolve_device(text)
     except ConfigError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
-    if device.index is not None:  # plain "cuda" is the present one
+    if device.type == "cuda" and ":" in str(device):  # without a number it is the present one
         torch.cuda.set_device(device)
     return device
 

@@ -288,7 +288,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except (OSError, ValueError) as error:  # of the output file: runs report theirs in the table
-        print(f"error: --output: {error}", file=sys.stderr)
+        named = "--output" if arguments.output else "--base-dir"
+        print(f"error: {named}: {error}", file=sys.stderr)
         return 2
     Console(width=200).print(table(rows, arguments.target))
     if arguments.markdown:

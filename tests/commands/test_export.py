@@ -95,6 +95,7 @@ def test_what_differs_is_not_written(
     [
         (("--output", "agent.zip"), "must end in .onnx or .pt2"),
         (("--output", "agent.pt2", "--format", "onnx"), "must end in .onnx with --format onnx"),
+        (("--output", "/proc/agent.pt2", "--steps", "3"), "--output: cannot write '/proc/agent.pt2' (No such file"),
         (("--output", "agent.pt2", "backbone.hidden_sice=3"), "did you mean 'backbone.hidden_size'"),
     ],
 )

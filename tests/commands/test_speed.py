@@ -72,10 +72,13 @@ def test_the_loop_beside_us_learns_what_is_short() -> None:
     assert success.mean() > 0.9
 
 
-def test_the_command_writes_what_it_measured(tmp_path, capsys) -> None:
+PARTS = ["collection", "processes", "update", "end_to_end", "horizons"]
+
+
+@pytest.mark.parametrize("parts", [["collection", "end_to_end"], pytest.param(PARTS, marks=pytest.mark.slow)], ids=len)
+def test_the_command_writes_what_it_measured(parts: list[str], tmp_path, capsys) -> None:
     pytest.importorskip("sb3_contrib")
     path, plot = tmp_path / "speed.json", tmp_path / "speed.png"
-    parts = ["collection", "processes", "update", "end_to_end", "horizons"]
     options = ["--parts", *parts, "--horizons", "5", "--output", str(path), "--plot", str(plot)]
     assert main([*SMALL, *options]) == 0
     written = json.loads(path.read_text())
@@ -89,6 +92,7 @@ def test_the_command_writes_what_it_measured(tmp_path, capsys) -> None:
     assert "sb3-contrib RecurrentPPO" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_a_process_of_its_own() -> None:
     before = memory_of(Case("lru", 4, 5, width=8))
     ballast = torch.ones(2**28)  # 1 GiB of this process, which the other must not count

@@ -144,6 +144,7 @@ def test_an_interrupted_run_ends_the_sweep(tmp_path: Path, monkeypatch, capsys) 
         (["-m", "env.horizon=3,x"], "impossible value in 'env.horizon=x'"),
         (["-m", "train.seed=0,1", "train.gamma=2"], "train.gamma must lie in [0, 1]; got 2.0."),
         (["-m", "train.seed=0,1", "hydra/launcher=joblibb"], "unknown hydra/launcher 'joblibb': did you mean"),
+        (["-m", "train.seed=0,1", f"hydra.sweep.dir={__file__}"], "hydra.sweep.dir: cannot write to"),
         (["--config-name", "x"], "give --config NAME_OR_FILE"),
         (["--config", "nowhere.yaml"], "no configuration file 'nowhere.yaml'"),
     ],

@@ -22,15 +22,15 @@ def test_the_control_without_memory_stays_at_chance(tmp_path):
 
 
 def test_stored_states_carry_the_cue_across_chunks(tmp_path):
-    # the gradient reaches 11 steps and the delay is 20: the untrained memory keeps the cue, and the state is stored.
+    # the gradient reaches 6 steps and the delay is 10: the untrained memory keeps the cue, and the state is stored.
     # A hotter rate stops on some seeds at three cues of four: the policy is certain before the fourth is told apart.
     summary = learn(
         tmp_path,
-        "env.horizon=20",
+        "env.horizon=10",
         "train=burn_in",
-        "train.seq_len=11",
+        "train.seq_len=6",
         "train.learning_rate=0.001",
-        "train.total_timesteps=20000",
+        "train.total_timesteps=9000",
     )
     assert summary["success_rate"] >= 0.95
 

@@ -29,7 +29,9 @@ EXIT_BAD_INPUT = 2
 
 def build_parser() -> argparse.ArgumentParser:
     """The report's parser."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_OR_SWEEP", help="a run's folder, or one above some")
     parser.add_argument("--output", type=writable, default=Path("report.html"), help="page to write (%(default)s)")
     looked = parser.add_mutually_exclusive_group()

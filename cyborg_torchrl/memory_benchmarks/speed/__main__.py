@@ -140,7 +140,9 @@ def table_of(rows: list[Row]) -> Table:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures, prints a table and writes it. Returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="speed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--backbones", nargs="+", default=["lru", "lstm"])
     parser.add_argument("--num-envs", nargs="+", type=positive, default=[16, 64, 256, 1024], help="of collection")
