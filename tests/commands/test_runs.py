@@ -1,6 +1,7 @@
 """Whole runs: what they print, what they leave, how they end."""
 
 import csv
+import fcntl
 import json
 import os
 import pty
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import termios
 import time
 from functools import partial
 from pathlib import Path
@@ -124,22 +126,27 @@ def test_an_interrupted_run_saves_what_was_learned(tmp_path, number):
 
 
 def test_a_closed_terminal_ends_a_run_as_an_interrupt_does(tmp_path):
-    child, terminal = pty.fork()
-    if not child:
-        command = [
-            sys.executable,
-            str(ROOT / "examples" / "delayed_cue.py"),
-            "env.horizon=50",
-            f"logger.base_dir={tmp_path}",
-        ]
-        os.execve(sys.executable, [*command, "logger.run_name=run", "train.total_timesteps=100000000"], THIS_CHECKOUT)
+    command = [sys.executable, "examples/delayed_cue.py", "env.horizon=50", "train.total_timesteps=100000000"]
+    command += [f"logger.base_dir={tmp_path}", "logger.run_name=run"]
+    terminal, shown = pty.openpty()
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=THIS_CHECKOUT,
+        stdin=shown,
+        stdout=shown,
+        stderr=shown,
+        start_new_session=True,
+        preexec_fn=partial(fcntl.ioctl, 0, termios.TIOCSCTTY, 0),  # it is the process's own terminal
+    )
+    os.close(shown)
     checkpoint = tmp_path / "run" / "checkpoints" / "last.pt"
     deadline = time.monotonic() + 300
     while not checkpoint.exists() and time.monotonic() < deadline:
         if select.select([terminal], [], [], 0.05)[0]:
             os.read(terminal, 2**16)  # what nobody reads would hold the run up
     os.close(terminal)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 130
+    assert process.wait(timeout=300) == 130
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["is_interrupted"]
 
 
