@@ -254,7 +254,8 @@ class EnvironmentProcesses:
 
 def _serve(connection: Connection, makers: bytes) -> None:
     """What a process does: makes environments and does what it is asked, until nobody asks any more."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that collects, which ends this one
+    for number in (signal.SIGINT, signal.SIGHUP):  # they are for the process that collects, which ends this one
+        signal.signal(number, signal.SIG_IGN)
     here: InThisProcess | None = None
     try:
         while True:

@@ -125,8 +125,12 @@ def test_an_interrupted_run_saves_what_was_learned(tmp_path, number):
     assert load_checkpoint(checkpoint)["agent"]
 
 
-def test_a_closed_terminal_ends_a_run_as_an_interrupt_does(tmp_path):
-    command = [sys.executable, "examples/delayed_cue.py", "env.horizon=50", "train.total_timesteps=100000000"]
+PROCESSES = ["--config", "public_benchmark", "env=gymnasium", "env.id=CartPole-v1", "env.num_envs=4", "env.workers=2"]
+
+
+@pytest.mark.parametrize("options", [["env.horizon=50"], PROCESSES], ids=["one", "processes"])
+def test_a_closed_terminal_ends_a_run_as_an_interrupt_does(options, tmp_path):
+    command = [sys.executable, "examples/delayed_cue.py", *options, "train.total_timesteps=100000000"]
     command += [f"logger.base_dir={tmp_path}", "logger.run_name=run"]
     terminal, shown = pty.openpty()
     process = subprocess.Popen(
