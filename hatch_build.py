@@ -51,7 +51,6 @@ class NativeBuildHook(BuildHookInterface):
         A build that is isolated from what is installed cannot import torch, but its Python knows where that lies.
         """
         target, torch = POOL / "_tensor_pool.so", Path(sysconfig.get_path("platlib")) / "torch"
-        target.unlink(missing_ok=True)
         about = torch / "version.py"
         found = re.search(r"^__version__ = '([\d.]+)", about.read_text(), re.MULTILINE) if about.is_file() else None
         if platform.system() != "Linux" or found is None:

@@ -97,9 +97,10 @@ class FreedMemory:
 
 
 def _resident_memory() -> int:
-    """Bytes of this process that are resident; 0 where there is no /proc."""
+    """Bytes of this process that are resident, but for those of files and those shared; 0 where there is no /proc."""
     try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        _, resident, shared, *_ = map(int, Path("/proc/self/statm").read_text().split())
+        return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
         return 0
 

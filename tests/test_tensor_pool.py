@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -211,6 +213,87 @@ def test_where_addresses_are_limited_all_is_as_it_was(result_of: Callable) -> No
 
 
 @needs_pool
+@pytest.mark.parametrize("resource", ["RLIMIT_AS", "RLIMIT_DATA"])
+def test_a_limit_that_would_have_room_for_it_is_left_to_the_rest_of_the_process(
+    resource: str, result_of: Callable
+) -> None:
+    program = f"""
+        import resource
+        resource.setrlimit(resource.{resource}, (2**45, 2**45))
+        result = [tensor_pool.install(), float(torch.ones(2**20).sum())]
+    """
+    assert result_of(program) == [False, 2.0**20]
+
+
+@needs_pool
+def test_it_can_be_switched_off(result_of: Callable) -> None:
+    program = """
+        import os
+        os.environ[tensor_pool.SWITCH] = "0"
+        result = [tensor_pool.install(), tensor_pool.bytes_in_use()]
+    """
+    assert result_of(program) == [False, 0]
+
+
+@needs_pool
+@pytest.mark.parametrize("size", [-1, -64, -255, -256, -(2**62)])
+def test_a_size_below_zero_is_refused_in_torchs_words(size: int, result_of: Callable) -> None:
+    program = f"""
+        tensor_pool.install()
+        neighbour, storage = torch.full([2**20], 3.0), torch.ones(2**20).untyped_storage()
+        try:
+            storage.resize_({size})
+            said = "nothing"
+        except RuntimeError as error:
+            said = str(error)
+        result = [said, neighbour.unique().tolist(), tensor_pool.bytes_in_use() > 2**22]
+    """
+    said, values, is_in_use = result_of(program)
+    assert "nbytes" in said or "negative" in said
+    assert values == [3.0]
+    assert is_in_use
+
+
+@needs_pool
+def test_tensors_lie_where_a_list_of_what_is_free_says(result_of: Callable) -> None:
+    """First fit in order of address, against a plain list; then all of it is one free piece again."""
+    program = """
+        import random
+        random.seed(0)
+        tensor_pool.install()
+        begin = torch.empty(2**20).data_ptr()
+        free, held, wrong = [[begin, 2**40]], {}, 0
+        for turn in range(3000):
+            if held and random.random() < 0.48:
+                address = random.choice(list(held))
+                tensor, size = held.pop(address)
+                del tensor
+                free.append([address, size])
+                free.sort()
+                joined = []
+                for piece in free:
+                    if joined and sum(joined[-1]) == piece[0]:
+                        joined[-1][1] += piece[1]
+                    else:
+                        joined.append(piece)
+                free = joined
+            else:
+                asked = random.randrange(2**16, 2**19)
+                size = -(-asked // 64) * 64 + 192
+                piece = next(piece for piece in free if piece[1] >= size)
+                tensor = torch.empty(asked, dtype=torch.uint8)
+                wrong += tensor.data_ptr() != piece[0]
+                held[piece[0]] = tensor, size
+                piece[0], piece[1] = piece[0] + size, piece[1] - size
+        in_use = tensor_pool.bytes_in_use() == sum(size for _, size in held.values())
+        held.clear()
+        del tensor
+        result = [wrong, in_use, tensor_pool.bytes_in_use(), torch.empty(2**24).data_ptr() == begin]
+    """
+    assert result_of(program) == [0, True, 0, True]
+
+
+@needs_pool
 def test_what_does_not_fit_is_refused_in_torchs_words(result_of: Callable) -> None:
     program = """
         tensor_pool.install()
@@ -223,6 +306,20 @@ def test_what_does_not_fit_is_refused_in_torchs_words(result_of: Callable) -> No
     said, total = result_of(program)
     assert "DefaultCPUAllocator" in said
     assert total == 2.0**20
+
+
+def test_a_library_of_an_older_source_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("there is no compiler")
+    source, library = tmp_path / "old.cpp", tmp_path / "old.so"
+    version = torch.__version__.partition("+")[0]
+    source.write_text(f'extern "C" const char* cyborg_pool_built_for() {{ return "{version}"; }}')
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, source], check=True)
+    monkeypatch.setattr(tensor_pool, "LIBRARY", library)
+    tensor_pool.library.cache_clear()
+    assert not tensor_pool.install()
+    tensor_pool.library.cache_clear()
 
 
 def test_what_was_built_for_another_torch_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+SWITCH = "CYBORG_TENSOR_POOL"
 LIBRARY = Path(__file__).parent / "_tensor_pool.so"
 
 
@@ -26,14 +27,14 @@ def library() -> ctypes.CDLL | None:
     """The C++ functions, if they were built for the torch that is here."""
     try:
         found = ctypes.CDLL(os.fspath(LIBRARY))
-    except OSError:  # not built, or built on another system
+        found.cyborg_pool_built_for.restype = ctypes.c_char_p
+        if found.cyborg_pool_built_for().decode() != torch.__version__.partition("+")[0]:
+            return None
+        found.cyborg_pool_install.restype = ctypes.c_bool
+        found.cyborg_pool_release.argtypes, found.cyborg_pool_release.restype = [ctypes.c_bool], ctypes.c_size_t
+        found.cyborg_pool_in_use.restype = ctypes.c_size_t
+    except (OSError, AttributeError):  # not built, or built on another system, or from another version's source
         return None
-    found.cyborg_pool_built_for.restype = ctypes.c_char_p
-    if found.cyborg_pool_built_for().decode() != torch.__version__.partition("+")[0]:
-        return None
-    found.cyborg_pool_install.restype = ctypes.c_bool
-    found.cyborg_pool_release.argtypes, found.cyborg_pool_release.restype = [ctypes.c_bool], ctypes.c_size_t
-    found.cyborg_pool_in_use.restype = ctypes.c_size_t
     return found
 
 
@@ -41,10 +42,13 @@ def install() -> bool:
     """Puts this process's large CPU tensors into the pool from now on; those that are there stay where they are.
 
     Returns:
-        Whether they are: not where nothing was built, where another allocator has taken torch's place, or where
-        addresses are limited (`ulimit -v`) or count as memory (`vm.overcommit_memory=2`): the pool reserves as many as
-        there is memory, and uses what it needs.
+        Whether they are: not where nothing was built, where another allocator has taken torch's place, where
+        addresses are limited (`ulimit -v`, `-d`) or count as memory (`vm.overcommit_memory=2`), since the pool reserves
+        as many as there is memory and uses what it needs, and not with CYBORG_TENSOR_POOL=0 in the environment, for
+        schedulers that count addresses.
     """
+    if os.environ.get(SWITCH) == "0":
+        return False
     found = library()
     return found is not None and found.cyborg_pool_install()
 

@@ -7,6 +7,7 @@
 
 #include <pthread.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -15,6 +16,7 @@
 #include <iterator>
 #include <map>
 #include <mutex>
+#include <utility>
 
 #include <c10/core/CPUAllocator.h>
 
@@ -27,38 +29,46 @@ constexpr size_t ALIGNMENT = 64, GAP = 3 * ALIGNMENT;
 
 constexpr uintptr_t up(uintptr_t value, size_t unit) { return (value + unit - 1) / unit * unit; }
 
-struct Range {
-    size_t size;
-    bool is_free;
-};
+bool is_limited(int resource) {
+    rlimit limit;
+    return getrlimit(resource, &limit) || limit.rlim_cur != RLIM_INFINITY;
+}
 
 class Pool {
   public:
-    // Whether there is room: a limit on addresses (ulimit -v) may forbid it. Where the system promises no more than it
-    // has (vm.overcommit_memory = 2), addresses count as memory, and all of them would be taken from other programs.
+    // Whether there is room: where addresses are limited (ulimit -v, -d), they would be taken from the rest of the
+    // process. Where the system promises no more than it has (vm.overcommit_memory = 2), addresses count as memory, and
+    // all of them would be taken from other programs.
     bool reserve() {
+        const std::lock_guard<std::mutex> guard(mutex);
         int overcommit = 0;
         if (std::ifstream("/proc/sys/vm/overcommit_memory") >> overcommit && overcommit == 2) return false;
+        if (is_limited(RLIMIT_AS) || is_limited(RLIMIT_DATA)) return false;
         page_ = size_t(sysconf(_SC_PAGESIZE));
         const size_t size = page_ * size_t(sysconf(_SC_PHYS_PAGES));
         void* got = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
         if (got == MAP_FAILED) return false;
         begin_ = touched_ = reached_ = reinterpret_cast<uintptr_t>(got);
         end_ = begin_ + size;
-        ranges_.emplace(begin_, Range{size, true});
+        free_.emplace(begin_, size);
         return true;
     }
 
     // nullptr where it does not fit.
     void* take(size_t asked) {
+        if (asked > end_ - begin_) return nullptr;
         const size_t size = up(asked, ALIGNMENT) + GAP;
         const std::lock_guard<std::mutex> guard(mutex);
-        const auto fits = [size](const auto& each) { return each.second.is_free && each.second.size >= size; };
-        const auto at = std::find_if(ranges_.begin(), ranges_.end(), fits);
-        if (at == ranges_.end()) return nullptr;
-        auto& [address, range] = *at;
-        if (range.size > size) ranges_.emplace_hint(std::next(at), address + size, Range{range.size - size, true});
-        range = {size, false};
+        const auto at = std::find_if(free_.begin(), free_.end(), [size](const auto& each) { return each.second >= size; });
+        if (at == free_.end()) return nullptr;
+        const uintptr_t address = at->first;
+        const size_t rest = at->second - size;
+        used_.emplace(address, size);
+        auto node = free_.extract(at);
+        if (rest) {
+            node.key() = address + size, node.mapped() = rest;
+            free_.insert(std::move(node));
+        }
         in_use_ += size;
         reached_ = std::max(reached_, address + size);
         touched_ = std::max(touched_, address + size);
@@ -70,27 +80,36 @@ class Pool {
         return begin_ <= address && address < end_;
     }
 
+    // Allocates nothing itself: it may be memory that is short.
     void give_back(void* data) {
         const std::lock_guard<std::mutex> guard(mutex);
-        auto at = ranges_.find(reinterpret_cast<uintptr_t>(data));
-        if (at == ranges_.end() || at->second.is_free) return;
-        in_use_ -= at->second.size;
-        at->second.is_free = true;
-        join(at);
-        if (at != ranges_.begin() && std::prev(at)->second.is_free) join(std::prev(at));
+        auto node = used_.extract(reinterpret_cast<uintptr_t>(data));
+        if (node.empty()) return;
+        in_use_ -= node.mapped();
+        auto next = free_.lower_bound(node.key());
+        if (next != free_.end() && next->first == node.key() + node.mapped()) {
+            node.mapped() += next->second;
+            next = free_.erase(next);
+        }
+        if (next != free_.begin())
+            if (const auto before = std::prev(next); before->first + before->second == node.key()) {
+                before->second += node.mapped();
+                return;
+            }
+        free_.insert(next, std::move(node));
     }
 
     // Gives pages back to the system: those that no tensor lay on since the last call and that lie above all that did,
     // or all on which none lies. Returns how many bytes.
     size_t release(bool all) {
         const std::lock_guard<std::mutex> guard(mutex);
-        if (ranges_.empty()) return 0;  // not reserved
-        const auto last = std::prev(ranges_.end());
-        const uintptr_t used_to = last->second.is_free ? last->first : end_;
+        uintptr_t used_to = end_;
+        if (const auto last = free_.rbegin(); last != free_.rend() && last->first + last->second == end_)
+            used_to = last->first;
         size_t released = 0;
         if (all)
-            for (auto at = ranges_.begin(); at != last; ++at)
-                if (at->second.is_free) released += discard(at->first, at->first + at->second.size);
+            for (const auto& [address, size] : free_)
+                if (address < used_to) released += discard(address, address + size);
         const uintptr_t from = all ? used_to : reached_;
         if (from < touched_) released += discard(from, touched_);
         touched_ = std::max(used_to, std::min(touched_, from));
@@ -106,21 +125,13 @@ class Pool {
     std::mutex mutex;
 
   private:
-    // With the next one, if that is free, too.
-    void join(std::map<uintptr_t, Range>::iterator at) {
-        const auto next = std::next(at);
-        if (next == ranges_.end() || !next->second.is_free) return;
-        at->second.size += next->second.size;
-        ranges_.erase(next);
-    }
-
     size_t discard(uintptr_t from, uintptr_t to) const {
         from = up(from, page_), to = to / page_ * page_;
         if (from >= to || madvise(reinterpret_cast<void*>(from), to - from, MADV_DONTNEED)) return 0;
         return to - from;
     }
 
-    std::map<uintptr_t, Range> ranges_;  // by address, without gaps
+    std::map<uintptr_t, size_t> free_, used_;  // sizes by address: together all of it, and no two free ones side by side
     size_t page_ = 0, in_use_ = 0;
     uintptr_t begin_ = 0, end_ = 0, touched_ = 0, reached_ = 0;  // how far tensors lay: ever, and since the last release
 };
