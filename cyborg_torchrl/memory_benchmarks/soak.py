@@ -5,8 +5,8 @@ python -m cyborg_torchrl.memory_benchmarks.soak --config public_benchmark env=gy
 
 A run in a process of its own is sampled while it trains, and interrupted at the end. Exit code 0 if, after a tenth of
 the time, its own memory never was 5 % above the median of the first half, and it had no more open files, threads or
-processes than before, and if nothing was left afterwards: no process, no shared memory that nobody holds, no temporary
-file; 1 if not. A process's own memory is what is resident less the pages of files,
+processes than before, and if nothing was left afterwards: no process, no shared memory that a sample saw it hold, no
+temporary file; 1 if not. A process's own memory is what is resident less the pages of files,
 which the system takes away and brings back as it likes. It may fall for a moment: protobuf, which TensorBoard's files
 are written with, has glibc give all freed memory back every now and then.
 """
@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from contextlib import suppress
 from pathlib import Path
 from statistics import median
@@ -42,6 +42,8 @@ WARM_UP = 0.1
 TOLERANCE = 0.05
 """Of own memory: by how much its largest value may exceed the median of the first half."""
 SHARED_MEMORY = Path("/dev/shm")
+Inode = tuple[int, int]
+"""Device and number of a file."""
 FOREVER = 10**15
 SECONDS_TO_END = 60.0
 
@@ -124,17 +126,13 @@ def names_in(*folders: Path) -> set[str]:
     return {str(path) for folder in folders if folder.is_dir() for path in folder.iterdir()}
 
 
-def held(folder: Path) -> set[str]:
-    """Paths in a folder that a process, which we may ask, has open or mapped.
+def held_by(*pids: int) -> set[Inode]:
+    """What processes have open or mapped.
 
     By inode: a semaphore is mapped while it has another name than the one that it gets.
     """
-    paths: dict[tuple[int, int], str] = {}
-    for path in folder.iterdir():
-        with suppress(OSError):
-            paths[(path.stat().st_dev, path.stat().st_ino)] = str(path)
-    found: set[tuple[int, int]] = set()
-    for process in Path("/proc").glob("[0-9]*"):
+    found: set[Inode] = set()
+    for process in (Path("/proc") / str(pid) for pid in pids):
         with suppress(OSError):
             for line in (process / "maps").read_text().splitlines():
                 device, inode = line.split()[3:5]
@@ -144,13 +142,17 @@ def held(folder: Path) -> set[str]:
             for file in (process / "fd").iterdir():
                 with suppress(OSError):
                     found.add((file.stat().st_dev, file.stat().st_ino))
-    return {paths[each] for each in found & paths.keys()}
+    return found
 
 
-def unheld(before: set[str]) -> set[str]:
-    """Shared memory that was not there before, and that nobody holds: what other programs made meanwhile they hold."""
-    found = names_in(SHARED_MEMORY) - before
-    return (found - held(SHARED_MEMORY)) & names_in(SHARED_MEMORY) if found else set()
+def still_there(folder: Path, held: Set[Inode]) -> list[str]:
+    """Paths in a folder of what was held."""
+    left = []
+    for path in folder.iterdir():
+        with suppress(OSError):
+            if (path.stat().st_dev, path.stat().st_ino) in held:
+                left.append(str(path))
+    return sorted(left)
 
 
 def _heed_interrupts() -> None:
@@ -176,7 +178,7 @@ def soak(config: str, overrides: Sequence[str], minutes: float, every: float, ba
     marker = uuid.uuid4().hex
     with tempfile.TemporaryDirectory(prefix="soak-") as temporary:
         own = [f"train.total_timesteps={FOREVER}", "logger.progress=false", f"logger.base_dir={base_dir}"]
-        shared, began = names_in(SHARED_MEMORY), time.monotonic()
+        held, began = set[Inode](), time.monotonic()
         running = subprocess.Popen(
             [sys.executable, "-c", PROGRAM, config, *own, *overrides],
             env={**os.environ, MARKER: marker, "TMPDIR": temporary},
@@ -195,6 +197,8 @@ def soak(config: str, overrides: Sequence[str], minutes: float, every: float, ba
                     time.sleep(every)
                     if sample := sample_of(process, began):
                         samples.append(sample)
+                    with suppress(psutil.Error):
+                        held |= held_by(running.pid, *(each.pid for each in process.children(recursive=True)))
             is_early = running.poll() is not None
         finally:
             if running.poll() is None:
@@ -206,11 +210,11 @@ def soak(config: str, overrides: Sequence[str], minutes: float, every: float, ba
                 output, said = running.communicate()
         end = time.monotonic() + 10
         # a helper of multiprocessing ends, and takes semaphores with it, a moment later
-        while (left_behind(marker) or unheld(shared)) and time.monotonic() < end:
+        while (left_behind(marker) or still_there(SHARED_MEMORY, held)) and time.monotonic() < end:
             time.sleep(0.2)
         result = findings(samples, minutes)
         result["processes_left"] = left_behind(marker)
-        result["shared_memory_left"] = sorted(unheld(shared))
+        result["shared_memory_left"] = still_there(SHARED_MEMORY, held)
         result["temporary_files_left"] = sorted(names_in(Path(temporary)))
         summary = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
         result |= {"ended_early": is_early, "said": said, "summary": summary[-1] if summary else None}

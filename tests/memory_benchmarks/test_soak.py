@@ -14,12 +14,11 @@ from cyborg_torchrl.memory_benchmarks.soak import (
     SHARED_MEMORY,
     Sample,
     findings,
-    held,
+    held_by,
     is_sound,
     main,
-    names_in,
     soak,
-    unheld,
+    still_there,
 )
 
 SOUND = {
@@ -72,30 +71,29 @@ def test_a_short_soak_of_environment_processes_leaves_nothing(tmp_path: Path) ->
     assert result["summary"]["is_interrupted"]
 
 
-def test_what_another_program_holds_is_not_left_behind(tmp_path: Path) -> None:
+def test_what_a_run_held_and_is_still_there_is_left_behind(tmp_path: Path) -> None:
     (tmp_path / "mapped").write_bytes(b"x" * 4096)
     (tmp_path / "open").write_bytes(b"")
-    (tmp_path / "nobody's").write_bytes(b"")
+    (tmp_path / "of another program").write_bytes(b"")
     with (tmp_path / "mapped").open("rb") as file:
         mapped = mmap.mmap(file.fileno(), 4096, prot=mmap.PROT_READ)
     with (tmp_path / "open").open("w"):
-        assert held(tmp_path) == {str(tmp_path / "mapped"), str(tmp_path / "open")}
+        held = held_by(os.getpid())
     mapped.close()
-    assert held(tmp_path) == set()
+    assert still_there(tmp_path, held) == [str(tmp_path / "mapped"), str(tmp_path / "open")]
+    (tmp_path / "open").rename(tmp_path / "renamed")
+    (tmp_path / "mapped").unlink()
+    assert still_there(tmp_path, held) == [str(tmp_path / "renamed")]
+    assert held_by(2**22 + 1) == set(), "no process has this number"
 
 
-def test_a_semaphore_is_held_by_who_made_it_until_nobody_does() -> None:
-    before = names_in(SHARED_MEMORY)
-    held_here = multiprocessing.get_context("spawn").Lock()  # its name stays as long as it lives
-    made = names_in(SHARED_MEMORY) - before
+def test_a_semaphore_is_there_as_long_as_who_made_it() -> None:
+    lock = multiprocessing.get_context("spawn").Lock()
+    held = held_by(os.getpid())
+    made = still_there(SHARED_MEMORY, held)
     assert made
-    assert made & held(SHARED_MEMORY)
-    assert not made <= unheld(before)
-    del held_here
-    stray = SHARED_MEMORY / f"stray-{os.getpid()}"
-    stray.write_bytes(b"")
-    assert str(stray) in unheld(before)
-    stray.unlink()
+    del lock
+    assert set(still_there(SHARED_MEMORY, held)) < set(made)
 
 
 def test_a_run_that_ends_early_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
