@@ -20,7 +20,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from cyborg_torchrl.cli import KNOWN_ERRORS, report_error, report_summary
+from cyborg_torchrl.cli import EXIT_BAD_INPUT, KNOWN_ERRORS, report_error, report_summary
 from cyborg_torchrl.config import validate
 from cyborg_torchrl.experiment import run_experiment
 from cyborg_torchrl.memory_benchmarks.sweep import (
@@ -35,7 +35,6 @@ from cyborg_torchrl.memory_benchmarks.sweep import (
 from cyborg_torchrl.resumption import with_config_of_run
 
 EXIT_FAILED = 1
-EXIT_BAD_INPUT = 2
 JOB_FILE = "job.json"
 UNFINISHED = "has not ended"
 

@@ -25,7 +25,7 @@ OVERRIDES = [
     "encoder.autocast=float8", "logger.eval_episodes=-1", "logger.eval_actions=best", "logger.keep_checkpoints=0",
     "logger.checkpoint_every=0", "resume=nowhere", "logger.base_dir=/proc/nowhere", "nonsense", "=3", "a.b.c=",
     "trian.seed=3", "train.seed=[1,2]", "env={horizon: 3", "train.n_steps=-5", "logger.run_name=../elsewhere",
-    "logger.run_name=/elsewhere",
+    "logger.run_name=/elsewhere", "train.seq_len=7", "train.sed=1", "env.cues=x",
 ]  # fmt: skip
 FILES = {
     "empty list": "- a\n- b\n",

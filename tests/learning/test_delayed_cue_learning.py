@@ -21,16 +21,19 @@ def test_the_control_without_memory_stays_at_chance(tmp_path):
     assert abs(summary["success_rate"] - 0.25) <= 0.05
 
 
-def test_stored_states_carry_the_cue_across_chunks(tmp_path):
-    # the gradient reaches 6 steps and the delay is 10: the untrained memory keeps the cue, and the state is stored.
+@pytest.mark.parametrize(
+    ("horizon", "seq_len", "steps"), [(10, 6, 9000), pytest.param(20, 11, 20000, marks=pytest.mark.slow)]
+)
+def test_stored_states_carry_the_cue_across_chunks(tmp_path, horizon, seq_len, steps):
+    # the gradient reaches about half of the delay: the untrained memory keeps the cue, and the state is stored.
     # A hotter rate stops on some seeds at three cues of four: the policy is certain before the fourth is told apart.
     summary = learn(
         tmp_path,
-        "env.horizon=10",
+        f"env.horizon={horizon}",
         "train=burn_in",
-        "train.seq_len=6",
+        f"train.seq_len={seq_len}",
         "train.learning_rate=0.001",
-        "train.total_timesteps=9000",
+        f"train.total_timesteps={steps}",
     )
     assert summary["success_rate"] >= 0.95
 
