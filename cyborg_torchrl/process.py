@@ -23,6 +23,8 @@ SPARE_BYTES = 2**30
 """What a process may keep of freed memory, whatever it uses."""
 TERMINATIONS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
 """What tells a process to end: of a scheduler, or of a terminal that is closed."""
+INTERRUPTS = (signal.SIGINT, *(number for number in TERMINATIONS if number != signal.SIGTERM))
+"""What a terminal sends to all processes in it."""
 
 
 class _MallInfo(ctypes.Structure):
@@ -140,7 +142,8 @@ def rare_garbage_collection() -> Generator[None]:
 def interrupts_deferred() -> Generator[None]:
     """Lets SIGINT and `TERMINATIONS` wait until the block is done; in another thread than the main one they never come.
 
-    An interrupt inside of torch's file writer ends in an error about the file instead.
+    An interrupt inside of torch's file writer ends in an error about the file instead. One that came comes before an
+    error of the block, which may be of another process that has got the same interrupt.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -156,9 +159,33 @@ def interrupts_deferred() -> Generator[None]:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
-    for number, frame in received[:1]:
-        handler = handlers[signal.Signals(number)]
-        if callable(handler):
-            handler(number, frame)
-        else:
-            signal.raise_signal(number)
+        for number, frame in received[:1]:
+            handler = handlers[signal.Signals(number)]
+            if callable(handler):
+                handler(number, frame)
+            else:
+                signal.raise_signal(number)
+
+
+@contextmanager
+def interrupts_blocked() -> Generator[None]:
+    """Keeps `INTERRUPTS` from processes that are started in the block, until they call `ignore_interrupts`.
+
+    Ctrl-C is for all processes of a terminal, and one that is still importing would end with a traceback.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def ignore_interrupts() -> None:
+    """Leaves `INTERRUPTS` to the process that has started this one, and ends it."""
+    for number in INTERRUPTS:
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTS)

@@ -7,9 +7,9 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import pickle
-import signal
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ import cloudpickle
 import gymnasium
 
 from cyborg_torchrl.envs.episode import Episode, fingerprint
-from cyborg_torchrl.process import interrupts_deferred
+from cyborg_torchrl.process import ignore_interrupts, interrupts_blocked, interrupts_deferred
 from cyborg_torchrl.registry import UnavailableError
 
 LOGGER = logging.getLogger(__name__)
@@ -244,8 +244,10 @@ class EnvironmentProcesses:
         process = self._context.Process(target=_serve, args=(theirs, self._makers[worker]), daemon=True)
         try:
             with interrupts_deferred():  # one that has been told half of what to do complains
-                process.start()
-        except OSError as error:
+                resource_tracker.ensure_running()  # starting it ends any blocking
+                with interrupts_blocked():
+                    process.start()
+        except (OSError, EOFError) as error:  # EOFError: what starts them was killed
             help_ = ": TMPDIR is too long for a socket" if "AF_UNIX" in str(error) else ""
             raise UnavailableError(f"cannot start a process for environments ({error}){help_}.") from None
         theirs.close()
@@ -254,8 +256,7 @@ class EnvironmentProcesses:
 
 def _serve(connection: Connection, makers: bytes) -> None:
     """What a process does: makes environments and does what it is asked, until nobody asks any more."""
-    for number in (signal.SIGINT, signal.SIGHUP):  # they are for the process that collects, which ends this one
-        signal.signal(number, signal.SIG_IGN)
+    ignore_interrupts()
     here: InThisProcess | None = None
     try:
         while True:

@@ -3,12 +3,12 @@
 python -m cyborg_torchrl.memory_benchmarks.soak --minutes 30 --output soak.json
 python -m cyborg_torchrl.memory_benchmarks.soak --config public_benchmark env=gymnasium id=CartPole-v1 env.workers=2
 
-A run in a process of its own is sampled while it trains, and interrupted at the end. Exit code 0 if, after a tenth of
-the time, its own memory never was 5 % above the median of the first half, and it had no more open files, threads or
-processes than before, and if nothing was left afterwards: no process, no shared memory that a sample saw it hold, no
-temporary file; 1 if not. A process's own memory is what is resident less the pages of files,
-which the system takes away and brings back as it likes. It may fall for a moment: protobuf, which TensorBoard's files
-are written with, has glibc give all freed memory back every now and then.
+A run in a process of its own is sampled from its first update on, and interrupted at the end. Exit code 0 if, after a
+tenth of the time, its own memory never was 5 % above the median of the first half, and it had no more open files,
+threads or processes than before, and if nothing was left afterwards: no process, no shared memory that a sample saw it
+hold, no temporary file; 1 if not. A process's own memory is what is resident less the pages of files, which the system
+takes away and brings back as it likes. It may fall for a moment: protobuf, which TensorBoard's files are written with,
+has glibc give all freed memory back every now and then.
 """
 
 from __future__ import annotations
@@ -155,6 +155,11 @@ def still_there(folder: Path, held: Set[Inode]) -> list[str]:
     return sorted(left)
 
 
+def _has_rows(metrics: Path) -> bool:
+    """Whether a run has come to its first update."""
+    return metrics.exists() and metrics.stat().st_size > 0
+
+
 def _heed_interrupts() -> None:
     """What a shell has started with & ignores SIGINT, and so does what that starts."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -166,7 +171,7 @@ def soak(config: str, overrides: Sequence[str], minutes: float, every: float, ba
     Args:
         config: as for `python -m cyborg_torchrl.train`.
         overrides: changes to it.
-        minutes: how long.
+        minutes: how long, from the first update on: importing and building takes as long as a machine is busy.
         every: seconds between samples.
         base_dir: where the run's folder goes.
 
@@ -177,10 +182,13 @@ def soak(config: str, overrides: Sequence[str], minutes: float, every: float, ba
 
     marker = uuid.uuid4().hex
     with tempfile.TemporaryDirectory(prefix="soak-") as temporary:
-        own = [f"train.total_timesteps={FOREVER}", "logger.progress=false", f"logger.base_dir={base_dir}"]
-        held, began = set[Inode](), time.monotonic()
+        folder = base_dir / f"soak-{marker[:8]}"
+        own = [f"logger.base_dir={base_dir}", f"logger.run_name={folder.name}", "logger.progress=false"]
+        own += [f"train.total_timesteps={FOREVER}"]
+        held = set[Inode]()
+        began: float | None = None
         running = subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, config, *own, *overrides],
+            [sys.executable, "-c", PROGRAM, config, *overrides, *own],
             env={**os.environ, MARKER: marker, "TMPDIR": temporary},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -192,11 +200,13 @@ def soak(config: str, overrides: Sequence[str], minutes: float, every: float, ba
         try:
             with Progress(transient=True) as progress:
                 bar = progress.add_task("soaking", total=minutes * 60)
-                while running.poll() is None and (passed := time.monotonic() - began) < minutes * 60:
-                    progress.update(bar, completed=passed)
+                while running.poll() is None and (began is None or time.monotonic() - began < minutes * 60):
                     time.sleep(every)
-                    if sample := sample_of(process, began):
+                    if began is None:
+                        began = time.monotonic() if _has_rows(folder / "logs" / "metrics.csv") else None
+                    elif sample := sample_of(process, began):
                         samples.append(sample)
+                        progress.update(bar, completed=sample.seconds)
                     with suppress(psutil.Error):
                         held |= held_by(running.pid, *(each.pid for each in process.children(recursive=True)))
             is_early = running.poll() is not None
@@ -259,8 +269,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = soak(arguments.config, arguments.overrides, minutes, every, arguments.base_dir)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
-    if result["ended_early"]:
+    if result["ended_early"] or result["summary"] is None:
         print(result["said"], end="", file=sys.stderr)
+    if result["ended_early"]:
         return EXIT_BAD_INPUT
     if arguments.output:
         arguments.output.write_text(json.dumps(result, indent=1) + "\n")

@@ -161,7 +161,12 @@ def short_path():
         yield Path(folder)
 
 
-def test_an_interrupt_while_processes_start_leaves_nothing(tmp_path, short_path):
+@pytest.mark.parametrize(
+    ("send", "number"),
+    [(os.kill, signal.SIGTERM), (os.killpg, signal.SIGTERM), (os.killpg, signal.SIGINT)],
+    ids=["one", "all", "all of a terminal"],
+)
+def test_an_interrupt_while_processes_start_leaves_nothing(send, number, tmp_path, short_path):
     folder, base = short_path, tmp_path / "runs"
     command = [sys.executable, "examples/delayed_cue.py", "env=gymnasium", "env.id=CartPole-v1", "env.workers=2"]
     process = subprocess.Popen(
@@ -171,11 +176,16 @@ def test_an_interrupt_while_processes_start_leaves_nothing(tmp_path, short_path)
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     deadline = time.monotonic() + 300
-    while not list(folder.glob("pymp-*")) and time.monotonic() < deadline:  # multiprocessing's
+    # multiprocessing's two helpers, the second of which imports for a while
+    while len(children.read_text().split()) < 2 and time.monotonic() < deadline:
         time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    send(process.pid, number)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 130, err
     assert err == "interrupted before training began\n"
@@ -203,6 +213,20 @@ def test_an_interrupt_waits_until_a_block_is_done() -> None:
     finally:
         signal.signal(signal.SIGINT, before)
     assert done == ["all of it"] * 2
+
+
+def test_an_interrupt_comes_before_the_error_that_it_made() -> None:
+    def work() -> None:
+        with interrupts_deferred():
+            signal.raise_signal(signal.SIGTERM)
+            raise EOFError("another process has got it, too")
+
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            work()
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_the_same_seed_gives_the_same_parameters_bit_for_bit(tmp_path):

@@ -63,11 +63,12 @@ def test_what_is_left_is_a_finding(name: str) -> None:
 
 def test_a_short_soak_of_environment_processes_leaves_nothing(tmp_path: Path) -> None:
     overrides = ["env=gymnasium", "env.id=CartPole-v1", "env.num_envs=4", "env.workers=2", "logger.eval_episodes=0"]
-    result = soak("public_benchmark", overrides, minutes=0.4, every=0.5, base_dir=tmp_path)
+    result = soak("public_benchmark", overrides, minutes=0.1, every=0.2, base_dir=tmp_path)
     assert not result["ended_early"], result["said"]
     assert 100 < result["own_mb"]["smallest"] < result["rss_mb"]["largest"]
     assert result["processes"]["largest"] >= 3, "two of environments and the run itself"
     assert result["processes_left"] == result["shared_memory_left"] == result["temporary_files_left"] == []
+    assert result["summary"] is not None, result["said"]
     assert result["summary"]["is_interrupted"]
 
 
