@@ -6,8 +6,10 @@
 #   scripts/check && scripts/test                 (make test, which first builds mamba-ssm to test against)
 PYTHON ?= python3
 BIN := .venv/bin
-# Modules are compiled when they are first imported: most of what is installed never is, and it takes minutes
+# Modules are compiled when they are first imported: most of what is installed never is, and it takes minutes. Where
+# Python is told to keep nothing of that, each process would compile all of it again, which triples its time to start.
 QUIETLY := --disable-pip-version-check -q --no-compile
+export PYTHONDONTWRITEBYTECODE :=
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: help install demo test slow check docs learn minerl test-minerl clean
@@ -19,6 +21,7 @@ help:  ## this list
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install $(QUIETLY) -c constraints.txt torch numpy
 	$(BIN)/pip install $(QUIETLY) -c constraints.txt -e ".[dev]"
+	$(BIN)/python -c "import cyborg_torchrl.__main__"
 	touch $@
 
 install: .venv/installed  ## .venv with the package and its tools, from the pinned lock
