@@ -12,7 +12,6 @@ import sys
 import tempfile
 import termios
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -34,6 +33,17 @@ SUMMARY = {
 
 THIS_CHECKOUT = {**os.environ, "PYTHONPATH": str(ROOT)}
 """The package beside these tests, whatever is installed."""
+
+
+def heed_interrupts() -> None:
+    """What a shell has started with & ignores SIGINT, what nohup has SIGHUP, and so does what the tests start."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
+def of_own_terminal() -> None:
+    heed_interrupts()
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
 def example(*arguments: str, **options):
@@ -99,7 +109,6 @@ def test_a_taken_run_name_is_refused(tmp_path):
 def test_an_interrupted_run_saves_what_was_learned(tmp_path, number):
     command = [sys.executable, "examples/delayed_cue.py", "env.horizon=50", "train.total_timesteps=100000000"]
     command += [f"logger.base_dir={tmp_path}", "logger.run_name=run"]
-    # a shell that runs the tests in the background makes its children ignore SIGINT
     process = subprocess.Popen(
         command,
         cwd=ROOT,
@@ -107,14 +116,17 @@ def test_an_interrupted_run_saves_what_was_learned(tmp_path, number):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=heed_interrupts,
     )
     checkpoint = tmp_path / "run" / "checkpoints" / "last.pt"
     deadline = time.monotonic() + 300  # a busy machine imports slowly
     while not checkpoint.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(number)
-    out, err = process.communicate(timeout=300)
+    try:
+        out, err = process.communicate(timeout=300)
+    finally:
+        process.kill()
     assert process.returncode == 130, err
     assert "Traceback" not in err
     summary = json.loads(out.splitlines()[-1])
@@ -141,7 +153,7 @@ def test_a_closed_terminal_ends_a_run_as_an_interrupt_does(options, tmp_path):
         stdout=shown,
         stderr=shown,
         start_new_session=True,
-        preexec_fn=partial(fcntl.ioctl, 0, termios.TIOCSCTTY, 0),  # it is the process's own terminal
+        preexec_fn=of_own_terminal
     )
     os.close(shown)
     checkpoint = tmp_path / "run" / "checkpoints" / "last.pt"
@@ -177,7 +189,7 @@ def test_an_interrupt_while_processes_start_leaves_nothing(send, number, tmp_pat
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=heed_interrupts,
     )
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     deadline = time.monotonic() + 300
@@ -202,7 +214,6 @@ def test_an_interrupt_waits_until_a_block_is_done() -> None:
             signal.raise_signal(signal.SIGINT)
             done.append("all of it")
 
-    # a shell that runs the tests in the background makes its children ignore SIGINT
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
