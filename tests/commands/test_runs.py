@@ -153,7 +153,7 @@ def test_a_closed_terminal_ends_a_run_as_an_interrupt_does(options, tmp_path):
         stdout=shown,
         stderr=shown,
         start_new_session=True,
-        preexec_fn=of_own_terminal
+        preexec_fn=of_own_terminal,
     )
     os.close(shown)
     checkpoint = tmp_path / "run" / "checkpoints" / "last.pt"
