@@ -12,6 +12,7 @@ from cyborg_torchrl.cores.causal_conv import causal_conv, causal_conv_step
 from cyborg_torchrl.cores.gated_readout import gated_readout
 from cyborg_torchrl.cores.kernels import Kernel, ssd_scan_cuda
 from cyborg_torchrl.cores.linear import Linear, linear
+from cyborg_torchrl.cores.memory_read import read_memory
 from cyborg_torchrl.cores.ssd import ssd_scan
 from cyborg_torchrl.cores.timescale import build_readout, rms_normalize, step_size_bias, step_sizes
 
@@ -103,7 +104,7 @@ class Mamba2Block(Core):
         u, b, c, delta, a = self._select(xbc, dt)
         drive = (u * torch.matmul(delta, self.spread)).view(*delta.shape, self.headdim, 1) * b[:, None, None]
         ssm = torch.addcmul(drive, torch.exp(delta * a)[..., None, None], state["mamba_ssm"])
-        y = torch.matmul(ssm.flatten(1, 2), c.unsqueeze(-1)).squeeze(-1)
+        y = read_memory(ssm.flatten(1, 2), c)
         return self._emit(y, u, z), {"mamba_conv": conv, "mamba_ssm": ssm}
 
     def forward(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 DTYPES = {torch.float32: "float32", torch.float64: "float64"}
 CAPABILITIES = ("avx512", "avx2", "default")
-INTERFACE = 9
+INTERFACE = 10
 """Number of the functions' interface; a library of another is as good as none."""
 FOLDER = Path(__file__).parent
 POINTER, INTEGER = ctypes.c_void_p, ctypes.c_int64
@@ -36,6 +36,7 @@ ARGUMENTS = {
     "act_lstm": [POINTER, ctypes.c_double, ctypes.c_double, INTEGER, INTEGER, *[POINTER] * 6],
     "norm": [POINTER, INTEGER, ctypes.c_double, *[POINTER] * 3],
     "added_norms": [INTEGER, INTEGER, INTEGER, ctypes.c_double, POINTER, POINTER],
+    "read": [POINTER, INTEGER, *[POINTER] * 3],
     "norm_backward": [POINTER, INTEGER, ctypes.c_double, *[POINTER] * 4],
 }
 
