@@ -9,8 +9,9 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import pytest
@@ -44,6 +45,11 @@ def cluster() -> Iterator[Any]:
 def on_ray(cluster: Any, *overrides: str) -> DictConfig:
     place = ["collector=ray", f"collector.address={cluster.address}", f"collector.num_workers={WORKERS}"]
     return load_config(overrides=[*SHORT, *place, *overrides])
+
+
+def success(metrics: Sequence[Mapping[str, float]]) -> float:
+    """Of the last eight updates, of 32 episodes each: one process alone has .92 to .98, of single updates .69 to 1."""
+    return mean(metric["success_rate"] for metric in metrics[-8:])
 
 
 class OneAfterTheOther:
@@ -91,7 +97,7 @@ def test_training_has_the_figures_of_one_process(cluster: Any) -> None:
     here.trainer.collector = OneAfterTheOther(cfg, here)
     assert found == list(here.trainer.run())
     assert len(found) > 20
-    assert found[-1]["success_rate"] > 0.9
+    assert success(found) > 0.85
 
 
 def test_training_goes_on_when_a_node_is_lost(cluster: Any, tmp_path) -> None:
@@ -106,7 +112,7 @@ def test_training_goes_on_when_a_node_is_lost(cluster: Any, tmp_path) -> None:
     assert 1 <= training.trainer.collector.deaths <= 2
     training.trainer.close()
     assert len(metrics) == training.trainer.total_updates
-    assert metrics[-1]["success_rate"] > 0.9
+    assert success(metrics) > 0.85
 
 
 def test_a_run_is_a_run(cluster: Any, tmp_path) -> None:
