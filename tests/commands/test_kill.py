@@ -62,7 +62,7 @@ def finish(process: subprocess.Popen[bytes]) -> None:
 
 def kill_in(phase: str, process: subprocess.Popen[bytes], told: Path, chance: random.Random) -> str:
     """Kills a run some updates later, as soon as it is in a phase, or a moment after. Returns the phase it was in."""
-    updates, deadline = chance.randint(1, 4), time.monotonic() + 300
+    updates, deadline = chance.randint(1, 4), time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
         seen = told.read_text() if told.exists() else ""
         if seen.count(phase) >= updates and seen.endswith(phase):

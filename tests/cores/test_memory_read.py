@@ -14,7 +14,7 @@ from cyborg_torchrl.cores.native import IS_BUILT
 
 
 def cancelling(numbers: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
-    """A memory and a query whose products nearly cancel, and their sum by Fractions of whole numbers."""
+    """A memory and a query whose products nearly cancel, and their exact sum, by fractions."""
     generator = torch.Generator().manual_seed(0)
     memory = torch.randn(3, 40, numbers, generator=generator).to(dtype)
     query = torch.randn(3, numbers, generator=generator).to(dtype)

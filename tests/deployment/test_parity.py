@@ -78,6 +78,7 @@ def export(cfg: DictConfig, agent: PPOAgent, kind: str, batch: int | None = None
 def compare(build_trained: Build, kind: str, steps: int, *overrides: str, rows: int = 4) -> Differences:
     cfg, agent = build_trained(*overrides)
     found = replay(cfg, agent, export(cfg, agent, kind), steps=steps, rows=rows)
+    print(found)  # which -rP shows
     assert found.largest <= BAR, found
     assert found.resets > rows  # later than the first steps
     return found
