@@ -1,5 +1,3 @@
-# pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false
-# (tensordict's annotations are narrower than what it takes)
 """Finds the first number that is not finite, and says where it was."""
 
 from __future__ import annotations

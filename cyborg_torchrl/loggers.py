@@ -1,5 +1,3 @@
-# pyright: basic
-# (wandb and mlflow are not installed everywhere)
 """Where metrics go besides metrics.csv and TensorBoard: Weights & Biases and MLflow, through TorchRL's loggers."""
 
 from __future__ import annotations
@@ -153,7 +151,7 @@ class MetricBackends:
 
 
 def _configuration(cfg: DictConfig) -> dict[str, Any]:
-    return OmegaConf.to_container(cfg, resolve=True)  # pyright: ignore[reportReturnType]
+    return OmegaConf.to_container(cfg, resolve=True)
 
 
 def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -17,7 +17,7 @@ def random_state() -> dict[str, Any]:
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "numpy": [name, torch.tensor(words.astype(np.int64)), position, has_gauss, gauss],  # pyright: ignore
+        "numpy": [name, torch.tensor(words.astype(np.int64)), position, has_gauss, gauss],
         "python": [version, torch.tensor(numbers), gauss_next],
     }
 

@@ -1,5 +1,3 @@
-# pyright: basic, reportArgumentType=false
-# (torch's annotations are narrower than what it takes)
 """Agents from checkpoints."""
 
 from __future__ import annotations

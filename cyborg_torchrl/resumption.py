@@ -1,5 +1,3 @@
-# pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false, reportReturnType=false
-# (omegaconf's annotations are narrower than what it takes)
 """Finds the run to go on with, and brings a trainer back to where it was."""
 
 from __future__ import annotations

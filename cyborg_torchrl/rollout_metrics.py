@@ -1,5 +1,3 @@
-# pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false
-# (tensordict's annotations are narrower than what it takes)
 """What happened in a rollout, as numbers."""
 
 from __future__ import annotations

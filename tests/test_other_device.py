@@ -48,11 +48,11 @@ class Away(Tensor):
         return made
 
     @property
-    def device(self) -> torch.device:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def device(self) -> torch.device:
         return AWAY
 
     @property
-    def is_cpu(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def is_cpu(self) -> bool:
         return False
 
     def cpu(self, *_: object, **__: object) -> Tensor:  # torch would return it as it is: it is held on the CPU
@@ -70,10 +70,10 @@ class Away(Tensor):
     def tolist(self) -> list:
         return self.cpu().tolist()
 
-    def __repr__(self, *_: object, **__: object) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def __repr__(self, *_: object, **__: object) -> str:
         return f"Away({self.held!r})"
 
-    def numpy(self, **_: object):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def numpy(self, **_: object):
         raise TypeError("can't convert a tensor on another device to numpy")
 
     @classmethod

@@ -1,5 +1,3 @@
-# pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# (tensordict's and torchrl's annotations are narrower than what they take)
 """One step of a policy on tensors: what its TensorDict modules compute, without them.
 
 A policy becomes a list of calls, each reading entries of a flat dictionary and writing others, with the same operations

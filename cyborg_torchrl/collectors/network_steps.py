@@ -1,5 +1,3 @@
-# pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# (tensordict's and torchrl's annotations are narrower than what they take)
 """Steps of an agent's networks on flat entries: of its backbone alone, and of all of them."""
 
 from __future__ import annotations

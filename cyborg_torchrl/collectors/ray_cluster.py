@@ -1,5 +1,3 @@
-# pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportPrivateImportUsage=false
-# (Ray's annotations are narrower than what it takes)
 """A Ray cluster, quietly."""
 
 from __future__ import annotations

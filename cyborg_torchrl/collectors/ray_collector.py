@@ -1,5 +1,3 @@
-# pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# (tensordict's, torchrl's and Ray's annotations are narrower than what they take)
 """Collects rollouts on a Ray cluster."""
 
 from __future__ import annotations

@@ -1,5 +1,3 @@
-# pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false
-# (torchrl's annotations are narrower than what it takes)
 """Where collectors stand: what environments are in the middle of, and what they carry to the next step."""
 
 from __future__ import annotations

@@ -239,12 +239,12 @@ def _node_type(hint: Any) -> Any:
     origin = typing.get_origin(hint)
     if any(typing.get_origin(part) is dict for part in typing.get_args(hint)):
         return Any  # Hydra cannot merge keys into a typed mapping
-    return list[typing.get_args(hint)[0]] if origin in (Sequence, tuple) else hint  # pyright: ignore
+    return list[typing.get_args(hint)[0]] if origin in (Sequence, tuple) else hint
 
 
 def _node_default(default: Any) -> Any:
     if default is inspect.Parameter.empty:
         return field(default=MISSING)
     if isinstance(default, (list, tuple)):
-        return field(default_factory=lambda: list(default))  # pyright: ignore[reportUnknownLambdaType]
+        return field(default_factory=lambda: list(default))
     return field(default=default)

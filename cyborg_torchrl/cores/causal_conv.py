@@ -55,7 +55,7 @@ def causal_conv(
     past = torch.where(first, initial, history)[:, :, 1:].permute(2, 0, 1)
     padded = torch.cat([past, x])  # [W - 1 + T, B, D]
     if not bool(is_init[1:].any()):
-        y: Tensor = _Convolution.apply(padded, weight, bias)  # pyright: ignore[reportAssignmentType]
+        y: Tensor = _Convolution.apply(padded, weight, bias)
         return y, padded[-width:].permute(1, 2, 0)
     age = _steps_since_reset(is_init, never=steps + width)
     window = [padded[k : k + steps] for k in range(width)]
@@ -76,9 +76,7 @@ class _Convolution(torch.autograd.Function):
     """y_t = silu(bias + sum_k weight_k padded_{t+k}), block by block, without a tensor for each product."""
 
     @staticmethod
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: FunctionCtx, padded: Tensor, weight: Tensor, bias: Tensor | None
-    ) -> Tensor:
+    def forward(ctx: FunctionCtx, padded: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         taps = weight.t().contiguous()
         ctx.save_for_backward(padded, taps, bias)  # pyright: ignore[reportArgumentType]
         steps = padded.shape[0] - taps.shape[0] + 1
@@ -90,10 +88,8 @@ class _Convolution(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: FunctionCtx, grad_y: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        padded, taps, bias = ctx.saved_tensors  # pyright: ignore[reportAttributeAccessIssue]
+    def backward(ctx: FunctionCtx, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        padded, taps, bias = ctx.saved_tensors
         grad_padded, grad_taps = torch.zeros_like(padded), torch.zeros_like(taps)
         grad_bias = None if bias is None else torch.zeros_like(bias)
         for span in blocks(grad_y):

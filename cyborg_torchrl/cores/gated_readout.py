@@ -15,25 +15,21 @@ class _GatedReadout(torch.autograd.Function):
     """out = (norm(y) + skip u) z sigmoid(z), block by block, all but the inputs computed again backward."""
 
     @staticmethod
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: FunctionCtx, y: Tensor, u: Tensor, z: Tensor, skip: Tensor, norm: TimescaleNorm | None
-    ) -> Tensor:
+    def forward(ctx: FunctionCtx, y: Tensor, u: Tensor, z: Tensor, skip: Tensor, norm: TimescaleNorm | None) -> Tensor:
         out = torch.empty_like(y)
         for span in blocks(y):
             total, _ = _normalize(y[span], norm)
             total = torch.addcmul(total, u[span], skip)
             torch.mul(torch.nn.functional.silu(z[span]), total, out=out[span])
         ctx.save_for_backward(y, u, z, skip)
-        ctx.norm = norm  # pyright: ignore[reportAttributeAccessIssue]
+        ctx.norm = norm
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: FunctionCtx, grad_out: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        y, u, z, skip = ctx.saved_tensors  # pyright: ignore[reportAttributeAccessIssue]
-        norm: TimescaleNorm | None = ctx.norm  # pyright: ignore[reportAttributeAccessIssue]
+    def backward(ctx: FunctionCtx, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        y, u, z, skip = ctx.saved_tensors
+        norm: TimescaleNorm | None = ctx.norm
         grad_y, grad_u, grad_z = torch.empty_like(y), torch.empty_like(y), torch.empty_like(y)
         grad_skip = torch.zeros_like(skip)
         for span in blocks(y):
@@ -86,4 +82,4 @@ def gated_readout(
     norm = readout if isinstance(readout, TimescaleNorm) else None
     if norm is None:
         y = readout(y)
-    return _GatedReadout.apply(y, u, z, skip, norm)  # pyright: ignore[reportReturnType]
+    return _GatedReadout.apply(y, u, z, skip, norm)

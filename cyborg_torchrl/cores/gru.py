@@ -23,7 +23,7 @@ class _GRURecurrence(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(
         ctx: FunctionCtx,
         gates_x: Tensor,
         weight_hh: Tensor,
@@ -60,10 +60,8 @@ class _GRURecurrence(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: FunctionCtx, grad_states: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        weight_hh, previous, reset_update, n, candidate_h, is_init = ctx.saved_tensors  # pyright: ignore
+    def backward(ctx: FunctionCtx, grad_states: Tensor) -> tuple[Tensor | None, ...]:
+        weight_hh, previous, reset_update, n, candidate_h, is_init = ctx.saved_tensors
         steps, batch, size = n.shape
         r, u = reset_update.split(size, -1)
         # d(pre-activations)/d(h_t), for all steps at once; the loop only multiplies
@@ -104,7 +102,7 @@ def gru_recurrence(
 ) -> Float[Tensor, "T B D"]:
     """The states of a `GRULayer` from its gates on; see `gru_cpp`, which it is the equal of."""
     arguments = (gates_x, weight_hh, bias_hh, h_0, is_init, initial)
-    return _GRURecurrence.apply(*arguments)  # pyright: ignore[reportReturnType]
+    return _GRURecurrence.apply(*arguments)
 
 
 class GRULayer(RecurrentLayer):

@@ -176,8 +176,8 @@ def _since_reset(values: Float[Tensor, "T B *C"], is_init: Bool[Tensor, "T B"]) 
 @cache
 def _operations() -> dict[str, Callable[..., Any]]:
     """mamba-ssm's operations. Raises ImportError where the package is missing, or was built without its kernels."""
-    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn  # pyright: ignore
-    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined  # pyright: ignore
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
     return {"selective_scan_fn": selective_scan_fn, "mamba_chunk_scan_combined": mamba_chunk_scan_combined}
 

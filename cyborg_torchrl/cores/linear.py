@@ -41,7 +41,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     is_large = not torch.compiler.is_exporting() and x.numel() * weight.shape[0] >= MIN_WORK
     if is_large and x.dtype is torch.float32 and _takes_onednn(x):
         if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-            return _Linear.apply(x, weight, bias)  # pyright: ignore[reportReturnType]
+            return _Linear.apply(x, weight, bias)
         return _multiply(x, weight, bias)
     return F.linear(x, weight, bias)
 
@@ -131,17 +131,13 @@ class Derived:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor | None
-    ) -> Tensor:
+    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.has_bias = bias is not None  # pyright: ignore[reportAttributeAccessIssue]
+        ctx.has_bias = bias is not None
         return _multiply(x, weight, bias)
 
     @staticmethod
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, grad_y: Tensor
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         rows, grads = x.flatten(0, -2), grad_y.flatten(0, -2)

@@ -47,7 +47,7 @@ class _GatedRecurrence(torch.autograd.Function):
     """The layer from its gates' inputs on, block by block; the gates are computed again backward."""
 
     @staticmethod
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(
         ctx: FunctionCtx,
         decay_gate: Tensor,
         input_gate: Tensor,
@@ -72,10 +72,8 @@ class _GatedRecurrence(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: FunctionCtx, grad_states: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        decay_gate, input_gate, x, rate, states, h_0, is_init, initial = ctx.saved_tensors  # pyright: ignore
+    def backward(ctx: FunctionCtx, grad_states: Tensor) -> tuple[Tensor | None, ...]:
+        decay_gate, input_gate, x, rate, states, h_0, is_init, initial = ctx.saved_tensors
         resets = reset_steps(is_init)
         grads = torch.empty_like(decay_gate), torch.empty_like(input_gate), torch.empty_like(x)
         grad_rate, grad_initial, grad_t = torch.zeros_like(rate), torch.zeros_like(h_0), torch.zeros_like(h_0)
@@ -124,7 +122,7 @@ def gated_recurrence(
 ) -> Float[Tensor, "T B D"]:
     """The states of an `LRULayer` from its gates on; see `gated_recurrence_cpp`, which it is the equal of."""
     arguments = (*inputs.chunk(3, -1), rate, h_0, is_init, initial)
-    return _GatedRecurrence.apply(*arguments)  # pyright: ignore[reportReturnType, reportCallIssue]
+    return _GatedRecurrence.apply(*arguments)
 
 
 class LRULayer(RecurrentLayer):

@@ -20,7 +20,7 @@ class _LSTMRecurrence(torch.autograd.Function):
     """h_t and c_t from the input's part of the gates."""
 
     @staticmethod
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(
         ctx: FunctionCtx,
         gates_x: Tensor,
         weight_hh: Tensor,
@@ -58,10 +58,8 @@ class _LSTMRecurrence(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: FunctionCtx, grad_hidden: Tensor, grad_cell: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        weight_hh, gates, cell_tanh, previous_h, previous_c, is_init = ctx.saved_tensors  # pyright: ignore
+    def backward(ctx: FunctionCtx, grad_hidden: Tensor, grad_cell: Tensor) -> tuple[Tensor | None, ...]:
+        weight_hh, gates, cell_tanh, previous_h, previous_c, is_init = ctx.saved_tensors
         steps, batch, size = cell_tanh.shape
         i, f, g, o = gates.chunk(4, -1)
         # slopes of the pre-activations with respect to c_t (i, f, g) and h_t (o), for all steps at once
@@ -107,7 +105,7 @@ def lstm_recurrence(
 ) -> tuple[Float[Tensor, "T B D"], Float[Tensor, "T B D"]]:
     """The states of an `LSTMLayer` from its gates on; see `lstm_cpp`, which it is the equal of."""
     arguments = (gates_x, weight_hh, h_0, c_0, is_init, initial_h, initial_c)
-    return _LSTMRecurrence.apply(*arguments)  # pyright: ignore[reportReturnType]
+    return _LSTMRecurrence.apply(*arguments)
 
 
 class LSTMLayer(RecurrentLayer):

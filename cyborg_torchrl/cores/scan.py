@@ -17,7 +17,7 @@ class _LinearRecurrence(torch.autograd.Function):
     """h_t = a_t h_{t-1} + b_t. Indexing inside a loop under autograd would cost O(T^2) backward; this is O(T)."""
 
     @staticmethod
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(
         ctx: FunctionCtx, decay: Tensor, drive: Tensor, h_0: Tensor, is_init: Tensor, initial: Tensor
     ) -> Tensor:
         states = torch.empty_like(drive)
@@ -33,10 +33,8 @@ class _LinearRecurrence(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: FunctionCtx, grad_states: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        decay, states, h_0, is_init, initial = ctx.saved_tensors  # pyright: ignore[reportAttributeAccessIssue]
+    def backward(ctx: FunctionCtx, grad_states: Tensor) -> tuple[Tensor | None, ...]:
+        decay, states, h_0, is_init, initial = ctx.saved_tensors
         resets = reset_steps(is_init)
         grad_drive = torch.empty_like(states)
         grad_initial, grad_t, a_tp1 = torch.zeros_like(h_0), torch.zeros_like(h_0), torch.zeros_like(h_0)
@@ -82,6 +80,4 @@ def gated_linear_scan(
     """
     if decay.shape[0] == 0:
         raise ValueError("gated_linear_scan needs at least one step; got T == 0.")
-    return _LinearRecurrence.apply(  # pyright: ignore[reportReturnType]
-        decay.contiguous(), drive.contiguous(), h_0, is_init, initial
-    )
+    return _LinearRecurrence.apply(decay.contiguous(), drive.contiguous(), h_0, is_init, initial)

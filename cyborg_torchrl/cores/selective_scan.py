@@ -59,7 +59,7 @@ class _SelectiveScan(torch.autograd.Function):
     """h_t = exp(delta_t A) h_{t-1} + delta_t u_t B_t;  y_t = C_t h_t. States are [B, N, D] here: D is the long side."""
 
     @staticmethod
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(
         ctx: FunctionCtx,
         u: Tensor,
         delta: Tensor,
@@ -87,10 +87,8 @@ class _SelectiveScan(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: FunctionCtx, grad_y: Tensor, grad_last: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        u, delta, a, b, c, is_init, initial, *starts = ctx.saved_tensors  # pyright: ignore[reportAttributeAccessIssue]
+    def backward(ctx: FunctionCtx, grad_y: Tensor, grad_last: Tensor) -> tuple[Tensor | None, ...]:
+        u, delta, a, b, c, is_init, initial, *starts = ctx.saved_tensors
         steps, length = u.shape[0], _block_length(u.shape[0], initial.numel())
         resets = reset_steps(is_init)
         u_dt = delta * u
@@ -162,7 +160,7 @@ def selective_scan(
     if u.shape[0] == 0:
         raise ValueError("selective_scan needs at least one step; got T == 0.")
     floats = (u, delta, a.t(), b, c, h_0.transpose(1, 2))
-    y, last = _SelectiveScan.apply(  # pyright: ignore[reportGeneralTypeIssues]
+    y, last = _SelectiveScan.apply(
         *(tensor.contiguous() for tensor in floats), is_init, initial.transpose(1, 2).contiguous()
     )
     return y, last.transpose(1, 2)

@@ -115,7 +115,7 @@ class _SSD(torch.autograd.Function):
     """The scan over u [K, L, B, H P]; delta [K, L, B, H]; a [H]; b, c [K, L, B, N]; states [B, H P, N]."""
 
     @staticmethod
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(
         ctx: FunctionCtx,
         u: Tensor,
         delta: Tensor,
@@ -147,10 +147,8 @@ class _SSD(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: FunctionCtx, grad_y: Tensor, grad_last: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        u, delta, a, b, c, is_init, initial, before = ctx.saved_tensors  # pyright: ignore
+    def backward(ctx: FunctionCtx, grad_y: Tensor, grad_last: Tensor) -> tuple[Tensor | None, ...]:
+        u, delta, a, b, c, is_init, initial, before = ctx.saved_tensors
         grads = torch.empty_like(u), torch.empty_like(delta), torch.empty_like(b), torch.empty_like(c)
         grad_a, grad_initial = torch.zeros_like(a), torch.zeros_like(initial)
         grad_h = grad_last
@@ -291,7 +289,5 @@ def ssd_scan(
         resets = None if resets is None else F.pad(resets, (0, 0, 0, padding))
     u, delta, b, c = (tensor.unflatten(0, (-1, chunk)) for tensor in sequences)
     resets = None if resets is None else resets.unflatten(0, (-1, chunk))
-    y, last = _SSD.apply(  # pyright: ignore[reportGeneralTypeIssues]
-        u, delta, a, b, c, h_0.flatten(1, 2), resets, initial.flatten(1, 2)
-    )
+    y, last = _SSD.apply(u, delta, a, b, c, h_0.flatten(1, 2), resets, initial.flatten(1, 2))
     return y.flatten(0, 1)[:steps].unflatten(-1, (heads, width)), last.unflatten(1, (heads, width))

@@ -31,23 +31,19 @@ class _GroupNorm(torch.autograd.Function):
     """The norm over a whole sequence, block by block."""
 
     @staticmethod
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: FunctionCtx, x: Tensor, norm: TimescaleNorm
-    ) -> Tensor:
+    def forward(ctx: FunctionCtx, x: Tensor, norm: TimescaleNorm) -> Tensor:
         y = torch.empty_like(x)
         for span in blocks(x):
             torch.mul(x[span], norm.factors(x[span]), out=y[span])
         ctx.save_for_backward(x)
-        ctx.norm = norm  # pyright: ignore[reportAttributeAccessIssue]
+        ctx.norm = norm
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: FunctionCtx, grad_y: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        (x,) = ctx.saved_tensors  # pyright: ignore[reportAttributeAccessIssue]
-        norm: TimescaleNorm = ctx.norm  # pyright: ignore[reportAttributeAccessIssue]
+    def backward(ctx: FunctionCtx, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        norm: TimescaleNorm = ctx.norm
         grad_x = torch.empty_like(x)
         for span in blocks(x):
             factors = norm.factors(x[span])
@@ -102,7 +98,7 @@ class TimescaleNorm(nn.Module):
         if is_native(x) and x.dtype == self.average.dtype:
             return group_norm_cpp(x, self.timescales, self.groups, self.eps)
         if torch.is_grad_enabled() and x.requires_grad and x.ndim > 1:
-            return _GroupNorm.apply(x, self)  # pyright: ignore[reportReturnType]
+            return _GroupNorm.apply(x, self)
         return x * self.factors(x)
 
     def factors(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:

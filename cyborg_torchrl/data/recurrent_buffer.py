@@ -1,5 +1,3 @@
-# pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# (tensordict's and torchrl's annotations are narrower than what they take)
 """Rollout buffers of agents with memory: sequences, each with the one state that it begins with."""
 
 from __future__ import annotations

@@ -1,5 +1,3 @@
-# pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# (tensordict's and torchrl's annotations are narrower than what they take)
 """The rollout buffer of agents without memory, and what all rollout buffers share."""
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ def sort_stable(
 ) -> tuple[Tensor, Tensor]:
     """ONNX's TopK puts the lower index first among equals: as a stable sort does."""
     del stable
-    return torch.topk(x, x.shape[dim], dim=dim, largest=descending, sorted=True)  # pyright: ignore[reportReturnType]
+    return torch.topk(x, x.shape[dim], dim=dim, largest=descending, sorted=True)
 
 
 def cumprod(x: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Tensor:

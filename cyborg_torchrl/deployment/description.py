@@ -1,5 +1,3 @@
-# pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportOptionalMemberAccess=false
-# (tensordict's and torchrl's annotations are narrower than what they take)
 """What stands in an exported file beside the program: names, shapes, and what they mean."""
 
 from __future__ import annotations

@@ -1,5 +1,3 @@
-# pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# (torch's annotations are narrower than what it takes)
 """A streaming step as a program of torch's own operations, and as the files that hold it."""
 
 from __future__ import annotations
@@ -71,7 +69,7 @@ def onnx_file(program: ExportedProgram, description: dict[str, Any]) -> bytes:
         ExportError: if there is an operation that ONNX has not.
     """
     try:
-        import onnx  # noqa: F401  # pyright: ignore[reportUnusedImport]
+        import onnx  # noqa: F401
         from onnxscript import optimizer
     except ImportError as error:
         raise UnavailableError(f"ONNX files need {error.name}: {EXTRA}") from None

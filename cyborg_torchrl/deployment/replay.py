@@ -1,5 +1,3 @@
-# pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportReturnType=false
-# (tensordict's and torchrl's annotations are narrower than what they take)
 """An exported program beside the agent that it was made from, step by step."""
 
 from __future__ import annotations

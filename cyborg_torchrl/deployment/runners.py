@@ -1,5 +1,3 @@
-# pyright: basic, reportMissingImports=false, reportArgumentType=false, reportAttributeAccessIssue=false
-# (onnxruntime is optional)
 """Exported files, run one step at a time as an agent is."""
 
 from __future__ import annotations

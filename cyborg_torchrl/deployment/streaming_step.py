@@ -1,6 +1,3 @@
-# pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportReturnType=false
-# pyright: reportIndexIssue=false, reportOptionalSubscript=false
-# (tensordict's and torchrl's annotations are narrower than what they take)
 """One step of an agent on plain tensors, from what the environment shows."""
 
 from __future__ import annotations

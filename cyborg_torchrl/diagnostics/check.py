@@ -1,5 +1,3 @@
-# pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# (tensordict's and torchrl's annotations are narrower than what they take)
 """`check_recurrent`: all checks of a recurrent policy, in one call."""
 
 from __future__ import annotations

@@ -1,5 +1,3 @@
-# pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# (tensordict's and torchrl's annotations are narrower than what they take)
 """Sequences to experiment on: cut from a rollout, moved to a generic point, with resets of our own."""
 
 from __future__ import annotations

@@ -1,5 +1,3 @@
-# pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# (tensordict's and torchrl's annotations are narrower than what they take)
 """The policy that is checked: what it reads and writes, and its two ways of being run."""
 
 from __future__ import annotations

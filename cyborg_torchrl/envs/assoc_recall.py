@@ -1,4 +1,3 @@
-# pyright: basic
 """`assoc_recall`: see pairs of key and value, wait, and name the value of one key."""
 
 from __future__ import annotations

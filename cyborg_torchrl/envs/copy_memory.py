@@ -1,4 +1,3 @@
-# pyright: basic
 """`copy_memory`: see a sequence of symbols, wait, and repeat it."""
 
 from __future__ import annotations

@@ -1,5 +1,3 @@
-# pyright: basic, reportMissingImports=false
-# (crafter is optional, and has no annotations)
 """Crafter as a gymnasium environment whose reward is wood: "Crafter collect-wood", which is not MineRL Treechop."""
 
 from __future__ import annotations

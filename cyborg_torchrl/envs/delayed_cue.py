@@ -1,4 +1,3 @@
-# pyright: basic
 """`delayed_cue`: see a cue, wait, and name it when asked."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# pyright: basic
 """`distractor_nav`: see the colour of the goal, pass distractors on a long way, and walk to the door of that colour."""
 
 from __future__ import annotations

@@ -1,5 +1,3 @@
-# pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# (tensordict's and torchrl's annotations are narrower than what they take)
 """Gymnasium environments side by side, in this process or in several, as one TorchRL environment."""
 
 from __future__ import annotations

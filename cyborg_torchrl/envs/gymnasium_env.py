@@ -1,5 +1,3 @@
-# pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# (tensordict's and torchrl's annotations are narrower than what they take)
 """`gymnasium`: any registered gymnasium environment by its id, and what the other adapters share."""
 
 from __future__ import annotations

@@ -1,5 +1,3 @@
-# pyright: basic, reportArgumentType=false, reportIncompatibleMethodOverride=false, reportAttributeAccessIssue=false
-# (gymnasium's annotations are narrower than what it takes)
 """Gymnasium environments side by side whose episodes can be played again: after a crash, or in another process."""
 
 from __future__ import annotations

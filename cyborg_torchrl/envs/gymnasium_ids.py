@@ -1,5 +1,3 @@
-# pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# (tensordict's and torchrl's annotations are narrower than what they take)
 """The memory tasks as gymnasium environments, for code that knows gymnasium and not TorchRL.
 
 Importing this module registers `CyborgMemory/DelayedCue-v0` and an id for each other task; gymnasium imports it by

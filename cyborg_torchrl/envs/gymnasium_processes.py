@@ -1,5 +1,3 @@
-# pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false
-# (gymnasium's annotations are narrower than what it takes)
 """Where gymnasium environments run: in this process, or in several that are replaced when they die."""
 
 from __future__ import annotations

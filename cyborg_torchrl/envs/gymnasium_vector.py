@@ -1,5 +1,3 @@
-# pyright: basic, reportArgumentType=false, reportIncompatibleMethodOverride=false, reportAttributeAccessIssue=false
-# (gymnasium's annotations are narrower than what it takes)
 """The wrappers around each gymnasium environment. Needs gymnasium."""
 
 from __future__ import annotations

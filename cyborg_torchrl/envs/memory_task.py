@@ -1,5 +1,3 @@
-# pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# (tensordict's and torchrl's annotations are narrower than what they take)
 """What all memory tasks share: time, seeds, resets of some environments, specs, counting of answers."""
 
 from __future__ import annotations

@@ -1,5 +1,3 @@
-# pyright: basic, reportMissingImports=false
-# (minerl, gym and shimmy are optional, and mostly without annotations)
 """MineRL 0.4.4 Treechop as a gymnasium environment with discrete actions, which outlives its Minecraft."""
 
 from __future__ import annotations
@@ -141,7 +139,7 @@ class MineRLTreechop(gymnasium.Env[Any, Any]):
 
         MineRL's own answer to a dead Minecraft is to start another one that it then forgets.
         """
-        if self._env is not None and not all(map(_is_listening, self._env.unwrapped.gym_env.unwrapped.instances)):  # pyright: ignore
+        if self._env is not None and not all(map(_is_listening, self._env.unwrapped.gym_env.unwrapped.instances)):
             self._discard()
         if self._env is None:
             from shimmy import GymV21CompatibilityV0

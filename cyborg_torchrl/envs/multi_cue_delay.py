@@ -1,4 +1,3 @@
-# pyright: basic
 """`multi_cue_delay`: see cues on several channels at unforeseen moments, wait, and name the cue of each channel."""
 
 from __future__ import annotations

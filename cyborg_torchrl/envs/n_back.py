@@ -1,4 +1,3 @@
-# pyright: basic
 """`n_back`: is this symbol the one that was shown n steps ago?"""
 
 from __future__ import annotations

@@ -1,5 +1,3 @@
-# pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# (tensordict's and torchrl's annotations are narrower than what they take)
 """Observations and rewards normalised by running statistics, which are learned like parameters and kept with them."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# pyright: basic
 """`pattern_binding`: see patterns of a shape and a colour, wait, and tell them from recombinations."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# pyright: basic
 """`permuted_copy`: see a sequence of symbols, wait, and name them in another order."""
 
 from __future__ import annotations

@@ -1,5 +1,3 @@
-# pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# (the packages have no types)
 """`popgym`, `bsuite`, `minigrid`, `memory_gym`: public benchmarks by the ids that their packages give them.
 
 Each package is optional and imported when it is asked for.

@@ -1,5 +1,3 @@
-# pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# (torchrl's annotations are narrower than what it takes)
 """What environments are in the middle of, to go on from there in another process.
 
 An environment that can tell has two methods:

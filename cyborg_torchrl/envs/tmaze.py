@@ -1,4 +1,3 @@
-# pyright: basic
 """`tmaze`: see at the start where the goal will be, walk down a corridor, and turn to it."""
 
 from __future__ import annotations

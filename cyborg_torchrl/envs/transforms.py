@@ -1,5 +1,3 @@
-# pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# (tensordict's and torchrl's annotations are narrower than what they take)
 """What is put between any environment and the agent: previous action and reward, frame stack, normalisation."""
 
 from __future__ import annotations

@@ -1,5 +1,3 @@
-# pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# (tensordict's and torchrl's annotations are narrower than what they take)
 """`treechop`: collect wood from pixels, in Crafter (which always runs) or in MineRL (which needs Minecraft)."""
 
 from __future__ import annotations

@@ -131,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     if arguments.plot:
         try:
-            import matplotlib  # noqa: F401  # pyright: ignore[reportUnusedImport]
+            import matplotlib  # noqa: F401
         except ImportError:
             print(f"error: {EXTRA}", file=sys.stderr)
             return 2

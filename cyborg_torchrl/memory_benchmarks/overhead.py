@@ -1,5 +1,3 @@
-# pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# (tensordict's and torchrl's annotations are narrower than what they take)
 """What storing memory states costs: with and without, the same network, side by side in one process.
 
 python -m cyborg_torchrl.memory_benchmarks.overhead --backbones gru mamba_gru --repeats 11

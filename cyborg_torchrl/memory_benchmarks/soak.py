@@ -260,7 +260,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the configuration")
     arguments = parser.parse_intermixed_args(argv)
     try:
-        import psutil  # noqa: F401  # pyright: ignore[reportUnusedImport]
+        import psutil  # noqa: F401
     except ImportError:
         print("error: this needs psutil: pip install 'cyborg-torchrl[soak]'", file=sys.stderr)
         return EXIT_BAD_INPUT

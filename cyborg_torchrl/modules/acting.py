@@ -1,5 +1,3 @@
-# pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# (tensordict's annotations are narrower than what they take)
 """Whether an agent's step while acting, from the observation to the heads, is one C++ call.
 
 A step of a few dozen environments takes longer in torch's calls than in mathematics.

@@ -1,5 +1,3 @@
-# pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# (tensordict's and torchrl's annotations are narrower than what they take)
 """Action heads: from features to the parameters of a distribution that fits an action spec."""
 
 from __future__ import annotations

@@ -1,5 +1,3 @@
-# pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# (tensordict's and torchrl's annotations are narrower than what they take)
 """The agent: encoder, memory, policy head and value head over one pass of the backbone."""
 
 from __future__ import annotations

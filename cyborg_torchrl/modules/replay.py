@@ -1,5 +1,3 @@
-# pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# (tensordict's and torchrl's annotations are narrower than what they take)
 """Runs a policy again over steps that it has seen, to find the memory state behind them."""
 
 from __future__ import annotations

@@ -1,5 +1,3 @@
-# pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# (tensordict's and torchrl's annotations are narrower than what they take)
 """Why do the log-probs disagree? Each suspicion is tried: would the rollout fit if it were so?"""
 
 from __future__ import annotations

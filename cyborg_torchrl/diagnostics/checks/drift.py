@@ -1,5 +1,3 @@
-# pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# (tensordict's and torchrl's annotations are narrower than what they take)
 """How far are stored states from what the parameters of today would give, after some updates?"""
 
 from __future__ import annotations

@@ -1,5 +1,3 @@
-# pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# (tensordict's and torchrl's annotations are narrower than what they take)
 """How far back does the gradient reach, compared with how far back acting depends on what was seen?"""
 
 from __future__ import annotations

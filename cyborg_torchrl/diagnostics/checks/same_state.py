@@ -1,5 +1,3 @@
-# pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# (tensordict's and torchrl's annotations are narrower than what they take)
 """Is what the update sees what the rollout saw? Log-probs and states of a rollout, computed again."""
 
 from __future__ import annotations

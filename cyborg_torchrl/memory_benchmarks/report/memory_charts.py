@@ -111,8 +111,8 @@ def _heat_map(
     axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
     bar = figure.colorbar(image, ax=axes, pad=0.02, aspect=25)
     bar.set_label(units[1])
-    bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
-    bar.solids.set_rasterized(True)  # pyright: ignore[reportOptionalMemberAccess]
+    bar.outline.set_visible(False)
+    bar.solids.set_rasterized(True)
     svg = inline_svg(figure, name, f"Heat map of {rows} rows over {steps} steps. {title}. {caption}")
     return Chart(title, svg, caption, Table((), []))
 

@@ -1,5 +1,3 @@
-# pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# (tensordict's and torchrl's annotations are narrower than what they take)
 """One episode of a trained agent, with what its memory held at each step and where its slots were read and written."""
 
 from __future__ import annotations
@@ -112,7 +110,7 @@ def record_episode(cfg: DictConfig, agent: PPOAgent) -> Episode:
     mode = ExplorationType.DETERMINISTIC if is_greedy else ExplorationType.RANDOM
     states: dict[str, list[Tensor]] = {name: [] for name in agent.backbone.state_keys}
     rewards: list[float] = []
-    is_done = False
+    is_done, success = False, None
     try:
         with set_exploration_type(mode), set_recurrent_mode(False):
             tensordict = env.reset()

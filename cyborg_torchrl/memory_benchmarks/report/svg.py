@@ -47,7 +47,7 @@ SVG, XLINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}"
 @contextmanager
 def page_style() -> Generator[None]:
     """Matplotlib's settings while a figure of the page is drawn, from its making to its SVG; also a decorator."""
-    with matplotlib.rc_context(STYLE):  # pyright: ignore[reportArgumentType]
+    with matplotlib.rc_context(STYLE):
         yield
 
 

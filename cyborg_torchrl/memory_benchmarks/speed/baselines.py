@@ -1,4 +1,3 @@
-# pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
 """Other libraries' recurrent PPO on the same task, for the same number of steps, epochs and minibatches."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# pyright: basic
 """The comparisons as a picture."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# pyright: basic, reportMissingImports=false
 """PufferLib's PPO with an LSTM on delayed cue, in a process of its own: its packages do not go together with ours.
 
 Run by `pufferlib` in `baselines`, in an environment that has PufferLib and not this package: it imports neither. Takes

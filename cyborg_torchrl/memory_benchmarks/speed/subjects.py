@@ -1,5 +1,3 @@
-# pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# (tensordict's and torchrl's annotations are narrower than what they take)
 """What is timed of our own, TorchRL's collector beside it, and the raw loop that both are measured by."""
 
 from __future__ import annotations
