@@ -1,6 +1,5 @@
 # Each target sets up .venv by itself. The same by hand:
 #   python3 -m venv .venv
-#   .venv/bin/pip install -c constraints.txt torch numpy   (first: what is in C++ is built against it)
 #   .venv/bin/pip install -c constraints.txt -e ".[dev]"
 #   .venv/bin/python examples/delayed_cue.py      (make demo)
 #   scripts/check && scripts/test                 (make test, which first builds mamba-ssm to test against)
@@ -19,7 +18,6 @@ help:  ## this list
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install $(QUIETLY) -c constraints.txt torch numpy
 	$(BIN)/pip install $(QUIETLY) -c constraints.txt -e ".[dev]"
 	$(BIN)/python -c "import cyborg_torchrl.__main__"
 	touch $@
@@ -67,7 +65,6 @@ READTHEDOCS ?= 1
 	$(MINERL)/pip install $(QUIETLY) "setuptools==65.5.0" "wheel<0.39"
 	$(MINERL)/pip install $(QUIETLY) --no-build-isolation --no-deps gym==0.19.0
 	$(if $(READTHEDOCS),READTHEDOCS=$(READTHEDOCS)) $(MINERL)/pip install $(QUIETLY) --no-deps minerl==0.4.4
-	$(MINERL)/pip install $(QUIETLY) -c constraints.txt torch numpy
 	$(MINERL)/pip install $(QUIETLY) -c constraints.txt -e . -r requirements-minerl.txt \
 	  beartype gymnasium pytest
 	touch $@

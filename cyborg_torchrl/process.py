@@ -4,124 +4,42 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import os
 import platform
 import signal
 import threading
-import time
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
 
 import torch
 
-from cyborg_torchrl import tensor_pool
-
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
-SPARE_BYTES = 2**30
-"""What a process may keep of freed memory, whatever it uses."""
 TERMINATIONS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
 """What tells a process to end: of a scheduler, or of a terminal that is closed."""
 INTERRUPTS = (signal.SIGINT, *(number for number in TERMINATIONS if number != signal.SIGTERM))
 """What a terminal sends to all processes in it."""
 
 
-class _MallInfo(ctypes.Structure):
-    """glibc's `struct mallinfo2`."""
-
-    _names = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
-    _fields_ = tuple((name, ctypes.c_size_t) for name in _names)
-
-
 def prepare_cpu(num_threads: int = 1) -> None:
-    """Sets torch's threads, flushes denormals, and keeps freed memory.
+    """Set this process's threads and allocator, and flush denormal numbers to zero.
 
-    Decayed memory states become denormal numbers, which a CPU handles ten times slower: they are flushed to zero.
-    Large tensors get a place of their own (`tensor_pool`). Changes the whole process.
+    Changes the whole process, so programs call it, and nothing in the package does so on import or while it builds.
+    A memory state that decays becomes a denormal number, which a CPU computes ten times slower.
     """
     torch.set_num_threads(num_threads)
     torch.set_flush_denormal(True)
     keep_freed_memory()
-    tensor_pool.install()
 
 
-def keep_freed_memory() -> bool:
-    """Lets the allocator keep what is freed. Returns whether that could be done.
+def keep_freed_memory() -> None:
+    """Let glibc's allocator keep freed memory; without glibc, do nothing.
 
-    glibc takes blocks of some megabytes from the system and gives them back when they are freed; touching them anew,
-    page by page, takes longer than many an operation on them. Nothing is done where there is no glibc.
+    By default glibc returns blocks of some megabytes to the system as soon as they are freed. The next tensor of that
+    size touches every page again, which takes longer than many an operation on it.
     """
-    if platform.libc_ver()[0] != "glibc":
-        return False
-    mallopt = ctypes.CDLL(None).mallopt
-    options = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: 2**31 - 1, M_TOP_PAD: 64 * 2**20}
-    return all(mallopt(option, value) == 1 for option, value in options.items())
-
-
-class FreedMemory:
-    """Gives freed memory back to the system now and then, and at once where there is very much of it.
-
-    What is resident is all that was ever used at once, not what an update needs. Without a `tensor_pool` it is more:
-    glibc does not fit an aligned block into a freed one of the same size, so blocks of many megabytes, one after the
-    other, take ever more of its heap (with sequences of 100,000 steps 5 GB in an update that needs 1), and a small
-    block that stays, put where a large one used to fit, makes the heap longer by the large one. glibc's part is left
-    where there is no such glibc, or no /proc.
-
-    Args:
-        spare_bytes: freed memory beyond this, and beyond a quarter of what is in use, is given back at once.
-        every: seconds after which the heap's free memory is given back, and of the pool what it has not needed since.
-        clock: seconds.
-    """
-
-    def __init__(
-        self, spare_bytes: int = SPARE_BYTES, every: float = 10.0, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        self.spare_bytes, self.every, self._clock = spare_bytes, every, clock
-        self._next = clock() + every
-
-    def give_back(self) -> bool:
-        """Looks, and gives back what is too much. Returns whether any was; called where little is in use."""
-        now = self._clock()
-        is_mostly_spare = self._is_mostly_spare()
-        if now < self._next and not is_mostly_spare:
-            return False
-        self._next = now + self.every
-        released = tensor_pool.release(everything=is_mostly_spare)
-        return _trim() or released > 0
-
-    def _is_mostly_spare(self) -> bool:
-        resident = _resident_memory()
-        if resident <= self.spare_bytes:
-            return False
-        in_use = _heap_in_use()
-        return in_use is not None and resident - in_use > max(self.spare_bytes, in_use // 4)
-
-
-def _resident_memory() -> int:
-    """Bytes of this process that are resident, but for those of files and those shared; 0 where there is no /proc."""
-    try:
-        _, resident, shared, *_ = map(int, Path("/proc/self/statm").read_text().split())
-        return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return 0
-
-
-def _heap_in_use() -> int | None:
-    try:
-        libc = ctypes.CDLL(None)
-        libc.mallinfo2.restype = _MallInfo
-        info = libc.mallinfo2()
-    except (OSError, AttributeError):
-        return None
-    return info.uordblks + info.hblkhd + tensor_pool.bytes_in_use()
-
-
-def _trim() -> bool:
-    try:
-        return ctypes.CDLL(None).malloc_trim(ctypes.c_size_t(0)) == 1
-    except (OSError, AttributeError):
-        return False
+    if platform.libc_ver()[0] == "glibc":
+        for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 64 * 2**20)):
+            ctypes.CDLL(None).mallopt(option, value)
 
 
 @contextmanager

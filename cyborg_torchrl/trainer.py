@@ -23,7 +23,6 @@ from cyborg_torchrl.finite import NonFiniteError, check_finite, environment_of
 from cyborg_torchrl.modules.encoders import Autocast
 from cyborg_torchrl.modules.replay import as_primed, state_after
 from cyborg_torchrl.objectives import RecurrentClipPPOLoss, add_advantages, masked_standardize, measure_drift
-from cyborg_torchrl.process import FreedMemory
 from cyborg_torchrl.rollout_metrics import rollout_metrics
 
 Metrics = dict[str, float]
@@ -70,7 +69,6 @@ class PPOTrainer:
         self.optimizer = torch.optim.Adam(
             self.parameters, lr=config.learning_rate, eps=config.adam_eps, fused=is_fusable
         )
-        self._freed_memory = FreedMemory()
         self.num_updates = 0
         self.num_steps = 0
         self.total_updates = max(1, config.total_timesteps // buffer.num_steps)
@@ -235,7 +233,6 @@ class PPOTrainer:
         if not math.isfinite(grad_norm):  # one step with it, and there is nothing left to save
             self._refuse(figures, float(grad_norm))
         self.optimizer.step()
-        self._freed_memory.give_back()
         return figures | {"grad_norm": grad_norm.detach()}
 
     def _parts(self, batch: TensorDictBase | None) -> list[tuple[TensorDictBase, float]]:

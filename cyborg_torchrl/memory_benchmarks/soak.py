@@ -8,7 +8,8 @@ tenth of the time, its own memory never was 5 % above the median of the first ha
 threads or processes than before, and if nothing was left afterwards: no process, no shared memory that a sample saw it
 hold, no temporary file; 1 if not. A process's own memory is what is resident less the pages of files, which the system
 takes away and brings back as it likes. It may fall for a moment: protobuf, which TensorBoard's files are written with,
-has glibc give all freed memory back every now and then.
+has glibc give all freed memory back every now and then. With glibc before 2.38 it may rise again by a quarter, which
+is the allocator's doing and not a leak: then soak with LD_PRELOAD=libjemalloc.so.2.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from cyborg_torchrl.memory_benchmarks.arguments import positive, writable
 PROGRAM = "import sys; from cyborg_torchrl.cli import run_command as run; sys.exit(run(sys.argv[1], sys.argv[2:]))"
 MARKER = "CYBORG_TORCHRL_SOAK"
 WARM_UP = 0.1
-"""Share of the time in which a run may still grow: pools fill, threads and workers begin."""
+"""Share of the time in which a run may still grow: buffers fill, threads and workers begin."""
 TOLERANCE = 0.05
 """Of own memory: by how much its largest value may exceed the median of the first half."""
 SHARED_MEMORY = Path("/dev/shm")
