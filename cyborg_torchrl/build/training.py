@@ -33,9 +33,11 @@ class Training(NamedTuple):
 
 
 def prepare_process(cfg: DictConfig) -> None:
-    """Sets threads, denormals, allocator and seeds of this process."""
+    """Set this process's threads and allocator as configured, and flush denormals.
+
+    For programs: `build_trainer` and `run_experiment` leave the process as it is.
+    """
     prepare_cpu(cfg.train.num_threads)
-    torch.manual_seed(cfg.train.seed)
 
 
 def share_of_rank(cfg: DictConfig, ranks: Ranks) -> DictConfig:
@@ -64,7 +66,10 @@ def share_of_rank(cfg: DictConfig, ranks: Ranks) -> DictConfig:
 def build_trainer(
     cfg: DictConfig, on_progress: Callable[[float], None] = lambda share: None, ranks: Ranks | None = None
 ) -> Training:
-    """Builds everything that a training run needs: the trainer, the agent that it trains, and its environment.
+    """Build everything that a training run needs: the trainer, the agent that it trains, and its environment.
+
+    Seeds torch's global generator by `torch.manual_seed(cfg.train.seed)`, so that parameters and actions are
+    reproducible. Changes nothing else of the process: threads and denormals are set by `prepare_process`.
 
     Args:
         cfg: of the whole run.
@@ -73,7 +78,7 @@ def build_trainer(
     """
     ranks = ranks or Ranks()
     cfg = share_of_rank(cfg, ranks)
-    prepare_process(cfg)
+    torch.manual_seed(cfg.train.seed)
     # the groups of an overlapped collector have processes of their own
     env = build_env(cfg, workers=0 if cfg.collector.name == "overlapped" and cfg.env.get("workers") else None)
     agent = build_agent(cfg, env)

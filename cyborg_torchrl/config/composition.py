@@ -15,7 +15,9 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.utils import JobRuntime
 from hydra.errors import HydraException
+from hydra.version import VersionBase
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -39,7 +41,9 @@ def config_dir() -> Path:
 
 
 def load_config(config: str = DEFAULT_CONFIG, overrides: Sequence[str] = ()) -> DictConfig:
-    """Composes and checks a configuration.
+    """Compose and check a configuration.
+
+    The Hydra of a program that calls this stays initialised as it was.
 
     Args:
         config: name of a shipped configuration, or path of a YAML file: with a `defaults` list it is a Hydra
@@ -50,13 +54,9 @@ def load_config(config: str = DEFAULT_CONFIG, overrides: Sequence[str] = ()) -> 
     Raises:
         ConfigError: with one line that says what is wrong and what would be right.
     """
-    GlobalHydra.instance().clear()
     try:
-        with (
-            primary_config(config, overrides) as primary,
-            initialize_config_dir(str(primary.folder), version_base="1.3"),
-        ):
-            cfg = compose(primary.name, primary.overrides)
+        with primary_config(config, overrides) as primary:
+            cfg = _compose(primary.folder, primary.name, primary.overrides)
             OmegaConf.resolve(cfg)
     except ConfigError:
         raise
@@ -180,5 +180,18 @@ def _choices(group: str) -> list[str]:
 
 
 def _recompose(config: str, overrides: Sequence[str]) -> DictConfig:
-    with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        return compose(config, list(overrides))
+    return _compose(config_dir(), config, overrides)
+
+
+def _compose(folder: Path, name: str, overrides: Sequence[str]) -> DictConfig:
+    """Compose by a Hydra for this call, and leave the Hydra that the calling program has initialised as it was."""
+    hydra_of_caller = GlobalHydra.instance().hydra
+    version_of_caller = VersionBase.instance().version_base
+    job_name = JobRuntime.instance().get("name")  # initialising would set another one
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(folder), job_name, version_base="1.3"):
+            return compose(name, list(overrides))
+    finally:
+        GlobalHydra.instance().hydra = hydra_of_caller
+        VersionBase.instance().version_base = version_of_caller

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 from torchrl.collectors import Collector
 
-from cyborg_torchrl.build import build_agent, build_env, build_trainer, prepare_process
+from cyborg_torchrl.build import build_agent, build_env, build_trainer
 from cyborg_torchrl.collectors import FusedCollector
 from cyborg_torchrl.config import load_config
 from cyborg_torchrl.cores import fixed_parameters, restart
@@ -176,7 +176,7 @@ class RawLoop:
 
 def _parts(case: Case):
     cfg = case.load()
-    prepare_process(cfg)
+    torch.manual_seed(cfg.train.seed)
     env = build_env(cfg)
     return env, build_agent(cfg, env)
 
