@@ -1,3 +1,5 @@
+# pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false
+# (tensordict's annotations are narrower than what it takes)
 """Look into the dump of a run that stopped at NaN: the steps around it, and whether the agent comes to it again.
 
 python -m cyborg_torchrl replay runs/my-run/dumps/update_00000012.pt

@@ -1,3 +1,5 @@
+# pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# (tensordict's and torchrl's annotations are narrower than what they take)
 """Four tests of the whole training stack, by the names that the ancestor's verification script gave them.
 
 There they computed sizes and asserted nothing; here each asserts, and says what it saw.

@@ -1,3 +1,5 @@
+# pyright: basic, reportMissingImports=false, reportAttributeAccessIssue=false
+# (Pillow and imageio are optional)
 """Episodes as moving pictures."""
 
 from __future__ import annotations
@@ -75,7 +77,7 @@ class Film:
 def _mp4_writer(path: Path, fps: int) -> Any:
     try:
         import imageio.v2 as imageio
-        import imageio_ffmpeg  # noqa: F401
+        import imageio_ffmpeg  # noqa: F401  # pyright: ignore[reportUnusedImport]
     except ImportError as error:
         raise UnavailableError(f"MP4 films need {error.name}: {EXTRA}") from None
-    return imageio.get_writer(path, format="FFMPEG", mode="I", fps=fps, macro_block_size=2)
+    return imageio.get_writer(path, format="FFMPEG", mode="I", fps=fps, macro_block_size=2)  # pyright: ignore

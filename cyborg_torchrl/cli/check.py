@@ -132,9 +132,9 @@ def _load(target: str) -> tuple[Any, Any]:
     except (ImportError, AttributeError, ValueError) as error:
         raise UsageError(f"--policy {target}: {error}; it must name a function, as in my_module:build.") from error
     built = function()
-    if not isinstance(built, tuple) or len(built) != 2:
+    if not isinstance(built, tuple) or len(built) != 2:  # pyright: ignore[reportUnknownArgumentType]
         raise UsageError(f"--policy {target}: the function must return (policy, env); got {type(built).__name__}.")
-    return built
+    return built  # pyright: ignore[reportUnknownVariableType]
 
 
 @contextmanager

@@ -114,7 +114,7 @@ def _first_of(override: Override) -> list[str]:
     if not override.is_sweep_override():
         return [str(override.input_line)]
     if override.value_type == ValueType.INTERVAL_SWEEP:
-        return [f"{override.get_key_element()}={override.value().start}"]
+        return [f"{override.get_key_element()}={override.value().start}"]  # pyright: ignore
     return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()][:1]
 
 
