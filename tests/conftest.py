@@ -32,6 +32,7 @@ from cyborg_torchrl.collectors import FusedCollector
 from cyborg_torchrl.config import load_config
 from cyborg_torchrl.cores import Core, InitialState, State, unroll
 from cyborg_torchrl.modules import Backbone, PPOAgent, build_encoder
+from cyborg_torchrl.process import prepare_cpu
 from cyborg_torchrl.registry import backbones
 
 try:  # worker processes cannot import this file: its environment travels by value
@@ -68,7 +69,8 @@ def core_cases() -> list[CoreCase]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Registers the markers used here."""
+    """Register the markers used here, and prepare the process as the commands do."""
+    prepare_cpu()
     config.addinivalue_line("markers", "slow: takes seconds; deselect with -m 'not slow'")
 
 
@@ -307,11 +309,10 @@ def unchecked_shapes() -> Iterator[None]:
 
 WHOLE_RUNS = {
     "collectors",
-    "commands",
+    "cli",
     "deployment",
     "learning",
     "memory_benchmarks",
-    "playback",
     "test_other_device.py",
 }
 """Tests of much that is tested by itself: the checker would take most of their time."""

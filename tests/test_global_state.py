@@ -9,6 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from cyborg_torchrl import load_config
+from cyborg_torchrl.build import build_trainer
 
 STATE = """
 import ctypes
@@ -119,20 +123,14 @@ trainer.close()
     assert changed_by(tmp_path, action, imports) == []
 
 
-def test_the_seed_of_a_trainer_is_its_configuration_s() -> None:
-    import torch
+def parameters(seed: int) -> torch.Tensor:
+    options = ["env.num_envs=2", "env.horizon=5", "train.num_minibatches=1", f"train.seed={seed}"]
+    trainer, agent, _ = build_trainer(load_config(overrides=options))
+    trainer.close()
+    return torch.cat([parameter.detach().flatten() for parameter in agent.parameters()])
 
-    from cyborg_torchrl import load_config
-    from cyborg_torchrl.build import build_trainer
 
-    def parameters(seed: int) -> torch.Tensor:
-        cfg = load_config(
-            overrides=["env.num_envs=2", "env.horizon=5", "train.num_minibatches=1", f"train.seed={seed}"]
-        )
-        trainer, agent, _ = build_trainer(cfg)
-        trainer.close()
-        return torch.cat([parameter.detach().flatten() for parameter in agent.parameters()])
-
+def test_parameters_of_a_trainer_depend_on_its_seed_alone() -> None:
     first = parameters(1)
     torch.rand(3)
     assert torch.equal(first, parameters(1))
@@ -148,18 +146,11 @@ def test_commands_set_threads_denormals_and_allocator(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not IS_GLIBC, reason="other allocators are left alone everywhere")
-@pytest.mark.parametrize(
-    "call",
-    [
-        "from cyborg_torchrl.cli import run_command as run; run('memory_delayed_cue_recurrent', OPTIONS)",
-        "from cyborg_torchrl.train import main; main(OPTIONS)",
-    ],
-    ids=["example", "hydra"],
-)
-def test_a_training_command_sets_them(tmp_path: Path, call: str) -> None:
+@pytest.mark.parametrize("command", ["train", "sweep"])
+def test_a_training_command_sets_them(tmp_path: Path, command: str) -> None:
     options = ["env.num_envs=2", "env.horizon=5", "train.num_minibatches=1", "train.total_timesteps=14"]
-    logger = ["logger.base_dir=.", "logger.progress=false", "logger.eval_episodes=0"]
-    action = f"OPTIONS = {[*options, *logger]!r}\n{call}"
-    changed = changed_by(tmp_path, action)
+    options += ["logger.base_dir=.", "logger.progress=false", "logger.eval_episodes=0"]
+    action = f"assert main({[command, *options]!r}) == 0"
+    changed = changed_by(tmp_path, action, "from cyborg_torchrl.cli.main import main")
     assert {"threads", "denormals", "allocator"} <= set(changed)
     assert "signal handlers" not in changed
