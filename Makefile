@@ -19,7 +19,7 @@ help:  ## this list
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install $(QUIETLY) -c constraints.txt -e ".[dev]"
-	$(BIN)/python -c "import cyborg_torchrl.__main__"
+	$(BIN)/python -c "import cyborg_torchrl.cli.main"
 	touch $@
 
 install: .venv/installed  ## .venv with the package and its tools, from the pinned lock

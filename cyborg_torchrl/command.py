@@ -1,4 +1,4 @@
-"""What the commands share: one clear line and exit code 2 for wrong input, the summary as the last line of stdout."""
+"""Run a configuration as a command: errors in one line, exit codes, the summary as the last line of stdout."""
 
 from __future__ import annotations
 
@@ -10,118 +10,178 @@ import select
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
+from omegaconf import DictConfig, OmegaConf
+
+from cyborg_torchrl.build import prepare_process
 from cyborg_torchrl.checkpoint import CheckpointError
 from cyborg_torchrl.config import ConfigError, load_config
 from cyborg_torchrl.distributed import launched_rank
 from cyborg_torchrl.experiment import StoppedError, run_experiment
-from cyborg_torchrl.registry import UnavailableError
+from cyborg_torchrl.registry import UnavailableError, did_you_mean
 from cyborg_torchrl.resumption import with_config_of_run
 
-EXIT_STOPPED = 1
+EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
-EXIT_UNREAD = 141
-"""Whoever read the output has left, as `head` does; what a shell says of programs that end of it (128 + SIGPIPE)."""
-KNOWN_ERRORS = (CheckpointError, ConfigError, StoppedError, UnavailableError)
-"""What is said in one line."""
-GRACE = 20.0
+EXIT_NO_READER = 141
+"""The reader of stdout has gone, as `head` does after some lines; shells report 128 + SIGPIPE."""
+RANK_DELAY = 20.0
 """Seconds in which a launcher ends all processes because the first one has failed."""
+PICTURES = (".png", ".svg", ".pdf")
+OVERRIDES_HELP = """\
+overrides: key=value, as in backbone=gru env.horizon=200 train.seed=3 train.learning_rate=1e-3
+  a public benchmark by its id: env=popgym id=popgym-RepeatFirstEasy-v0 (id is short for env.id)
+  resume=auto or resume=runs/NAME continues a run (resume is short for logger.resume)
+  --print-config prints every key with its value"""
 
 
-def overrides_parser(description: str | None, default_config: str) -> argparse.ArgumentParser:
-    """A parser with --config and key=value overrides."""
-    parser = argparse.ArgumentParser(
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="overrides: key=value, as in backbone=gru env.horizon=200 train.seed=3 train.learning_rate=1e-3; "
-        "a public benchmark by its id: env=popgym id=popgym-RepeatFirstEasy-v0 (id=... is short for env.id=...); "
-        "resume=auto or resume=runs/NAME goes on with a run; "
-        "the keys with their defaults are in configs/ and printed by --print-config.",
-    )
+class UsageError(ValueError):
+    """Arguments that a command cannot use; the message is one line."""
+
+
+KNOWN_ERRORS = (CheckpointError, ConfigError, StoppedError, UnavailableError, UsageError)
+"""Errors whose message is enough: a command prints it in one line, without a traceback."""
+
+
+class CommandParser(argparse.ArgumentParser):
+    """An argument parser that raises `UsageError`, and shows descriptions as they are written."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise `UsageError`; for an unknown option with the nearest known one."""
+        unknown = message.removeprefix("unrecognized arguments: ").split()[0]
+        if unknown != message.split()[0] and unknown.startswith("-"):
+            message = f"{message}: {did_you_mean(unknown.partition('=')[0], self._option_string_actions)}"
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+    def parse(self, argv: Sequence[str] | None) -> argparse.Namespace:
+        """Parse arguments; overrides may stand between options.
+
+        Raises:
+            UsageError: if they cannot be used.
+        """
+        arguments = self.parse_intermixed_args(argv)
+        for override in getattr(arguments, "overrides", ()):
+            if "=" not in override and not override.startswith("~"):
+                self.error(f"cannot read '{override}': overrides look like key=value")
+        return arguments
+
+
+def config_parser(description: str | None, default_config: str, prog: str | None = None) -> CommandParser:
+    """Return a parser with --config, --print-config and key=value overrides."""
+    parser = CommandParser(prog=prog, description=description, epilog=OVERRIDES_HELP)
     parser.add_argument("--config", default=default_config, help="shipped configuration, or a YAML file (%(default)s)")
     parser.add_argument("--print-config", action="store_true", help="print the composed configuration and exit")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the configuration")
     return parser
 
 
-def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
-    """A checkpoint and changes to its configuration, which `overrides_of` reads."""
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a run's folder, or a file in its 'checkpoints'")
-    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="changes, as in env.horizon=2000")
-    parser.add_argument("--seed", type=int, help="seed of episodes and samples (that of the run)")
-
-
-def overrides_of(arguments: argparse.Namespace) -> list[str]:
-    """The changes to the configuration that were asked for, the seed's among them."""
-    return [*arguments.overrides, *([] if arguments.seed is None else [f"train.seed={arguments.seed}"])]
-
-
-def _has_no_reader() -> bool:
-    """Whether nobody reads stdout any more."""
+def positive(text: str) -> int:
+    """Return an integer of 1 or more."""
     try:
-        look = select.poll()
-        look.register(sys.stdout.fileno(), 0)
-        return any(event & select.POLLERR for _, event in look.poll(0))
-    except (AttributeError, OSError, ValueError):  # there is no poll here, or stdout is no file
-        return False
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of 1 or more; got '{text}'")
+    return value
 
 
-def unless_unread(run: Callable[[], int]) -> int:
-    """The exit code of a command; `EXIT_UNREAD`, and no traceback, if its output is no longer read."""
-    try:
-        code = run()
-        sys.stdout.flush()
-    except BrokenPipeError:
-        if not _has_no_reader():  # some other pipe
-            raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is flushed at the end goes nowhere
-        return EXIT_UNREAD
-    return code
+def writable(text: str) -> Path:
+    """Return the path of a file in a folder that exists."""
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"'{path}' is a folder")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder '{path.parent}'")
+    return path
+
+
+def picture(text: str) -> Path:
+    """Return the path of a picture, of a kind that can be written, in a folder that exists."""
+    path = writable(text)
+    if path.suffix not in PICTURES:
+        raise argparse.ArgumentTypeError(f"must end in {', '.join(PICTURES)}; got '{text}'")
+    return path
+
+
+def main(argv: Sequence[str] | None = None, *, description: str | None = None, default_config: str) -> int:
+    """Run the command of an example: --config, --print-config and overrides. Return the exit code."""
+
+    def run() -> int:
+        arguments = config_parser(description, default_config).parse(argv)
+        return run_command(arguments.config, arguments.overrides, is_print_only=arguments.print_config)
+
+    return exit_code_of(run)
 
 
 def run_command(config: str, overrides: Sequence[str], *, is_print_only: bool = False) -> int:
-    """Composes a configuration, trains, and prints the summary as one JSON object. Returns the exit code."""
-    return unless_unread(lambda: _run_command(config, overrides, is_print_only))
+    """Compose a configuration, train, and print the summary as one JSON object. Return the exit code."""
 
-
-def _run_command(config: str, overrides: Sequence[str], is_print_only: bool) -> int:
-    logging.getLogger("torchrl").setLevel(logging.WARNING)
-    try:
+    def run() -> int:
         cfg = with_config_of_run(load_config(config, overrides), list(overrides))
         if is_print_only:
-            from omegaconf import OmegaConf
-
             print(OmegaConf.to_yaml(cfg), end="")
             return 0
-        summary = run_experiment(cfg)
-    except KNOWN_ERRORS as error:
-        return report_error(error)
-    except KeyboardInterrupt:
-        print("interrupted before training began", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    return report_summary(summary)
+        return train_and_report(cfg)
+
+    return exit_code_of(run, interrupted="interrupted before training began")
 
 
-def report_error(error: Exception) -> int:
-    """Says in one line on stderr what ended a command. Returns the exit code."""
-    is_of_this_process = isinstance(error, StoppedError)
-    rank = launched_rank()
-    if rank and not is_of_this_process:  # what is wrong for the first is wrong for all, and it ends them
-        time.sleep(GRACE)
-    print(f"{f'process {rank}: ' if rank else ''}error: {error}", file=sys.stderr)
-    return EXIT_STOPPED if is_of_this_process else EXIT_BAD_INPUT
-
-
-def report_summary(summary: dict[str, Any]) -> int:
-    """Prints the summary of a run as one JSON object, from the first process. Returns the exit code."""
+def train_and_report(cfg: DictConfig) -> int:
+    """Train, and print the summary as one JSON object from the first process. Return the exit code."""
+    prepare_process(cfg)
+    summary = run_experiment(cfg)
     if not launched_rank():
         print(json.dumps(summary))
     return EXIT_INTERRUPTED if summary["is_interrupted"] else 0
 
 
-def main(argv: Sequence[str] | None = None, *, description: str | None = None, default_config: str) -> int:
-    """The command of an example: --config, --print-config and overrides. Returns the exit code."""
-    arguments = overrides_parser(description, default_config).parse_intermixed_args(argv)
-    return run_command(arguments.config, arguments.overrides, is_print_only=arguments.print_config)
+def exit_code_of(run: Callable[[], int], *, interrupted: str = "interrupted") -> int:
+    """Run a command with known errors and Ctrl-C reported in one line.
+
+    Args:
+        run: runs the command and returns its exit code.
+        interrupted: the line that Ctrl-C prints.
+
+    Returns:
+        The exit code: 2 for bad input, 1 for a run that stopped, 130 for Ctrl-C, 141 if stdout has no reader.
+    """
+    logging.getLogger("torchrl").setLevel(logging.WARNING)
+    try:
+        code = run()
+        sys.stdout.flush()
+    except KNOWN_ERRORS as error:
+        return _report_error(error)
+    except KeyboardInterrupt:
+        print(interrupted, file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        if _has_reader():  # some other pipe
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout once more at exit
+        return EXIT_NO_READER
+    return code
+
+
+def _report_error(error: Exception) -> int:
+    is_of_this_process = isinstance(error, StoppedError)
+    rank = launched_rank()
+    if rank and not is_of_this_process:  # all processes fail alike, and the first one reports it
+        time.sleep(RANK_DELAY)
+    print(f"{f'process {rank}: ' if rank else ''}error: {error}", file=sys.stderr)
+    return EXIT_FAILED if is_of_this_process else EXIT_BAD_INPUT
+
+
+def _has_reader() -> bool:
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        return not any(event & select.POLLERR for _, event in poll.poll(0))
+    except (AttributeError, OSError, ValueError):  # this system has no poll, or stdout is no file
+        return True

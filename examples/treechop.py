@@ -8,7 +8,7 @@ The last line of stdout is the summary as one JSON object; an episode's return i
 
 import sys
 
-from cyborg_torchrl.cli import main
+from cyborg_torchrl.command import main
 
 if __name__ == "__main__":
     sys.exit(main(description=__doc__, default_config="treechop_ppo_recurrent"))

@@ -1,15 +1,16 @@
-"""Is a recurrent policy trained on what it saw when it acted? A table, and JSON; see docs/checker.md.
+"""Verify recurrent PPO by four tests: buffer size, state storage and retrieval, full training loop, gradient flow.
 
-python examples/verify_recurrent_ppo.py --backbone gru
-python examples/verify_recurrent_ppo.py --all --json report.json --plot horizon.png
-python examples/verify_recurrent_ppo.py --policy my_module:build     # a function that returns (policy, env)
+python scripts/verify_recurrent_ppo.py
+python scripts/verify_recurrent_ppo.py --all --json report.json --plot horizon.png
+python scripts/verify_recurrent_ppo.py --policy my_module:build     # a function that returns (policy, env)
 
-Exit code: 0 healthy, 1 something is accused, 2 it could not be checked.
+Then it runs every check of docs/checker.md. It has the options of `cyborg-torchrl check`.
+Exit code: 0 if everything passed, 1 if something failed, 2 if it could not be checked.
 """
 
 import sys
 
-from cyborg_torchrl.memory_benchmarks.verify import main
+from cyborg_torchrl.cli.main import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["check", *sys.argv[1:]]))

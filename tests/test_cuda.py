@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from cyborg_torchrl.__main__ import main
 from cyborg_torchrl.build import build_agent, build_env
 from cyborg_torchrl.checkpoint import load_checkpoint
-from cyborg_torchrl.cli import run_command
+from cyborg_torchrl.cli.main import main
+from cyborg_torchrl.command import run_command
 from cyborg_torchrl.config import load_config
 from cyborg_torchrl.cores import Core
 from cyborg_torchrl.diagnostics import check_recurrent

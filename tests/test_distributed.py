@@ -197,7 +197,7 @@ import sys
 import torch
 
 from cyborg_torchrl.envs import DelayedCueEnv
-from cyborg_torchrl.train import main
+from cyborg_torchrl.cli.train import main
 
 advance, calls = DelayedCueEnv.advance, []
 

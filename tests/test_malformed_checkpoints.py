@@ -14,8 +14,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from cyborg_torchrl.__main__ import main
 from cyborg_torchrl.checkpoint import FORMAT, VERSION
+from cyborg_torchrl.cli.main import main
 from cyborg_torchrl.config import load_config
 
 Content = dict[str, Any]

@@ -1,1 +1,1 @@
-"""What `python -m cyborg_torchrl` offers: one module for each command."""
+"""The command line: one module for each command."""

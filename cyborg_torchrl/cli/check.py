@@ -1,10 +1,11 @@
-"""Verifies recurrent policies: the four tests of the training stack, then every check of `check_recurrent`.
+"""Check that a recurrent policy is trained on the states that it acted with.
 
-python examples/verify_recurrent_ppo.py --backbone gru
-python examples/verify_recurrent_ppo.py --all --json report.json --plot horizon.png
-python examples/verify_recurrent_ppo.py --policy my_package.my_module:build     # returns (policy, env)
+    cyborg-torchrl check --backbone gru
+    cyborg-torchrl check --all --json report.json --plot horizon.png
+    cyborg-torchrl check --policy my_package.my_module:build     # a function that returns (policy, env)
 
-Exit code: 0 healthy, 1 something is accused, 2 it could not be checked.
+A backbone of this package also passes through four tests of the whole training stack.
+Exit code: 0 if everything passed, 1 if something failed, 2 if it could not be checked.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import logging
 import os
 import sys
 import time
@@ -26,52 +26,41 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from cyborg_torchrl.build import build_agent, build_env
-from cyborg_torchrl.config import ConfigError, load_config
+from cyborg_torchrl.command import EXIT_FAILED, CommandParser, UsageError, picture, writable
+from cyborg_torchrl.config import load_config
 from cyborg_torchrl.diagnostics import Report, check_recurrent, plot_horizon
-from cyborg_torchrl.memory_benchmarks.ancestor_tests import HORIZON, TestResult, run_ancestor_tests
-from cyborg_torchrl.memory_benchmarks.arguments import picture, writable
+from cyborg_torchrl.memory_benchmarks.end_to_end import HORIZON, TestResult, run_end_to_end
 from cyborg_torchrl.process import prepare_cpu
 from cyborg_torchrl.registry import backbones
 
-EXIT_HEALTHY, EXIT_ACCUSED, EXIT_BAD_INPUT = 0, 1, 2
 NUM_ENVS = 8
 OnProgress = Callable[[str, float], None]
-
-
-class UsageError(ValueError):
-    """What was asked for cannot be checked; the message is one line."""
+Result = tuple[list[TestResult], Report]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Verifies and prints. Returns the exit code."""
-    arguments = _parser().parse_args(argv)
-    logging.getLogger("torchrl").setLevel(logging.WARNING)
+    """Check policies and print the results. Return the exit code."""
+    arguments = _parser().parse(argv)
     prepare_cpu(1)
     started = time.perf_counter()
+    names = [arguments.policy] if arguments.policy else _backbones(arguments)
+    results: dict[str, Result] = {}
+    for name in names:
+        if results:
+            print()
+        results[name] = _check(name, arguments)
+    is_healthy = all(report.is_healthy and all(t.is_passed for t in tests) for tests, report in results.values())
+    seconds = round(time.perf_counter() - started, 2)
     try:
-        names = [arguments.policy] if arguments.policy else _backbones(arguments)
-        results = {name: _verify(name, arguments, number) for number, name in enumerate(names)}
-        if arguments.plot:
-            curves = {name: report.horizon for name, (_, report) in results.items() if report.horizon is not None}
-            plot_horizon(curves, arguments.plot)
-        is_healthy = all(report.is_healthy and all(t.is_passed for t in tests) for tests, report in results.values())
-        seconds = round(time.perf_counter() - started, 2)
-        if arguments.json:
-            entries = {
-                name: {"tests": [asdict(test) for test in tests], "report": report.to_dict()}
-                for name, (tests, report) in results.items()
-            }
-            content = {"is_healthy": is_healthy, "seed": arguments.seed, "seconds": seconds, "policies": entries}
-            arguments.json.write_text(json.dumps(content, indent=2) + "\n")
-    except (UsageError, ConfigError, ImportError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
+        _write_files(results, arguments, {"is_healthy": is_healthy, "seed": arguments.seed, "seconds": seconds})
+    except (ImportError, OSError) as error:
+        raise UsageError(str(error)) from None
     print(f"{'healthy' if is_healthy else 'ACCUSED'}: {', '.join(results)} ({seconds} s)")
-    return EXIT_HEALTHY if is_healthy else EXIT_ACCUSED
+    return 0 if is_healthy else EXIT_FAILED
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def _parser() -> CommandParser:
+    parser = CommandParser(prog="cyborg-torchrl check", description=__doc__)
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--backbone", default="lru", help="registered backbone, on delayed cue (%(default)s)")
     which.add_argument("--all", action="store_true", help="every registered backbone")
@@ -85,19 +74,29 @@ def _parser() -> argparse.ArgumentParser:
 def _backbones(arguments: argparse.Namespace) -> list[str]:
     if arguments.all:
         return list(backbones.names())
-    load_config(overrides=[f"backbone={arguments.backbone}"])  # an unknown one ends here, with the nearest known name
+    load_config(overrides=[f"backbone={arguments.backbone}"])  # an unknown name fails here, with the nearest one
     return [arguments.backbone]
 
 
-def _verify(name: str, arguments: argparse.Namespace, number: int) -> tuple[list[TestResult], Report]:
-    """Runs and prints the tests of a backbone and the checks of its policy, or the checks alone of a policy."""
+def _write_files(results: dict[str, Result], arguments: argparse.Namespace, summary: dict[str, Any]) -> None:
+    if arguments.plot:
+        curves = {name: report.horizon for name, (_, report) in results.items() if report.horizon is not None}
+        plot_horizon(curves, arguments.plot)
+    if arguments.json:
+        entries = {
+            name: {"tests": [asdict(test) for test in tests], "report": report.to_dict()}
+            for name, (tests, report) in results.items()
+        }
+        arguments.json.write_text(json.dumps({**summary, "policies": entries}, indent=2) + "\n")
+
+
+def _check(name: str, arguments: argparse.Namespace) -> Result:
+    """Run and print the end-to-end tests of a backbone and the checks of its policy; of a policy the checks alone."""
     console = Console(width=None if sys.stdout.isatty() else 140)
-    if number:
-        console.print()
     tests: list[TestResult] = []
     if not arguments.policy:
         with _progress(name) as on_progress:
-            tests = run_ancestor_tests(name, arguments.seed, on_progress)
+            tests = run_end_to_end(name, arguments.seed, on_progress)
         for test in tests:
             verdict = "[green]PASS[/]" if test.is_passed else "[bold red]FAIL[/]"
             console.print(f"{verdict}  {name}: {test.name}: {test.detail}", highlight=False)
@@ -113,7 +112,7 @@ def _verify(name: str, arguments: argparse.Namespace, number: int) -> tuple[list
 
 
 def _build(backbone: str, seed: int) -> tuple[Any, Any]:
-    """An untrained agent and its environment."""
+    """Build an untrained agent and its environment."""
     cfg = load_config(overrides=[f"backbone={backbone}", f"env.horizon={HORIZON}", f"train.seed={seed}"])
     env: Any = build_env(cfg, num_envs=NUM_ENVS)
     agent = build_agent(cfg, env)
@@ -122,7 +121,7 @@ def _build(backbone: str, seed: int) -> tuple[Any, Any]:
 
 
 def _load(target: str) -> tuple[Any, Any]:
-    """Calls MODULE:FUNCTION, found from the working directory too."""
+    """Call MODULE:FUNCTION; the module may be in the working directory."""
     module_name, _, function_name = target.partition(":")
     if "/" in module_name or module_name.startswith(".") or module_name.endswith(".py"):
         raise UsageError(f"--policy {target}: name a module, not a file, as in my_module:build.")
@@ -132,19 +131,15 @@ def _load(target: str) -> tuple[Any, Any]:
     except (ImportError, AttributeError, ValueError) as error:
         raise UsageError(f"--policy {target}: {error}; it must name a function, as in my_module:build.") from error
     built = function()
-    if not isinstance(built, tuple) or len(built) != 2:  # pyright: ignore[reportUnknownArgumentType]
+    if not isinstance(built, tuple) or len(built) != 2:
         raise UsageError(f"--policy {target}: the function must return (policy, env); got {type(built).__name__}.")
-    return built  # pyright: ignore[reportUnknownVariableType]
+    return built
 
 
 @contextmanager
 def _progress(name: str) -> Generator[OnProgress]:
-    """A bar on stderr, gone when it is over."""
+    """Show a progress bar on stderr, and remove it at the end."""
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(name, total=1.0)
-        yield lambda what, share: progress.update(task, description=f"{name}: {what}", completed=share)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        yield lambda step, share: progress.update(task, description=f"{name}: {step}", completed=share)

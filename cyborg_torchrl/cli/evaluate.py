@@ -1,45 +1,45 @@
-"""Plays fresh episodes with a trained agent, and says how sure the result is.
+"""Play fresh episodes with a trained agent, and print success and return with confidence intervals.
 
-    python -m cyborg_torchrl evaluate runs/my-run --episodes 1000
-    python -m cyborg_torchrl evaluate runs/my-run/checkpoints/best.pt env.horizon=2000 --seed 7
+    cyborg-torchrl evaluate runs/my-run --episodes 1000
+    cyborg-torchrl evaluate runs/my-run/checkpoints/best.pt env.horizon=2000 --seed 7
 
-It acts twice: by the likeliest actions (greedy), and by actions drawn from the policy as while training (sampled).
-Intervals are those of 95 % confidence: Wilson's for success, Student's for returns. The last line is one JSON object.
+The agent acts twice: with the likeliest actions (greedy), and with actions drawn as in training (sampled).
+Intervals have 95 % confidence: Wilson's for success, Student's for returns. The last line is one JSON object.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
+from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from cyborg_torchrl.build import prepare_process
-from cyborg_torchrl.cli import add_checkpoint_arguments, overrides_of
+from cyborg_torchrl.cli.arguments import checkpoint_parser, overrides_of
+from cyborg_torchrl.command import positive
 from cyborg_torchrl.confidence import Interval, mean_interval, success_interval
 from cyborg_torchrl.evaluation import Evaluation
 from cyborg_torchrl.experiment import evaluate_agent
-from cyborg_torchrl.memory_benchmarks.arguments import positive
 from cyborg_torchrl.progress import progress_bar
 from cyborg_torchrl.restore import load_agent
 
 MODES = {"greedy": True, "sampled": False}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options."""
-    add_checkpoint_arguments(parser)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Evaluate and print. Return the exit code."""
+    parser = checkpoint_parser("evaluate", __doc__)
     parser.add_argument("--episodes", type=positive, default=1000, help="episodes of each kind, at least (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print the JSON object alone")
-
-
-def run(arguments: argparse.Namespace) -> int:
-    """Evaluates and prints. Returns the exit code."""
+    arguments = parser.parse(argv)
     started = time.perf_counter()
     cfg, agent, _ = load_agent(arguments.checkpoint, overrides_of(arguments))
+    prepare_process(cfg)
     results: dict[str, Any] = {}
     for mode, is_deterministic in MODES.items():
-        prepare_process(cfg)  # each begins with the same random numbers
+        torch.manual_seed(cfg.train.seed)  # both modes begin with the same random numbers
         with progress_bar(f"{mode} episodes", arguments.episodes) as show:
             result = evaluate_agent(
                 cfg,
@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def summary(result: Evaluation) -> dict[str, Any]:
-    """The figures of an evaluation with their intervals; None where there is no success, or a single episode."""
+    """Return the metrics of an evaluation with their intervals; None without success, or for a single episode."""
     successes = result.successes
     return {
         "episodes": result.episodes,
@@ -69,12 +69,12 @@ def summary(result: Evaluation) -> dict[str, Any]:
     }
 
 
-def _line(mode: str, figures: dict[str, Any]) -> str:
-    parts = [f"{mode:<8} {figures['episodes']:>6} episodes"]
-    if figures["success_rate"] is not None:
-        parts.append(f"success {figures['success_rate']:.3f} {_between(figures['success_rate_ci95'])}")
-    parts.append(f"return {figures['mean_reward']:.3f} {_between(figures['mean_reward_ci95'])}")
-    return "  ".join([*parts, f"length {figures['mean_length']:.1f}"])
+def _line(mode: str, metrics: dict[str, Any]) -> str:
+    parts = [f"{mode:<8} {metrics['episodes']:>6} episodes"]
+    if metrics["success_rate"] is not None:
+        parts.append(f"success {metrics['success_rate']:.3f} {_between(metrics['success_rate_ci95'])}")
+    parts.append(f"return {metrics['mean_reward']:.3f} {_between(metrics['mean_reward_ci95'])}")
+    return "  ".join([*parts, f"length {metrics['mean_length']:.1f}"])
 
 
 def _between(interval: Interval | None) -> str:

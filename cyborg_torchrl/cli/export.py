@@ -1,23 +1,25 @@
-"""Writes a trained agent as a file that runs without this package and without TorchRL.
+"""Write a trained agent as a file that runs without this package and without TorchRL.
 
-    python -m cyborg_torchrl export runs/my-run --output agent.onnx       # for onnxruntime
-    python -m cyborg_torchrl export runs/my-run --output agent.pt2        # for torch.export.load
+    cyborg-torchrl export runs/my-run --output agent.onnx       # for onnxruntime
+    cyborg-torchrl export runs/my-run --output agent.pt2        # for torch.export.load
 
 The file holds one step: from the observation, the memory state and `is_init` to the likeliest action, the parameters
-of the policy's distribution and the next state. What it does is compared with the agent before it is written.
+of the policy's distribution and the next state. Its outputs are compared with the agent's before it is written.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+
+import torch
 
 from cyborg_torchrl.build import prepare_process
 from cyborg_torchrl.checkpoint import write_whole
-from cyborg_torchrl.cli import add_checkpoint_arguments, overrides_of
-from cyborg_torchrl.config import ConfigError
+from cyborg_torchrl.cli.arguments import checkpoint_parser, overrides_of
+from cyborg_torchrl.command import CommandParser, UsageError, positive, writable
 from cyborg_torchrl.deployment import (
     ExportError,
     OnnxRunner,
@@ -32,7 +34,6 @@ from cyborg_torchrl.deployment import (
     torch_file,
     unnormalized,
 )
-from cyborg_torchrl.memory_benchmarks.arguments import positive, writable
 from cyborg_torchrl.progress import progress_bar
 from cyborg_torchrl.restore import build_single_env, load_agent
 
@@ -43,23 +44,25 @@ ROWS = 4
 """Environments that a program of any batch size is compared in."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options."""
-    add_checkpoint_arguments(parser)
+def _parser() -> CommandParser:
+    parser = checkpoint_parser("export", __doc__)
     parser.add_argument("--output", type=writable, required=True, metavar="FILE", help="ends in .onnx or .pt2")
     parser.add_argument("--format", choices=sorted(SUFFIXES.values()), help="default: what the file's ending says")
     parser.add_argument("--batch", type=_batch, metavar="N", help="rows of each input: a number, or dynamic (default)")
     parser.add_argument("--steps", type=positive, default=1000, help="steps that are compared (%(default)s)")
+    return parser
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Exports, compares and writes. Returns the exit code."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Export, compare and write. Return the exit code."""
+    arguments = _parser().parse(argv)
     output: Path = arguments.output
     format_ = _format(output, arguments.format)
     cfg, agent, _ = load_agent(arguments.checkpoint, [*overrides_of(arguments), "train.device=cpu"])
     if leave_autocast(agent):
         print(f"encoder.autocast={cfg.encoder.autocast}: exported, and compared, in float32", file=sys.stderr)
     prepare_process(cfg)
+    torch.manual_seed(cfg.train.seed)
     env, plain = build_single_env(cfg), build_single_env(unnormalized(cfg))
     try:
         step = StreamingStep(agent, normalizers_of(agent, env))
@@ -86,7 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         write_whole(output, file)
     except OSError as error:
-        raise ConfigError(f"--output: cannot write '{output}' ({error.strerror}).") from None
+        raise UsageError(f"--output: cannot write '{output}' ({error.strerror}).") from None
     inputs = {name: each["shape"] for name, each in description["observation"].items()}
     state = {name: each["shape"] for name, each in description["state"].items()}
     print(f"{output}: {len(file):,} bytes; reads {inputs}, is_init and the state {state}")
@@ -101,9 +104,7 @@ def _format(output: Path, asked: str | None) -> str:
     by_name = SUFFIXES.get(output.suffix)
     if by_name is None or asked not in (None, by_name):
         endings = " or ".join(suffix for suffix, name in SUFFIXES.items() if asked in (None, name))
-        raise ConfigError(
-            f"--output must end in {endings}{f' with --format {asked}' if asked else ''}; got '{output}'."
-        )
+        raise UsageError(f"--output must end in {endings}{f' with --format {asked}' if asked else ''}; got '{output}'.")
     return by_name
 
 

@@ -1,10 +1,10 @@
-"""Plays some episodes to look at: as a film, or step by step as text.
+"""Show some episodes of a trained agent, as a film or step by step as text.
 
-    python -m cyborg_torchrl play runs/my-run                                  # text
-    python -m cyborg_torchrl play runs/my-run --episodes 3 --output play.gif   # or play.mp4
+    cyborg-torchrl play runs/my-run                                  # text
+    cyborg-torchrl play runs/my-run --episodes 3 --output play.gif   # or play.mp4
 
-Films show the pixels of environments that have some, and what MiniGrid and gymnasium render. In the text, steps that
-show what the one before showed and bring no reward are counted and not written out.
+Films show pixel observations, or the pictures that MiniGrid and gymnasium render. The text counts steps that
+repeat the observation and bring no reward, and does not write them out.
 """
 
 from __future__ import annotations
@@ -12,29 +12,29 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 
 from cyborg_torchrl.build import prepare_process
-from cyborg_torchrl.cli import add_checkpoint_arguments, overrides_of
-from cyborg_torchrl.config import ConfigError
+from cyborg_torchrl.cli.arguments import checkpoint_parser, overrides_of
+from cyborg_torchrl.cli.playback import FILMS, Film, Trace, play
+from cyborg_torchrl.command import CommandParser, UsageError, positive, writable
 from cyborg_torchrl.experiment import EVALUATION_SEED_OFFSET
-from cyborg_torchrl.memory_benchmarks.arguments import positive, writable
-from cyborg_torchrl.playback import FILMS, Film, Trace, play
 from cyborg_torchrl.progress import progress_bar
 from cyborg_torchrl.registry import environments
 from cyborg_torchrl.restore import build_acting_env, load_agent
 
 RENDERED = ("gymnasium", "minigrid")
-"""Environments that are asked to render where they show no pixels."""
+"""Environments that can render where their observations have no pixels."""
 
 FILM_STEPS = 1000
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options."""
-    add_checkpoint_arguments(parser)
+def _parser() -> CommandParser:
+    parser = checkpoint_parser("play", __doc__)
     parser.add_argument("--episodes", type=positive, default=3, help="how many (%(default)s)")
     parser.add_argument("--output", type=_film, metavar="FILE", help="a film, .gif or .mp4; without: text")
     parser.add_argument(
@@ -44,12 +44,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fps", type=positive, default=10, help="pictures a second (%(default)s)")
     parser.add_argument("--size", type=positive, default=320, help="longer side of the picture, at most (%(default)s)")
     parser.add_argument("--full", action="store_true", help="text: every step")
+    return parser
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Plays and writes. Returns the exit code."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Play and write. Return the exit code."""
+    arguments = _parser().parse(argv)
     cfg, agent, _ = load_agent(arguments.checkpoint, overrides_of(arguments))
     prepare_process(cfg)
+    torch.manual_seed(cfg.train.seed)
     if arguments.output:
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame draws without a screen, and complains of none
         cfg = _rendered(cfg)
@@ -68,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
             for frame in frames:
                 if frame.picture is None:
                     title = environments.title(cfg.env.name, cfg.env)
-                    raise ConfigError(f"'{title}' shows no pictures: leave --output out, for the steps as text.")
+                    raise UsageError(f"'{title}' shows no pictures: leave --output out, for the steps as text.")
                 film.add(frame)
                 show(frame.episode - bool(frame.action))
         film.close()
@@ -79,7 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _rendered(cfg: DictConfig) -> DictConfig:
-    """The configuration whose environment draws itself, where that is a way to have it do so."""
+    """Return a configuration whose environment renders pictures, if it can."""
     if cfg.env.name in RENDERED and not cfg.env.get("rgb"):
         OmegaConf.update(cfg, "env.options", {**(cfg.env.options or {}), "render_mode": "rgb_array"}, force_add=True)
     return cfg

@@ -1,16 +1,15 @@
-# pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false
-# (tensordict's annotations are narrower than what it takes)
-"""Look into the dump of a run that stopped at NaN: the steps around it, and whether the agent comes to it again.
+"""Look into the dump of a run that stopped at NaN.
 
-python -m cyborg_torchrl replay runs/my-run/dumps/update_00000012.pt
+    cyborg-torchrl replay runs/my-run/dumps/update_00000012.pt
 
+Prints the steps around the first number that was not finite, and whether the agent computes it again.
 The last line of stdout is one JSON object.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -19,20 +18,18 @@ from torch import Tensor
 
 from cyborg_torchrl import keys
 from cyborg_torchrl.checkpoint import DUMP, CheckpointError, load_checkpoint
+from cyborg_torchrl.command import CommandParser
 from cyborg_torchrl.restore import agent_of
 
 AROUND = 3
 """Steps that are shown before and after the one that was not finite."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the command's arguments."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the dump. Return the exit code."""
+    parser = CommandParser(prog="cyborg-torchrl replay", description=__doc__)
     parser.add_argument("dump", type=Path, help="a file in a run's 'dumps'")
-
-
-def run(arguments: argparse.Namespace) -> int:
-    """Shows the dump."""
-    path: Path = arguments.dump
+    path: Path = parser.parse(argv).dump
     if path.is_dir():
         raise CheckpointError(f"'{path}' is a folder: name a file, such as one in a run's 'dumps'.")
     try:

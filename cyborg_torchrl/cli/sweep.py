@@ -1,191 +1,229 @@
-"""Jobs of Hydra: one run alone, or the runs of a sweep, each in a folder that tells what is asked of it."""
+"""Train all combinations of several values, one run each, and print a table.
+
+    cyborg-torchrl sweep backbone=lru,gru env=delayed_cue,n_back 'train.seed=range(3)' --jobs 2
+    cyborg-torchrl sweep --config mine.yaml train.learning_rate=1e-3,3e-3 --folder runs/rates
+
+--folder holds a folder for each run, and results.csv with a row for each. The same command with the same --folder
+continues: finished runs are kept, and others continue from their last checkpoint. A run that fails does not end the
+sweep. Exit code: 0, 1 if a run failed, 2 for bad input, 130 if interrupted.
+"""
 
 from __future__ import annotations
 
-import csv
-import json
 import logging
 import math
-import os
-import shlex
+import signal
 import sys
+import time
 import traceback
-from dataclasses import asdict
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
+import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.experimental.callback import Callback
-from hydra.types import RunMode
+from hydra.core.override_parser.types import Override, ValueType
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
+from rich.table import Table
 
-from cyborg_torchrl.cli import EXIT_BAD_INPUT, KNOWN_ERRORS, report_error, report_summary
-from cyborg_torchrl.config import validate
+from cyborg_torchrl.build import prepare_process
+from cyborg_torchrl.cli.train import hydra_parser, parse_overrides, run_hydra
+from cyborg_torchrl.command import EXIT_FAILED, EXIT_INTERRUPTED, KNOWN_ERRORS, UsageError, positive, writable
+from cyborg_torchrl.confidence import mean_interval
+from cyborg_torchrl.config import load_config, validate
 from cyborg_torchrl.experiment import run_experiment
-from cyborg_torchrl.memory_benchmarks.sweep import (
-    ASKED,
-    MEASURED,
-    OWN_OPTIONS,
-    Cell,
-    failed_row,
-    finished_row,
-    table,
-)
-from cyborg_torchrl.resumption import with_config_of_run
+from cyborg_torchrl.memory_benchmarks.results import Job, Row, folder_name, override_keys, write_rows
 
-EXIT_FAILED = 1
-JOB_FILE = "job.json"
-UNFINISHED = "has not ended"
+HYDRA_FOLDER = "hydra.sweep.dir="
+"""Hydra's own name of --folder."""
 
 
-def cell_of_job(cfg: DictConfig, hydra: Any) -> Cell:
-    """What is asked of a job, as the cell of a sweep's table; what is not overridden is the task's own."""
-    given = {override.lstrip("+~").partition("=")[0]: override for override in hydra.overrides.task}
-    rest = [text for key, text in given.items() if key not in OWN_OPTIONS and not key.startswith("logger")]
-    name, identity = cfg.env.name, cfg.env.get("id")
-    return Cell(
-        task=name if identity is None else f"{name}:{identity}",
-        backbone=cfg.backbone.name,
-        horizon=cfg.env.horizon if "env.horizon" in given else None,
-        seed=cfg.train.seed,
-        total_timesteps=cfg.train.total_timesteps if "train.total_timesteps" in given else None,
-        overrides=shlex.join(rest),
-        level=cfg.env.level if "env.level" in given else None,
-        config=hydra.callbacks.table.config,
-    )
+def main(argv: Sequence[str]) -> int:
+    """Run the command. Return the exit code."""
+    parser = hydra_parser("sweep", __doc__, argv)
+    parser.add_argument("--folder", help="folder of the runs (runs/sweep-DATE-TIME)")
+    parser.add_argument("--jobs", type=positive, default=1, metavar="N", help="runs at the same time (%(default)s)")
+    parser.add_argument("--target", type=float, help="success, or return, that counts as solved (the task's own)")
+    parser.add_argument("--markdown", type=writable, metavar="FILE", help="write the table as Markdown, too")
+    arguments = parser.parse(argv)
+    folders = [text.removeprefix(HYDRA_FOLDER) for text in arguments.overrides if text.startswith(HYDRA_FOLDER)]
+    overrides = [text for text in arguments.overrides if not text.startswith(HYDRA_FOLDER)]
+    first = _first_configuration(arguments.config, overrides)
+    if arguments.print_config:
+        print(OmegaConf.to_yaml(first), end="")
+        return 0
+    named = arguments.folder or next(iter(folders), None)
+    folder = Path(named or f"{first.logger.base_dir}/sweep-{time.strftime('%Y%m%d-%H%M%S')}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--folder: cannot write to '{folder}' ({error.strerror})") from None
+    launcher = [] if arguments.jobs == 1 else ["hydra/launcher=joblib", f"hydra.launcher.n_jobs={arguments.jobs}"]
+    print(f"runs are in {folder}", file=sys.stderr)
+    hint = f"the same command with --folder {folder} continues"
+    try:
+        run_hydra(run_job, arguments.config, [*overrides, *launcher], ["--multirun"], str(folder))
+    except BrokenProcessPool:
+        print(f"error: a process of the sweep was killed (out of memory?); {hint}", file=sys.stderr)
+        return EXIT_FAILED
+    except KeyboardInterrupt:
+        print(f"interrupted; {hint}", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    return _report(write_rows(folder), arguments.target, arguments.markdown)
 
 
-def _folder_of_job(*, _root_: DictConfig) -> str:
-    return cell_of_job(_root_, _root_.hydra).folder
+def _first_configuration(config: str, overrides: Sequence[str]) -> DictConfig:
+    """Return the first run's configuration, so that a mistake in all of them is reported before any run.
+
+    Raises:
+        ConfigError: if it cannot be used.
+        UsageError: for an option of the logger that cannot differ between runs.
+    """
+    parsed = parse_overrides(config, overrides)
+    for override in parsed:
+        key = override.get_key_element()
+        if key == "logger.run_name" or (override.is_sweep_override() and key.startswith("logger.")):
+            raise UsageError(f"a sweep names its runs, and logs them alike: leave '{override.input_line}' out")
+    return load_config(config, [text for override in parsed for text in _first_value(override)])
 
 
-# at import: in the processes of a launcher this module is imported before a job's folder is asked for
-OmegaConf.register_new_resolver("cyborg_torchrl_folder", _folder_of_job, replace=True)
+def _first_value(override: Override) -> list[str]:
+    if override.is_hydra_override():
+        return []
+    if not override.is_sweep_override():
+        return [str(override.input_line)]
+    if override.value_type == ValueType.GLOB_CHOICE_SWEEP:  # only Hydra knows the values
+        return []
+    if override.value_type == ValueType.INTERVAL_SWEEP:
+        value: Any = override.value()
+        return [f"{override.get_key_element()}={value.start}"]
+    return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()][:1]
 
 
 def run_job(cfg: DictConfig) -> float:
-    """Trains as configured: Hydra's task function.
+    """Train one run of a sweep.
 
     Returns:
-        Success, or the mean return where the task knows no success: the objective of Hydra's sweepers. NaN for a job
-        of a sweep that failed; why is in its folder, and the others go on.
+        Success, or the mean return where the task has no success: the objective of Hydra's sweepers. NaN for a run
+        that failed; `job.json` in its folder says why.
 
     Raises:
-        KeyboardInterrupt: in a sweep, if the run was interrupted.
-        SystemExit: alone, with the exit code of a run that failed or was interrupted.
+        KeyboardInterrupt: if the run was interrupted.
     """
-    logging.getLogger("torchrl").setLevel(logging.WARNING)  # a launcher's process has not heard of it
+    logging.getLogger("torchrl").setLevel(logging.WARNING)  # this may be a new process
     hydra: Any = HydraConfig.get()
-    if hydra.mode == RunMode.MULTIRUN:
-        return _run_in_sweep(cfg, hydra)
-    try:
-        summary = _train(with_config_of_run(cfg, list(hydra.overrides.task)))
-    except KNOWN_ERRORS as error:
-        raise SystemExit(report_error(error)) from None
-    if code := report_summary(summary):
-        raise SystemExit(code)
-    return _objective(summary)
-
-
-def _run_in_sweep(cfg: DictConfig, hydra: Any) -> float:
-    cell, sweep = cell_of_job(cfg, hydra), Path(hydra.sweep.dir)
-    folder, name = sweep / cell.folder, f"run {hydra.job.num}, {cell.folder}"
-    cfg.logger.base_dir, cfg.logger.run_name, cfg.logger.progress = str(sweep), cell.folder, False
-    cfg.logger.resume = "auto"  # what has ended is taken over, what was cut short goes on
+    if "joblib" in hydra.launcher._target_:  # the process that started this one handles Ctrl-C, and ends all
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    given = (text.lstrip("+").partition("=") for text in hydra.overrides.task)
+    overrides = {key: value for key, _, value in given if not key.startswith("logger.")}
+    folder = Path(hydra.sweep.dir) / folder_name(overrides)
+    cfg.logger.base_dir, cfg.logger.run_name = str(folder.parent), folder.name
+    cfg.logger.progress = False
+    cfg.logger.resume = "auto"
+    name = f"run {hydra.job.num}, {folder.name}"
+    config: Any = OmegaConf.to_container(cfg)
+    job = Job(overrides, config)
+    job.write(folder)
     print(f"{name}: started", file=sys.stderr)
-    _record(folder, cell, UNFINISHED)
     try:
-        summary = _train(cfg)
-    except Exception as error:  # whatever it is: the other runs go on
+        OmegaConf.resolve(cfg)
+        validate(cfg)
+        prepare_process(cfg)
+        summary = run_experiment(cfg)
+    except Exception as error:  # the other runs must not end with this one
         text = str(error)
         if not isinstance(error, KNOWN_ERRORS):
             (folder / "error.txt").write_text(traceback.format_exc())
             text = " ".join(f"{type(error).__name__}: {error} (see error.txt in its folder)".split())
-        _record(folder, cell, text)
+        _record(replace(job, error=text), folder)
         print(f"error: {name}: {text}", file=sys.stderr)
         return math.nan
     if summary["is_interrupted"]:
         raise KeyboardInterrupt
-    _record(folder, cell, "")
-    print(f"{name}: {_objective(summary):.3f} in {summary['total_seconds']:.0f} s", file=sys.stderr)
-    return _objective(summary)
+    _record(replace(job, error=""), folder)
+    print(f"{name}: {_score(summary):.3f} in {summary['total_seconds']:.0f} s", file=sys.stderr)
+    return _score(summary)
 
 
-def _train(cfg: DictConfig) -> dict[str, Any]:
-    OmegaConf.resolve(cfg)
-    validate(cfg)
-    return run_experiment(cfg)
+def _record(job: Job, folder: Path) -> None:
+    job.write(folder)
+    write_rows(folder.parent)
 
 
-def _objective(summary: dict[str, Any]) -> float:
-    known = summary["mean_reward"] if summary["success_rate"] is None else summary["success_rate"]
-    return math.nan if known is None else float(known)
+def _report(rows: list[Row], target: float | None, markdown: Path | None) -> int:
+    headers, lines = table(rows, target)
+    shown = Table(title="success on fresh episodes (mean return where a task has no success), over seeds")
+    for header in headers:
+        shown.add_column(header)
+    for line in lines:
+        shown.add_row(*line)
+    Console(width=None if sys.stdout.isatty() else 200).print(shown)
+    if markdown:
+        dashes = ["---" for _ in headers]
+        markdown.write_text("".join(f"| {' | '.join(line)} |\n" for line in (headers, dashes, *lines)))
+    failures = [row for row in rows if row["error"]]
+    for row in failures:
+        print(f"failed: {row['run']}: {row['error']}")
+    return EXIT_FAILED if failures else 0
 
 
-def _record(folder: Path, cell: Cell, error: str) -> None:
-    scratch = folder / f"{JOB_FILE}.tmp"  # another process may be reading
-    scratch.write_text(json.dumps({"cell": asdict(cell), "error": error}, indent=2) + "\n")
-    scratch.replace(folder / JOB_FILE)
-    write_table(folder.parent)
-
-
-def read_jobs(sweep: Path) -> list[dict[str, Any]]:
-    """A row of the sweep's table for each job in its folder."""
-    rows: list[dict[str, Any]] = []
-    for file in sorted(sweep.glob(f"*/{JOB_FILE}")):
-        job = json.loads(file.read_text())
-        cell = Cell(**job["cell"])
-        if job["error"]:
-            rows.append(failed_row(cell, job["error"]))
-        else:
-            rows.append(finished_row(cell, json.loads((file.parent / "summary.json").read_text())))
-    return rows
-
-
-def write_table(sweep: Path) -> list[dict[str, Any]]:
-    """Writes `results.csv` as `memory_benchmarks.sweep` does; several processes may do it at once. Returns its rows."""
-    rows = read_jobs(sweep)
-    scratch = sweep / f"results.csv.{os.getpid()}"
-    with scratch.open("w", newline="") as file:
-        writer = csv.DictWriter(file, (*ASKED, *MEASURED), restval="")
-        writer.writeheader()
-        writer.writerows(rows)
-    scratch.replace(sweep / "results.csv")
-    return rows
-
-
-class SweepTable(Callback):
-    """Says where the runs of a sweep are, and prints their table at the end.
+def table(rows: Sequence[Row], target: float | None = None) -> tuple[list[str], list[list[str]]]:
+    """Return the headers and the lines of a table: a line for each group of runs that differ only in the seed.
 
     Args:
-        config: the configuration that they differ from, as the user named it.
+        rows: from `write_rows`.
+        target: the score that counts as solved; None: the target of each task.
     """
+    varied = [key for key in override_keys(rows) if len({row.get(key, "") for row in rows}) > 1]
+    names = ["task", "backbone", *varied]
+    groups: dict[tuple[str, ...], list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[tuple(str(row.get(name, "")) for name in names)].append(row)
+    measured = ("horizon", "steps", "mean", "95 %", "min", "seeds", "target", "solved", "s/run", "MiB")
+    return [*names, *measured], [[*group, *_measured(runs, target)] for group, runs in sorted(groups.items())]
 
-    def __init__(self, config: str) -> None:
-        self.config = config
 
-    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """Makes the folder of the runs, and says where it is.
+def _measured(runs: Iterable[Row], target: float | None) -> list[str]:
+    """Return the cells of a group's results; "-" where there are none."""
+    runs = sorted(runs, key=lambda row: row["seed"])
+    finished = [row for row in runs if not row["error"]]
+    scores = [_score(row) for row in finished]
+    target = runs[0]["target"] if target is None else target
+    seeds = " ".join("failed" if row["error"] else f"{_score(row):.2f}" for row in runs)
+    solved = "-" if target is None else f"{sum(score >= target for score in scores)}/{len(runs)}"
+    goal = "-" if target is None else f"{target:g}"
+    if not finished:
+        return ["-", "-", "-", "-", "-", seeds, goal, solved, "-", "-"]
+    first = finished[0]
+    return [
+        f"{first['horizon']:,}" if first["horizon"] else "-",
+        f"{first['total_timesteps']:,}",
+        f"{mean(scores):.3f}",
+        _interval(scores, is_rate=first["success_rate"] is not None),
+        f"{min(scores):.3f}",
+        seeds,
+        goal,
+        solved,
+        f"{mean(row['total_seconds'] for row in finished):.0f}",
+        f"{max(row['peak_rss_mb'] for row in finished):.0f}",
+    ]
 
-        Raises:
-            SystemExit: if it cannot be written; Hydra makes warnings of other exceptions.
-        """
-        folder = config.hydra.sweep.dir
-        try:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            print(f"error: hydra.sweep.dir: cannot write to '{folder}' ({error.strerror}).", file=sys.stderr)
-            raise SystemExit(EXIT_BAD_INPUT) from None
-        print(f"runs are in {folder}", file=sys.stderr)
 
-    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        """Prints the table.
+def _interval(scores: Sequence[float], *, is_rate: bool) -> str:
+    """Return Student's interval over seeds; a success rate stays in [0, 1]."""
+    interval = mean_interval(torch.tensor(scores, dtype=torch.float64))
+    if interval is None:
+        return "-"
+    low, high = (max(0.0, interval.low), min(1.0, interval.high)) if is_rate else interval
+    return f"{low:.3f} to {high:.3f}"
 
-        Raises:
-            SystemExit: if a run failed; Hydra makes warnings of other exceptions.
-        """
-        rows = write_table(Path(config.hydra.sweep.dir))
-        Console(width=200).print(table(rows))
-        if any(row["error"] for row in rows):
-            raise SystemExit(EXIT_FAILED)
+
+def _score(row: Row) -> float:
+    """Return success, or the mean return where the task has no success."""
+    score = row["mean_reward"] if row["success_rate"] is None else row["success_rate"]
+    return math.nan if score is None else float(score)

@@ -1,129 +1,128 @@
-r"""Trains by Hydra: one run, or with -m a sweep of runs over all combinations of the values given.
+"""Train one agent; Hydra composes its configuration.
 
-python -m cyborg_torchrl.train backbone=gru env.horizon=200
-python -m cyborg_torchrl.train -m backbone=gru,lru 'train.seed=range(3)'
-python -m cyborg_torchrl.train -m backbone=gru,lru 'train.seed=range(3)' hydra/launcher=joblib hydra.launcher.n_jobs=2
+    cyborg-torchrl train backbone=gru env.horizon=200
+    cyborg-torchrl train --config mine.yaml train.seed=3 resume=auto
+    torchrun --nproc-per-node 2 -m cyborg_torchrl train env.num_envs=128     # two processes train together
 
---config takes a shipped configuration or a YAML file, as in the examples. docs/sweeps.md has more.
+The last line of stdout is the summary as one JSON object.
 """
 
 from __future__ import annotations
 
-import argparse
-import logging
 import sys
-from collections.abc import Generator, Sequence
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 
 import hydra
-from hydra.conf import HelpConf, HydraConf, RunDir, SweepDir
+from hydra.conf import HydraConf, RunDir, SweepDir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, ValueType
+from hydra.core.override_parser.types import Override
 from hydra.core.utils import env_override
 from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from cyborg_torchrl.cli import EXIT_INTERRUPTED, report_error, unless_unread
-from cyborg_torchrl.config import DEFAULT_CONFIG, ConfigError, explained, load_config, primary_config
-from cyborg_torchrl.jobs import EXIT_FAILED, run_job
+from cyborg_torchrl.command import (
+    CommandParser,
+    UsageError,
+    config_parser,
+    exit_code_of,
+    run_command,
+    train_and_report,
+)
+from cyborg_torchrl.config import DEFAULT_CONFIG, choices, explained, load_config, primary_config, validate
+from cyborg_torchrl.config.schema import GROUPS, NODES
 from cyborg_torchrl.registry import UnavailableError
+from cyborg_torchrl.resumption import with_config_of_run
 
-OWN_CONFIG_FLAGS = ("--config-name", "-cn", "--config-dir", "-cd", "--config-path", "-cp")
-GO_ON = "the same command with the folder of the sweep as hydra.sweep.dir goes on with it"
-HELP = """${hydra.help.header}
-
-Configuration groups (group=option):
-
-$APP_CONFIG_GROUPS
-Everything in the configuration can be overridden (key=value):
-
-$CONFIG
--m, --multirun: run all combinations of what has several values; hydra.sweep.dir=FOLDER: where.
---cfg job: print the configuration and exit. --hydra-help: Hydra's own options.
-"""
+INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command. Returns 0, 1 if a run of a sweep failed, 2 for bad input, 130 if interrupted."""
-    return unless_unread(lambda: _main(list(sys.argv[1:] if argv is None else argv)))
+def main(argv: Sequence[str]) -> int:
+    """Run the command. Return the exit code."""
+    parser = hydra_parser("train", __doc__, argv)
+    parser.add_argument("--cfg", choices=("job", "hydra", "all"), help="print the configuration, as Hydra does")
+    parser.add_argument("--info", choices=INFO, help="print what Hydra knows, for debugging")
+    arguments = parser.parse(argv)
+    overrides: list[str] = arguments.overrides
+    for override in parse_overrides(arguments.config, overrides):
+        if override.is_sweep_override():
+            raise UsageError(f"'{override.input_line}' has several values: cyborg-torchrl sweep runs all of them")
+    if arguments.print_config:
+        return run_command(arguments.config, overrides, is_print_only=True)
+    flags = [f"--{name}={value}" for name in ("cfg", "info") if (value := getattr(arguments, name))]
+    codes: list[int] = []
+
+    def job(cfg: DictConfig) -> None:
+        def run() -> int:
+            chosen = with_config_of_run(cfg, list(HydraConfig.get().overrides.task))
+            OmegaConf.resolve(chosen)
+            validate(chosen)
+            return train_and_report(chosen)
+
+        codes.append(exit_code_of(run, interrupted="interrupted before training began"))
+
+    run_hydra(job, arguments.config, overrides, flags)
+    return codes[0] if codes else 0
 
 
-def _main(argv: list[str]) -> int:
-    logging.getLogger("torchrl").setLevel(logging.WARNING)
-    try:
-        _run(argv)
-    except (ConfigError, UnavailableError) as error:
-        return report_error(error)
-    except BrokenProcessPool:
-        print(f"error: a process of the sweep was killed (out of memory?); {GO_ON}", file=sys.stderr)
-        return EXIT_FAILED
-    except KeyboardInterrupt:
-        print(f"interrupted: {GO_ON}", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    except SystemExit as stop:  # of a job, of the sweep's table, or of Hydra's --help
-        return stop.code if isinstance(stop.code, int) else 0
-    return 0
+def hydra_parser(command: str, description: str | None, argv: Sequence[str]) -> CommandParser:
+    """Return the parser of a Hydra application. Its --help lists all choices and keys."""
+    parser = config_parser(description, DEFAULT_CONFIG, prog=f"cyborg-torchrl {command}")
+    if "-h" in argv or "--help" in argv:
+        parser.epilog = f"{parser.epilog}\n\n{_choices_and_keys()}"
+    return parser
 
 
-def _run(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", default=DEFAULT_CONFIG)
-    arguments, rest = parser.parse_known_args(argv)
-    if any(argument.partition("=")[0] in OWN_CONFIG_FLAGS for argument in rest):
-        raise ConfigError("give --config NAME_OR_FILE: a shipped configuration, or a YAML file of yours.")
-    overrides = [text for text in rest if text.startswith("~") or ("=" in text and not text.startswith("-"))]
-    flags = [text for text in rest if text not in overrides]  # with their values
-    is_sweep = "-m" in flags or "--multirun" in flags
-    first: list[str] = []
-    try:
-        first = first_of_each(overrides, is_sweep)
-        load_config(arguments.config, first)  # what is wrong for all runs is said once, and before any of them
-        with primary_config(arguments.config, overrides) as primary, _command_line([*flags, *primary.overrides]):
-            _store_hydra(arguments.config)
-            GlobalHydra.instance().clear()
-            hydra.main(config_path=str(primary.folder), config_name=primary.name, version_base="1.3")(run_job)()
-    except (HydraException, OmegaConfBaseException) as error:
-        if "Could not find 'hydra/launcher/joblib'" in str(error):
-            raise UnavailableError("hydra/launcher=joblib needs: pip install 'cyborg-torchrl[sweeps]'") from None
-        raise explained(error, arguments.config, first or overrides) from None
-
-
-def first_of_each(overrides: Sequence[str], is_sweep: bool) -> list[str]:
-    """The overrides of a sweep's first run; without those of Hydra itself.
+def parse_overrides(config: str, overrides: Sequence[str]) -> list[Override]:
+    """Return Hydra's reading of overrides.
 
     Raises:
-        ConfigError: if one has several values, and there is to be one run.
-        HydraException: if one cannot be read.
+        ConfigError: if one cannot be read.
     """
-    first: list[str] = []
-    for override in OverridesParser.create().parse_overrides(list(overrides)):
-        if override.is_hydra_override():
-            continue
-        if override.is_sweep_override() and not is_sweep:
-            raise ConfigError(f"'{override.input_line}' has several values: give -m to run all of them.")
-        first.extend(_first_of(override))
-    return first
+    try:
+        return OverridesParser.create().parse_overrides(list(overrides))
+    except HydraException as error:
+        raise explained(error, config, overrides) from None
 
 
-def _first_of(override: Override) -> list[str]:
-    if override.value_type == ValueType.GLOB_CHOICE_SWEEP:
-        return []  # its values are known to Hydra's search path alone
-    if not override.is_sweep_override():
-        return [str(override.input_line)]
-    if override.value_type == ValueType.INTERVAL_SWEEP:
-        return [f"{override.get_key_element()}={override.value().start}"]  # pyright: ignore
-    return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()][:1]
+def run_hydra(
+    job: Callable[[DictConfig], object],
+    config: str,
+    overrides: Sequence[str],
+    flags: Sequence[str] = (),
+    folder: str = ".",
+) -> None:
+    """Run a function as a Hydra application.
+
+    Args:
+        job: called with each composed configuration.
+        config: a shipped configuration, or a YAML file.
+        overrides: changes to the configuration, or to Hydra's own.
+        flags: Hydra's command-line options.
+        folder: where a sweep puts its runs.
+
+    Raises:
+        ConfigError: if a configuration cannot be composed.
+        UnavailableError: if a launcher is not installed.
+    """
+    try:
+        with primary_config(config, overrides) as primary, _command_line([*flags, *primary.overrides]):
+            _store_hydra_config(folder)
+            GlobalHydra.instance().clear()
+            hydra.main(config_path=str(primary.folder), config_name=primary.name, version_base="1.3")(job)()
+    except (HydraException, OmegaConfBaseException) as error:
+        if "Could not find 'hydra/launcher/joblib'" in str(error):
+            raise UnavailableError("--jobs needs: pip install 'cyborg-torchrl[sweeps]'") from None
+        raise explained(error, config, overrides) from None
 
 
-def _store_hydra(config: str) -> None:
-    """Hydra's own part of the configuration: where runs are kept, no logs and folders beside them, our help."""
-    sweep = SweepDir("${logger.base_dir}/sweep-${now:%Y%m%d-%H%M%S}", "${cyborg_torchrl_folder:}")
-    help_text = HelpConf("cyborg_torchrl.train", header=str(__doc__), footer="", template=HELP)
-    node = HydraConf(run=RunDir("."), sweep=sweep, output_subdir=None, help=help_text)
-    node.callbacks = {"table": {"_target_": "cyborg_torchrl.jobs.SweepTable", "config": config}}
+def _store_hydra_config(folder: str) -> None:
+    """Configure Hydra itself: no logs and no folders besides those of runs."""
+    node = HydraConf(run=RunDir("."), sweep=SweepDir(folder, "."), output_subdir=None)
     silent = {"hydra_logging": "none", "job_logging": "none"}
     node.defaults = [{group: silent.get(group, option)} for entry in node.defaults for group, option in entry.items()]
     ConfigStore.instance().store(group="hydra", name="config", node=node, provider="cyborg_torchrl")
@@ -131,7 +130,7 @@ def _store_hydra(config: str) -> None:
 
 @contextmanager
 def _command_line(arguments: list[str]) -> Generator[None]:
-    """Hydra reads its arguments from `sys.argv`, and raises what it would print if it is asked to."""
+    """Let Hydra read these arguments, and raise its errors instead of printing them."""
     before = sys.argv
     sys.argv = [before[0], *arguments]
     try:
@@ -141,7 +140,8 @@ def _command_line(arguments: list[str]) -> Generator[None]:
         sys.argv = before
 
 
-if __name__ == "__main__":
-    from cyborg_torchrl import train  # by its name: Hydra's launchers look for what they run in a module
-
-    sys.exit(train.main())
+def _choices_and_keys() -> str:
+    defaults = OmegaConf.to_yaml(load_config())
+    groups = {group: ", ".join(choices(group)) for group in (*GROUPS, *NODES)}
+    lines = [f"{group}: {names}" for group, names in groups.items() if names]
+    return "\n".join(["choices:", *lines, "", "keys and their defaults:", defaults])

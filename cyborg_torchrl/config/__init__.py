@@ -1,7 +1,7 @@
 """Configuration: dataclasses own the defaults, YAML lists differences, wrong input ends in one clear line."""
 
 from cyborg_torchrl.config.checks import ConfigError, resolve_device, validate
-from cyborg_torchrl.config.composition import DEFAULT_CONFIG, explained, load_config, primary_config
+from cyborg_torchrl.config.composition import DEFAULT_CONFIG, choices, explained, load_config, primary_config
 from cyborg_torchrl.config.schema import BACKENDS, TrainConfig
 
 __all__ = [
@@ -9,6 +9,7 @@ __all__ = [
     "DEFAULT_CONFIG",
     "ConfigError",
     "TrainConfig",
+    "choices",
     "explained",
     "load_config",
     "primary_config",

@@ -100,7 +100,7 @@ def explained(error: Exception, config: str, overrides: Sequence[str]) -> Config
     folder, name = _locate(config)
     shipped = name if folder == config_dir() else DEFAULT_CONFIG
     written = [_written_out(override) for override in overrides]
-    return ConfigError(explain(error, written, _choices, partial(_recompose, shipped)))
+    return ConfigError(explain(error, written, choices, partial(_recompose, shipped)))
 
 
 def _written_out(override: str) -> str:
@@ -173,7 +173,8 @@ def _shipped() -> list[str]:
     return sorted(path.stem for path in config_dir().glob("*.yaml"))
 
 
-def _choices(group: str) -> list[str]:
+def choices(group: str) -> list[str]:
+    """Return the names that a group knows, such as "backbone"; [] for a group without choices."""
     registry = GROUPS.get(group)
     shipped = [path.stem for path in (config_dir() / group).glob("*.yaml")]
     return sorted({*shipped, *(registry.names() if registry else ())})

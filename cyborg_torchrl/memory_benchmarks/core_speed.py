@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from cyborg_torchrl.command import positive
 from cyborg_torchrl.cores import (
     Core,
     Mamba2Block,
@@ -31,7 +32,6 @@ from cyborg_torchrl.cores import (
 )
 from cyborg_torchrl.cores.native import IS_BUILT
 from cyborg_torchrl.cores.selective_scan_cpp import selective_scan_cpp
-from cyborg_torchrl.memory_benchmarks.arguments import positive
 from cyborg_torchrl.memory_benchmarks.device import device_here, device_name, finish
 from cyborg_torchrl.process import prepare_cpu
 

@@ -1,8 +1,6 @@
-# pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# (tensordict's and torchrl's annotations are narrower than what they take)
-"""Four tests of the whole training stack, by the names that the ancestor's verification script gave them.
+"""Four end-to-end tests of the training stack, with the names that the original document gives them.
 
-There they computed sizes and asserted nothing; here each asserts, and says what it saw.
+Each test checks a property and reports the values that it measured.
 """
 
 from __future__ import annotations
@@ -30,7 +28,7 @@ RATIO_ERROR = 1e-4
 
 @dataclass(frozen=True)
 class TestResult:
-    """Whether a test held, and what it saw."""
+    """Whether a test passed, and the values that it measured."""
 
     __test__ = False  # no test of pytest's
 
@@ -39,10 +37,10 @@ class TestResult:
     detail: str
 
 
-def run_ancestor_tests(
+def run_end_to_end(
     backbone: str, seed: int, on_progress: Callable[[str, float], None] = lambda name, share: None
 ) -> list[TestResult]:
-    """Runs the four tests with a backbone on delayed cue with 20 blank steps; some seconds."""
+    """Run the four tests with a backbone on delayed cue with 20 blank steps; takes some seconds."""
     tests = {
         "buffer size for vectorised environments": _buffer_sizes,
         "state storage and retrieval": _states_come_back,

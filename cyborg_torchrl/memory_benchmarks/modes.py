@@ -10,19 +10,19 @@ from __future__ import annotations
 
 import argparse
 import csv
-import itertools
+import re
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from cyborg_torchrl.memory_benchmarks.arguments import picture, positive
+from cyborg_torchrl.command import EXIT_INTERRUPTED, picture, positive
 from cyborg_torchrl.memory_benchmarks.plot import EXTRA
-from cyborg_torchrl.memory_benchmarks.sweep import Cell, run_cells
+from cyborg_torchrl.memory_benchmarks.results import Row, read_rows
 
 CHUNK = "train=burn_in train.seq_len=32"
 ARMS: dict[str, str] = {
@@ -41,22 +41,36 @@ T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31,
 """Quantiles of Student's distribution for a two-sided 95 % interval, by the number of seeds."""
 
 
-def read_figures(row: dict[str, Any], folder: Path) -> dict[str, float]:
+def run_sweep(arguments: argparse.Namespace, arm: str) -> Path:
+    """Sweep over backbones and seeds in one mode, with `cyborg-torchrl sweep`. Return the sweep's folder.
+
+    Raises:
+        KeyboardInterrupt: if the sweep was interrupted.
+    """
+    folder = Path(arguments.base_dir) / re.sub(r"\W+", "_", arm)
+    recipe = ["env.horizon=94", "train.learning_rate=0.001", "logger.tensorboard=false", *ARMS[arm].split()]
+    varied = [f"backbone={','.join(arguments.backbones)}", f"train.seed=range({arguments.seeds})"]
+    budget = f"train.total_timesteps={arguments.total_timesteps}"
+    command = [sys.executable, "-m", "cyborg_torchrl", "sweep", "--folder", str(folder), "--jobs", str(arguments.jobs)]
+    if subprocess.run([*command, *varied, budget, *recipe], check=False).returncode == EXIT_INTERRUPTED:
+        raise KeyboardInterrupt
+    return folder
+
+
+def read_figures(row: Row, folder: Path) -> dict[str, float]:
     """Of one run: its success and time, and means of its log over all updates (of the ratio's error: the first).
 
     The mean success while training, with sampled actions, is larger the sooner a run learns.
     """
     figures = {name: float(row[name]) for name in ("success_rate", "total_seconds")}
-    runs = sorted(folder.glob("*/logs/metrics.csv"))
-    if runs:
-        with runs[-1].open(newline="") as file:
-            log = list(csv.DictReader(file))
-        columns = {"state_drift": "state_drift", "drift_kl_last": "drift_kl_last", "training_success": "success_rate"}
-        for name, column in columns.items():
-            values = [float(update[column]) for update in log if update.get(column)]
-            if values:
-                figures[name] = mean(values)
-        figures["ratio_error"] = float(log[0]["ratio_error"])
+    with (folder / "logs" / "metrics.csv").open(newline="") as file:
+        log = list(csv.DictReader(file))
+    columns = {"state_drift": "state_drift", "drift_kl_last": "drift_kl_last", "training_success": "success_rate"}
+    for name, column in columns.items():
+        values = [float(update[column]) for update in log if update.get(column)]
+        if values:
+            figures[name] = mean(values)
+    figures["ratio_error"] = float(log[0]["ratio_error"])
     return figures
 
 
@@ -135,28 +149,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         except ImportError:
             print(f"error: {EXTRA}", file=sys.stderr)
             return 2
-    recipe = "train.learning_rate=0.001 logger.tensorboard=false"
-    cells = {
-        (backbone, arm, seed): Cell(
-            "delayed_cue", backbone, 94, seed, arguments.total_timesteps, f"{ARMS[arm]} {recipe}"
-        )
-        for backbone, arm, seed in itertools.product(arguments.backbones, arguments.arms, range(arguments.seeds))
-    }
-    base = Path(arguments.base_dir)
-    try:
-        rows = run_cells(list(cells.values()), arguments.base_dir, base / "results.csv", arguments.jobs)
-    except KeyboardInterrupt:
-        return 130
-    found = {(row["backbone"], row["overrides"], int(row["seed"])): row for row in rows if not row["error"]}
     results: dict[tuple[str, str], list[dict[str, float]]] = {}
-    for (backbone, arm, seed), cell in cells.items():
-        row = found.get((backbone, cell.overrides, seed))
-        if row is not None:
-            results.setdefault((backbone, arm), []).append(read_figures(row, base / cell.folder))
+    has_failed = False
+    for arm in arguments.arms:
+        try:
+            folder = run_sweep(arguments, arm)
+        except KeyboardInterrupt:
+            return EXIT_INTERRUPTED
+        rows = read_rows(folder)
+        has_failed |= not rows or any(row["error"] for row in rows)
+        for row in rows:
+            if not row["error"]:
+                results.setdefault((row["backbone"], arm), []).append(read_figures(row, folder / row["run"]))
     Console(width=140).print(table(results))
     if arguments.plot:
         draw(results, arguments.plot)
-    return 1 if any(row["error"] for row in rows) else 0
+    return 1 if has_failed else 0
 
 
 if __name__ == "__main__":

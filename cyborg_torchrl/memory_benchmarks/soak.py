@@ -33,10 +33,9 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from cyborg_torchrl.cli import EXIT_BAD_INPUT, EXIT_INTERRUPTED
-from cyborg_torchrl.memory_benchmarks.arguments import positive, writable
+from cyborg_torchrl.command import EXIT_BAD_INPUT, EXIT_INTERRUPTED, positive, writable
 
-PROGRAM = "import sys; from cyborg_torchrl.cli import run_command as run; sys.exit(run(sys.argv[1], sys.argv[2:]))"
+PROGRAM = "import sys; from cyborg_torchrl.command import run_command as run; sys.exit(run(sys.argv[1], sys.argv[2:]))"
 MARKER = "CYBORG_TORCHRL_SOAK"
 WARM_UP = 0.1
 """Share of the time in which a run may still grow: buffers fill, threads and workers begin."""

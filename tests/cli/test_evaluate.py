@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from cyborg_torchrl.__main__ import main
+from cyborg_torchrl.cli.main import main
 from cyborg_torchrl.experiment import evaluate_agent
 from cyborg_torchrl.restore import load_agent
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from cyborg_torchrl.__main__ import main
-from cyborg_torchrl.commands import export
+from cyborg_torchrl.cli import export
+from cyborg_torchrl.cli.main import main
 from cyborg_torchrl.restore import load_agent
 
 pytestmark = pytest.mark.usefixtures("unchecked_shapes")

@@ -24,7 +24,7 @@ PHASES = "cuw"
 TOLD = """
 import os, sys
 from cyborg_torchrl.checkpoint import CheckpointFolder
-from cyborg_torchrl.cli import run_command
+from cyborg_torchrl.command import run_command
 from cyborg_torchrl.collectors import RolloutCollector
 from cyborg_torchrl.trainer import PPOTrainer
 

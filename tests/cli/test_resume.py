@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from cyborg_torchrl.checkpoint import CheckpointError, CheckpointFolder, load_checkpoint
-from cyborg_torchrl.cli import run_command
 from cyborg_torchrl.collectors import RolloutCollector
+from cyborg_torchrl.command import run_command
 from cyborg_torchrl.config import ConfigError, load_config
 from cyborg_torchrl.experiment import run_experiment
 from cyborg_torchrl.resumption import find_run

@@ -1,7 +1,7 @@
 """Episodes of a trained agent to look at: as a film, or as text."""
 
-from cyborg_torchrl.playback.episodes import Frame, play
-from cyborg_torchrl.playback.film import FILMS, Film
-from cyborg_torchrl.playback.trace import Trace
+from cyborg_torchrl.cli.playback.episodes import Frame, play
+from cyborg_torchrl.cli.playback.film import FILMS, Film
+from cyborg_torchrl.cli.playback.trace import Trace
 
 __all__ = ["FILMS", "Film", "Frame", "Trace", "play"]

@@ -1,5 +1,3 @@
-# pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# (tensordict's and torchrl's annotations are narrower than what they take)
 """Episodes one step at a time."""
 
 from __future__ import annotations

@@ -1,5 +1,3 @@
-# pyright: basic, reportMissingImports=false, reportAttributeAccessIssue=false
-# (Pillow and imageio are optional)
 """Episodes as moving pictures."""
 
 from __future__ import annotations
@@ -9,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from cyborg_torchrl.playback.episodes import Frame
+from cyborg_torchrl.cli.playback.episodes import Frame
 from cyborg_torchrl.registry import UnavailableError
 
 FILMS = (".gif", ".mp4")
@@ -77,7 +75,7 @@ class Film:
 def _mp4_writer(path: Path, fps: int) -> Any:
     try:
         import imageio.v2 as imageio
-        import imageio_ffmpeg  # noqa: F401  # pyright: ignore[reportUnusedImport]
+        import imageio_ffmpeg  # noqa: F401
     except ImportError as error:
         raise UnavailableError(f"MP4 films need {error.name}: {EXTRA}") from None
-    return imageio.get_writer(path, format="FFMPEG", mode="I", fps=fps, macro_block_size=2)  # pyright: ignore
+    return imageio.get_writer(path, format="FFMPEG", mode="I", fps=fps, macro_block_size=2)

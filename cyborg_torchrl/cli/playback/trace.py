@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from cyborg_torchrl.playback.episodes import Frame
+from cyborg_torchrl.cli.playback.episodes import Frame
 
 MOST_NUMBERS = 16
 """Numbers of an observation that are written out; of larger ones the shape, the mean and the range."""

@@ -9,11 +9,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from cyborg_torchrl.config import ConfigError
 from cyborg_torchrl.memory_benchmarks.report.runs import Run, number
 from cyborg_torchrl.memory_benchmarks.report.statistics import Interval, iqm_interval
-from cyborg_torchrl.memory_benchmarks.sweep import Cell, target_of
-from cyborg_torchrl.registry import UnknownNameError
+from cyborg_torchrl.memory_benchmarks.results import target_of
 
 Flat = Mapping[str, Any]
 TASK_KEYS = ("env.horizon", "env.num_envs", "env.workers")
@@ -108,7 +106,9 @@ def build_groups(runs: Sequence[Run]) -> list[Group]:
     rest = [{key: value for key, value in flat.items() if key not in _task_part(flat)} for flat in flats]
     names = _names([_backbone(group[0].config) for group in gathered], rest, places)
     groups = [
-        Group(task, name, horizon, _target(group[0].config), tuple(sorted(group, key=lambda run: run.seed or 0)))
+        Group(
+            task, name, horizon, target_of(group[0].config["env"]), tuple(sorted(group, key=lambda run: run.seed or 0))
+        )
         for task, name, horizon, group in zip(tasks, names, horizons, gathered, strict=True)
     ]
     return sorted(groups, key=lambda group: (group.task, group.horizon or 0, group.backbone))
@@ -157,11 +157,3 @@ def _horizon(group: Sequence[Run]) -> int | None:
     told = [run.summary.get("horizon") for run in group] + [group[0].config["env"].get("horizon")]
     known = [value for value in map(number, told) if value is not None]
     return int(known[0]) if known else None
-
-
-def _target(config: Mapping[str, Any]) -> float | None:
-    env = config["env"]
-    try:
-        return target_of(Cell(env["name"], "", None, 0, level=env.get("level")))
-    except (UnknownNameError, ConfigError, KeyError):
-        return None

@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from cyborg_torchrl.memory_benchmarks.arguments import picture, positive, writable
+from cyborg_torchrl.command import picture, positive, writable
 from cyborg_torchrl.memory_benchmarks.device import device_here
 from cyborg_torchrl.memory_benchmarks.speed.baselines import BASELINES, MissingPackage, pufferlib
 from cyborg_torchrl.memory_benchmarks.speed.measure import Subject, rows_of, take_turns
