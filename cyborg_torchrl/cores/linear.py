@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
-from cyborg_torchrl.cores.native import function, is_native
+from cyborg_torchrl.cores.kernels.native import function, is_native
 
 MIN_WORK = 2**20
 """Multiplications from which oneDNN's own overhead (about 10 us) is made up for."""

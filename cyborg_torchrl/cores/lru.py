@@ -11,10 +11,10 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional as F
 
 from cyborg_torchrl.cores.blocks import blocks
-from cyborg_torchrl.cores.gated_recurrence_cpp import gated_recurrence_cpp, gated_step_cpp
+from cyborg_torchrl.cores.kernels.gated_recurrence import gated_recurrence_cpp, gated_step_cpp
+from cyborg_torchrl.cores.kernels.native import is_native, needs_operator
 from cyborg_torchrl.cores.layered import LayerState, RecurrentLayer, layered_core_builder
 from cyborg_torchrl.cores.linear import Derived, Linear, linear
-from cyborg_torchrl.cores.native import is_native, needs_operator
 from cyborg_torchrl.cores.resets import reset_steps
 from cyborg_torchrl.cores.timescale import log_spaced_timescales
 from cyborg_torchrl.registry import register_backbone

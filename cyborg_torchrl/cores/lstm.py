@@ -7,10 +7,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from cyborg_torchrl.cores.kernels.lstm import lstm_cpp
+from cyborg_torchrl.cores.kernels.native import is_native
 from cyborg_torchrl.cores.layered import LayerState, RecurrentLayer, layered_core_builder
 from cyborg_torchrl.cores.linear import Derived, linear
-from cyborg_torchrl.cores.lstm_cpp import lstm_cpp
-from cyborg_torchrl.cores.native import is_native
 from cyborg_torchrl.cores.resets import reset_steps
 from cyborg_torchrl.cores.timescale import log_spaced_timescales
 from cyborg_torchrl.registry import register_backbone

@@ -12,10 +12,10 @@ from torch.nn import functional as F
 from cyborg_torchrl.cores.abstract import Core, InitialState, State
 from cyborg_torchrl.cores.causal_conv import causal_conv, causal_conv_step
 from cyborg_torchrl.cores.gated_readout import gated_readout
-from cyborg_torchrl.cores.kernels import Kernel, selective_scan_cuda
+from cyborg_torchrl.cores.kernels.official_mamba import Kernel, selective_scan_cuda
+from cyborg_torchrl.cores.kernels.selective_scan import selective_scan_cpp
 from cyborg_torchrl.cores.linear import Linear, linear
 from cyborg_torchrl.cores.selective_scan import LOG2_E, selective_scan
-from cyborg_torchrl.cores.selective_scan_cpp import selective_scan_cpp
 from cyborg_torchrl.cores.timescale import build_readout, rms_normalize, step_size_bias, step_sizes
 
 SCANS = {"torch": selective_scan, "cpp": selective_scan_cpp, "cuda": selective_scan_cuda}

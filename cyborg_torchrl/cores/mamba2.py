@@ -10,9 +10,9 @@ from torch.nn import functional as F
 from cyborg_torchrl.cores.abstract import Core, InitialState, State
 from cyborg_torchrl.cores.causal_conv import causal_conv, causal_conv_step
 from cyborg_torchrl.cores.gated_readout import gated_readout
-from cyborg_torchrl.cores.kernels import Kernel, ssd_scan_cuda
+from cyborg_torchrl.cores.kernels.memory_read import read_memory
+from cyborg_torchrl.cores.kernels.official_mamba import Kernel, ssd_scan_cuda
 from cyborg_torchrl.cores.linear import Linear, linear
-from cyborg_torchrl.cores.memory_read import read_memory
 from cyborg_torchrl.cores.ssd import ssd_scan
 from cyborg_torchrl.cores.timescale import build_readout, rms_normalize, step_size_bias, step_sizes
 

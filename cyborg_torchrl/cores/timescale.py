@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from cyborg_torchrl.cores.blocks import blocks
-from cyborg_torchrl.cores.group_norm_cpp import group_norm_cpp
-from cyborg_torchrl.cores.native import is_native
+from cyborg_torchrl.cores.kernels.group_norm import group_norm_cpp
+from cyborg_torchrl.cores.kernels.native import is_native
 
 READOUTS = ("timescale_norm", "none")
 

@@ -30,8 +30,8 @@ from cyborg_torchrl.cores import (
     fixed_parameters,
     selective_scan,
 )
-from cyborg_torchrl.cores.native import IS_BUILT
-from cyborg_torchrl.cores.selective_scan_cpp import selective_scan_cpp
+from cyborg_torchrl.cores.kernels.native import IS_BUILT
+from cyborg_torchrl.cores.kernels.selective_scan import selective_scan_cpp
 from cyborg_torchrl.memory_benchmarks.device import device_here, device_name, finish
 from cyborg_torchrl.process import prepare_cpu
 

@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cyborg_torchrl.cores.group_norm_cpp import added_layer_norms_cpp
+from cyborg_torchrl.cores.kernels.group_norm import added_layer_norms_cpp
+from cyborg_torchrl.cores.kernels.native import is_native
 from cyborg_torchrl.cores.linear import Linear
-from cyborg_torchrl.cores.native import is_native
 
 
 class PastPresentFusion(nn.Module):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cyborg_torchrl.cores import Mamba2Block, MambaBlock, selective_scan, ssd_scan
 from cyborg_torchrl.cores.abstract import Core, restart
-from cyborg_torchrl.cores.kernels import ssd_scan_cuda
+from cyborg_torchrl.cores.kernels.official_mamba import ssd_scan_cuda
 
 OUTPUT, GRADIENT = 1e-6, 1e-5
 BATCH, STEPS, WIDTH = 3, 21, 32

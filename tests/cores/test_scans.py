@@ -15,21 +15,21 @@ from cyborg_torchrl.cores import (
     blocks,
     build_lru,
     gated_linear_scan,
-    gated_recurrence_cpp,
-    group_norm_cpp,
     gru,
-    gru_cpp,
     linear,
     lru,
     lstm,
-    lstm_cpp,
-    native,
     selective_scan,
-    selective_scan_cpp,
     ssd_scan,
     timescale,
 )
 from cyborg_torchrl.cores.causal_conv import causal_conv, causal_conv_step
+from cyborg_torchrl.cores.kernels.official_mamba import gated_recurrence as gated_recurrence_cpp
+from cyborg_torchrl.cores.kernels.official_mamba import group_norm as group_norm_cpp
+from cyborg_torchrl.cores.kernels.official_mamba import gru as gru_cpp
+from cyborg_torchrl.cores.kernels.official_mamba import lstm as lstm_cpp
+from cyborg_torchrl.cores.kernels.official_mamba import native
+from cyborg_torchrl.cores.kernels.official_mamba import selective_scan as selective_scan_cpp
 
 T, B, D, N = 7, 3, 2, 2
 SHARES = pytest.mark.parametrize("share", [0.0, 0.3, 0.8])

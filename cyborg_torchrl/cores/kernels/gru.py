@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from cyborg_torchrl.cores.kernels.native import function, integers, needs_operator, pointers
 from cyborg_torchrl.cores.linear import weight_gradient
-from cyborg_torchrl.cores.native import function, integers, needs_operator, pointers
 
 
 def gru_cpp(

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from cyborg_torchrl.cores.native import function, integers, needs_operator, pointers
+from cyborg_torchrl.cores.kernels.native import function, integers, needs_operator, pointers
 
 
 def gated_recurrence_cpp(

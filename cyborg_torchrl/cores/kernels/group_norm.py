@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cyborg_torchrl.cores.native import function, integers, needs_operator, pointers
+from cyborg_torchrl.cores.kernels.native import function, integers, needs_operator, pointers
 
 
 def group_norm_cpp(

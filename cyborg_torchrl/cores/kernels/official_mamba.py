@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from cyborg_torchrl.cores.native import DTYPES, library
+from cyborg_torchrl.cores.kernels.native import DTYPES, library
 from cyborg_torchrl.registry import did_you_mean
 
 LOGGER = logging.getLogger(__name__)

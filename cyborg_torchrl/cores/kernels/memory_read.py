@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cyborg_torchrl.cores.native import function, integers, is_native, needs_operator
+from cyborg_torchrl.cores.kernels.native import function, integers, is_native, needs_operator
 
 
 def read_memory(memory: Float[Tensor, "B D N"], query: Float[Tensor, "B N"]) -> Float[Tensor, "B D"]:

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from cyborg_torchrl.cores.native import function, integers, needs_operator, pointers
+from cyborg_torchrl.cores.kernels.native import function, integers, needs_operator, pointers
 
 LENGTH = 24
 """Steps of which one state is kept; the backward pass computes those between again."""
