@@ -19,7 +19,7 @@ from cyborg_torchrl.config import load_config
 from cyborg_torchrl.cores import Core
 from cyborg_torchrl.diagnostics import check_recurrent
 from cyborg_torchrl.envs import DelayedCueEnv
-from cyborg_torchrl.envs.memory_task import Transition
+from cyborg_torchrl.envs.memory.task import Transition
 from cyborg_torchrl.experiment import run_experiment
 from cyborg_torchrl.memory_benchmarks import core_speed
 from cyborg_torchrl.registry import backbones

@@ -14,7 +14,7 @@ from torchrl.envs import EnvBase, InitTracker, RewardClipping, RewardSum, Tensor
 
 from cyborg_torchrl import keys
 from cyborg_torchrl.collectors.entries import Entries, NotFusable, flat
-from cyborg_torchrl.envs.memory_task import MemoryTask
+from cyborg_torchrl.envs.memory.task import MemoryTask
 
 Step = tuple[Entries, Entries, Tensor | None]
 """What was there after a step, what the next begins with, and where episodes begin there; None: nowhere."""

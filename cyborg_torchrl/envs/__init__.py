@@ -1,19 +1,19 @@
 """Environments."""
 
-from cyborg_torchrl.envs.assoc_recall import AssocRecallEnv
 from cyborg_torchrl.envs.check import EnvironmentFinding, check_environment
-from cyborg_torchrl.envs.copy_memory import CopyMemoryEnv
-from cyborg_torchrl.envs.delayed_cue import DelayedCueEnv
-from cyborg_torchrl.envs.distractor_nav import DistractorNavEnv
 from cyborg_torchrl.envs.gymnasium_env import build_gymnasium
 from cyborg_torchrl.envs.make import make_env
-from cyborg_torchrl.envs.memory_task import Level, MemoryTask, memoryless_policy, oracle_policy
-from cyborg_torchrl.envs.multi_cue_delay import MultiCueDelayEnv
-from cyborg_torchrl.envs.n_back import NBackEnv
-from cyborg_torchrl.envs.pattern_binding import PatternBindingEnv
-from cyborg_torchrl.envs.permuted_copy import PermutedCopyEnv
+from cyborg_torchrl.envs.memory.assoc_recall import AssocRecallEnv
+from cyborg_torchrl.envs.memory.copy_memory import CopyMemoryEnv
+from cyborg_torchrl.envs.memory.delayed_cue import DelayedCueEnv
+from cyborg_torchrl.envs.memory.distractor_nav import DistractorNavEnv
+from cyborg_torchrl.envs.memory.multi_cue_delay import MultiCueDelayEnv
+from cyborg_torchrl.envs.memory.n_back import NBackEnv
+from cyborg_torchrl.envs.memory.pattern_binding import PatternBindingEnv
+from cyborg_torchrl.envs.memory.permuted_copy import PermutedCopyEnv
+from cyborg_torchrl.envs.memory.task import Level, MemoryTask, memoryless_policy, oracle_policy
+from cyborg_torchrl.envs.memory.tmaze import TMazeEnv
 from cyborg_torchrl.envs.public_benchmarks import build_bsuite, build_memory_gym, build_minigrid, build_popgym
-from cyborg_torchrl.envs.tmaze import TMazeEnv
 from cyborg_torchrl.envs.treechop import build_treechop
 
 __all__ = [

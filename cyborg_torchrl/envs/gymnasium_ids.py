@@ -20,14 +20,14 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 
 from cyborg_torchrl import envs, keys
-from cyborg_torchrl.envs.memory_task import MemoryTask
+from cyborg_torchrl.envs.memory.task import MemoryTask
 
 try:
     import gymnasium
     from gymnasium.vector.utils import batch_space
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
-        "gymnasium is not installed: pip install 'gymnasium>=1.2,<1.5'", name="gymnasium"
+        "gymnasium is not installed: pip install 'cyborg-torchrl[gym]'", name="gymnasium"
     ) from error
 
 NAMESPACE = "CyborgMemory"

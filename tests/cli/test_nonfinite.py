@@ -17,7 +17,7 @@ from cyborg_torchrl.cli.main import main
 from cyborg_torchrl.command import run_command
 from cyborg_torchrl.config import load_config
 from cyborg_torchrl.envs import DelayedCueEnv
-from cyborg_torchrl.envs.memory_task import Transition
+from cyborg_torchrl.envs.memory.task import Transition
 from cyborg_torchrl.finite import NonFiniteError, environment_of
 from cyborg_torchrl.modules import PPOAgent
 

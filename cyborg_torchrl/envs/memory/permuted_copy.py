@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cyborg_torchrl.envs.assoc_recall import PairsOracle
-from cyborg_torchrl.envs.memory_task import (
+from cyborg_torchrl.envs.memory.assoc_recall import PairsOracle
+from cyborg_torchrl.envs.memory.task import (
     ConstantAnswer,
     Judgement,
     Latents,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cyborg_torchrl.envs.memory_task import (
+from cyborg_torchrl.envs.memory.task import (
     ConstantAnswer,
     Judgement,
     Latents,
