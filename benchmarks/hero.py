@@ -5,7 +5,7 @@
 
 `run` appends one row per evaluated point. Finished pairs of arm and seed are skipped, so an interrupted run continues.
 Every arm gets the same environment steps, epochs, minibatches, discount, CPU thread and evaluation episodes. The `sb3`
-arms need `pip install "cyborg-torchrl[speed,envs]"`.
+arms need `pip install -e ".[dev]"`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ STEPS_PER_UPDATE = NUM_ENVS * ROLLOUT_STEPS
 UPDATES = 12
 EPISODES = 512  # of each evaluated point
 EPOCHS, MINIBATCHES = 15, 8
-TASK_ID = "cyborg_torchrl.envs.gymnasium_ids:CyborgMemory/DelayedCue-v0"
+TASK_ID = "cyborg_torchrl.envs.gym.ids:CyborgMemory/DelayedCue-v0"
 COLUMNS = ("arm", "seed", "steps", "success", "episodes", "seconds", "cpu_seconds", "versions")
 
 Score = Callable[[int], float]

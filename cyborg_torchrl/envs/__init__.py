@@ -1,7 +1,8 @@
 """Environments."""
 
 from cyborg_torchrl.envs.check import EnvironmentFinding, check_environment
-from cyborg_torchrl.envs.gymnasium_env import build_gymnasium
+from cyborg_torchrl.envs.gym.environment import build_gymnasium
+from cyborg_torchrl.envs.gym.public_benchmarks import build_bsuite, build_memory_gym, build_minigrid, build_popgym
 from cyborg_torchrl.envs.make import make_env
 from cyborg_torchrl.envs.memory.assoc_recall import AssocRecallEnv
 from cyborg_torchrl.envs.memory.copy_memory import CopyMemoryEnv
@@ -13,7 +14,6 @@ from cyborg_torchrl.envs.memory.pattern_binding import PatternBindingEnv
 from cyborg_torchrl.envs.memory.permuted_copy import PermutedCopyEnv
 from cyborg_torchrl.envs.memory.task import Level, MemoryTask, memoryless_policy, oracle_policy
 from cyborg_torchrl.envs.memory.tmaze import TMazeEnv
-from cyborg_torchrl.envs.public_benchmarks import build_bsuite, build_memory_gym, build_minigrid, build_popgym
 from cyborg_torchrl.envs.treechop import build_treechop
 
 __all__ = [

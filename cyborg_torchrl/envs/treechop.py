@@ -11,7 +11,7 @@ import torch
 from torchrl.envs import CatFrames, EnvBase, TransformedEnv
 
 from cyborg_torchrl import keys
-from cyborg_torchrl.envs.gymnasium_batch import batch
+from cyborg_torchrl.envs.gym.batch import batch
 from cyborg_torchrl.envs.minerl_actions import ActionTable, action_table
 from cyborg_torchrl.registry import UnavailableError, did_you_mean, register_environment
 
@@ -106,7 +106,7 @@ def _make_minerl(actions: str, max_episode_steps: int, frame_skip: int, port: in
 
 
 def _skipping(game: Any, frame_skip: int) -> Any:
-    from cyborg_torchrl.envs.gymnasium_vector import FrameSkip
+    from cyborg_torchrl.envs.gym.vector import FrameSkip
 
     return game if frame_skip == 1 else FrameSkip(game, frame_skip)
 
@@ -115,7 +115,8 @@ def _check_crafter(actions: str) -> None:
     try:
         from cyborg_torchrl.envs.crafter import TABLES, make_game
     except ImportError as error:  # gymnasium itself
-        raise UnavailableError(f"backend=crafter needs {error.name}: pip install 'cyborg-torchrl[envs]'") from None
+        command = "pip install 'cyborg-torchrl[benchmarks]'"
+        raise UnavailableError(f"backend=crafter needs {error.name}: {command}") from None
     if actions not in TABLES:
         raise ValueError(f"unknown actions '{actions}': {did_you_mean(actions, TABLES)}")
     make_game()

@@ -11,7 +11,7 @@ from tensordict import TensorDictBase
 from torchrl.envs import EnvBase, TransformedEnv
 
 from cyborg_torchrl import keys
-from cyborg_torchrl.envs.gymnasium_batch import GymnasiumEnv
+from cyborg_torchrl.envs.gym.batch import GymnasiumEnv
 from cyborg_torchrl.modules.encoders.images import image_layout
 
 Picture = npt.NDArray[np.uint8]

@@ -3,7 +3,7 @@
 Importing this module registers `CyborgMemory/DelayedCue-v0` and an id for each other task; gymnasium imports it by
 itself where it is named before the id:
 
-    gymnasium.make("cyborg_torchrl.envs.gymnasium_ids:CyborgMemory/DelayedCue-v0", horizon=20)
+    gymnasium.make("cyborg_torchrl.envs.gym.ids:CyborgMemory/DelayedCue-v0", horizon=20)
     gymnasium.make_vec("CyborgMemory/DelayedCue-v0", num_envs=8, horizon=20)
 
 Options are those of the task's class; observations, actions and rewards are numpy's. `info["success"]` is there where

@@ -22,9 +22,9 @@ import torch
 
 from cyborg_torchrl.checkpoint import load_checkpoint
 from cyborg_torchrl.config import load_config
-from cyborg_torchrl.envs.gymnasium_batch import batch
-from cyborg_torchrl.envs.gymnasium_env import wrap
-from cyborg_torchrl.envs.gymnasium_processes import EnvironmentProcesses
+from cyborg_torchrl.envs.gym.batch import batch
+from cyborg_torchrl.envs.gym.environment import wrap
+from cyborg_torchrl.envs.gym.processes import EnvironmentProcesses
 from cyborg_torchrl.experiment import run_experiment
 from cyborg_torchrl.registry import UnavailableError
 
@@ -180,7 +180,7 @@ def _kill_if_there(pid: int, deaths: list[int]) -> None:
 
 
 def test_no_process_outlives_the_one_that_collects() -> None:
-    code = "import time; from cyborg_torchrl.envs.gymnasium_env import build_gymnasium; env = build_gymnasium("
+    code = "import time; from cyborg_torchrl.envs.gym.environment import build_gymnasium; env = build_gymnasium("
     code += "num_envs=2, workers=2); print(*env._env.runner.pids, flush=True); time.sleep(100)"
     command = [sys.executable, "-c", code]
     with subprocess.Popen(

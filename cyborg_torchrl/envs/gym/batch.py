@@ -114,7 +114,7 @@ def batch(
         raise ValueError(f"workers = {workers} must divide num_envs = {num_envs}; 0: all in this process.")
     makers = list(make) if isinstance(make, Sequence) else [make] * num_envs
     longest = longest_episode(makers[0]) if max_episode_steps is None else max_episode_steps
-    from cyborg_torchrl.envs.gymnasium_episodes import EpisodeVectorEnv
+    from cyborg_torchrl.envs.gym.episodes import EpisodeVectorEnv
 
     env = GymnasiumEnv(EpisodeVectorEnv(makers, workers), categorical_action_encoding=True, device=device)
     if reports_success:

@@ -12,13 +12,11 @@ from typing import Any
 import torch
 from torchrl.envs import EnvBase
 
-from cyborg_torchrl.envs.gymnasium_batch import batch
+from cyborg_torchrl.envs.gym.batch import batch
 from cyborg_torchrl.registry import UnavailableError, did_you_mean, register_environment
 
-EXTRA = "pip install 'cyborg-torchrl[envs]'"
 
-
-def import_package(name: str, *, command: str = EXTRA) -> ModuleType:
+def import_package(name: str, *, command: str | None = None) -> ModuleType:
     """Imports an optional package.
 
     Raises:
@@ -27,6 +25,8 @@ def import_package(name: str, *, command: str = EXTRA) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError as error:
+        extra = "gym" if name.partition(".")[0] == "gymnasium" else "benchmarks"
+        command = command or f"pip install 'cyborg-torchrl[{extra}]'"
         raise UnavailableError(f"the package '{name}' cannot be imported ({error}): {command}") from None
 
 
@@ -44,7 +44,7 @@ def wrap(env: Any, *, frame_skip: int = 1, **reported: Any) -> Any:
     """
     from gymnasium import spaces
 
-    from cyborg_torchrl.envs.gymnasium_vector import ClipToBounds, FrameSkip, Plain, PlainActions, Reported
+    from cyborg_torchrl.envs.gym.vector import ClipToBounds, FrameSkip, Plain, PlainActions, Reported
 
     if frame_skip < 1:
         raise ValueError(f"frame_skip must be >= 1; got {frame_skip}.")

@@ -13,11 +13,11 @@ from tensordict import TensorDict
 from cyborg_torchrl import envs
 from cyborg_torchrl.registry import environments
 
-gymnasium = pytest.importorskip("gymnasium", reason="pip install 'gymnasium>=1.2,<1.5'")
+gymnasium = pytest.importorskip("gymnasium", reason="pip install 'cyborg-torchrl[gym]'")
 
 from gymnasium.utils.env_checker import check_env  # noqa: E402
 
-from cyborg_torchrl.envs import gymnasium_ids  # noqa: E402
+from cyborg_torchrl.envs.gym import ids as gymnasium_ids  # noqa: E402
 
 IDS = gymnasium_ids.task_ids()
 SHORT = {"horizon": 4}
@@ -169,13 +169,13 @@ def test_options_reach_the_task() -> None:
 def test_gymnasium_imports_the_module_that_is_named_before_the_id() -> None:
     script = (
         "import gymnasium; "
-        "e = gymnasium.make('cyborg_torchrl.envs.gymnasium_ids:CyborgMemory/TMaze-v0', horizon=3); "
+        "e = gymnasium.make('cyborg_torchrl.envs.gym.ids:CyborgMemory/TMaze-v0', horizon=3); "
         "e.reset(seed=0); assert e.step(0)[1] == 0.0"
     )
     subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True, timeout=120)
 
 
 def test_a_missing_package_is_one_line() -> None:
-    script = "import sys; sys.modules['gymnasium'] = None\nimport cyborg_torchrl.envs.gymnasium_ids"
+    script = "import sys; sys.modules['gymnasium'] = None\nimport cyborg_torchrl.envs.gym.ids"
     run = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True, timeout=120)
-    assert "gymnasium is not installed: pip install 'gymnasium>=1.2,<1.5'" in run.stderr.splitlines()[-1]
+    assert "gymnasium is not installed: pip install 'cyborg-torchrl[gym]'" in run.stderr.splitlines()[-1]

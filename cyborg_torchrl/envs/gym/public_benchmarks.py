@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torchrl.envs import EnvBase
 
-from cyborg_torchrl.envs.gymnasium_batch import batch
-from cyborg_torchrl.envs.gymnasium_env import import_package, make_registered, one_line_errors, wrap
+from cyborg_torchrl.envs.gym.batch import batch
+from cyborg_torchrl.envs.gym.environment import import_package, make_registered, one_line_errors, wrap
 from cyborg_torchrl.registry import did_you_mean, register_environment
 
 MEMORY_GYM = (

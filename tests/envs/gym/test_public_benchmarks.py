@@ -20,12 +20,12 @@ from torchrl.envs.utils import check_env_specs
 from cyborg_torchrl import keys
 from cyborg_torchrl.build import build_env, build_trainer, rollout_length
 from cyborg_torchrl.config import ConfigError, load_config
-from cyborg_torchrl.envs.gymnasium_env import build_gymnasium
-from cyborg_torchrl.envs.public_benchmarks import build_bsuite, build_memory_gym, build_minigrid, build_popgym
+from cyborg_torchrl.envs.gym.environment import build_gymnasium
+from cyborg_torchrl.envs.gym.public_benchmarks import build_bsuite, build_memory_gym, build_minigrid, build_popgym
 from cyborg_torchrl.experiment import run_experiment
 from cyborg_torchrl.registry import environments
 
-gymnasium = pytest.importorskip("gymnasium", reason="gymnasium is not installed: pip install 'cyborg-torchrl[envs]'")
+gymnasium = pytest.importorskip("gymnasium", reason="gymnasium is not installed: pip install 'cyborg-torchrl[gym]'")
 
 BUILDERS = {
     "popgym": (build_popgym, "popgym-RepeatFirstEasy-v0"),
@@ -404,12 +404,12 @@ def test_wrong_input_is_told_in_one_line(name: str, overrides: list[str], messag
 @pytest.mark.parametrize(
     ("name", "hidden", "command"),
     [
-        ("popgym", "popgym", "pip install 'cyborg-torchrl[envs]'"),
-        ("bsuite", "bsuite.bsuite", "pip install 'cyborg-torchrl[envs]'"),
-        ("bsuite", "shimmy.bsuite_compatibility", "pip install 'cyborg-torchrl[envs]'"),
-        ("minigrid", "minigrid.wrappers", "pip install 'cyborg-torchrl[envs]'"),
+        ("popgym", "popgym", "pip install 'cyborg-torchrl[benchmarks]'"),
+        ("bsuite", "bsuite.bsuite", "pip install 'cyborg-torchrl[benchmarks]'"),
+        ("bsuite", "shimmy.bsuite_compatibility", "pip install 'cyborg-torchrl[benchmarks]'"),
+        ("minigrid", "minigrid.wrappers", "pip install 'cyborg-torchrl[benchmarks]'"),
         ("memory_gym", "memory_gym", "pip install --no-deps memory-gym"),
-        ("gymnasium", "gymnasium", "pip install 'cyborg-torchrl[envs]'"),
+        ("gymnasium", "gymnasium", "pip install 'cyborg-torchrl[gym]'"),
     ],
 )
 def test_missing_packages_are_told_with_the_command(
