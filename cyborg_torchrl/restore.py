@@ -16,7 +16,7 @@ from yaml import YAMLError
 from cyborg_torchrl.build import build_agent, build_env, memory_horizon
 from cyborg_torchrl.checkpoint import CheckpointError, load_checkpoint
 from cyborg_torchrl.config import load_config
-from cyborg_torchrl.envs.normalization import freeze_statistics
+from cyborg_torchrl.envs.transforms.normalization import freeze_statistics
 from cyborg_torchrl.modules import PPOAgent
 
 NAMED = 3

@@ -26,7 +26,7 @@ from cyborg_torchrl.collectors import RolloutCollector
 from cyborg_torchrl.config import load_config
 from cyborg_torchrl.data import Rollout
 from cyborg_torchrl.distributed import Ranks, joined_ranks
-from cyborg_torchrl.envs.normalization import RunningMoments
+from cyborg_torchrl.envs.transforms.normalization import RunningMoments
 from cyborg_torchrl.trainer import PPOTrainer
 
 NUM_ENVS = 8

@@ -11,7 +11,7 @@ from cyborg_torchrl.build.options import options_in
 from cyborg_torchrl.config import ConfigError, resolve_device
 from cyborg_torchrl.cores import Core, MemorylessCore
 from cyborg_torchrl.envs.make import episode_attribute
-from cyborg_torchrl.envs.normalization import statistics_of
+from cyborg_torchrl.envs.transforms.normalization import statistics_of
 from cyborg_torchrl.modules import Backbone, PPOAgent, build_encoder
 from cyborg_torchrl.objectives import RecurrentClipPPOLoss
 from cyborg_torchrl.registry import Registry, backbones, memories, options_of

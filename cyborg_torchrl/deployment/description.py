@@ -14,7 +14,7 @@ from torchrl.envs import EnvBase
 
 from cyborg_torchrl import keys
 from cyborg_torchrl.deployment.streaming_step import dotted
-from cyborg_torchrl.envs.views import action_names
+from cyborg_torchrl.envs.rendering import action_names
 from cyborg_torchrl.modules import PPOAgent
 from cyborg_torchrl.registry import environments
 

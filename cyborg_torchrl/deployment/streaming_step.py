@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torchrl.envs import EnvBase
 
 from cyborg_torchrl.cores import State, restart
-from cyborg_torchrl.envs.normalization import NormalizeObservation, transforms_of
+from cyborg_torchrl.envs.transforms.normalization import NormalizeObservation, transforms_of
 from cyborg_torchrl.modules import MultiDiscrete, PPOAgent
 from cyborg_torchrl.modules.encoders.autocast import Autocast
 

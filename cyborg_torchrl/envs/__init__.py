@@ -14,7 +14,7 @@ from cyborg_torchrl.envs.memory.pattern_binding import PatternBindingEnv
 from cyborg_torchrl.envs.memory.permuted_copy import PermutedCopyEnv
 from cyborg_torchrl.envs.memory.task import Level, MemoryTask, memoryless_policy, oracle_policy
 from cyborg_torchrl.envs.memory.tmaze import TMazeEnv
-from cyborg_torchrl.envs.treechop import build_treechop
+from cyborg_torchrl.envs.treechop.treechop import build_treechop
 
 __all__ = [
     "AssocRecallEnv",

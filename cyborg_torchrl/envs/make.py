@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torchrl.envs import Compose, EnvBase, InitTracker, RewardSum, Transform, TransformedEnv
 
-from cyborg_torchrl.envs.transforms import build_transforms
+from cyborg_torchrl.envs.transforms.build import build_transforms
 from cyborg_torchrl.registry import did_you_mean, environments, options_of
 
 

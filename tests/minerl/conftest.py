@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from cyborg_torchrl.envs.minerl import make_treechop
+from cyborg_torchrl.envs.treechop.minerl import make_treechop
 
 MISSING = [name for name in ("minerl", "gym", "shimmy") if importlib.util.find_spec(name) is None]
 STUB = Path(__file__).parent / "protocol_stub.py"

@@ -13,7 +13,7 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import set_recurrent_mode
 
 from cyborg_torchrl import keys
-from cyborg_torchrl.envs.views import Picture, action_names, picture
+from cyborg_torchrl.envs.rendering import Picture, action_names, picture
 from cyborg_torchrl.modules import PPOAgent
 
 

@@ -22,7 +22,7 @@ from cyborg_torchrl.cores import Core, PMMCore, State
 from cyborg_torchrl.cores.pmm import Addressing
 from cyborg_torchrl.diagnostics import Report, check_recurrent
 from cyborg_torchrl.envs.make import episode_attribute
-from cyborg_torchrl.envs.normalization import freeze_statistics
+from cyborg_torchrl.envs.transforms.normalization import freeze_statistics
 from cyborg_torchrl.experiment import EVALUATION_SEED_OFFSET
 from cyborg_torchrl.modules import PPOAgent
 

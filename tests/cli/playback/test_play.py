@@ -13,7 +13,7 @@ from tensordict import TensorDict
 from cyborg_torchrl.cli.main import main
 from cyborg_torchrl.cli.playback import play
 from cyborg_torchrl.envs import DelayedCueEnv
-from cyborg_torchrl.envs.views import action_names, picture
+from cyborg_torchrl.envs.rendering import action_names, picture
 from cyborg_torchrl.restore import build_acting_env, load_agent
 
 Save = Callable[..., Path]

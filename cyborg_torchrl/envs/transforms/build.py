@@ -13,7 +13,7 @@ from torchrl.data import Bounded, Categorical, Composite, MultiCategorical, Tens
 from torchrl.envs import CatFrames, EnvBase, RewardClipping, Transform
 
 from cyborg_torchrl import keys
-from cyborg_torchrl.envs.normalization import NormalizeObservation, NormalizeReward
+from cyborg_torchrl.envs.transforms.normalization import NormalizeObservation, NormalizeReward
 from cyborg_torchrl.modules.encoders.build import default_observations
 from cyborg_torchrl.modules.encoders.images import image_layout, is_picture
 

@@ -105,7 +105,8 @@ def make_game(seed: int | None = None) -> Any:
     try:
         import crafter
     except ImportError as error:
-        raise UnavailableError(f"backend=crafter needs {error.name}: pip install 'cyborg-torchrl[envs]'") from None
+        command = "pip install 'cyborg-torchrl[benchmarks]'"
+        raise UnavailableError(f"backend=crafter needs {error.name}: {command}") from None
     return crafter.Env(size=(SIZE, SIZE), length=0, seed=seed)
 
 

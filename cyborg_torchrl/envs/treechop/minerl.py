@@ -17,7 +17,7 @@ import gymnasium
 import numpy as np
 
 from cyborg_torchrl import keys
-from cyborg_torchrl.envs.minerl_actions import KEYS, Action, action_table
+from cyborg_torchrl.envs.treechop.minerl_actions import KEYS, Action, action_table
 from cyborg_torchrl.registry import UnavailableError
 
 LOGGER = logging.getLogger(__name__)

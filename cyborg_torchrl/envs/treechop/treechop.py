@@ -12,7 +12,7 @@ from torchrl.envs import CatFrames, EnvBase, TransformedEnv
 
 from cyborg_torchrl import keys
 from cyborg_torchrl.envs.gym.batch import batch
-from cyborg_torchrl.envs.minerl_actions import ActionTable, action_table
+from cyborg_torchrl.envs.treechop.minerl_actions import ActionTable, action_table
 from cyborg_torchrl.registry import UnavailableError, did_you_mean, register_environment
 
 TITLES = {"crafter": "crafter_collect_wood", "minerl": "minerl_treechop"}
@@ -94,13 +94,13 @@ def build_treechop(
 
 
 def _make_crafter(actions: str, max_episode_steps: int, mortal: bool, regrow: int | None, frame_skip: int) -> Any:
-    from cyborg_torchrl.envs.crafter import CrafterWood
+    from cyborg_torchrl.envs.treechop.crafter import CrafterWood
 
     return _skipping(CrafterWood(actions, max_episode_steps, mortal=mortal, regrow=regrow), frame_skip)
 
 
 def _make_minerl(actions: str, max_episode_steps: int, frame_skip: int, port: int | None) -> Any:
-    from cyborg_torchrl.envs.minerl import MineRLTreechop, make_treechop
+    from cyborg_torchrl.envs.treechop.minerl import MineRLTreechop, make_treechop
 
     return _skipping(MineRLTreechop(actions, max_episode_steps, make=partial(make_treechop, port)), frame_skip)
 
@@ -113,7 +113,7 @@ def _skipping(game: Any, frame_skip: int) -> Any:
 
 def _check_crafter(actions: str) -> None:
     try:
-        from cyborg_torchrl.envs.crafter import TABLES, make_game
+        from cyborg_torchrl.envs.treechop.crafter import TABLES, make_game
     except ImportError as error:  # gymnasium itself
         command = "pip install 'cyborg-torchrl[benchmarks]'"
         raise UnavailableError(f"backend=crafter needs {error.name}: {command}") from None
@@ -124,7 +124,7 @@ def _check_crafter(actions: str) -> None:
 
 def _check_minerl(port: int | None) -> None:
     try:
-        from cyborg_torchrl.envs.minerl import check_minecraft, import_minerl
+        from cyborg_torchrl.envs.treechop.minerl import check_minecraft, import_minerl
     except ImportError as error:
         raise UnavailableError(f"backend=minerl needs {error.name}: make minerl (docs/treechop.md).") from None
     if port is None:

@@ -15,12 +15,13 @@ from torchrl.envs.utils import check_env_specs
 from cyborg_torchrl.build import build_env, build_trainer
 from cyborg_torchrl.config import ConfigError, load_config
 from cyborg_torchrl.envs import build_treechop
-from cyborg_torchrl.envs.crafter import CrafterWood
+from cyborg_torchrl.envs.treechop.crafter import CrafterWood
 from cyborg_torchrl.registry import UnavailableError, environments
 
 DO = 5
 pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("crafter") is None, reason="crafter is not installed: pip install 'cyborg-torchrl[envs]'"
+    importlib.util.find_spec("crafter") is None,
+    reason="crafter is not installed: pip install 'cyborg-torchrl[benchmarks]'",
 )
 
 
@@ -216,7 +217,7 @@ def test_mistakes_end_in_one_line(options: dict[str, Any], message: str) -> None
 @pytest.mark.parametrize(
     ("missing", "backend", "cure"),
     [
-        ("crafter", "crafter", "pip install 'cyborg-torchrl\\[envs\\]'"),
+        ("crafter", "crafter", "pip install 'cyborg-torchrl\\[benchmarks\\]'"),
         ("gym", "minerl", "make minerl"),
     ],
 )
