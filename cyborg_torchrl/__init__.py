@@ -1,10 +1,10 @@
 """TorchRL components for reinforcement learning with memory."""
 
 from cyborg_torchrl import keys
+from cyborg_torchrl.checks import check_recurrent
 from cyborg_torchrl.collectors import FusedCollector, RolloutCollector
 from cyborg_torchrl.config import ConfigError, load_config
 from cyborg_torchrl.data import EpisodeBuffer, RecurrentRolloutBuffer, Rollout, RolloutBuffer
-from cyborg_torchrl.diagnostics import check_recurrent
 from cyborg_torchrl.envs import DelayedCueEnv, make_env
 from cyborg_torchrl.evaluation import Evaluation, evaluate
 from cyborg_torchrl.modules import Backbone, PPOAgent, build_encoder

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from cyborg_torchrl.build import build_agent, build_env
 from cyborg_torchrl.checkpoint import load_checkpoint
+from cyborg_torchrl.checks import check_recurrent
 from cyborg_torchrl.cli.main import main
 from cyborg_torchrl.command import run_command
 from cyborg_torchrl.config import load_config
 from cyborg_torchrl.cores import Core
-from cyborg_torchrl.diagnostics import check_recurrent
 from cyborg_torchrl.envs import DelayedCueEnv
 from cyborg_torchrl.envs.memory.task import Transition
 from cyborg_torchrl.experiment import run_experiment

@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from cyborg_torchrl.build import agent as agent_builder
 from cyborg_torchrl.build import buffer, build_agent, build_env, collector, environment
+from cyborg_torchrl.checks import check_recurrent
 from cyborg_torchrl.config import checks, load_config
-from cyborg_torchrl.diagnostics import check_recurrent
 from cyborg_torchrl.experiment import run_experiment
 
 AWAY = torch.device("xla:0")

@@ -1,6 +1,6 @@
 """Environments."""
 
-from cyborg_torchrl.envs.check import EnvironmentFinding, check_environment
+from cyborg_torchrl.checks.environment import EnvironmentFinding, check_environment
 from cyborg_torchrl.envs.gym.environment import build_gymnasium
 from cyborg_torchrl.envs.gym.public_benchmarks import build_bsuite, build_memory_gym, build_minigrid, build_popgym
 from cyborg_torchrl.envs.make import make_env

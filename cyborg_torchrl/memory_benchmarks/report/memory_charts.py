@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from cyborg_torchrl.diagnostics import HorizonCurve
+from cyborg_torchrl.checks import HorizonCurve
 from cyborg_torchrl.memory_benchmarks.report.charts import (
     Chart,
     Row,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from cyborg_torchrl.diagnostics import Report
+from cyborg_torchrl.checks import Report
 from cyborg_torchrl.memory_benchmarks.report.charts import Chart, Row, Table
 from cyborg_torchrl.memory_benchmarks.report.memory_charts import (
     drift_charts,

@@ -25,8 +25,8 @@ from torchrl.envs import InitTracker, PendulumEnv, TensorDictPrimer, Transformed
 from torchrl.modules import GRUModule, TanhNormal, recurrent_mode, set_recurrent_mode
 from torchrl.modules.utils import get_primers_from_module
 
-from cyborg_torchrl.diagnostics import Finding, Report, check_recurrent
-from cyborg_torchrl.diagnostics.checks.storage import keyframe_name
+from cyborg_torchrl.checks import Finding, Report, check_recurrent
+from cyborg_torchrl.checks.storage import keyframe_name
 
 OPTIONS = {"steps": 16, "chunk_lengths": (1, 8), "drift_updates": 1}
 

@@ -9,12 +9,12 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from cyborg_torchrl import keys
+from cyborg_torchrl.checks.causes import Suspicion, suspect
+from cyborg_torchrl.checks.findings import Finding, inform, judge, skip
+from cyborg_torchrl.checks.policy_under_test import Subject
+from cyborg_torchrl.checks.probe import TINY
+from cyborg_torchrl.checks.rollout import Rollout
 from cyborg_torchrl.data import RecurrentRolloutBuffer
-from cyborg_torchrl.diagnostics.checks.causes import Suspicion, suspect
-from cyborg_torchrl.diagnostics.findings import Finding, inform, judge, skip
-from cyborg_torchrl.diagnostics.probe import TINY
-from cyborg_torchrl.diagnostics.rollout import Rollout
-from cyborg_torchrl.diagnostics.subject import Subject
 
 SINGLE, WHOLE, CONTINUITY, POWER = (
     "same state: single steps",

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from cyborg_torchrl.diagnostics.report import HorizonCurve
+from cyborg_torchrl.checks.report import HorizonCurve
 
-EXTRA = "plots need matplotlib: pip install 'cyborg-torchrl[plot]'"
+EXTRA = "plots need matplotlib: pip install 'cyborg-torchrl[report]'"
 FLOOR = 1e-12
 """Smallest share that is drawn."""
 

@@ -8,8 +8,8 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from cyborg_torchrl.diagnostics.rollout import Rollout
-from cyborg_torchrl.diagnostics.subject import Pass, Subject
+from cyborg_torchrl.checks.policy_under_test import Pass, Subject
+from cyborg_torchrl.checks.rollout import Rollout
 
 TINY = 1e-30
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cyborg_torchrl.diagnostics.findings import Finding, inform, skip
-from cyborg_torchrl.diagnostics.probe import TINY, Probe
-from cyborg_torchrl.diagnostics.report import HorizonCurve
+from cyborg_torchrl.checks.findings import Finding, inform, skip
+from cyborg_torchrl.checks.probe import TINY, Probe
+from cyborg_torchrl.checks.report import HorizonCurve
 
 REACH, ABOVE_NOISE = "gradient horizon", "gradient above noise"
 SEEN = 1e-5

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from cyborg_torchrl.diagnostics.findings import Finding, inform
-from cyborg_torchrl.diagnostics.rollout import Rollout
-from cyborg_torchrl.diagnostics.subject import Subject
+from cyborg_torchrl.checks.findings import Finding, inform
+from cyborg_torchrl.checks.policy_under_test import Subject
+from cyborg_torchrl.checks.rollout import Rollout
 
 STEPS = 100_000
 MEGABYTE = 1e6

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
-from cyborg_torchrl.diagnostics.findings import Finding
+from cyborg_torchrl.checks.findings import Finding
 
 STYLES = {"ok": "green", "accused": "bold red", "info": "cyan", "not_applicable": "dim"}
 

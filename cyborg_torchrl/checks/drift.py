@@ -10,10 +10,10 @@ from tensordict.utils import NestedKey
 from torch import Tensor, distributions
 
 from cyborg_torchrl import keys
-from cyborg_torchrl.diagnostics.findings import Finding, inform, skip
-from cyborg_torchrl.diagnostics.probe import TINY
-from cyborg_torchrl.diagnostics.rollout import Rollout
-from cyborg_torchrl.diagnostics.subject import Pass, Subject
+from cyborg_torchrl.checks.findings import Finding, inform, skip
+from cyborg_torchrl.checks.policy_under_test import Pass, Subject
+from cyborg_torchrl.checks.probe import TINY
+from cyborg_torchrl.checks.rollout import Rollout
 from cyborg_torchrl.objectives.functional import masked_standardize
 
 KL, OUTPUT, STATE = "drift: KL(fresh || stored)", "drift: |dparams| / max |params|", "drift: |dh| / |h|"

@@ -9,8 +9,8 @@ import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 
-from cyborg_torchrl.diagnostics import Report, check_recurrent
-from cyborg_torchrl.diagnostics.subject import find_state_keys
+from cyborg_torchrl.checks import Report, check_recurrent
+from cyborg_torchrl.checks.policy_under_test import find_state_keys
 
 POLICIES = ("gru", "lru", "mamba", "mamba2", "mamba_gru", "pmm", "GRUModule", "LSTMModule")
 NUM_ENVS, STEPS = 4, 20

@@ -10,17 +10,17 @@ from tensordict.utils import NestedKey
 from torchrl.envs import EnvBase
 
 from cyborg_torchrl import keys
-from cyborg_torchrl.diagnostics.checks.drift import report_drift
-from cyborg_torchrl.diagnostics.checks.horizon import check_horizon
-from cyborg_torchrl.diagnostics.checks.leaks import check_environment_leak, check_repeatable, check_reset_leak
-from cyborg_torchrl.diagnostics.checks.modes import check_modes
-from cyborg_torchrl.diagnostics.checks.same_state import check_same_state
-from cyborg_torchrl.diagnostics.checks.storage import report_storage
-from cyborg_torchrl.diagnostics.findings import Finding
-from cyborg_torchrl.diagnostics.probe import build_probe
-from cyborg_torchrl.diagnostics.report import HorizonCurve, Report
-from cyborg_torchrl.diagnostics.rollout import Rollout, collect, prepare
-from cyborg_torchrl.diagnostics.subject import Subject
+from cyborg_torchrl.checks.drift import report_drift
+from cyborg_torchrl.checks.findings import Finding
+from cyborg_torchrl.checks.horizon import check_horizon
+from cyborg_torchrl.checks.leaks import check_environment_leak, check_repeatable, check_reset_leak
+from cyborg_torchrl.checks.modes import check_modes
+from cyborg_torchrl.checks.policy_under_test import Subject
+from cyborg_torchrl.checks.probe import build_probe
+from cyborg_torchrl.checks.report import HorizonCurve, Report
+from cyborg_torchrl.checks.rollout import Rollout, collect, prepare
+from cyborg_torchrl.checks.same_state import check_same_state
+from cyborg_torchrl.checks.storage import report_storage
 
 PROBE_LENGTH = 8
 """Steps of the sequences on which leaks are looked for, many runs each."""

@@ -9,8 +9,8 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from cyborg_torchrl.diagnostics.rollout import Rollout
-from cyborg_torchrl.diagnostics.subject import Subject
+from cyborg_torchrl.checks.policy_under_test import Subject
+from cyborg_torchrl.checks.rollout import Rollout
 
 DIFFER = "The log-probs computed again differ from those of the rollout: "
 MAX_ENVS = 16

@@ -11,7 +11,7 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import set_recurrent_mode
 
 from cyborg_torchrl import keys
-from cyborg_torchrl.diagnostics.subject import States, Subject
+from cyborg_torchrl.checks.policy_under_test import States, Subject
 
 MIN_STEPS = 4
 

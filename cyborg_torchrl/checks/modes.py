@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from cyborg_torchrl.diagnostics.findings import Finding, judge
-from cyborg_torchrl.diagnostics.probe import Probe, distance
+from cyborg_torchrl.checks.findings import Finding, judge
+from cyborg_torchrl.checks.probe import Probe, distance
 
 NAME = "step against sequence"
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from cyborg_torchrl.diagnostics import HorizonCurve, plot_horizon
+from cyborg_torchrl.checks import HorizonCurve, plot_horizon
 
 CURVES = {
     "whole": HorizonCurve("observation", 4, (1.0, 0.5, 0.2, 0.1), (0.4, 0.3, 0.2, 0.1)),

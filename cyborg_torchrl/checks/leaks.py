@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cyborg_torchrl.diagnostics.findings import Finding, judge, skip
-from cyborg_torchrl.diagnostics.probe import Probe, distance
+from cyborg_torchrl.checks.findings import Finding, judge, skip
+from cyborg_torchrl.checks.probe import Probe, distance
 
 EXACT = 1e-5
 """Relative; nothing at all should get across, and a different order of summation makes 1e-6 or so."""
