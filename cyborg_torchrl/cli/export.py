@@ -20,7 +20,7 @@ from cyborg_torchrl.build import prepare_process
 from cyborg_torchrl.checkpoint import write_whole
 from cyborg_torchrl.cli.arguments import checkpoint_parser, overrides_of
 from cyborg_torchrl.command import CommandParser, UsageError, positive, writable
-from cyborg_torchrl.deployment import (
+from cyborg_torchrl.export import (
     ExportError,
     OnnxRunner,
     StreamingStep,
@@ -30,10 +30,10 @@ from cyborg_torchrl.deployment import (
     leave_autocast,
     normalizers_of,
     onnx_file,
-    replay,
     torch_file,
     unnormalized,
 )
+from cyborg_torchrl.export import comparison as replay
 from cyborg_torchrl.progress import progress_bar
 from cyborg_torchrl.restore import build_single_env, load_agent
 

@@ -13,8 +13,8 @@ from torchrl.data import Categorical, MultiCategorical, OneHot, TensorSpec
 from torchrl.envs import EnvBase
 
 from cyborg_torchrl import keys
-from cyborg_torchrl.deployment.streaming_step import dotted
 from cyborg_torchrl.envs.rendering import action_names
+from cyborg_torchrl.export.streaming_step import dotted
 from cyborg_torchrl.modules import PPOAgent
 from cyborg_torchrl.registry import environments
 

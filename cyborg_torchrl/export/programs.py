@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.export import Dim, ExportedProgram
 from torchrl.envs import EnvBase
 
-from cyborg_torchrl.deployment.accurate import ACCURATE
-from cyborg_torchrl.deployment.description import METADATA
-from cyborg_torchrl.deployment.streaming_step import StreamingStep
+from cyborg_torchrl.export.description import METADATA
+from cyborg_torchrl.export.onnx_ops import ACCURATE
+from cyborg_torchrl.export.streaming_step import StreamingStep
 from cyborg_torchrl.registry import UnavailableError
 
 EXTRA = "pip install 'cyborg-torchrl[export]'"

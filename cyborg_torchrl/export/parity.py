@@ -9,8 +9,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from cyborg_torchrl.deployment.description import METADATA
-from cyborg_torchrl.deployment.programs import EXTRA, ExportError
+from cyborg_torchrl.export.description import METADATA
+from cyborg_torchrl.export.programs import EXTRA, ExportError
 from cyborg_torchrl.registry import UnavailableError
 
 Entries = dict[str, Tensor]

@@ -14,9 +14,9 @@ from torchrl.modules import set_recurrent_mode
 
 from cyborg_torchrl import keys
 from cyborg_torchrl.build import build_env
-from cyborg_torchrl.deployment.programs import example_inputs
-from cyborg_torchrl.deployment.runners import Runner
-from cyborg_torchrl.deployment.streaming_step import dotted
+from cyborg_torchrl.export.parity import Runner
+from cyborg_torchrl.export.programs import example_inputs
+from cyborg_torchrl.export.streaming_step import dotted
 from cyborg_torchrl.modules import PPOAgent
 from cyborg_torchrl.restore import build_acting_env
 

@@ -9,7 +9,7 @@ import torch
 from _pytest.mark import ParameterSet
 from omegaconf import DictConfig
 
-from cyborg_torchrl.deployment import (
+from cyborg_torchrl.export import (
     Differences,
     OnnxRunner,
     Runner,
@@ -19,10 +19,10 @@ from cyborg_torchrl.deployment import (
     describe,
     normalizers_of,
     onnx_file,
-    replay,
     torch_file,
     unnormalized,
 )
+from cyborg_torchrl.export import comparison as replay
 from cyborg_torchrl.modules import PPOAgent
 from cyborg_torchrl.registry import backbones
 from cyborg_torchrl.restore import build_single_env

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cyborg_torchrl.deployment import accurate
+from cyborg_torchrl.export import onnx_ops as accurate
 
 SIZES = torch.logspace(-7, 1.9, 400)
 BOTH = torch.cat([-SIZES.flip(0), torch.zeros(1), SIZES])
