@@ -19,13 +19,13 @@ from omegaconf import DictConfig, OmegaConf
 from cyborg_torchrl.build import Training, build_trainer
 from cyborg_torchrl.checkpoint import DUMP, save_checkpoint
 from cyborg_torchrl.collectors.ray_collector import WorkerError
+from cyborg_torchrl.collectors.runtime import TERMINATIONS
 from cyborg_torchrl.config import ConfigError
 from cyborg_torchrl.distributed import LaunchError, PeerLostError, Ranks, joined_ranks
 from cyborg_torchrl.envs.make import episode_attribute
 from cyborg_torchrl.evaluation import Evaluation, OnEpisodes, evaluate, ignore_episodes
 from cyborg_torchrl.finite import NonFiniteError
 from cyborg_torchrl.modules import PPOAgent
-from cyborg_torchrl.process import TERMINATIONS
 from cyborg_torchrl.progress import Progress
 from cyborg_torchrl.registry import environments
 from cyborg_torchrl.restore import build_acting_env

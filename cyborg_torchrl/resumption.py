@@ -15,10 +15,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from cyborg_torchrl.build import Training
 from cyborg_torchrl.checkpoint import CheckpointError, CheckpointFolder, Content, load_checkpoint
-from cyborg_torchrl.collectors.resumption import collector_state, resume_collector
+from cyborg_torchrl.collectors.resume import collector_state, resume_collector
+from cyborg_torchrl.collectors.rng import random_state, set_random_state
 from cyborg_torchrl.config import ConfigError, load_config
 from cyborg_torchrl.distributed import Ranks
-from cyborg_torchrl.randomness import random_state, set_random_state
 from cyborg_torchrl.restore import checkpoint_path, config_of, device_overrides, load_parameters
 from cyborg_torchrl.run_directory import lock_run
 

@@ -14,10 +14,10 @@ from cyborg_torchrl.build.agent import build_agent, build_loss
 from cyborg_torchrl.build.buffer import build_buffer, rollout_length
 from cyborg_torchrl.build.collector import build_collector
 from cyborg_torchrl.build.environment import build_env
+from cyborg_torchrl.collectors.runtime import prepare_cpu
 from cyborg_torchrl.config import ConfigError, TrainConfig
 from cyborg_torchrl.distributed import Ranks
 from cyborg_torchrl.modules import PPOAgent
-from cyborg_torchrl.process import prepare_cpu
 from cyborg_torchrl.trainer import PPOTrainer
 
 RANK_SEEDS = 10_007

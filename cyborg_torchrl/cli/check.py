@@ -27,10 +27,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from cyborg_torchrl.build import build_agent, build_env
 from cyborg_torchrl.checks import Report, check_recurrent, plot_horizon
+from cyborg_torchrl.collectors.runtime import prepare_cpu
 from cyborg_torchrl.command import EXIT_FAILED, CommandParser, UsageError, picture, writable
 from cyborg_torchrl.config import load_config
 from cyborg_torchrl.memory_benchmarks.end_to_end import HORIZON, TestResult, run_end_to_end
-from cyborg_torchrl.process import prepare_cpu
 from cyborg_torchrl.registry import backbones
 
 NUM_ENVS = 8

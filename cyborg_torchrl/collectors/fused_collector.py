@@ -14,13 +14,13 @@ from torchrl.collectors import Collector
 from torchrl.envs.utils import ExplorationType
 
 from cyborg_torchrl import keys
-from cyborg_torchrl.collectors.entries import Columns, Entries, NotFusable, flat
+from cyborg_torchrl.collectors.cudagraph import GraphedPolicy
+from cyborg_torchrl.collectors.flat_dict import Columns, Entries, NotFusable, flat
 from cyborg_torchrl.collectors.fused_env import EnvStep, env_step
 from cyborg_torchrl.collectors.fused_policy import FusedPolicy
-from cyborg_torchrl.collectors.graphed_policy import GraphedPolicy
+from cyborg_torchrl.collectors.runtime import rare_garbage_collection
 from cyborg_torchrl.cores import fixed_parameters
 from cyborg_torchrl.finite import check_finite
-from cyborg_torchrl.process import rare_garbage_collection
 
 LOGGER = logging.getLogger(__name__)
 TRAJ_IDS = ("collector", "traj_ids")

@@ -13,7 +13,7 @@ from torchrl.data import Composite, NonTensor
 from torchrl.envs import EnvBase, InitTracker, RewardClipping, RewardSum, TensorDictPrimer, Transform, TransformedEnv
 
 from cyborg_torchrl import keys
-from cyborg_torchrl.collectors.entries import Entries, NotFusable, flat
+from cyborg_torchrl.collectors.flat_dict import Entries, NotFusable, flat
 from cyborg_torchrl.envs.memory.task import MemoryTask
 
 Step = tuple[Entries, Entries, Tensor | None]

@@ -22,11 +22,10 @@ from torch import Tensor, distributions, nn
 from torchrl.envs import EnvBase
 from torchrl.modules import SafeProbabilisticModule, SafeProbabilisticTensorDictSequential, SafeSequential
 
-from cyborg_torchrl.collectors.entries import Call, Entries, NotFusable, flat
-from cyborg_torchrl.collectors.network_steps import BackboneStep, NetworksStep
+from cyborg_torchrl.collectors.backbone_step import BackboneStep
+from cyborg_torchrl.collectors.flat_dict import Call, Entries, NotFusable, flat
 from cyborg_torchrl.cores.linear import Linear, linear
 from cyborg_torchrl.modules import Backbone, PPOAgent
-from cyborg_torchrl.modules.acting import Parts
 
 SEQUENTIAL = (
     TensorDictSequential,
@@ -54,9 +53,8 @@ class FusedPolicy:
         self._backbones: list[BackboneStep] = []
         if isinstance(policy, PPOAgent):
             _check_plain(policy, PPOAgent)
-            parts = Parts(policy.encoder, policy.backbone, policy.fusion, policy.policy_head, policy.value_head)
-            calls = [self._call(part) for part in parts]
-            self.calls = [NetworksStep(parts, self._backbones[0], calls), self._call(policy.sampler)]
+            parts = (policy.encoder, policy.backbone, policy.fusion, policy.policy_head, policy.value_head)
+            self.calls = [self._call(part) for part in (*parts, policy.sampler)]
             self.written = tuple(unravel_key(key) for key in policy.out_keys)
         else:
             self.calls = list(self._flat(policy))

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torchrl.envs import EnvBase
 
+from cyborg_torchrl.collectors.rng import random_state, set_random_state
 from cyborg_torchrl.collectors.rollout_collector import RolloutCollector
+from cyborg_torchrl.collectors.runtime import prepare_cpu
 from cyborg_torchrl.data import Rollout
 from cyborg_torchrl.finite import NonFiniteError
-from cyborg_torchrl.process import prepare_cpu
-from cyborg_torchrl.randomness import random_state, set_random_state
 
 
 class NonFinite(NamedTuple):

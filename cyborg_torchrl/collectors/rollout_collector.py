@@ -17,15 +17,15 @@ from torchrl.modules import set_recurrent_mode
 from torchrl.modules.utils.utils import _maybe_append_env_transforms_from_module as append_transforms
 
 from cyborg_torchrl import keys
-from cyborg_torchrl.collectors.entries import NotFusable
+from cyborg_torchrl.collectors.env_stepper import Track
+from cyborg_torchrl.collectors.flat_dict import NotFusable
 from cyborg_torchrl.collectors.fused_policy import policy_step
-from cyborg_torchrl.collectors.resumption import resumed_track, track_state
-from cyborg_torchrl.collectors.track import Track
+from cyborg_torchrl.collectors.resume import resumed_track, track_state
+from cyborg_torchrl.collectors.runtime import rare_garbage_collection
 from cyborg_torchrl.cores import fixed_parameters
 from cyborg_torchrl.data import Rollout
 from cyborg_torchrl.modules.replay import memory_state_keys
 from cyborg_torchrl.objectives import value_after
-from cyborg_torchrl.process import rare_garbage_collection
 from cyborg_torchrl.registry import did_you_mean
 
 

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from cyborg_torchrl.collectors.runtime import prepare_cpu
 from cyborg_torchrl.command import positive
 from cyborg_torchrl.cores import (
     Core,
@@ -33,7 +34,6 @@ from cyborg_torchrl.cores import (
 from cyborg_torchrl.cores.kernels.native import IS_BUILT
 from cyborg_torchrl.cores.kernels.selective_scan import selective_scan_cpp
 from cyborg_torchrl.memory_benchmarks.device import device_here, device_name, finish
-from cyborg_torchrl.process import prepare_cpu
 
 Run = Callable[[], object]
 WARM_UP = 3

@@ -18,10 +18,10 @@ import pytest
 import torch
 
 from cyborg_torchrl.checkpoint import load_checkpoint, save_checkpoint
+from cyborg_torchrl.collectors.runtime import interrupts_deferred
 from cyborg_torchrl.config import ConfigError, load_config
 from cyborg_torchrl.experiment import run_experiment
 from cyborg_torchrl.memory_benchmarks import pseudo_mamba_memory_suite, sweep
-from cyborg_torchrl.process import interrupts_deferred
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["env.horizon=5", "train.total_timesteps=1000", "logger.eval_episodes=64", "train.n_epochs=2"]

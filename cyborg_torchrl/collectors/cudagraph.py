@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from cyborg_torchrl.collectors.entries import Entries
+from cyborg_torchrl.collectors.flat_dict import Entries
 from cyborg_torchrl.collectors.fused_policy import FusedPolicy
 
 Run = Callable[[], Entries]

@@ -7,9 +7,9 @@ import torch
 
 from cyborg_torchrl.build import build_agent, build_env, build_trainer
 from cyborg_torchrl.collectors import FusedCollector
-from cyborg_torchrl.collectors.entries import Entries
+from cyborg_torchrl.collectors.cudagraph import GraphedPolicy
+from cyborg_torchrl.collectors.flat_dict import Entries
 from cyborg_torchrl.collectors.fused_policy import FusedPolicy
-from cyborg_torchrl.collectors.graphed_policy import GraphedPolicy
 from cyborg_torchrl.config import ConfigError, load_config
 
 STEPS, ENVS = 40, 3

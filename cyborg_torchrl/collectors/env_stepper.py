@@ -12,7 +12,7 @@ from torch import Tensor
 from torchrl.envs import EnvBase
 
 from cyborg_torchrl import keys
-from cyborg_torchrl.collectors.entries import Columns, Entries, flat
+from cyborg_torchrl.collectors.flat_dict import Columns, Entries, flat
 from cyborg_torchrl.collectors.fused_env import Step, env_step
 from cyborg_torchrl.collectors.fused_policy import PolicyStep
 from cyborg_torchrl.finite import check_finite

@@ -13,7 +13,7 @@ PROGRAM = """
 import json
 from pathlib import Path
 import torch
-from cyborg_torchrl.process import keep_freed_memory
+from cyborg_torchrl.collectors.runtime import keep_freed_memory
 
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 // 2**20

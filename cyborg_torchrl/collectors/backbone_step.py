@@ -1,0 +1,39 @@
+"""One step of a backbone on flat entries."""
+
+from __future__ import annotations
+
+import torch
+from tensordict.utils import unravel_key
+
+from cyborg_torchrl import keys
+from cyborg_torchrl.collectors.flat_dict import Entries
+from cyborg_torchrl.cores import State, restart
+from cyborg_torchrl.modules import Backbone
+
+
+class BackboneStep:
+    """One step of a backbone's core. Restarts cost nothing where no episode begins.
+
+    Args:
+        backbone: the wrapper of the core; its keys are read and written.
+    """
+
+    def __init__(self, backbone: Backbone) -> None:
+        self.backbone, self.may_begin = backbone, True
+        self.initial: State = {}
+        self.dtype = next((p.dtype for p in backbone.core.parameters()), torch.get_default_dtype())
+        self.after = {name: unravel_key((keys.NEXT, key)) for name, key in backbone.state_keys.items()}
+
+    def begin(self, num_envs: int) -> None:
+        """Compute the initial state once, before a rollout."""
+        self.initial = self.backbone.core.initial_state(num_envs)
+
+    def __call__(self, entries: Entries) -> None:
+        """Read the features and the state; write the memory features and the next state."""
+        backbone = self.backbone
+        state = {name: entries[key].to(self.dtype) for name, key in backbone.state_keys.items()}
+        if self.may_begin:
+            state = restart(state, self.initial, entries[backbone.is_init_key].squeeze(-1))
+        entries[backbone.out_key], state = backbone.core.step(entries[backbone.in_key], state)
+        for name, key in self.after.items():
+            entries[key] = state[name]
