@@ -24,8 +24,8 @@ from cyborg_torchrl.config import ConfigError
 from cyborg_torchrl.distributed import LaunchError, PeerLostError, Ranks, joined_ranks
 from cyborg_torchrl.envs.make import episode_attribute
 from cyborg_torchrl.evaluation import Evaluation, OnEpisodes, evaluate, ignore_episodes
-from cyborg_torchrl.finite import NonFiniteError
 from cyborg_torchrl.modules import PPOAgent
+from cyborg_torchrl.modules.nan_check import NonFiniteError
 from cyborg_torchrl.progress import Progress
 from cyborg_torchrl.registry import environments
 from cyborg_torchrl.restore import build_acting_env

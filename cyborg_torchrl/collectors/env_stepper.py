@@ -15,7 +15,7 @@ from cyborg_torchrl import keys
 from cyborg_torchrl.collectors.flat_dict import Columns, Entries, flat
 from cyborg_torchrl.collectors.fused_env import Step, env_step
 from cyborg_torchrl.collectors.fused_policy import PolicyStep
-from cyborg_torchrl.finite import check_finite
+from cyborg_torchrl.modules.nan_check import check_finite
 from cyborg_torchrl.objectives import value_after
 
 

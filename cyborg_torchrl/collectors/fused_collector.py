@@ -20,7 +20,7 @@ from cyborg_torchrl.collectors.fused_env import EnvStep, env_step
 from cyborg_torchrl.collectors.fused_policy import FusedPolicy
 from cyborg_torchrl.collectors.runtime import rare_garbage_collection
 from cyborg_torchrl.cores import fixed_parameters
-from cyborg_torchrl.finite import check_finite
+from cyborg_torchrl.modules.nan_check import check_finite
 
 LOGGER = logging.getLogger(__name__)
 TRAJ_IDS = ("collector", "traj_ids")

@@ -27,7 +27,7 @@ from cyborg_torchrl.collectors.rollout_collector import excluded_keys, rollout_s
 from cyborg_torchrl.collectors.runtime import rare_garbage_collection
 from cyborg_torchrl.cores import fixed_parameters
 from cyborg_torchrl.data import Rollout
-from cyborg_torchrl.finite import NonFiniteError
+from cyborg_torchrl.modules.nan_check import NonFiniteError
 from cyborg_torchrl.modules.replay import memory_state_keys
 
 PAUSE = 5e-5

@@ -15,7 +15,7 @@ from cyborg_torchrl.collectors.rng import random_state, set_random_state
 from cyborg_torchrl.collectors.rollout_collector import RolloutCollector
 from cyborg_torchrl.collectors.runtime import prepare_cpu
 from cyborg_torchrl.data import Rollout
-from cyborg_torchrl.finite import NonFiniteError
+from cyborg_torchrl.modules.nan_check import NonFiniteError
 
 
 class NonFinite(NamedTuple):

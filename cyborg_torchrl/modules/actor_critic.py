@@ -16,16 +16,14 @@ from tensordict.nn import (
 from torch import Tensor, distributions, nn
 from torchrl.data import TensorSpec
 from torchrl.envs.utils import ExplorationType
-from torchrl.modules import recurrent_mode, set_recurrent_mode
+from torchrl.modules import set_recurrent_mode
 
 from cyborg_torchrl import keys
 from cyborg_torchrl.cores import State
-from cyborg_torchrl.cores.linear import Linear
-from cyborg_torchrl.finite import check_finite
-from cyborg_torchrl.modules.acting import NativeStep, Parts
 from cyborg_torchrl.modules.action_heads import build_action_head
 from cyborg_torchrl.modules.backbone import Backbone
 from cyborg_torchrl.modules.fusion import PastPresentFusion
+from cyborg_torchrl.modules.nan_check import check_finite
 
 
 class ActionEvaluation(NamedTuple):
@@ -84,7 +82,7 @@ class PPOAgent(TensorDictModuleBase):
             out_keys=[keys.JOINT_FEATURES],
         )
         self.policy_head = TensorDictModule(head.network, in_keys=[keys.JOINT_FEATURES], out_keys=head.param_keys)
-        value_network = Linear(width, 1)
+        value_network = nn.Linear(width, 1)
         with torch.no_grad():
             value_network.weight *= value_scale
             value_network.bias.zero_()
@@ -98,7 +96,6 @@ class PPOAgent(TensorDictModuleBase):
             return_log_prob=True,
             log_prob_key=keys.ACTION_LOG_PROB,
         )
-        self._native_step = NativeStep()
         self.in_keys = list(dict.fromkeys([*encoder.in_keys, *backbone.in_keys[1:]]))
         self.out_keys = [
             *backbone.out_keys[1:],
@@ -115,10 +112,8 @@ class PPOAgent(TensorDictModuleBase):
             NonFiniteError: if there is no distribution to draw from, since something is not finite.
         """
         work = tensordict.select(*self.in_keys, strict=False)
-        parts = Parts(self.encoder, self.backbone, self.fusion, self.policy_head, self.value_head)
-        if not self._act_natively(parts, work):
-            for module in parts:
-                work = module(work)
+        for module in (self.encoder, self.backbone, self.fusion, self.policy_head, self.value_head):
+            work = module(work)
         try:
             work = self.sampler(work)
         except (ValueError, RuntimeError):  # what torch says of NaN names neither entry nor environment
@@ -197,25 +192,6 @@ class PPOAgent(TensorDictModuleBase):
     def get_value_head(self) -> TensorDictModule:
         """The critic on top of what the actor has written: one backbone pass serves both."""
         return self.value_head
-
-    def _act_natively(self, parts: Parts, tensordict: TensorDictBase) -> bool:
-        """Writes what the networks do, but for features, by one C++ call; False where there is none."""
-        network = None if recurrent_mode() else self._native_step.of(parts)
-        if network is None:
-            return False
-        backbone, shape = self.backbone, tensordict.batch_size
-        observation = tensordict.get(self.encoder.in_keys[0], None)
-        is_init = tensordict.get(backbone.is_init_key, None)
-        state = {name: tensordict.get(key, None) for name, key in backbone.state_keys.items()}
-        if any(each is None for each in (observation, is_init, *state.values())) or observation.shape[:-1] != shape:
-            return False
-        acted = network(observation.reshape(shape.numel(), -1), backbone.restarted(state, is_init))
-        if acted is None:
-            return False
-        tensordict.set(self.policy_head.out_keys[0], acted.policy.reshape(*shape, -1))
-        tensordict.set(self.value_head.out_keys[0], acted.value.reshape(*shape, 1))
-        backbone.set_next(tensordict, acted.state, shape)
-        return True
 
     def _pass(self, tensordict: TensorDictBase) -> tuple[distributions.Distribution, State]:
         self.encoder(tensordict)

@@ -18,8 +18,8 @@ from cyborg_torchrl.command import run_command
 from cyborg_torchrl.config import load_config
 from cyborg_torchrl.envs import DelayedCueEnv
 from cyborg_torchrl.envs.memory.task import Transition
-from cyborg_torchrl.finite import NonFiniteError, environment_of
 from cyborg_torchrl.modules import PPOAgent
+from cyborg_torchrl.modules.nan_check import NonFiniteError, environment_of
 
 OPTIONS = ["env.num_envs=4", "env.horizon=5", "train.n_epochs=2", "train.num_minibatches=2", "logger.progress=false"]
 OPTIONS += [

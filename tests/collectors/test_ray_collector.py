@@ -23,8 +23,8 @@ from cyborg_torchrl.collectors.ray_collector import MOST_DEATHS, WorkerError
 from cyborg_torchrl.config import load_config
 from cyborg_torchrl.data import Rollout
 from cyborg_torchrl.envs import make_env
-from cyborg_torchrl.finite import NonFiniteError
 from cyborg_torchrl.modules import PPOAgent
+from cyborg_torchrl.modules.nan_check import NonFiniteError
 
 ray = pytest.importorskip("ray")
 NUM_ENVS, STEPS, WORKERS, SEED = 3, 40, 2, 7
