@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from cyborg_torchrl import PPOAgent, evaluate, load_config, make_env
-from cyborg_torchrl.build import build_trainer
+from cyborg_torchrl.training.builders import build_trainer
 
 HORIZON = 1000
 CUES = 4

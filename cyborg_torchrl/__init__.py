@@ -6,11 +6,11 @@ from cyborg_torchrl.collectors import FusedCollector, RolloutCollector
 from cyborg_torchrl.config import ConfigError, load_config
 from cyborg_torchrl.data import EpisodeBuffer, RecurrentRolloutBuffer, Rollout, RolloutBuffer
 from cyborg_torchrl.envs import DelayedCueEnv, make_env
-from cyborg_torchrl.evaluation import Evaluation, evaluate
 from cyborg_torchrl.modules import Backbone, PPOAgent, build_encoder
 from cyborg_torchrl.objectives import RecurrentClipPPOLoss, add_advantages
 from cyborg_torchrl.registry import register_backbone, register_environment
-from cyborg_torchrl.trainer import PPOTrainer
+from cyborg_torchrl.training.evaluation import Evaluation, evaluate
+from cyborg_torchrl.training.trainer import PPOTrainer
 
 __version__ = "0.1.0"
 

@@ -9,7 +9,7 @@ The last line of stdout is the summary as one JSON object.
 
 import sys
 
-from cyborg_torchrl.command import main
+from cyborg_torchrl.training.command import main
 
 if __name__ == "__main__":
     sys.exit(main(description=__doc__, default_config="memory_delayed_cue_recurrent"))

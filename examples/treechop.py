@@ -1,6 +1,6 @@
 """Collect wood from pixels in 8000-step episodes: recurrent PPO with states replayed from a burn-in.
 
-python examples/treechop.py                          # Crafter collect-wood: pip install 'cyborg-torchrl[envs]'
+python examples/treechop.py                          # Crafter collect-wood: pip install 'cyborg-torchrl[benchmarks]'
 python examples/treechop.py env.backend=minerl       # MineRL Treechop: docs/treechop.md says what it needs
 
 The last line of stdout is the summary as one JSON object; an episode's return is the wood collected in it.
@@ -8,7 +8,7 @@ The last line of stdout is the summary as one JSON object; an episode's return i
 
 import sys
 
-from cyborg_torchrl.command import main
+from cyborg_torchrl.training.command import main
 
 if __name__ == "__main__":
     sys.exit(main(description=__doc__, default_config="treechop_ppo_recurrent"))

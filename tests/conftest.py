@@ -26,14 +26,14 @@ from torchrl.envs import Compose, EnvBase, InitTracker, TransformedEnv
 from torchrl.modules import GRUModule, LSTMModule, ProbabilisticActor, ValueOperator
 
 import cyborg_torchrl.cores  # noqa: F401  (registers the shipped cores)
-from cyborg_torchrl.build import build_agent, build_env
-from cyborg_torchrl.checkpoint import save_checkpoint
 from cyborg_torchrl.collectors import FusedCollector
 from cyborg_torchrl.collectors.runtime import prepare_cpu
 from cyborg_torchrl.config import load_config
 from cyborg_torchrl.cores import Core, InitialState, State, unroll
 from cyborg_torchrl.modules import Backbone, PPOAgent, build_encoder
 from cyborg_torchrl.registry import backbones
+from cyborg_torchrl.training.builders import build_agent, build_env
+from cyborg_torchrl.training.checkpoint import save_checkpoint
 
 try:  # worker processes cannot import this file: its environment travels by value
     import cloudpickle

@@ -11,20 +11,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from cyborg_torchrl.build import build_agent, build_env
-from cyborg_torchrl.checkpoint import load_checkpoint
 from cyborg_torchrl.checks import check_recurrent
 from cyborg_torchrl.cli.main import main
-from cyborg_torchrl.command import run_command
 from cyborg_torchrl.config import load_config
 from cyborg_torchrl.cores import Core
 from cyborg_torchrl.envs import DelayedCueEnv
 from cyborg_torchrl.envs.memory.task import Transition
-from cyborg_torchrl.experiment import run_experiment
 from cyborg_torchrl.memory_benchmarks import core_speed
 from cyborg_torchrl.registry import backbones
-from cyborg_torchrl.restore import load_agent
-from cyborg_torchrl.trainer import PPOTrainer
+from cyborg_torchrl.training.builders import build_agent, build_env
+from cyborg_torchrl.training.checkpoint import load_checkpoint
+from cyborg_torchrl.training.command import run_command
+from cyborg_torchrl.training.experiment import run_experiment
+from cyborg_torchrl.training.loading import load_agent
+from cyborg_torchrl.training.trainer import PPOTrainer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 

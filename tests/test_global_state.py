@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from cyborg_torchrl import load_config
-from cyborg_torchrl.build import build_trainer
+from cyborg_torchrl.training.builders import build_trainer
 
 STATE = """
 import ctypes
@@ -84,7 +84,7 @@ def changed_by(tmp_path: Path, action: str, imports: str = "") -> list[str]:
 
 
 def test_import_leaves_the_process_as_it_is(tmp_path: Path) -> None:
-    modules = ("cyborg_torchrl", "cyborg_torchrl.build", "cyborg_torchrl.config", "cyborg_torchrl.envs")
+    modules = ("cyborg_torchrl", "cyborg_torchrl.training.builders", "cyborg_torchrl.config", "cyborg_torchrl.envs")
     assert changed_by(tmp_path, f"import {', '.join(modules)}") == []
 
 
@@ -112,7 +112,7 @@ for override in ("backbone=grx", "train.sed=1", "train.seed=-1", "train.seed"):
     ids=["tensors", "processes"],
 )
 def test_build_trainer_leaves_the_process_as_it_is(tmp_path: Path, options: str) -> None:
-    imports = "from cyborg_torchrl import load_config\nfrom cyborg_torchrl.build import build_trainer"
+    imports = "from cyborg_torchrl import load_config\nfrom cyborg_torchrl.training.builders import build_trainer"
     action = f"""
 cfg = load_config(overrides={options.split()!r})
 assert cfg.train.num_threads == 1
@@ -140,7 +140,7 @@ def test_parameters_of_a_trainer_depend_on_its_seed_alone() -> None:
 @pytest.mark.skipif(not IS_GLIBC, reason="other allocators are left alone everywhere")
 def test_commands_set_threads_denormals_and_allocator(tmp_path: Path) -> None:
     """Commands call `prepare_process`, which changes all three: so the tests above can fail."""
-    imports = "from cyborg_torchrl import load_config\nfrom cyborg_torchrl.build import prepare_process"
+    imports = "from cyborg_torchrl import load_config\nfrom cyborg_torchrl.training.builders import prepare_process"
     action = "prepare_process(load_config())"
     assert changed_by(tmp_path, action, imports) == ["threads", "denormals", "allocator"]
 

@@ -16,11 +16,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from cyborg_torchrl.build import agent as agent_builder
-from cyborg_torchrl.build import buffer, build_agent, build_env, collector, environment
 from cyborg_torchrl.checks import check_recurrent
 from cyborg_torchrl.config import checks, load_config
-from cyborg_torchrl.experiment import run_experiment
+from cyborg_torchrl.training.builders import agent as agent_builder
+from cyborg_torchrl.training.builders import buffer, build_agent, build_env, collector, environment
+from cyborg_torchrl.training.experiment import run_experiment
 
 AWAY = torch.device("xla:0")
 """Needs no driver to be named."""

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from cyborg_torchrl.build import build_agent, build_env
 from cyborg_torchrl.config import load_config
 from cyborg_torchrl.registry import backbones
+from cyborg_torchrl.training.builders import build_agent, build_env
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 BLOCKS = re.findall(r"<!-- runs as a test -->\n```python\n(.*?)```", README, re.DOTALL)

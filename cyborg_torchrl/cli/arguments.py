@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from cyborg_torchrl.command import CommandParser
+from cyborg_torchrl.training.command import CommandParser
 
 
 def checkpoint_parser(command: str, description: str | None) -> CommandParser:

@@ -25,13 +25,13 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from cyborg_torchrl.build import build_agent, build_env
 from cyborg_torchrl.checks import Report, check_recurrent, plot_horizon
 from cyborg_torchrl.collectors.runtime import prepare_cpu
-from cyborg_torchrl.command import EXIT_FAILED, CommandParser, UsageError, picture, writable
 from cyborg_torchrl.config import load_config
 from cyborg_torchrl.memory_benchmarks.end_to_end import HORIZON, TestResult, run_end_to_end
 from cyborg_torchrl.registry import backbones
+from cyborg_torchrl.training.builders import build_agent, build_env
+from cyborg_torchrl.training.command import EXIT_FAILED, CommandParser, UsageError, picture, writable
 
 NUM_ENVS = 8
 OnProgress = Callable[[str, float], None]

@@ -16,14 +16,14 @@ from typing import Any
 
 import torch
 
-from cyborg_torchrl.build import prepare_process
 from cyborg_torchrl.cli.arguments import checkpoint_parser, overrides_of
-from cyborg_torchrl.command import positive
-from cyborg_torchrl.confidence import Interval, mean_interval, success_interval
-from cyborg_torchrl.evaluation import Evaluation
-from cyborg_torchrl.experiment import evaluate_agent
-from cyborg_torchrl.progress import progress_bar
-from cyborg_torchrl.restore import load_agent
+from cyborg_torchrl.training.builders import prepare_process
+from cyborg_torchrl.training.command import positive
+from cyborg_torchrl.training.evaluation import Evaluation
+from cyborg_torchrl.training.experiment import evaluate_agent
+from cyborg_torchrl.training.loading import load_agent
+from cyborg_torchrl.training.progress import progress_bar
+from cyborg_torchrl.training.stats import Interval, mean_interval, success_interval
 
 MODES = {"greedy": True, "sampled": False}
 

@@ -16,10 +16,7 @@ from pathlib import Path
 
 import torch
 
-from cyborg_torchrl.build import prepare_process
-from cyborg_torchrl.checkpoint import write_whole
 from cyborg_torchrl.cli.arguments import checkpoint_parser, overrides_of
-from cyborg_torchrl.command import CommandParser, UsageError, positive, writable
 from cyborg_torchrl.export import (
     ExportError,
     OnnxRunner,
@@ -34,8 +31,11 @@ from cyborg_torchrl.export import (
     unnormalized,
 )
 from cyborg_torchrl.export import comparison as replay
-from cyborg_torchrl.progress import progress_bar
-from cyborg_torchrl.restore import build_single_env, load_agent
+from cyborg_torchrl.training.builders import prepare_process
+from cyborg_torchrl.training.checkpoint import write_whole
+from cyborg_torchrl.training.command import CommandParser, UsageError, positive, writable
+from cyborg_torchrl.training.loading import build_single_env, load_agent
+from cyborg_torchrl.training.progress import progress_bar
 
 EXIT_DIFFERS = 1
 TOLERANCE = 1e-5

@@ -31,8 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     try:
         # The imports take seconds, so they happen here: Ctrl-C ends them without a traceback.
-        from cyborg_torchrl.command import UsageError, exit_code_of
         from cyborg_torchrl.registry import did_you_mean
+        from cyborg_torchrl.training.command import UsageError, exit_code_of
 
         def run() -> int:
             if name not in COMMANDS:

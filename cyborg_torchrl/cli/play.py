@@ -18,14 +18,14 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from cyborg_torchrl.build import prepare_process
 from cyborg_torchrl.cli.arguments import checkpoint_parser, overrides_of
 from cyborg_torchrl.cli.playback import FILMS, Film, Trace, play
-from cyborg_torchrl.command import CommandParser, UsageError, positive, writable
-from cyborg_torchrl.experiment import EVALUATION_SEED_OFFSET
-from cyborg_torchrl.progress import progress_bar
 from cyborg_torchrl.registry import environments
-from cyborg_torchrl.restore import build_acting_env, load_agent
+from cyborg_torchrl.training.builders import prepare_process
+from cyborg_torchrl.training.command import CommandParser, UsageError, positive, writable
+from cyborg_torchrl.training.experiment import EVALUATION_SEED_OFFSET
+from cyborg_torchrl.training.loading import build_acting_env, load_agent
+from cyborg_torchrl.training.progress import progress_bar
 
 RENDERED = ("gymnasium", "minigrid")
 """Environments that can render where their observations have no pixels."""

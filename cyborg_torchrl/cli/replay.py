@@ -17,9 +17,9 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from cyborg_torchrl import keys
-from cyborg_torchrl.checkpoint import DUMP, CheckpointError, load_checkpoint
-from cyborg_torchrl.command import CommandParser
-from cyborg_torchrl.restore import agent_of
+from cyborg_torchrl.training.checkpoint import DUMP, CheckpointError, load_checkpoint
+from cyborg_torchrl.training.command import CommandParser
+from cyborg_torchrl.training.loading import agent_of
 
 AROUND = 3
 """Steps that are shown before and after the one that was not finite."""

@@ -14,8 +14,8 @@ from pathlib import Path
 from rich.console import Console
 
 from cyborg_torchrl.collectors.runtime import prepare_cpu
-from cyborg_torchrl.command import CommandParser, UsageError, writable
 from cyborg_torchrl.registry import UnavailableError
+from cyborg_torchrl.training.command import CommandParser, UsageError, writable
 
 EXTRA = "the report needs more packages: pip install 'cyborg-torchrl[report]'"
 

@@ -31,13 +31,13 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from cyborg_torchrl.build import prepare_process
 from cyborg_torchrl.cli.train import hydra_parser, parse_overrides, run_hydra
-from cyborg_torchrl.command import EXIT_FAILED, EXIT_INTERRUPTED, KNOWN_ERRORS, UsageError, positive, writable
-from cyborg_torchrl.confidence import mean_interval
 from cyborg_torchrl.config import load_config, validate
-from cyborg_torchrl.experiment import run_experiment
 from cyborg_torchrl.memory_benchmarks.results import Job, Row, folder_name, override_keys, write_rows
+from cyborg_torchrl.training.builders import prepare_process
+from cyborg_torchrl.training.command import EXIT_FAILED, EXIT_INTERRUPTED, KNOWN_ERRORS, UsageError, positive, writable
+from cyborg_torchrl.training.experiment import run_experiment
+from cyborg_torchrl.training.stats import mean_interval
 
 HYDRA_FOLDER = "hydra.sweep.dir="
 """Hydra's own name of --folder."""

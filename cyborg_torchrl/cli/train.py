@@ -25,7 +25,10 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from cyborg_torchrl.command import (
+from cyborg_torchrl.config import DEFAULT_CONFIG, choices, explained, load_config, primary_config, validate
+from cyborg_torchrl.config.schema import GROUPS, NODES
+from cyborg_torchrl.registry import UnavailableError
+from cyborg_torchrl.training.command import (
     CommandParser,
     UsageError,
     config_parser,
@@ -33,10 +36,7 @@ from cyborg_torchrl.command import (
     run_command,
     train_and_report,
 )
-from cyborg_torchrl.config import DEFAULT_CONFIG, choices, explained, load_config, primary_config, validate
-from cyborg_torchrl.config.schema import GROUPS, NODES
-from cyborg_torchrl.registry import UnavailableError
-from cyborg_torchrl.resumption import with_config_of_run
+from cyborg_torchrl.training.resume import with_config_of_run
 
 INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 
@@ -116,7 +116,7 @@ def run_hydra(
             hydra.main(config_path=str(primary.folder), config_name=primary.name, version_base="1.3")(job)()
     except (HydraException, OmegaConfBaseException) as error:
         if "Could not find 'hydra/launcher/joblib'" in str(error):
-            raise UnavailableError("--jobs needs: pip install 'cyborg-torchrl[sweeps]'") from None
+            raise UnavailableError("--jobs needs: pip install 'cyborg-torchrl[sweep]'") from None
         raise explained(error, config, overrides) from None
 
 

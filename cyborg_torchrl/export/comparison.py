@@ -13,12 +13,12 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import set_recurrent_mode
 
 from cyborg_torchrl import keys
-from cyborg_torchrl.build import build_env
 from cyborg_torchrl.export.parity import Runner
 from cyborg_torchrl.export.programs import example_inputs
 from cyborg_torchrl.export.streaming_step import dotted
 from cyborg_torchrl.modules import PPOAgent
-from cyborg_torchrl.restore import build_acting_env
+from cyborg_torchrl.training.builders import build_env
+from cyborg_torchrl.training.loading import build_acting_env
 
 RESET_SHARE = 0.01
 """Share of steps at which an episode is made to begin anew for memory, beside those that begin by themselves."""

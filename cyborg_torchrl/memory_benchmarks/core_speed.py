@@ -20,7 +20,6 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from cyborg_torchrl.collectors.runtime import prepare_cpu
-from cyborg_torchrl.command import positive
 from cyborg_torchrl.cores import (
     Core,
     Mamba2Block,
@@ -34,6 +33,7 @@ from cyborg_torchrl.cores import (
 from cyborg_torchrl.cores.kernels.native import IS_BUILT
 from cyborg_torchrl.cores.kernels.selective_scan import selective_scan_cpp
 from cyborg_torchrl.memory_benchmarks.device import device_here, device_name, finish
+from cyborg_torchrl.training.command import positive
 
 Run = Callable[[], object]
 WARM_UP = 3

@@ -20,9 +20,9 @@ from statistics import mean, stdev
 from rich.console import Console
 from rich.table import Table
 
-from cyborg_torchrl.command import EXIT_INTERRUPTED, picture, positive
 from cyborg_torchrl.memory_benchmarks.plot import EXTRA
 from cyborg_torchrl.memory_benchmarks.results import Row, read_rows
+from cyborg_torchrl.training.command import EXIT_INTERRUPTED, picture, positive
 
 CHUNK = "train=burn_in train.seq_len=32"
 ARMS: dict[str, str] = {

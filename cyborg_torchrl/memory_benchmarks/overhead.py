@@ -24,13 +24,13 @@ from torchrl.envs import EnvBase, InitTracker, TransformedEnv
 from cyborg_torchrl import keys
 from cyborg_torchrl.collectors import RolloutCollector
 from cyborg_torchrl.collectors.runtime import prepare_cpu
-from cyborg_torchrl.command import positive
 from cyborg_torchrl.data import EpisodeBuffer, RecurrentRolloutBuffer, Rollout
 from cyborg_torchrl.envs import DelayedCueEnv
 from cyborg_torchrl.memory_benchmarks.core_speed import paired
 from cyborg_torchrl.modules import Backbone, PPOAgent, build_encoder
 from cyborg_torchrl.objectives import RecurrentClipPPOLoss, add_advantages
 from cyborg_torchrl.registry import backbones
+from cyborg_torchrl.training.command import positive
 
 Buffer = RecurrentRolloutBuffer | EpisodeBuffer
 NUM_ENVS, STEPS, MINIBATCHES = 64, 128, 8

@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from cyborg_torchrl.command import CommandParser, config_parser, exit_code_of, run_command
+from cyborg_torchrl.training.command import CommandParser, config_parser, exit_code_of, run_command
 
 FLAGS = {
     "level": ("env.level", str, "difficulty of a memory task: easy, medium, hard or extreme"),

@@ -33,9 +33,9 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from cyborg_torchrl.command import EXIT_BAD_INPUT, EXIT_INTERRUPTED, positive, writable
+from cyborg_torchrl.training.command import EXIT_BAD_INPUT, EXIT_INTERRUPTED, positive, writable
 
-PROGRAM = "import sys; from cyborg_torchrl.command import run_command as run; sys.exit(run(sys.argv[1], sys.argv[2:]))"
+PROGRAM = "import sys; from cyborg_torchrl.training.command import run_command as run; sys.exit(run(sys.argv[1], sys.argv[2:]))"
 MARKER = "CYBORG_TORCHRL_SOAK"
 WARM_UP = 0.1
 """Share of the time in which a run may still grow: buffers fill, threads and workers begin."""
@@ -262,7 +262,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         import psutil  # noqa: F401
     except ImportError:
-        print("error: this needs psutil: pip install 'cyborg-torchrl[soak]'", file=sys.stderr)
+        print("error: this needs psutil: pip install psutil", file=sys.stderr)
         return EXIT_BAD_INPUT
     try:
         minutes, every = float(arguments.minutes), float(arguments.every)

@@ -6,10 +6,10 @@ import pytest
 from omegaconf import OmegaConf
 
 from cyborg_torchrl import register_backbone
-from cyborg_torchrl.build import build_agent, build_core, build_env, rollout_length
 from cyborg_torchrl.config import ConfigError, TrainConfig, load_config
 from cyborg_torchrl.cores import LayeredCore, MemorylessCore, build_gru
 from cyborg_torchrl.registry import backbones, options_of
+from cyborg_torchrl.training.builders import build_agent, build_core, build_env, rollout_length
 
 
 def test_overrides_swap_parts():

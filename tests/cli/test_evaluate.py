@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from cyborg_torchrl.cli.main import main
-from cyborg_torchrl.experiment import evaluate_agent
-from cyborg_torchrl.restore import load_agent
+from cyborg_torchrl.training.experiment import evaluate_agent
+from cyborg_torchrl.training.loading import load_agent
 
 Save = Callable[..., Path]
 

@@ -14,7 +14,7 @@ import torch
 
 from cyborg_torchrl.cli import export
 from cyborg_torchrl.cli.main import main
-from cyborg_torchrl.restore import load_agent
+from cyborg_torchrl.training.loading import load_agent
 
 pytestmark = pytest.mark.usefixtures("unchecked_shapes")
 EXAMPLES = Path(__file__).parents[2] / "examples"

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cyborg_torchrl.checkpoint import load_checkpoint
+from cyborg_torchrl.training.checkpoint import load_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 OPTIONS = ["env.num_envs=16", "env.horizon=40", "train.n_epochs=2", "train.num_minibatches=4", "logger.progress=false"]
@@ -23,10 +23,10 @@ PHASES = "cuw"
 """Collecting, updating, writing."""
 TOLD = """
 import os, sys
-from cyborg_torchrl.checkpoint import CheckpointFolder
-from cyborg_torchrl.command import run_command
+from cyborg_torchrl.training.checkpoint import CheckpointFolder
+from cyborg_torchrl.training.command import run_command
 from cyborg_torchrl.collectors import RolloutCollector
-from cyborg_torchrl.trainer import PPOTrainer
+from cyborg_torchrl.training.trainer import PPOTrainer
 
 told = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 

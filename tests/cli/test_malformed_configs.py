@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cyborg_torchrl.command import run_command
+from cyborg_torchrl.training.command import run_command
 
 SHIPPED = "memory_delayed_cue_recurrent"
 OVERRIDES = [

@@ -10,16 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from cyborg_torchrl import trainer as trainer_module
-from cyborg_torchrl.build import build_trainer
-from cyborg_torchrl.checkpoint import load_checkpoint
 from cyborg_torchrl.cli.main import main
-from cyborg_torchrl.command import run_command
 from cyborg_torchrl.config import load_config
 from cyborg_torchrl.envs import DelayedCueEnv
 from cyborg_torchrl.envs.memory.task import Transition
 from cyborg_torchrl.modules import PPOAgent
 from cyborg_torchrl.modules.nan_check import NonFiniteError, environment_of
+from cyborg_torchrl.training import trainer as trainer_module
+from cyborg_torchrl.training.builders import build_trainer
+from cyborg_torchrl.training.checkpoint import load_checkpoint
+from cyborg_torchrl.training.command import run_command
 
 OPTIONS = ["env.num_envs=4", "env.horizon=5", "train.n_epochs=2", "train.num_minibatches=2", "logger.progress=false"]
 OPTIONS += [

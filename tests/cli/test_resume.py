@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from cyborg_torchrl.checkpoint import CheckpointError, CheckpointFolder, load_checkpoint
 from cyborg_torchrl.collectors import RolloutCollector
-from cyborg_torchrl.command import run_command
 from cyborg_torchrl.config import ConfigError, load_config
-from cyborg_torchrl.experiment import run_experiment
-from cyborg_torchrl.resumption import find_run
-from cyborg_torchrl.run_directory import RunDirectory, lock_run
-from cyborg_torchrl.trainer import PPOTrainer
+from cyborg_torchrl.training.checkpoint import CheckpointError, CheckpointFolder, load_checkpoint
+from cyborg_torchrl.training.command import run_command
+from cyborg_torchrl.training.experiment import run_experiment
+from cyborg_torchrl.training.resume import find_run
+from cyborg_torchrl.training.run import RunDirectory, lock_run
+from cyborg_torchrl.training.trainer import PPOTrainer
 
 SHORT = ["env.num_envs=4", "env.horizon=5", "train.n_epochs=2", "train.num_minibatches=2", "logger.progress=false"]
 SHORT += ["logger.tensorboard=false", "logger.eval_episodes=0", "train.total_timesteps=140"]  # five updates of 28 steps

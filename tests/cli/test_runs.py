@@ -17,11 +17,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from cyborg_torchrl.checkpoint import load_checkpoint, save_checkpoint
 from cyborg_torchrl.collectors.runtime import interrupts_deferred
 from cyborg_torchrl.config import ConfigError, load_config
-from cyborg_torchrl.experiment import run_experiment
 from cyborg_torchrl.memory_benchmarks import pseudo_mamba_memory_suite, sweep
+from cyborg_torchrl.training.checkpoint import load_checkpoint, save_checkpoint
+from cyborg_torchrl.training.experiment import run_experiment
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["env.horizon=5", "train.total_timesteps=1000", "logger.eval_episodes=64", "train.n_epochs=2"]
@@ -301,7 +301,7 @@ def test_checkpoints_are_whole_or_refused(tmp_path):
     torch.save({"something": 1}, path)
     with pytest.raises(ValueError, match="not a checkpoint of cyborg_torchrl"):
         load_checkpoint(path)
-    torch.save({"format": "cyborg_torchrl.checkpoint", "version": 99}, path)
+    torch.save({"format": "cyborg_torchrl.training.checkpoint", "version": 99}, path)
     with pytest.raises(ValueError, match="version 99"):
         load_checkpoint(path)
     assert os.listdir(tmp_path) == ["x.pt"]

@@ -15,7 +15,7 @@ import pytest
 
 from cyborg_torchrl import jobs, train
 from cyborg_torchrl.memory_benchmarks import sweep
-from cyborg_torchrl.trainer import PPOTrainer
+from cyborg_torchrl.training.trainer import PPOTrainer
 
 ROOT = Path(__file__).parents[2]
 TINY = (

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cyborg_torchrl.build import build_trainer
 from cyborg_torchrl.config import load_config
 from cyborg_torchrl.envs import DelayedCueEnv
-from cyborg_torchrl.experiment import run_experiment
+from cyborg_torchrl.training.builders import build_trainer
+from cyborg_torchrl.training.experiment import run_experiment
 
 
 def test_without_a_critic_an_advantage_is_the_return_over_its_steps_mean(tmp_path) -> None:

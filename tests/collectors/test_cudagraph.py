@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cyborg_torchrl.build import build_agent, build_env, build_trainer
 from cyborg_torchrl.collectors import FusedCollector
 from cyborg_torchrl.collectors.cudagraph import GraphedPolicy
 from cyborg_torchrl.collectors.flat_dict import Entries
 from cyborg_torchrl.collectors.fused_policy import FusedPolicy
 from cyborg_torchrl.config import ConfigError, load_config
+from cyborg_torchrl.training.builders import build_agent, build_env, build_trainer
 
 STEPS, ENVS = 40, 3
 OPTIONS = ["env=delayed_cue", "env.horizon=5", f"env.num_envs={ENVS}", f"train.n_steps={STEPS}", "backbone=lstm"]

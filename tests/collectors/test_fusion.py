@@ -18,10 +18,10 @@ from torchrl.data import Bounded, Categorical, Composite, NonTensor, Unbounded
 from torchrl.envs import EnvBase, InitTracker, TransformedEnv
 from torchrl.modules import ProbabilisticActor
 
-from cyborg_torchrl.build import build_agent, build_buffer, build_env
 from cyborg_torchrl.collectors import FusedCollector, RolloutCollector
 from cyborg_torchrl.collectors.fused_policy import _logsumexp
 from cyborg_torchrl.config import load_config
+from cyborg_torchrl.training.builders import build_agent, build_buffer, build_env
 
 STEPS = 70  # more than one block of steps, and a part of one
 CASES = [

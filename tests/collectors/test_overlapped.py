@@ -9,10 +9,10 @@ import pytest
 import torch
 from tensordict import TensorDictBase
 
-from cyborg_torchrl.build import build_agent, build_env, build_trainer
 from cyborg_torchrl.collectors import OverlappedCollector, RolloutCollector
 from cyborg_torchrl.config import ConfigError, load_config
 from cyborg_torchrl.data import Rollout
+from cyborg_torchrl.training.builders import build_agent, build_env, build_trainer
 
 STEPS = 23
 CASES = {

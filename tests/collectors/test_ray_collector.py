@@ -16,7 +16,6 @@ import torch
 from tensordict import TensorDictBase
 from torchrl.envs import EnvBase, Transform
 
-from cyborg_torchrl.build import build_agent
 from cyborg_torchrl.collectors import RayRolloutCollector, RolloutCollector
 from cyborg_torchrl.collectors.ray_cluster import ClusterError, RayCluster
 from cyborg_torchrl.collectors.ray_collector import MOST_DEATHS, WorkerError
@@ -25,6 +24,7 @@ from cyborg_torchrl.data import Rollout
 from cyborg_torchrl.envs import make_env
 from cyborg_torchrl.modules import PPOAgent
 from cyborg_torchrl.modules.nan_check import NonFiniteError
+from cyborg_torchrl.training.builders import build_agent
 
 ray = pytest.importorskip("ray")
 NUM_ENVS, STEPS, WORKERS, SEED = 3, 40, 2, 7

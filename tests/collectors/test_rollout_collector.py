@@ -12,13 +12,13 @@ from tensordict import TensorDictBase
 from torchrl.collectors import Collector
 from torchrl.envs import EnvBase, GymEnv, ParallelEnv, SerialEnv
 
-from cyborg_torchrl.build import build_trainer
 from cyborg_torchrl.collectors import RolloutCollector
 from cyborg_torchrl.config import load_config
 from cyborg_torchrl.cores import Core, build_gru
 from cyborg_torchrl.data import RecurrentRolloutBuffer, Rollout
 from cyborg_torchrl.modules import Backbone, PPOAgent, build_encoder
 from cyborg_torchrl.objectives import RecurrentClipPPOLoss, add_advantages
+from cyborg_torchrl.training.builders import build_trainer
 
 NUM_ENVS, STEPS = 4, 12
 FRAMES = NUM_ENVS * STEPS

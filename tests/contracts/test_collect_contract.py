@@ -16,7 +16,7 @@ from cyborg_torchrl.cores import Core, MemorylessCore
 from cyborg_torchrl.data import RecurrentRolloutBuffer, RolloutBuffer
 from cyborg_torchrl.modules import PPOAgent
 from cyborg_torchrl.objectives import RecurrentClipPPOLoss, add_advantages
-from cyborg_torchrl.trainer import PPOTrainer
+from cyborg_torchrl.training.trainer import PPOTrainer
 
 NUM_ENVS, STEPS = 4, 18
 SEQ_LENS = {"whole": STEPS, "divisor": 6, "one": 1}

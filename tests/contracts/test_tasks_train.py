@@ -12,8 +12,8 @@ import pytest
 import cyborg_torchrl.envs  # noqa: F401  (registers the tasks)
 from cyborg_torchrl.config import load_config
 from cyborg_torchrl.envs import MemoryTask
-from cyborg_torchrl.experiment import run_experiment
 from cyborg_torchrl.registry import backbones, environments
+from cyborg_torchrl.training.experiment import run_experiment
 
 TASKS = [
     name

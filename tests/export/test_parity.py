@@ -25,7 +25,7 @@ from cyborg_torchrl.export import (
 from cyborg_torchrl.export import comparison as replay
 from cyborg_torchrl.modules import PPOAgent
 from cyborg_torchrl.registry import backbones
-from cyborg_torchrl.restore import build_single_env
+from cyborg_torchrl.training.loading import build_single_env
 
 pytestmark = pytest.mark.usefixtures("unchecked_shapes")
 Build = Callable[..., tuple[DictConfig, PPOAgent]]

@@ -18,11 +18,11 @@ import pytest
 import torch
 from omegaconf import DictConfig
 
-from cyborg_torchrl.build import Training, build_env, build_trainer
 from cyborg_torchrl.collectors import RolloutCollector
 from cyborg_torchrl.config import load_config
 from cyborg_torchrl.data import Rollout
-from cyborg_torchrl.experiment import run_experiment
+from cyborg_torchrl.training.builders import Training, build_env, build_trainer
+from cyborg_torchrl.training.experiment import run_experiment
 
 ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.slow

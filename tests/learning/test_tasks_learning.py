@@ -3,7 +3,7 @@
 import pytest
 
 from cyborg_torchrl.config import load_config
-from cyborg_torchrl.experiment import run_experiment
+from cyborg_torchrl.training.experiment import run_experiment
 
 
 @pytest.mark.learning

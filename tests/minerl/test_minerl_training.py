@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torchrl.envs.utils import check_env_specs
 
-from cyborg_torchrl.build import build_trainer
 from cyborg_torchrl.config import load_config
 from cyborg_torchrl.envs import build_treechop
-from cyborg_torchrl.experiment import run_experiment
+from cyborg_torchrl.training.builders import build_trainer
+from cyborg_torchrl.training.experiment import run_experiment
 
 pytestmark = [pytest.mark.minerl, pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")]
 STEPS = 32

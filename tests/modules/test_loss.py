@@ -17,7 +17,7 @@ from cyborg_torchrl.cores import Core
 from cyborg_torchrl.data import RecurrentRolloutBuffer
 from cyborg_torchrl.modules import PPOAgent
 from cyborg_torchrl.objectives import RecurrentClipPPOLoss, add_advantages
-from cyborg_torchrl.trainer import PPOTrainer
+from cyborg_torchrl.training.trainer import PPOTrainer
 
 NUM_ENVS, STEPS, SEQ_LEN = 4, 18, 6
 LOSSES = ("loss_objective", "loss_critic", "loss_entropy")

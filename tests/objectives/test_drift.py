@@ -14,7 +14,7 @@ from cyborg_torchrl.cores import Core
 from cyborg_torchrl.data import EpisodeBuffer, RecurrentRolloutBuffer, Rollout
 from cyborg_torchrl.modules import PPOAgent
 from cyborg_torchrl.objectives import RecurrentClipPPOLoss, add_advantages, measure_drift
-from cyborg_torchrl.trainer import PPOTrainer
+from cyborg_torchrl.training.trainer import PPOTrainer
 
 NUM_ENVS, STEPS, SEQ_LEN = 3, 12, 4
 

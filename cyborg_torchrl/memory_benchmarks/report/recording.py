@@ -17,14 +17,14 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import set_recurrent_mode
 
 from cyborg_torchrl import keys
-from cyborg_torchrl.build import build_env
 from cyborg_torchrl.checks import Report, check_recurrent
 from cyborg_torchrl.cores import Core, PMMCore, State
 from cyborg_torchrl.cores.pmm import Addressing
 from cyborg_torchrl.envs.make import episode_attribute
 from cyborg_torchrl.envs.transforms.normalization import freeze_statistics
-from cyborg_torchrl.experiment import EVALUATION_SEED_OFFSET
 from cyborg_torchrl.modules import PPOAgent
+from cyborg_torchrl.training.builders import build_env
+from cyborg_torchrl.training.experiment import EVALUATION_SEED_OFFSET
 
 Array = NDArray[np.float32]
 MAX_STEPS = 2000

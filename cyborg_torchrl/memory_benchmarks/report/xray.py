@@ -22,7 +22,7 @@ from cyborg_torchrl.memory_benchmarks.report.runs import (
     read_run,
     run_folders,
 )
-from cyborg_torchrl.restore import load_agent
+from cyborg_torchrl.training.loading import load_agent
 
 
 class XRay(NamedTuple):

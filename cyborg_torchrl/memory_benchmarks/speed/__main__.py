@@ -28,12 +28,12 @@ from rich.progress import Progress
 from rich.table import Table
 
 from cyborg_torchrl.collectors.runtime import prepare_cpu
-from cyborg_torchrl.command import picture, positive, writable
 from cyborg_torchrl.memory_benchmarks.device import device_here
 from cyborg_torchrl.memory_benchmarks.speed.baselines import BASELINES, MissingPackage, pufferlib
 from cyborg_torchrl.memory_benchmarks.speed.measure import Subject, rows_of, take_turns
 from cyborg_torchrl.memory_benchmarks.speed.plot import draw
 from cyborg_torchrl.memory_benchmarks.speed.subjects import Case, collection, in_processes, training, updating
+from cyborg_torchrl.training.command import picture, positive, writable
 
 PARTS = ("collection", "processes", "update", "end_to_end", "truncated", "horizons")
 PACKAGES = ("torch", "torchrl", "tensordict", "sb3-contrib", "numpy")
@@ -98,7 +98,7 @@ def _beside_pufferlib(cases: list[Case], python: str | None) -> list[Subject]:
 def memory_of(case: Case) -> float:
     """Peak memory in MiB of a process of its own that trains on one rollout."""
     code = (
-        "from cyborg_torchrl.experiment import peak_rss_mb; from cyborg_torchrl.collectors.runtime import prepare_cpu; "
+        "from cyborg_torchrl.training.experiment import peak_rss_mb; from cyborg_torchrl.collectors.runtime import prepare_cpu; "
         "from cyborg_torchrl.memory_benchmarks.speed.subjects import Case, training; "
         f"prepare_cpu(1); training(Case(*{tuple(case)!r}))[1](); print(peak_rss_mb())"
     )

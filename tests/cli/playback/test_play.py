@@ -14,7 +14,7 @@ from cyborg_torchrl.cli.main import main
 from cyborg_torchrl.cli.playback import play
 from cyborg_torchrl.envs import DelayedCueEnv
 from cyborg_torchrl.envs.rendering import action_names, picture
-from cyborg_torchrl.restore import build_acting_env, load_agent
+from cyborg_torchrl.training.loading import build_acting_env, load_agent
 
 Save = Callable[..., Path]
 
@@ -45,7 +45,7 @@ def test_every_step(save_trained: Save, capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_it_plays_what_evaluation_plays(save_trained: Save) -> None:
-    from cyborg_torchrl.evaluation import evaluate
+    from cyborg_torchrl.training.evaluation import evaluate
 
     cfg, agent, _ = load_agent(save_trained("env=tmaze", "env.horizon=6", "backbone=gru"))
     env = build_acting_env(cfg, agent, num_envs=1, seed=5)

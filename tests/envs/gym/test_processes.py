@@ -20,13 +20,13 @@ import numpy as np
 import pytest
 import torch
 
-from cyborg_torchrl.checkpoint import load_checkpoint
 from cyborg_torchrl.config import load_config
 from cyborg_torchrl.envs.gym.batch import batch
 from cyborg_torchrl.envs.gym.environment import wrap
 from cyborg_torchrl.envs.gym.processes import EnvironmentProcesses
-from cyborg_torchrl.experiment import run_experiment
 from cyborg_torchrl.registry import UnavailableError
+from cyborg_torchrl.training.checkpoint import load_checkpoint
+from cyborg_torchrl.training.experiment import run_experiment
 
 ROOT = Path(__file__).resolve().parents[2]
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # other processes do not find the tests

@@ -18,12 +18,12 @@ from torchrl.envs import Compose, EnvBase, InitTracker, RewardSum, TransformedEn
 from torchrl.envs.utils import check_env_specs
 
 from cyborg_torchrl import keys
-from cyborg_torchrl.build import build_env, build_trainer, rollout_length
 from cyborg_torchrl.config import ConfigError, load_config
 from cyborg_torchrl.envs.gym.environment import build_gymnasium
 from cyborg_torchrl.envs.gym.public_benchmarks import build_bsuite, build_memory_gym, build_minigrid, build_popgym
-from cyborg_torchrl.experiment import run_experiment
 from cyborg_torchrl.registry import environments
+from cyborg_torchrl.training.builders import build_env, build_trainer, rollout_length
+from cyborg_torchrl.training.experiment import run_experiment
 
 gymnasium = pytest.importorskip("gymnasium", reason="gymnasium is not installed: pip install 'cyborg-torchrl[gym]'")
 

@@ -13,12 +13,12 @@ from torchrl.data import Binary, Bounded, Categorical, Composite, MultiCategoric
 from torchrl.envs import Compose, EnvBase, InitTracker, RewardSum, TransformedEnv
 from torchrl.envs.utils import check_env_specs
 
-from cyborg_torchrl.build import build_agent, build_env, build_trainer
-from cyborg_torchrl.checkpoint import load_checkpoint
 from cyborg_torchrl.config import ConfigError, load_config
 from cyborg_torchrl.envs.transforms.build import PreviousAction, build_transforms
 from cyborg_torchrl.envs.transforms.normalization import RunningMoments, freeze_statistics, statistics_of
-from cyborg_torchrl.experiment import evaluate_agent, run_experiment
+from cyborg_torchrl.training.builders import build_agent, build_env, build_trainer
+from cyborg_torchrl.training.checkpoint import load_checkpoint
+from cyborg_torchrl.training.experiment import evaluate_agent, run_experiment
 
 LENGTHS = (2, 3, 5)
 

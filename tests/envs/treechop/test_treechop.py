@@ -12,11 +12,11 @@ import torch
 from tensordict.nn import TensorDictModule
 from torchrl.envs.utils import check_env_specs
 
-from cyborg_torchrl.build import build_env, build_trainer
 from cyborg_torchrl.config import ConfigError, load_config
 from cyborg_torchrl.envs import build_treechop
 from cyborg_torchrl.envs.treechop.crafter import CrafterWood
 from cyborg_torchrl.registry import UnavailableError, environments
+from cyborg_torchrl.training.builders import build_env, build_trainer
 
 DO = 5
 pytestmark = pytest.mark.skipif(

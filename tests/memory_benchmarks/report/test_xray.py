@@ -10,11 +10,11 @@ import torch
 
 from cyborg_torchrl.config import load_config
 from cyborg_torchrl.cores import PMMCore
-from cyborg_torchrl.experiment import run_experiment
 from cyborg_torchrl.memory_benchmarks.report.recording import record_episode
 from cyborg_torchrl.memory_benchmarks.report.runs import find_runs
 from cyborg_torchrl.memory_benchmarks.report.xray import look
-from cyborg_torchrl.restore import load_agent
+from cyborg_torchrl.training.experiment import run_experiment
+from cyborg_torchrl.training.loading import load_agent
 
 HORIZON = 3
 SMALL = [

@@ -17,13 +17,13 @@ from torch import nn
 from cyborg_torchrl import keys
 from cyborg_torchrl.config import TrainConfig
 from cyborg_torchrl.data import EpisodeBuffer, RecurrentRolloutBuffer, Rollout, RolloutBuffer
-from cyborg_torchrl.distributed import JointStep, Ranks
 from cyborg_torchrl.envs.transforms.normalization import RunningMoments
 from cyborg_torchrl.modules.encoders import Autocast
 from cyborg_torchrl.modules.nan_check import NonFiniteError, check_finite, environment_of
 from cyborg_torchrl.modules.replay import as_primed, state_after
 from cyborg_torchrl.objectives import RecurrentClipPPOLoss, add_advantages, masked_standardize, measure_drift
-from cyborg_torchrl.rollout_metrics import rollout_metrics
+from cyborg_torchrl.training.distributed import JointStep, Ranks
+from cyborg_torchrl.training.rollout_metrics import rollout_metrics
 
 Metrics = dict[str, float]
 LOGGED = ("loss_objective", "loss_critic", "loss_entropy", "entropy", "kl_approx", "clip_fraction", "ratio_error")

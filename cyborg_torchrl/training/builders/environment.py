@@ -5,11 +5,11 @@ from __future__ import annotations
 from omegaconf import DictConfig, OmegaConf
 from torchrl.envs import EnvBase
 
-from cyborg_torchrl.build.options import options_in
 from cyborg_torchrl.config import ConfigError, resolve_device
 from cyborg_torchrl.envs.make import tracked
 from cyborg_torchrl.envs.transforms.build import build_transforms
 from cyborg_torchrl.registry import environments
+from cyborg_torchrl.training.builders.options import options_in
 
 
 def build_env(

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from cyborg_torchrl.confidence import mean_interval, success_interval
 from cyborg_torchrl.cores import build_gru
-from cyborg_torchrl.evaluation import evaluate
+from cyborg_torchrl.training.evaluation import evaluate
+from cyborg_torchrl.training.stats import mean_interval, success_interval
 
 
 def test_every_environment_gives_its_first_episodes(make_env: Callable, make_agent: Callable) -> None:

@@ -13,14 +13,14 @@ import torch
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from cyborg_torchrl.build import Training
-from cyborg_torchrl.checkpoint import CheckpointError, CheckpointFolder, Content, load_checkpoint
 from cyborg_torchrl.collectors.resume import collector_state, resume_collector
 from cyborg_torchrl.collectors.rng import random_state, set_random_state
 from cyborg_torchrl.config import ConfigError, load_config
-from cyborg_torchrl.distributed import Ranks
-from cyborg_torchrl.restore import checkpoint_path, config_of, device_overrides, load_parameters
-from cyborg_torchrl.run_directory import lock_run
+from cyborg_torchrl.training.builders import Training
+from cyborg_torchrl.training.checkpoint import CheckpointError, CheckpointFolder, Content, load_checkpoint
+from cyborg_torchrl.training.distributed import Ranks
+from cyborg_torchrl.training.loading import checkpoint_path, config_of, device_overrides, load_parameters
+from cyborg_torchrl.training.run import lock_run
 
 LOGGER = logging.getLogger(__name__)
 MAY_CHANGE = ("logger", "train.total_timesteps", "train.num_threads")

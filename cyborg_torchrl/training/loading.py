@@ -13,11 +13,11 @@ from omegaconf.errors import OmegaConfBaseException
 from torchrl.envs import EnvBase
 from yaml import YAMLError
 
-from cyborg_torchrl.build import build_agent, build_env, memory_horizon
-from cyborg_torchrl.checkpoint import CheckpointError, load_checkpoint
 from cyborg_torchrl.config import load_config
 from cyborg_torchrl.envs.transforms.normalization import freeze_statistics
 from cyborg_torchrl.modules import PPOAgent
+from cyborg_torchrl.training.builders import build_agent, build_env, memory_horizon
+from cyborg_torchrl.training.checkpoint import CheckpointError, load_checkpoint
 
 NAMED = 3
 """Runs of a folder that an error names."""

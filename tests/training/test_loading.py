@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from cyborg_torchrl.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from cyborg_torchrl.config import ConfigError
 from cyborg_torchrl.registry import backbones
-from cyborg_torchrl.restore import load_agent
+from cyborg_torchrl.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from cyborg_torchrl.training.loading import load_agent
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from torchrl.envs import EnvBase
 
-from cyborg_torchrl.build.options import options_in
 from cyborg_torchrl.config import ConfigError, resolve_device
 from cyborg_torchrl.cores import Core, MemorylessCore
 from cyborg_torchrl.envs.make import episode_attribute
@@ -15,6 +14,7 @@ from cyborg_torchrl.envs.transforms.normalization import statistics_of
 from cyborg_torchrl.modules import Backbone, PPOAgent, build_encoder
 from cyborg_torchrl.objectives import RecurrentClipPPOLoss
 from cyborg_torchrl.registry import Registry, backbones, memories, options_of
+from cyborg_torchrl.training.builders.options import options_in
 
 
 def memory_horizon(cfg: DictConfig, env: EnvBase) -> int:

@@ -16,22 +16,22 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from cyborg_torchrl.build import Training, build_trainer
-from cyborg_torchrl.checkpoint import DUMP, save_checkpoint
 from cyborg_torchrl.collectors.ray_collector import WorkerError
 from cyborg_torchrl.collectors.runtime import TERMINATIONS
 from cyborg_torchrl.config import ConfigError
-from cyborg_torchrl.distributed import LaunchError, PeerLostError, Ranks, joined_ranks
 from cyborg_torchrl.envs.make import episode_attribute
-from cyborg_torchrl.evaluation import Evaluation, OnEpisodes, evaluate, ignore_episodes
 from cyborg_torchrl.modules import PPOAgent
 from cyborg_torchrl.modules.nan_check import NonFiniteError
-from cyborg_torchrl.progress import Progress
 from cyborg_torchrl.registry import environments
-from cyborg_torchrl.restore import build_acting_env
-from cyborg_torchrl.resumption import Resumption, find_run, restore_training, training_state
-from cyborg_torchrl.run_directory import NoDirectory, RunDirectory, default_run_name
-from cyborg_torchrl.trainer import PPOTrainer
+from cyborg_torchrl.training.builders import Training, build_trainer
+from cyborg_torchrl.training.checkpoint import DUMP, save_checkpoint
+from cyborg_torchrl.training.distributed import LaunchError, PeerLostError, Ranks, joined_ranks
+from cyborg_torchrl.training.evaluation import Evaluation, OnEpisodes, evaluate, ignore_episodes
+from cyborg_torchrl.training.loading import build_acting_env
+from cyborg_torchrl.training.progress import Progress
+from cyborg_torchrl.training.resume import Resumption, find_run, restore_training, training_state
+from cyborg_torchrl.training.run import NoDirectory, RunDirectory, default_run_name
+from cyborg_torchrl.training.trainer import PPOTrainer
 
 
 class StoppedError(RuntimeError):

@@ -21,13 +21,20 @@ from tensordict import TensorDictBase
 from torchrl.data.replay_buffers.samplers import SamplerWithoutReplacement
 
 from cyborg_torchrl import keys
-from cyborg_torchrl.build import build_agent, build_buffer, build_env, build_loss, rollout_length, share_of_rank
 from cyborg_torchrl.collectors import RolloutCollector
 from cyborg_torchrl.config import load_config
 from cyborg_torchrl.data import Rollout
-from cyborg_torchrl.distributed import Ranks, joined_ranks
 from cyborg_torchrl.envs.transforms.normalization import RunningMoments
-from cyborg_torchrl.trainer import PPOTrainer
+from cyborg_torchrl.training.builders import (
+    build_agent,
+    build_buffer,
+    build_env,
+    build_loss,
+    rollout_length,
+    share_of_rank,
+)
+from cyborg_torchrl.training.distributed import Ranks, joined_ranks
+from cyborg_torchrl.training.trainer import PPOTrainer
 
 NUM_ENVS = 8
 COMMON = [

@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 import torch
 
-from cyborg_torchrl.build import share_of_rank
-from cyborg_torchrl.checkpoint import load_checkpoint
 from cyborg_torchrl.config import ConfigError, load_config
-from cyborg_torchrl.distributed import LaunchError, Ranks, joined_ranks
+from cyborg_torchrl.training.builders import share_of_rank
+from cyborg_torchrl.training.checkpoint import load_checkpoint
+from cyborg_torchrl.training.distributed import LaunchError, Ranks, joined_ranks
 
 ROOT = Path(__file__).parents[1]
 PROGRAM = Path(__file__).parent / "rank_program.py"

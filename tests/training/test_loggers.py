@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from cyborg_torchrl import loggers
 from cyborg_torchrl.config import ConfigError, load_config
-from cyborg_torchrl.experiment import run_experiment
 from cyborg_torchrl.registry import UnavailableError
+from cyborg_torchrl.training import loggers
+from cyborg_torchrl.training.experiment import run_experiment
 
 TINY = (
     "env.horizon=4", "env.num_envs=8", "train.total_timesteps=100", "train.n_epochs=1", "logger.eval_episodes=0",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cyborg_torchrl.progress import Progress
+from cyborg_torchrl.training.progress import Progress
 
 
 def test_a_run_that_goes_on_begins_where_it_was() -> None:

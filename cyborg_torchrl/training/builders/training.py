@@ -10,15 +10,15 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torchrl.envs import EnvBase
 
-from cyborg_torchrl.build.agent import build_agent, build_loss
-from cyborg_torchrl.build.buffer import build_buffer, rollout_length
-from cyborg_torchrl.build.collector import build_collector
-from cyborg_torchrl.build.environment import build_env
 from cyborg_torchrl.collectors.runtime import prepare_cpu
 from cyborg_torchrl.config import ConfigError, TrainConfig
-from cyborg_torchrl.distributed import Ranks
 from cyborg_torchrl.modules import PPOAgent
-from cyborg_torchrl.trainer import PPOTrainer
+from cyborg_torchrl.training.builders.agent import build_agent, build_loss
+from cyborg_torchrl.training.builders.buffer import build_buffer, rollout_length
+from cyborg_torchrl.training.builders.collector import build_collector
+from cyborg_torchrl.training.builders.environment import build_env
+from cyborg_torchrl.training.distributed import Ranks
+from cyborg_torchrl.training.trainer import PPOTrainer
 
 RANK_SEEDS = 10_007
 """Seeds from one rank to the next: more than a rank has workers or groups."""

@@ -14,9 +14,9 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from cyborg_torchrl.checkpoint import FORMAT, VERSION
 from cyborg_torchrl.cli.main import main
 from cyborg_torchrl.config import load_config
+from cyborg_torchrl.training.checkpoint import FORMAT, VERSION
 
 Content = dict[str, Any]
 
@@ -130,7 +130,7 @@ CASES: dict[str, tuple[Callable[[Content, Path], bytes], str]] = {
 
 @pytest.fixture(scope="module")
 def content() -> Content:
-    from cyborg_torchrl.build import build_agent, build_env
+    from cyborg_torchrl.training.builders import build_agent, build_env
 
     cfg = load_config(overrides=["backbone=gru", "env.horizon=4", "env.num_envs=2"])
     agent = build_agent(cfg, build_env(cfg))

@@ -15,13 +15,13 @@ from typing import Any, NoReturn
 
 from omegaconf import DictConfig, OmegaConf
 
-from cyborg_torchrl.build import prepare_process
-from cyborg_torchrl.checkpoint import CheckpointError
 from cyborg_torchrl.config import ConfigError, load_config
-from cyborg_torchrl.distributed import launched_rank
-from cyborg_torchrl.experiment import StoppedError, run_experiment
 from cyborg_torchrl.registry import UnavailableError, did_you_mean
-from cyborg_torchrl.resumption import with_config_of_run
+from cyborg_torchrl.training.builders import prepare_process
+from cyborg_torchrl.training.checkpoint import CheckpointError
+from cyborg_torchrl.training.distributed import launched_rank
+from cyborg_torchrl.training.experiment import StoppedError, run_experiment
+from cyborg_torchrl.training.resume import with_config_of_run
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2

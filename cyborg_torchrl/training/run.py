@@ -21,10 +21,10 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch.utils.tensorboard import SummaryWriter
 
-from cyborg_torchrl.checkpoint import CheckpointFolder
 from cyborg_torchrl.config import ConfigError
-from cyborg_torchrl.loggers import MetricBackends, require_packages
 from cyborg_torchrl.registry import environments
+from cyborg_torchrl.training.checkpoint import CheckpointFolder
+from cyborg_torchrl.training.loggers import MetricBackends, require_packages
 
 COLUMNS: tuple[str, ...] = (
     "update", "steps", "seconds", "steps_per_second", "episodes", "success_rate", "mean_reward", "reward_per_step",

@@ -5,8 +5,8 @@ from __future__ import annotations
 from tensordict import TensorDictBase
 
 from cyborg_torchrl import keys
-from cyborg_torchrl.distributed import Ranks
 from cyborg_torchrl.objectives.functional import explained_variance
+from cyborg_torchrl.training.distributed import Ranks
 
 
 def rollout_metrics(rollout: TensorDictBase, ranks: Ranks) -> dict[str, float]:

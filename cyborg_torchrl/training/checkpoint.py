@@ -15,7 +15,7 @@ import torch
 
 from cyborg_torchrl.collectors.runtime import interrupts_deferred
 
-FORMAT = "cyborg_torchrl.checkpoint"
+FORMAT = "cyborg_torchrl.training.checkpoint"
 DUMP = "cyborg_torchrl.dump"
 """Of a file with what was not finite, written and read in the same way."""
 VERSION = 2

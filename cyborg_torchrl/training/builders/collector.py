@@ -12,13 +12,13 @@ from torchrl.collectors import Collector, MultiSyncCollector
 from torchrl.envs import EnvBase
 
 from cyborg_torchrl import keys
-from cyborg_torchrl.build.buffer import Buffer
-from cyborg_torchrl.build.environment import build_env
 from cyborg_torchrl.collectors import FusedCollector, OverlappedCollector, RayRolloutCollector, RolloutCollector
 from cyborg_torchrl.collectors.ray_cluster import ClusterError, RayCluster
 from cyborg_torchrl.config import ConfigError, resolve_device
 from cyborg_torchrl.modules import PPOAgent
 from cyborg_torchrl.registry import environments
+from cyborg_torchrl.training.builders.buffer import Buffer
+from cyborg_torchrl.training.builders.environment import build_env
 
 
 def build_collector(
