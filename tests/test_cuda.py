@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks import core_speed
 from cyborg_torchrl.checks import check_recurrent
 from cyborg_torchrl.cli.main import main
 from cyborg_torchrl.config import load_config
 from cyborg_torchrl.cores import Core
 from cyborg_torchrl.envs import DelayedCueEnv
 from cyborg_torchrl.envs.memory.task import Transition
-from cyborg_torchrl.memory_benchmarks import core_speed
 from cyborg_torchrl.registry import backbones
 from cyborg_torchrl.training.builders import build_agent, build_env
 from cyborg_torchrl.training.checkpoint import load_checkpoint

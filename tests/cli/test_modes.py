@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import modes
 from cyborg_torchrl.config import ConfigError, load_config
-from cyborg_torchrl.memory_benchmarks import modes
 from cyborg_torchrl.training.experiment import run_experiment
 
 SMALL = ("env.horizon=20", "env.num_envs=16", "train.total_timesteps=704", "train.n_epochs=2", "logger=quiet")

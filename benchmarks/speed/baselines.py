@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Categorical
 
+from benchmarks.speed.measure import Subject
+from benchmarks.speed.subjects import Case
 from cyborg_torchrl.envs import DelayedCueEnv
-from cyborg_torchrl.memory_benchmarks.speed.measure import Subject
-from cyborg_torchrl.memory_benchmarks.speed.subjects import Case
 
 LEARNING_RATE, CLIP, ENTROPY, VALUE, GAMMA, LAMBDA = 2.5e-4, 0.2, 0.01, 0.5, 0.99, 0.95
 
@@ -133,7 +133,7 @@ def sb3(case: Case, *, is_shared: bool = False) -> Subject:
         MissingPackage: without sb3-contrib.
     """
     if importlib.util.find_spec("sb3_contrib") is None:
-        raise MissingPackage("sb3-contrib is not installed: pip install 'cyborg-torchrl[speed]'")
+        raise MissingPackage("sb3-contrib is not installed: pip install sb3-contrib")
     from sb3_contrib import RecurrentPPO
 
     frames = case.num_envs * case.steps

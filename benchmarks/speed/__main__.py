@@ -1,7 +1,7 @@
 """How fast we collect and train, beside others, in one run on one thread.
 
-python -m cyborg_torchrl.memory_benchmarks.speed --output speed.json --plot speed.png
-python -m cyborg_torchrl.memory_benchmarks.speed --parts collection update --device cuda
+python -m benchmarks.speed --output speed.json --plot speed.png
+python -m benchmarks.speed --parts collection update --device cuda
 
 collection: FusedCollector, TorchRL's Collector and a raw PyTorch loop, with the same networks and the same task.
 processes: 16 Crafter worlds in two processes, with groups that overlap and without, and TorchRL's Collector.
@@ -27,12 +27,12 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from benchmarks.device import device_here
+from benchmarks.speed.baselines import BASELINES, MissingPackage, pufferlib
+from benchmarks.speed.measure import Subject, rows_of, take_turns
+from benchmarks.speed.plot import draw
+from benchmarks.speed.subjects import Case, collection, in_processes, training, updating
 from cyborg_torchrl.collectors.runtime import prepare_cpu
-from cyborg_torchrl.memory_benchmarks.device import device_here
-from cyborg_torchrl.memory_benchmarks.speed.baselines import BASELINES, MissingPackage, pufferlib
-from cyborg_torchrl.memory_benchmarks.speed.measure import Subject, rows_of, take_turns
-from cyborg_torchrl.memory_benchmarks.speed.plot import draw
-from cyborg_torchrl.memory_benchmarks.speed.subjects import Case, collection, in_processes, training, updating
 from cyborg_torchrl.training.command import picture, positive, writable
 
 PARTS = ("collection", "processes", "update", "end_to_end", "truncated", "horizons")
@@ -99,7 +99,7 @@ def memory_of(case: Case) -> float:
     """Peak memory in MiB of a process of its own that trains on one rollout."""
     code = (
         "from cyborg_torchrl.training.experiment import peak_rss_mb; from cyborg_torchrl.collectors.runtime import prepare_cpu; "
-        "from cyborg_torchrl.memory_benchmarks.speed.subjects import Case, training; "
+        "from benchmarks.speed.subjects import Case, training; "
         f"prepare_cpu(1); training(Case(*{tuple(case)!r}))[1](); print(peak_rss_mb())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

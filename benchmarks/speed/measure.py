@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any, NamedTuple
 
-from cyborg_torchrl.memory_benchmarks.device import finish
+from benchmarks.device import finish
 
 Subject = tuple[str, Callable[[], int]]
 """A name, and what runs it once and returns the environment steps that it took."""

@@ -1,7 +1,7 @@
 """Trains for a long time, and looks at what the run holds and leaves behind.
 
-python -m cyborg_torchrl.memory_benchmarks.soak --minutes 30 --output soak.json
-python -m cyborg_torchrl.memory_benchmarks.soak --config public_benchmark env=gymnasium id=CartPole-v1 env.workers=2
+python -m benchmarks.soak --minutes 30 --output soak.json
+python -m benchmarks.soak --config public_benchmark env=gymnasium id=CartPole-v1 env.workers=2
 
 A run in a process of its own is sampled from its first update on, and interrupted at the end. Exit code 0 if, after a
 tenth of the time, its own memory never was 5 % above the median of the first half, and it had no more open files,

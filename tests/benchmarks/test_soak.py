@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cyborg_torchrl.memory_benchmarks.soak import (
+from benchmarks.soak import (
     SHARED_MEMORY,
     Sample,
     findings,
@@ -107,7 +107,7 @@ def test_processes_that_outlive_the_run_are_found(tmp_path: Path) -> None:
     import subprocess
     import sys
 
-    from cyborg_torchrl.memory_benchmarks.soak import MARKER, left_behind
+    from benchmarks.soak import MARKER, left_behind
 
     command = [sys.executable, "-c", "import time; time.sleep(60)"]
     stray = subprocess.Popen(command, env={**os.environ, MARKER: "stray"}, start_new_session=True)

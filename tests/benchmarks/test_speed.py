@@ -7,10 +7,10 @@ import json
 import pytest
 import torch
 
-from cyborg_torchrl.memory_benchmarks.speed.__main__ import main, memory_of
-from cyborg_torchrl.memory_benchmarks.speed.baselines import LoopPPO
-from cyborg_torchrl.memory_benchmarks.speed.measure import WARM_UP, Timing, rows_of, take_turns
-from cyborg_torchrl.memory_benchmarks.speed.subjects import Case, collection
+from benchmarks.speed.__main__ import main, memory_of
+from benchmarks.speed.baselines import LoopPPO
+from benchmarks.speed.measure import WARM_UP, Timing, rows_of, take_turns
+from benchmarks.speed.subjects import Case, collection
 
 SMALL = [
     *["--num-envs", "4", "--horizon", "5", "--collected", "8"],

@@ -1,6 +1,6 @@
 """What storing memory states costs: with and without, the same network, side by side in one process.
 
-python -m cyborg_torchrl.memory_benchmarks.overhead --backbones gru mamba_gru --repeats 11
+python -m benchmarks.overhead --backbones gru mamba_gru --repeats 11
 
 Rollouts are compared with rollouts that keep no state but the first. Updates are compared with updates of chunks of the
 same length from the initial state: same network, nothing stored, gathered or replayed. Bytes are those of the stored
@@ -21,12 +21,12 @@ from rich.table import Table
 from tensordict import TensorDict
 from torchrl.envs import EnvBase, InitTracker, TransformedEnv
 
+from benchmarks.core_speed import paired
 from cyborg_torchrl import keys
 from cyborg_torchrl.collectors import RolloutCollector
 from cyborg_torchrl.collectors.runtime import prepare_cpu
 from cyborg_torchrl.data import EpisodeBuffer, RecurrentRolloutBuffer, Rollout
 from cyborg_torchrl.envs import DelayedCueEnv
-from cyborg_torchrl.memory_benchmarks.core_speed import paired
 from cyborg_torchrl.modules import Backbone, PPOAgent, build_encoder
 from cyborg_torchrl.objectives import RecurrentClipPPOLoss, add_advantages
 from cyborg_torchrl.registry import backbones

@@ -1,6 +1,6 @@
 r"""Compares the recurrent modes on a delay that is longer than a chunk: success, drift of the states, time.
 
-python -m cyborg_torchrl.memory_benchmarks.modes --backbones lru gru --seeds 5 --jobs 2 --plot modes.png
+python -m benchmarks.modes --backbones lru gru --seeds 5 --jobs 2 --plot modes.png
 
 The task is delayed cue with 94 blank steps, so that an episode is three chunks of 32 steps, and the chunk that is
 rewarded never holds the cue. Finished runs are kept, and skipped when the command is started again.
@@ -20,7 +20,7 @@ from statistics import mean, stdev
 from rich.console import Console
 from rich.table import Table
 
-from cyborg_torchrl.memory_benchmarks.plot import EXTRA
+from benchmarks.plot import EXTRA
 from cyborg_torchrl.memory_benchmarks.results import Row, read_rows
 from cyborg_torchrl.training.command import EXIT_INTERRUPTED, picture, positive
 

@@ -1,6 +1,6 @@
 """Draws learning curves from the metrics of runs, one line for each group of runs.
 
-python -m cyborg_torchrl.memory_benchmarks.plot --output curve.png lru=runs/lru-* control=runs/none-*
+python -m benchmarks.plot --output curve.png lru=runs/lru-* control=runs/none-*
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-EXTRA = "plots need matplotlib: pip install 'cyborg-torchrl[plot]'"
+EXTRA = "plots need matplotlib: pip install 'cyborg-torchrl[report]'"
 
 
 def read_curve(run: Path, column: str) -> tuple[list[float], list[float]]:

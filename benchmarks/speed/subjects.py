@@ -12,11 +12,11 @@ from omegaconf import DictConfig
 from torch import Tensor
 from torchrl.collectors import Collector
 
+from benchmarks.speed.measure import Subject
 from cyborg_torchrl.collectors import FusedCollector
 from cyborg_torchrl.config import load_config
 from cyborg_torchrl.cores import fixed_parameters, restart
 from cyborg_torchrl.envs import DelayedCueEnv
-from cyborg_torchrl.memory_benchmarks.speed.measure import Subject
 from cyborg_torchrl.modules import PPOAgent
 from cyborg_torchrl.training.builders import build_agent, build_env, build_trainer
 

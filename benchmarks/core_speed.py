@@ -1,7 +1,7 @@
 """Times the cores side by side, in one process on one thread: ratios that can be compared between machines.
 
-python -m cyborg_torchrl.memory_benchmarks.core_speed --repeats 15
-python -m cyborg_torchrl.memory_benchmarks.core_speed --device cuda       # beside cuDNN, and mamba-ssm's kernels
+python -m benchmarks.core_speed --repeats 15
+python -m benchmarks.core_speed --device cuda       # beside cuDNN, and mamba-ssm's kernels
 
 Each line times two things alternately and prints both medians and the median of the ratios of neighbours.
 """
@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from benchmarks.device import device_here, device_name, finish
 from cyborg_torchrl.collectors.runtime import prepare_cpu
 from cyborg_torchrl.cores import (
     Core,
@@ -32,7 +33,6 @@ from cyborg_torchrl.cores import (
 )
 from cyborg_torchrl.cores.kernels.native import IS_BUILT
 from cyborg_torchrl.cores.kernels.selective_scan import selective_scan_cpp
-from cyborg_torchrl.memory_benchmarks.device import device_here, device_name, finish
 from cyborg_torchrl.training.command import positive
 
 Run = Callable[[], object]
