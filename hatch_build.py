@@ -13,7 +13,7 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-CORES = Path(__file__).parent / "cyborg_torchrl" / "cores"
+CORES = Path(__file__).parent / "cyborg_torchrl" / "cores" / "kernels"
 X86 = {
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma"],
     "avx2": ["-mavx2", "-mfma"],

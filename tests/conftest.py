@@ -310,9 +310,10 @@ def unchecked_shapes() -> Iterator[None]:
 WHOLE_RUNS = {
     "collectors",
     "cli",
-    "deployment",
+    "export",
     "learning",
     "memory_benchmarks",
+    "benchmarks",
     "test_other_device.py",
 }
 """Tests of much that is tested by itself: the checker would take most of their time."""

@@ -98,7 +98,8 @@ def _beside_pufferlib(cases: list[Case], python: str | None) -> list[Subject]:
 def memory_of(case: Case) -> float:
     """Peak memory in MiB of a process of its own that trains on one rollout."""
     code = (
-        "from cyborg_torchrl.training.experiment import peak_rss_mb; from cyborg_torchrl.collectors.runtime import prepare_cpu; "
+        "from cyborg_torchrl.training.experiment import peak_rss_mb; "
+        "from cyborg_torchrl.collectors.runtime import prepare_cpu; "
         "from benchmarks.speed.subjects import Case, training; "
         f"prepare_cpu(1); training(Case(*{tuple(case)!r}))[1](); print(peak_rss_mb())"
     )

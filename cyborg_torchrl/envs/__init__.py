@@ -1,6 +1,5 @@
 """Environments."""
 
-from cyborg_torchrl.checks.environment import EnvironmentFinding, check_environment
 from cyborg_torchrl.envs.gym.environment import build_gymnasium
 from cyborg_torchrl.envs.gym.public_benchmarks import build_bsuite, build_memory_gym, build_minigrid, build_popgym
 from cyborg_torchrl.envs.make import make_env
@@ -21,7 +20,6 @@ __all__ = [
     "CopyMemoryEnv",
     "DelayedCueEnv",
     "DistractorNavEnv",
-    "EnvironmentFinding",
     "Level",
     "MemoryTask",
     "MultiCueDelayEnv",
@@ -35,7 +33,6 @@ __all__ = [
     "build_minigrid",
     "build_popgym",
     "build_treechop",
-    "check_environment",
     "make_env",
     "memoryless_policy",
     "oracle_policy",

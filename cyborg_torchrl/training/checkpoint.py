@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from cyborg_torchrl.collectors.runtime import interrupts_deferred
+from cyborg_torchrl.envs.signals import interrupts_deferred
 
 FORMAT = "cyborg_torchrl.training.checkpoint"
 DUMP = "cyborg_torchrl.dump"

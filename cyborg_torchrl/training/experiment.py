@@ -17,9 +17,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from cyborg_torchrl.collectors.ray_collector import WorkerError
-from cyborg_torchrl.collectors.runtime import TERMINATIONS
 from cyborg_torchrl.config import ConfigError
 from cyborg_torchrl.envs.make import episode_attribute
+from cyborg_torchrl.envs.signals import TERMINATIONS
 from cyborg_torchrl.modules import PPOAgent
 from cyborg_torchrl.modules.nan_check import NonFiniteError
 from cyborg_torchrl.registry import environments

@@ -9,7 +9,7 @@ from torch import Tensor
 from torchrl.data import Binary, Bounded, Categorical, Composite, Unbounded
 from torchrl.envs import Compose, EnvBase, GymEnv, InitTracker, TransformedEnv
 
-from cyborg_torchrl.envs import check_environment
+from cyborg_torchrl.checks import check_environment
 
 LENGTH = 6
 

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from cyborg_torchrl.collectors.runtime import interrupts_deferred
 from cyborg_torchrl.config import ConfigError, load_config
+from cyborg_torchrl.envs.signals import interrupts_deferred
 from cyborg_torchrl.memory_benchmarks import pseudo_mamba_memory_suite, sweep
 from cyborg_torchrl.training.checkpoint import load_checkpoint, save_checkpoint
 from cyborg_torchrl.training.experiment import run_experiment

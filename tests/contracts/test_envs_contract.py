@@ -18,9 +18,10 @@ from torchrl.collectors import Collector
 from torchrl.envs import Compose, EnvBase, InitTracker, RewardSum, TransformedEnv
 
 import cyborg_torchrl.config  # noqa: F401  (registers what is shipped)
+from cyborg_torchrl.checks import check_environment
 from cyborg_torchrl.collectors import RolloutCollector
 from cyborg_torchrl.cores import build_gru
-from cyborg_torchrl.envs import MemoryTask, check_environment, oracle_policy
+from cyborg_torchrl.envs import MemoryTask, oracle_policy
 from cyborg_torchrl.modules import Backbone, PPOAgent, build_encoder
 from cyborg_torchrl.registry import environments
 
@@ -69,7 +70,7 @@ def build(case: Case, num_envs: int = 3, **options: Any) -> EnvBase:
     if case.name not in environments.names():
         pytest.skip(f"'{case.name}' is not registered")
     if case.package is not None and importlib.util.find_spec(case.package) is None:
-        pytest.skip(f"{case.package} is not installed: pip install 'cyborg-torchrl[envs]'")
+        pytest.skip(f"{case.package} is not installed: pip install 'cyborg-torchrl[benchmarks]'")
     return environments.get(case.name)(num_envs=num_envs, seed=0, **{**case.options, **options})
 
 

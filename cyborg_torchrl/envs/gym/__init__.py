@@ -1,0 +1,1 @@
+"""Adapters for gymnasium environments, in this process and in worker processes."""

@@ -1,0 +1,1 @@
+"""Memory tasks as batched torch environments."""

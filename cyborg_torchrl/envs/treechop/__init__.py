@@ -1,0 +1,1 @@
+"""Collecting wood from pixels: Crafter and MineRL Treechop."""

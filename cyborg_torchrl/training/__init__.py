@@ -1,0 +1,1 @@
+"""Training runs: trainer, builders, run folder, checkpoints, evaluation."""
