@@ -11,7 +11,7 @@ QUIETLY := --disable-pip-version-check -q --no-compile
 export PYTHONDONTWRITEBYTECODE :=
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install demo test slow check docs learn minerl test-minerl clean
+.PHONY: help install demo test slow check docs wheel learn test-nightly minerl test-minerl clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -55,6 +55,12 @@ slow: install .venv/official .venv/memory-gym  ## what takes too long for every 
 learn: install  ## full learning runs: about an hour
 	scripts/test -m learning
 
+test-nightly:  ## tests with the newest builds of TorchRL, in .venv-nightly (slow)
+	scripts/test_versions --python $(PYTHON) --torchrl nightly --env .venv-nightly
+
+wheel: install  ## a wheel and a source archive, in dist/
+	$(BIN)/python -m build
+
 # MineRL 0.4.4 beside this package, in a .venv of its own: it needs a gym that others do not get along with, and builds
 # only in this order. Its setup builds Minecraft with Java 8 and a network, unless READTHEDOCS is set: then there is its
 # client alone, which is what the tests need. With Minecraft: make minerl READTHEDOCS=
@@ -74,5 +80,5 @@ minerl: .venv-minerl/installed  ## .venv-minerl with MineRL's client (docs/treec
 test-minerl: minerl  ## tests of the MineRL adapter
 	$(MINERL)/python -m pytest -q tests/minerl -m minerl
 
-clean:  ## remove .venv, .venv-minerl and caches (not runs/)
-	rm -rf .venv .venv-minerl .pytest_cache .ruff_cache .import_linter_cache dist site
+clean:  ## remove .venv, .venv-minerl, .venv-nightly and caches (not runs/)
+	rm -rf .venv .venv-minerl .venv-nightly .pytest_cache .ruff_cache .import_linter_cache dist site
