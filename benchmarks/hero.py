@@ -20,7 +20,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -170,16 +170,30 @@ ARMS: dict[str, Callable[[int], Curve]] = {
     "zero_started": lambda seed: train_ours(seed, [*CHUNKS, "train.start_state=initial"]),
     "ours": train_ours,
     # not drawn: other settings, to see that the figure does not depend on them
+    "ours_lstm": lambda seed: train_ours(seed, ["backbone=lstm"]),
     "stored_chunks": lambda seed: train_ours(seed, CHUNKS),
     "sb3_our_rate": lambda seed: train_sb3(seed, learning_rate=3e-3, **SHARED),
     "sb3_defaults": lambda seed: train_sb3(seed, learning_rate=3e-4, gae_lambda=0.95),
 }
-LABELS = {
-    "ours": "cyborg_torchrl: stored states,\nwhole episodes",
-    "zero_started": "same agent, chunks that\nstart from zero states",
-    "sb3": "sb3-contrib RecurrentPPO",
+
+
+class Style(NamedTuple):
+    """How an arm is drawn; the colours differ in grey and for colour-blind eyes."""
+
+    label: str
+    position: tuple[int, float]
+    """Environment steps and success where the label begins."""
+    colour: str
+    marker: str
+
+
+STYLES = {
+    "sb3": Style("sb3-contrib RecurrentPPO (LSTM)", (290_000, 0.36), "#C75200", "s"),
+    "zero_started": Style(
+        "same agent, but chunks of 128 steps\nthat start from zero states", (290_000, 0.08), "#666666", "^"
+    ),
+    "ours": Style("cyborg_torchrl (lru):\ngradient through whole episodes", (290_000, 0.82), "#0072B2", "o"),
 }
-COLOURS = {"ours": "#0072B2", "zero_started": "#D55E00", "sb3": "#6B6B6B"}  # distinct in grey and for colour-blind eyes
 
 
 def prepare_process() -> None:
@@ -245,18 +259,31 @@ def draw(source: Path, output: Path) -> None:
     """Draw a line per arm, the mean over its seeds, and a band from the lowest to the highest seed."""
     from matplotlib import pyplot
 
-    curves: dict[str, dict[int, list[float]]] = {arm: defaultdict(list) for arm in LABELS}
-    for row in read_rows(source):
-        if row["arm"] in curves:
-            curves[row["arm"]][int(row["steps"])].append(float(row["success"]))
-    figure, axes = pyplot.subplots(figsize=(9, 4.4), layout="constrained")
-    axes.axhline(1 / CUES, color="black", linewidth=1, linestyle=(0, (1, 2)))
-    for arm, points in curves.items():
+    pyplot.rcParams.update({"font.size": 12, "axes.spines.top": False, "axes.spines.right": False})
+    figure, axes = pyplot.subplots(figsize=(9, 4.5), layout="constrained")
+    last = STEPS_PER_UPDATE * UPDATES
+    axes.axhline(1 / CUES, color="black", linewidth=1.2, linestyle=(0, (1, 2)))
+    axes.text(last * 1.015, 1 / CUES, f"chance, {1 / CUES}", va="center")
+    rows = read_rows(source)
+    for arm, style in STYLES.items():
+        points: dict[int, list[float]] = defaultdict(list)
+        for row in rows:
+            if row["arm"] == arm:
+                points[int(row["steps"])].append(float(row["success"]))
         steps = sorted(points)
+        lows = [min(points[step]) for step in steps]
+        highs = [max(points[step]) for step in steps]
         means = [float(np.mean(points[step])) for step in steps]
-        axes.plot(steps, means, color=COLOURS[arm], linewidth=2.2, marker="o", markersize=4.5)
-        lows, highs = [[pick(points[step]) for step in steps] for pick in (min, max)]
-        axes.fill_between(steps, lows, highs, color=COLOURS[arm], alpha=0.2, linewidth=0)
+        axes.fill_between(steps, lows, highs, color=style.colour, alpha=0.25, linewidth=0)
+        axes.plot(steps, means, color=style.colour, linewidth=2.5, marker=style.marker, markersize=6)
+        axes.text(*style.position, style.label, color=style.colour, fontweight="bold", va="center")
+    axes.set(xlim=(0, last * 1.01), ylim=(0, 1.03))
+    axes.set_xlabel("environment steps")
+    axes.set_ylabel("greedy success\n(share of right answers)")
+    axes.set_title(f"Remember one of {CUES} cues for {HORIZON:,} steps, then name it", loc="left", fontsize=13)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.grid(axis="y", color="0.9", linewidth=0.8)
+    axes.set_axisbelow(True)
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output, dpi=200)
 
@@ -266,7 +293,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     runs = commands.add_parser("run", help="train, and append the points to a CSV file")
-    runs.add_argument("--arms", nargs="+", choices=ARMS, default=list(LABELS), help="default: %(default)s")
+    runs.add_argument("--arms", nargs="+", choices=ARMS, default=list(STYLES), help="default: %(default)s")
     runs.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="default: %(default)s")
     runs.add_argument("--output", type=Path, default=Path("benchmarks/results/hero.csv"), help="default: %(default)s")
     draws = commands.add_parser("draw", help="draw the figure from the CSV file alone")
