@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from cyborg_torchrl.cores.kernels.official_mamba import Kernel, native, selective_scan_cuda, ssd_scan_cuda
-from cyborg_torchrl.cores.kernels.official_mamba import official_mamba as kernels
+from cyborg_torchrl.cores.kernels import native
+from cyborg_torchrl.cores.kernels import official_mamba as kernels
+from cyborg_torchrl.cores.kernels.official_mamba import Kernel, selective_scan_cuda, ssd_scan_cuda
 from cyborg_torchrl.cores.selective_scan import selective_scan
 from cyborg_torchrl.cores.ssd import ssd_scan
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from cyborg_torchrl.cores.kernels import memory_read
 from cyborg_torchrl.cores.kernels.memory_read import read_memory
 from cyborg_torchrl.cores.kernels.native import IS_BUILT
-from cyborg_torchrl.cores.kernels.official_mamba import memory_read
 
 
 def cancelling(numbers: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:

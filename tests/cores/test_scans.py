@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import sys
-import threading
 
 import pytest
 import torch
@@ -16,7 +13,6 @@ from cyborg_torchrl.cores import (
     build_lru,
     gated_linear_scan,
     gru,
-    linear,
     lru,
     lstm,
     selective_scan,
@@ -24,12 +20,12 @@ from cyborg_torchrl.cores import (
     timescale,
 )
 from cyborg_torchrl.cores.causal_conv import causal_conv, causal_conv_step
-from cyborg_torchrl.cores.kernels.official_mamba import gated_recurrence as gated_recurrence_cpp
-from cyborg_torchrl.cores.kernels.official_mamba import group_norm as group_norm_cpp
-from cyborg_torchrl.cores.kernels.official_mamba import gru as gru_cpp
-from cyborg_torchrl.cores.kernels.official_mamba import lstm as lstm_cpp
-from cyborg_torchrl.cores.kernels.official_mamba import native
-from cyborg_torchrl.cores.kernels.official_mamba import selective_scan as selective_scan_cpp
+from cyborg_torchrl.cores.kernels import gated_recurrence as gated_recurrence_cpp
+from cyborg_torchrl.cores.kernels import group_norm as group_norm_cpp
+from cyborg_torchrl.cores.kernels import gru as gru_cpp
+from cyborg_torchrl.cores.kernels import lstm as lstm_cpp
+from cyborg_torchrl.cores.kernels import native
+from cyborg_torchrl.cores.kernels import selective_scan as selective_scan_cpp
 
 T, B, D, N = 7, 3, 2, 2
 SHARES = pytest.mark.parametrize("share", [0.0, 0.3, 0.8])
@@ -394,90 +390,3 @@ def test_far_decays_are_exact() -> None:
         _, last = selective_scan_cpp.selective_scan_cpp(*arguments)
         expected = torch.exp(-torch.tensor(size, dtype=torch.float64)).float()
         torch.testing.assert_close(last.squeeze(), expected, rtol=1.2e-7, atol=2e-38)
-
-
-@pytest.mark.parametrize("has_bias", [False, True])
-@pytest.mark.parametrize("shape", [(linear.MIN_WORK // 35 + 1, 7), (120, 110, 16), (3, 5)])
-def test_a_linear_map_and_its_gradients_are_right(shape: tuple[int, ...], has_bias: bool) -> None:
-    x, weight, bias = torch.randn(*shape), torch.randn(5, shape[-1]), torch.randn(5) if has_bias else None
-    results = []
-    for dtype in (torch.float32, torch.float64):
-        floats = [None if value is None else value.to(dtype).requires_grad_() for value in (x, weight, bias)]
-        y = linear.linear(*floats) if dtype is torch.float32 else torch.nn.functional.linear(*floats)
-        grads = torch.autograd.grad(y.sin().sum(), [value for value in floats if value is not None])
-        results.append([y.double(), *(grad.double() for grad in grads)])
-    for ours, expected in zip(*results, strict=True):
-        torch.testing.assert_close(
-            ours, expected, rtol=0, atol=1e-5 * float(expected.detach().abs().max().clamp_min(1))
-        )
-
-
-@pytest.mark.skipif(not native.IS_BUILT, reason="nothing was built in C++")
-@pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("sizes", [(1, 32, 32), (300, 45, 70), (257, 33, 129)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_gradient_of_a_weight_is_summed_over_rows(sizes, dtype: torch.dtype, threads: int) -> None:
-    count, out, features = sizes
-    grads, rows = torch.randn(count, out, dtype=dtype), torch.randn(count, features, dtype=dtype)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    with torch.no_grad():
-        total = linear.weight_gradient(grads, rows)
-    torch.set_num_threads(before)
-    expected = torch.einsum("ro,rf->of", grads.double(), rows.double())
-    tolerance = 1e-12 if dtype is torch.float64 else 1e-5
-    torch.testing.assert_close(total.double(), expected, rtol=tolerance, atol=tolerance * count**0.5)
-    torch.library.opcheck(linear._weight_gradient, (grads, rows))
-
-
-@pytest.mark.skipif(not native.IS_BUILT, reason="nothing was built in C++")
-def test_a_step_in_cpp_refuses_what_does_not_fit() -> None:
-    layer = build_lru(4, hidden_size=8).layers[0]
-    x = torch.randn(3, 4, dtype=torch.float64)
-    with torch.no_grad(), pytest.raises(ValueError, match="input, weights and state of one type"):
-        layer.step(x, (torch.zeros(3, 8, dtype=torch.float64),))
-
-
-def test_a_linear_map_has_second_gradients_and_can_be_mapped_over() -> None:
-    x, weight = (torch.randn(*shape, requires_grad=True) for shape in ((linear.MIN_WORK // 35 + 1, 7), (5, 7)))
-    (grad_x,) = torch.autograd.grad(linear.linear(x, weight).square().sum(), x, create_graph=True)
-    (second,) = torch.autograd.grad(grad_x.sum(), weight)
-    double_x, double_weight = x.detach().double(), weight.detach().double().requires_grad_()
-    (expected,) = torch.autograd.grad((2 * double_x @ double_weight.t() @ double_weight).sum(), double_weight)
-    torch.testing.assert_close(second.double(), expected, rtol=1e-4, atol=1e-3)
-    mapped = torch.func.vmap(linear.linear, (0, None))(x.detach().expand(3, -1, -1), weight.detach())
-    torch.testing.assert_close(mapped[1], linear.linear(x, weight).detach(), rtol=1e-5, atol=1e-5)
-
-
-def doubled(*parameters: Tensor) -> tuple[Tensor, ...]:
-    return tuple(2 * parameter for parameter in parameters)
-
-
-def test_what_is_derived_from_parameters_is_computed_once_in_a_scope_alone() -> None:
-    derived, parameters = linear.Derived(doubled), [torch.nn.Parameter(torch.randn(3)) for _ in range(2)]
-    optimizer = torch.optim.Adam(parameters, lr=0.1, fused=True)  # which leaves no trace on the tensors' versions
-    for parameter in parameters:
-        parameter.grad = torch.ones(3)
-    changes = [lambda: None, optimizer.step, lambda: parameters[1].data.add_(1.0), parameters.reverse]
-    with torch.no_grad():
-        for change in changes:
-            change()
-            for scope in (contextlib.nullcontext, linear.fixed_parameters, linear.fixed_parameters):
-                with scope():
-                    for ours, expected in zip(derived.of(*parameters), doubled(*parameters), strict=True):
-                        assert torch.equal(ours, expected)
-        assert derived.of(*parameters)[0] is not derived.of(*parameters)[0]
-        with linear.fixed_parameters():
-            kept = derived.of(*parameters)[0]
-            assert derived.of(*parameters)[0] is kept
-            assert copy.deepcopy(derived).of(*parameters)[0] is not kept
-            with linear.fixed_parameters():
-                assert derived.of(*parameters)[0] is not kept
-            in_thread: list[Tensor] = []
-            thread = threading.Thread(target=lambda: in_thread.append(derived.of(*parameters)[0]))
-            thread.start()
-            thread.join()
-            assert in_thread[0] is not kept
-    with linear.fixed_parameters():
-        derived.of(*parameters)[0].sum().backward()
-    assert parameters[0].grad is not None

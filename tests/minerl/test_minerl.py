@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cyborg_torchrl.envs.treechop import minerl
 from cyborg_torchrl.envs.treechop.minerl import MineRLTreechop, check_minecraft, import_minerl
-from cyborg_torchrl.envs.treechop.treechop import minerl
 from cyborg_torchrl.registry import UnavailableError
 
 pytestmark = [pytest.mark.minerl, pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")]
