@@ -34,13 +34,11 @@ from rich.table import Table
 from cyborg_torchrl.cli.train import hydra_parser, parse_overrides, run_hydra
 from cyborg_torchrl.config import load_config, validate
 from cyborg_torchrl.memory_benchmarks.results import Job, Row, folder_name, override_keys, write_rows
+from cyborg_torchrl.registry import UnavailableError
 from cyborg_torchrl.training.builders import prepare_process
 from cyborg_torchrl.training.command import EXIT_FAILED, EXIT_INTERRUPTED, KNOWN_ERRORS, UsageError, positive, writable
 from cyborg_torchrl.training.experiment import run_experiment
 from cyborg_torchrl.training.stats import mean_interval
-
-HYDRA_FOLDER = "hydra.sweep.dir="
-"""Hydra's own name of --folder."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -51,23 +49,20 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--target", type=float, help="success, or return, that counts as solved (the task's own)")
     parser.add_argument("--markdown", type=writable, metavar="FILE", help="write the table as Markdown, too")
     arguments = parser.parse(argv)
-    folders = [text.removeprefix(HYDRA_FOLDER) for text in arguments.overrides if text.startswith(HYDRA_FOLDER)]
-    overrides = [text for text in arguments.overrides if not text.startswith(HYDRA_FOLDER)]
+    overrides = [*arguments.overrides, *_launcher(arguments.jobs)]
     first = _first_configuration(arguments.config, overrides)
     if arguments.print_config:
         print(OmegaConf.to_yaml(first), end="")
         return 0
-    named = arguments.folder or next(iter(folders), None)
-    folder = Path(named or f"{first.logger.base_dir}/sweep-{time.strftime('%Y%m%d-%H%M%S')}")
+    folder = Path(arguments.folder or f"{first.logger.base_dir}/sweep-{time.strftime('%Y%m%d-%H%M%S')}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"--folder: cannot write to '{folder}' ({error.strerror})") from None
-    launcher = [] if arguments.jobs == 1 else ["hydra/launcher=joblib", f"hydra.launcher.n_jobs={arguments.jobs}"]
     print(f"runs are in {folder}", file=sys.stderr)
     hint = f"the same command with --folder {folder} continues"
     try:
-        run_hydra(run_job, arguments.config, [*overrides, *launcher], ["--multirun"], str(folder))
+        run_hydra(run_job, arguments.config, overrides, ["--multirun"], str(folder))
     except BrokenProcessPool:
         print(f"error: a process of the sweep was killed (out of memory?); {hint}", file=sys.stderr)
         return EXIT_FAILED
@@ -75,6 +70,21 @@ def main(argv: Sequence[str]) -> int:
         print(f"interrupted; {hint}", file=sys.stderr)
         return EXIT_INTERRUPTED
     return _report(write_rows(folder), arguments.target, arguments.markdown)
+
+
+def _launcher(jobs: int) -> list[str]:
+    """Return the overrides that let Hydra start so many runs at the same time.
+
+    Raises:
+        UnavailableError: if Hydra's joblib launcher is not installed.
+    """
+    if jobs == 1:
+        return []
+    try:
+        import hydra_plugins.hydra_joblib_launcher  # noqa: F401
+    except ImportError:
+        raise UnavailableError("--jobs needs more packages: pip install 'cyborg-torchrl[sweep]'") from None
+    return ["hydra/launcher=joblib", f"hydra.launcher.n_jobs={jobs}"]
 
 
 def _first_configuration(config: str, overrides: Sequence[str]) -> DictConfig:

@@ -27,7 +27,6 @@ from omegaconf.errors import OmegaConfBaseException
 
 from cyborg_torchrl.config import DEFAULT_CONFIG, choices, explained, load_config, primary_config, validate
 from cyborg_torchrl.config.schema import GROUPS, NODES
-from cyborg_torchrl.registry import UnavailableError
 from cyborg_torchrl.training.command import (
     CommandParser,
     UsageError,
@@ -107,7 +106,6 @@ def run_hydra(
 
     Raises:
         ConfigError: if a configuration cannot be composed.
-        UnavailableError: if a launcher is not installed.
     """
     try:
         with primary_config(config, overrides) as primary, _command_line([*flags, *primary.overrides]):
@@ -115,8 +113,6 @@ def run_hydra(
             GlobalHydra.instance().clear()
             hydra.main(config_path=str(primary.folder), config_name=primary.name, version_base="1.3")(job)()
     except (HydraException, OmegaConfBaseException) as error:
-        if "Could not find 'hydra/launcher/joblib'" in str(error):
-            raise UnavailableError("--jobs needs: pip install 'cyborg-torchrl[sweep]'") from None
         raise explained(error, config, overrides) from None
 
 

@@ -19,7 +19,7 @@ import torch
 
 from cyborg_torchrl.config import ConfigError, load_config
 from cyborg_torchrl.envs.signals import interrupts_deferred
-from cyborg_torchrl.memory_benchmarks import pseudo_mamba_memory_suite, sweep
+from cyborg_torchrl.memory_benchmarks import pseudo_mamba_memory_suite
 from cyborg_torchrl.training.checkpoint import load_checkpoint, save_checkpoint
 from cyborg_torchrl.training.experiment import run_experiment
 
@@ -268,26 +268,6 @@ def test_the_suite_maps_the_flags(tmp_path, capsys):
     }
     assert summary["total_timesteps"] == 3 * 16 * 6
     assert (tmp_path / "r" / "summary.json").exists()
-
-
-def test_the_sweep_writes_a_table_and_skips_what_is_done(tmp_path, capfd):
-    arguments = ["--horizons", "4", "--seeds", "2", "--total-timesteps", "100", "--base-dir", str(tmp_path / "runs")]
-    arguments += [
-        "--output",
-        str(tmp_path / "results.csv"),
-        "--jobs",
-        "2",
-        "train.n_epochs=1",
-        "logger.eval_episodes=16",
-    ]
-    assert sweep.main(arguments) == 0
-    rows = (tmp_path / "results.csv").read_text().splitlines()
-    assert len(rows) == 3
-    assert "delayed_cue" in capfd.readouterr().out
-    started = time.monotonic()
-    assert sweep.main(arguments) == 0
-    assert time.monotonic() - started < 30
-    assert (tmp_path / "results.csv").read_text().splitlines() == rows
 
 
 def test_checkpoints_are_whole_or_refused(tmp_path):

@@ -1,4 +1,4 @@
-"""Runs and sweeps by Hydra: what they leave, how they fail, what they take over."""
+"""Training by Hydra: one run, and sweeps. Which files they leave, how they fail, how they continue."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from cyborg_torchrl import jobs, train
-from cyborg_torchrl.memory_benchmarks import sweep
+from cyborg_torchrl.cli import sweep
+from cyborg_torchrl.cli.main import main
+from cyborg_torchrl.memory_benchmarks.results import read_rows
 from cyborg_torchrl.training.trainer import PPOTrainer
 
 ROOT = Path(__file__).parents[2]
@@ -40,12 +41,12 @@ def rows_of(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def rows_of_jobs(folder: Path) -> list[str]:
-    return [row["error"] for row in jobs.read_jobs(folder)]
+def errors_of(folder: Path) -> list[str]:
+    return [row["error"] for row in read_rows(folder)]
 
 
 def test_one_run_leaves_its_folder_and_nothing_else(tmp_path: Path, capsys) -> None:
-    assert train.main([*TINY, "backbone=gru", "logger.run_name=r", "logger.progress=false"]) == 0
+    assert main(["train", *TINY, "backbone=gru", "logger.run_name=r", "logger.progress=false"]) == 0
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert summary == json.loads((tmp_path / "runs" / "r" / "summary.json").read_text())
     assert summary["backbone"] == "gru"
@@ -54,36 +55,38 @@ def test_one_run_leaves_its_folder_and_nothing_else(tmp_path: Path, capsys) -> N
     assert not list(tmp_path.rglob(".hydra"))
 
 
-def test_a_sweep_runs_all_combinations_and_takes_over_what_has_ended(tmp_path: Path, capsys, monkeypatch) -> None:
+def test_a_sweep_runs_all_combinations_and_keeps_finished_runs(tmp_path: Path, capsys, monkeypatch) -> None:
     returned = []
-    run = functools.wraps(jobs.run_job)(lambda cfg: returned.append(jobs.run_job(cfg)))
-    monkeypatch.setattr(train, "run_job", run)
-    arguments = ["-m", *TINY, "backbone=gru,lru", "train.seed=range(2)", "hydra.sweep.dir=s", "train.gamma=0.9"]
-    assert train.main(arguments) == 0
+    run = functools.wraps(sweep.run_job)(lambda cfg: returned.append(sweep.run_job(cfg)))
+    monkeypatch.setattr(sweep, "run_job", run)
+    arguments = ["sweep", *TINY, "--folder", "s", "--markdown", "table.md", "train.gamma=0.9", "backbone=gru,lru"]
+    assert main([*arguments, "train.seed=range(2)"]) == 0
     folders = {path.name for path in (tmp_path / "s").iterdir() if path.is_dir()}
+    fixed = "env.horizon-4__env.num_envs-8__train.gamma-0.9__train.n_epochs-1__train.total_timesteps-100"
     assert folders == {
-        f"delayed_cue-{backbone}-h4-t100-s{seed}_env.num_envs_8_train.n_epochs_1_train.gamma_0.9"
-        for backbone in ("gru", "lru")
-        for seed in range(2)
+        f"backbone-{backbone}__{fixed}__train.seed-{seed}" for backbone in ("gru", "lru") for seed in range(2)
     }
     summaries = {path.parent.name: json.loads(path.read_text()) for path in (tmp_path / "s").glob("*/summary.json")}
     assert returned == [summaries[name]["success_rate"] for name in sorted(folders)], "in Hydra's order"
-    cells = sweep.read_rows(tmp_path / "s" / "results.csv")
-    assert {cell.folder for cell in cells} == folders, "the sweep's own reader finds the same folders"
-    assert all(float(row["success_rate"]) == summaries[cell.folder]["success_rate"] for cell, row in cells.items())
-    assert "2" in capsys.readouterr().out, "a table with two seeds a line"
+    rows = rows_of(tmp_path / "s")
+    assert {row["run"] for row in rows} == folders
+    assert all(float(row["success_rate"]) == summaries[row["run"]]["success_rate"] for row in rows)
+    out = capsys.readouterr().out
+    scores = [f"{summaries[name]['success_rate']:.2f}" for name in sorted(folders)]
+    assert f"{scores[0]} {scores[1]}" in out, "a line has the scores of two seeds"
+    assert "95 %" in out
+    assert len((tmp_path / "table.md").read_text().splitlines()) == 4
 
     before = {path: path.read_bytes() for path in (tmp_path / "s").rglob("*") if path.is_file()}
-    assert train.main([*arguments[:-3], "train.seed=range(3)", *arguments[-2:]]) == 0, "with one seed more"
-    rows = rows_of(tmp_path / "s")
-    assert len(rows) == 6
+    assert main([*arguments, "train.seed=range(3)"]) == 0, "with one seed more"
+    assert len(rows_of(tmp_path / "s")) == 6
     kept = [path for path in before if path.name in ("manifest.json", "metrics.csv", "last.pt", "summary.json")]
     assert len(kept) == 16
     assert all(path.read_bytes() == before[path] for path in kept)
 
 
-def test_a_run_that_was_cut_short_goes_on(tmp_path: Path, monkeypatch) -> None:
-    arguments = ["-m", *TINY, "train.seed=0", "hydra.sweep.dir=s"]
+def test_an_interrupted_run_continues(tmp_path: Path, monkeypatch) -> None:
+    arguments = ["sweep", *TINY, "train.seed=0", "--folder", "s"]
     run = PPOTrainer.update
 
     def interrupted(self, rollout):
@@ -92,30 +95,35 @@ def test_a_run_that_was_cut_short_goes_on(tmp_path: Path, monkeypatch) -> None:
         return run(self, rollout)
 
     monkeypatch.setattr(PPOTrainer, "update", interrupted)
-    assert train.main([*arguments]) == 130
-    assert rows_of_jobs(tmp_path / "s") == ["has not ended"]
+    assert main(arguments) == 130
+    assert errors_of(tmp_path / "s") == ["not finished"]
     monkeypatch.setattr(PPOTrainer, "update", run)
-    assert train.main([*arguments]) == 0
+    assert main(arguments) == 0
     (folder,) = (path.parent for path in (tmp_path / "s").glob("*/manifest.json"))
     assert len(json.loads((folder / "manifest.json").read_text())["resumed"]) == 1
-    assert rows_of_jobs(tmp_path / "s") == [""]
+    assert errors_of(tmp_path / "s") == [""]
 
 
 def test_a_failing_run_leaves_the_others_alone(tmp_path: Path, capsys, monkeypatch) -> None:
-    train_well = jobs.run_experiment
+    train_well = sweep.run_experiment
 
     def run(cfg):
         if cfg.train.seed == 1:
             raise RuntimeError("the disk\nis full")
         return train_well(cfg)
 
-    monkeypatch.setattr(jobs, "run_experiment", run)
-    arguments = ["-m", *TINY, "train.gamma=0.9,2", "train.seed=0,1", "hydra.sweep.dir=s"]
-    assert train.main(arguments) == 1
-    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    monkeypatch.setattr(sweep, "run_experiment", run)
+    arguments = ["sweep", *TINY, "train.gamma=0.9,2", "train.seed=0,1", "--folder", "s"]
+    assert main(arguments) == 1
+    captured = capsys.readouterr()
+    errors = [line for line in captured.err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 3
+    listed = [line for line in captured.out.splitlines() if line.startswith("failed: ")]
+    assert [line.removeprefix("failed: ") for line in listed] == sorted(line.partition(", ")[2] for line in errors), (
+        "once more below the table"
+    )
     assert "Traceback" not in "".join(errors)
-    found = {(row["overrides"].split("gamma=")[1], row["seed"]): row["error"] for row in rows_of(tmp_path / "s")}
+    found = {(row["train.gamma"], row["seed"]): row["error"] for row in rows_of(tmp_path / "s")}
     assert found["0.9", "0"] == ""
     assert found["0.9", "1"] == "RuntimeError: the disk is full (see error.txt in its folder)"
     assert found["2", "0"] == found["2", "1"] == "train.gamma must lie in [0, 1]; got 2.0."
@@ -125,32 +133,36 @@ def test_a_failing_run_leaves_the_others_alone(tmp_path: Path, capsys, monkeypat
 
 def test_an_interrupted_run_ends_the_sweep(tmp_path: Path, monkeypatch, capsys) -> None:
     ran = []
-    monkeypatch.setattr(jobs, "run_experiment", lambda cfg: ran.append(cfg) or {"is_interrupted": True})
-    assert train.main(["-m", *TINY, "train.seed=0,1", "hydra.sweep.dir=s"]) == 130
+    monkeypatch.setattr(sweep, "run_experiment", lambda cfg: ran.append(cfg) or {"is_interrupted": True})
+    assert main(["sweep", *TINY, "train.seed=0,1", "--folder", "s"]) == 130
     assert len(ran) == 1
-    assert "interrupted" in capsys.readouterr().err
+    assert capsys.readouterr().err.splitlines()[-1] == "interrupted; the same command with --folder s continues"
 
 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["backbone=gruu"], "unknown backbone 'gruu': did you mean 'gru'?"),
-        (["train.sed=1"], "unknown key 'train.sed': did you mean 'train.seed'?"),
-        (["train.gamma=2"], "train.gamma must lie in [0, 1]; got 2.0."),
-        (["env.horizon=-1"], "horizon must be >= 0; got -1"),
-        (["backbone=gru,lru"], "'backbone=gru,lru' has several values: give -m to run all of them."),
-        (["-m", "backbone=gru,lruu"], "unknown backbone 'lruu': did you mean 'lru'?"),
-        (["-m", "backbone=gru,lru", "train.sed=1,2"], "unknown key 'train.sed': did you mean 'train.seed'?"),
-        (["-m", "env.horizon=3,x"], "impossible value in 'env.horizon=x'"),
-        (["-m", "train.seed=0,1", "train.gamma=2"], "train.gamma must lie in [0, 1]; got 2.0."),
-        (["-m", "train.seed=0,1", "hydra/launcher=joblibb"], "unknown hydra/launcher 'joblibb': did you mean"),
-        (["-m", "train.seed=0,1", f"hydra.sweep.dir={__file__}"], "hydra.sweep.dir: cannot write to"),
-        (["--config-name", "x"], "give --config NAME_OR_FILE"),
-        (["--config", "nowhere.yaml"], "no configuration file 'nowhere.yaml'"),
+        (["train", "backbone=gruu"], "unknown backbone 'gruu': did you mean 'gru'?"),
+        (["train", "train.sed=1"], "unknown key 'train.sed': did you mean 'train.seed'?"),
+        (["train", "train.gamma=2"], "train.gamma must lie in [0, 1]; got 2.0."),
+        (["train", "env.horizon=-1"], "horizon must be >= 0; got -1"),
+        (["train", "backbone=gru,lru"], "'backbone=gru,lru' has several values: cyborg-torchrl sweep runs all of them"),
+        (["train", "backbone=(gru"], "cannot read 'backbone=(gru': overrides look like key=value"),
+        (["train", "--cfg", "x"], "argument --cfg: invalid choice: 'x'"),
+        (["train", "--config-name", "x"], "unrecognized arguments: --config-name: did you mean '--config'?"),
+        (["train", "--config", "nowhere.yaml"], "no configuration file 'nowhere.yaml'"),
+        (["sweep", "backbone=gru,lruu"], "unknown backbone 'lruu': did you mean 'lru'?"),
+        (["sweep", "backbone=gru,lru", "train.sed=1,2"], "unknown key 'train.sed': did you mean 'train.seed'?"),
+        (["sweep", "env.horizon=3,x"], "impossible value in 'env.horizon=x'"),
+        (["sweep", "train.seed=0,1", "train.gamma=2"], "train.gamma must lie in [0, 1]; got 2.0."),
+        (["sweep", "train.seed=0,1", "hydra/launcher=joblibb"], "unknown hydra/launcher 'joblibb': did you mean"),
+        (["sweep", "train.seed=0,1", "--folder", __file__], "--folder: cannot write to"),
+        (["sweep", "train.seed=0,1", "logger.run_name=x"], "a sweep names its runs"),
+        (["sweep", "train.seed=0,1", "--markdown", "nowhere/x"], "there is no folder 'nowhere'"),
     ],
 )
 def test_what_is_wrong_for_all_is_one_line_before_anything_runs(arguments, expected, tmp_path: Path, capsys) -> None:
-    assert train.main(arguments) == 2
+    assert main(arguments) == 2
     captured = capsys.readouterr()
     (line,) = [line for line in captured.err.splitlines() if not line.startswith("runs are in ")]
     assert line.startswith("error: ")
@@ -162,20 +174,28 @@ def test_what_is_wrong_for_all_is_one_line_before_anything_runs(arguments, expec
 def test_a_file_of_ones_own_is_swept_over(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("backbone: gru\ntrain: {n_epochs: 1, learning_rate: 0.001}\n")
     tiny = [override for override in TINY if "n_epochs" not in override]
-    assert train.main(["--config", "mine.yaml", "-m", *tiny, "train.seed=0,1", "hydra.sweep.dir=s"]) == 0
-    rows = rows_of(tmp_path / "s")
-    assert {(row["backbone"], row["seed"], row["config"]) for row in rows} == {
-        ("gru", "0", "mine.yaml"),
-        ("gru", "1", "mine.yaml"),
-    }
+    assert main(["sweep", "--config", "mine.yaml", *tiny, "train.seed=0,1", "--folder", "s"]) == 0
+    assert [(row["backbone"], row["seed"]) for row in rows_of(tmp_path / "s")] == [("gru", "0"), ("gru", "1")]
+    for file in (tmp_path / "s").glob("*/job.json"):
+        assert json.loads(file.read_text())["config"]["train"]["learning_rate"] == 0.001
 
 
-def test_help_says_what_there_is(capsys) -> None:
-    assert train.main(["--help"]) == 0
+@pytest.mark.parametrize("command", ["train", "sweep"])
+def test_help_lists_choices_and_keys(command: str, capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0
     text = capsys.readouterr().out
-    assert "hydra/launcher=joblib" in text
     assert re.search(r"^backbone: gru, .*lru", text, re.MULTILINE)
     assert "recurrent_mode: episode" in text
+    assert ("--jobs" in text) == (command == "sweep")
+
+
+def test_jobs_without_joblib_name_the_extra(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setitem(sys.modules, "hydra_plugins.hydra_joblib_launcher", None)  # importing it fails
+    assert main(["sweep", "train.seed=0,1", "--jobs", "2"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "error: --jobs needs more packages: pip install 'cyborg-torchrl[sweep]'"
 
 
 def test_processes_of_joblib_know_installed_components(tmp_path: Path) -> None:
@@ -189,8 +209,8 @@ def test_processes_of_joblib_know_installed_components(tmp_path: Path) -> None:
     (installed / "outside-1.0.dist-info" / "entry_points.txt").write_text(
         "[cyborg_torchrl.backbones]\noutside = outside:build\n"
     )
-    command = [sys.executable, "-m", "cyborg_torchrl.train", "-m", *TINY, "backbone=outside", "backbone.width=4,6"]
-    command += ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "hydra.sweep.dir=s"]
+    command = [sys.executable, "-m", "cyborg_torchrl", "sweep", *TINY, "backbone=outside", "backbone.width=4,6"]
+    command += ["--jobs", "2", "--folder", "s"]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{installed}"}
     result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert result.returncode == 0, result.stderr

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from cyborg_torchrl.memory_benchmarks.report.__main__ import main
+from cyborg_torchrl.cli.main import main
 from cyborg_torchrl.memory_benchmarks.report.page import build_page
 from cyborg_torchrl.memory_benchmarks.report.runs import find_runs
 
@@ -178,10 +178,10 @@ def test_a_sweep_of_45_runs_is_well_below_5_mb(tmp_path: Path, write_run: WriteR
 
 def test_the_command_writes_the_page(sweep_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "page.html"
-    assert main([str(sweep_folder), "--output", str(output), "--no-xray"]) == 0
+    assert main(["report", str(sweep_folder), "--output", str(output), "--no-xray"]) == 0
     assert "14 runs, 13 of them finished" in capsys.readouterr().out
     Reader(output.read_text())
-    assert main([str(sweep_folder), "--output", str(output)]) == 0
+    assert main(["report", str(sweep_folder), "--output", str(output)]) == 0
     assert "No finished run has a checkpoint to look into." in output.read_text()
 
 
@@ -199,7 +199,7 @@ def test_bad_input_ends_in_one_line(
 ) -> None:
     (tmp_path / "empty").mkdir()
     output = tmp_path / "page.html"
-    assert main([*(text.format(folder=tmp_path) for text in arguments), "--output", str(output)]) == 2
+    assert main(["report", *(text.format(folder=tmp_path) for text in arguments), "--output", str(output)]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert said in error
@@ -213,5 +213,5 @@ def test_without_the_extra_it_is_named(
     for name in [name for name in sys.modules if name.startswith("cyborg_torchrl.memory_benchmarks.report.")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "rliable", None)
-    assert main([str(sweep_folder)]) == 2
+    assert main(["report", str(sweep_folder)]) == 2
     assert "pip install 'cyborg-torchrl[report]'" in capsys.readouterr().err

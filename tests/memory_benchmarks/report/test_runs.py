@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from cyborg_torchrl.memory_benchmarks import sweep
 from cyborg_torchrl.memory_benchmarks.report.failures import with_failures
 from cyborg_torchrl.memory_benchmarks.report.runs import ReportError, find_runs
+from cyborg_torchrl.memory_benchmarks.results import UNFINISHED, Job
 
 WriteRun = Callable[..., Path]
 
@@ -111,23 +110,18 @@ def test_the_latest_of_a_seed_counts(tmp_path: Path, write_run: WriteRun) -> Non
     assert [run.score for run in runs] == [0.1, None, 0.3, None]
 
 
-def write_rows(path: Path, rows: list[tuple[sweep.Cell, str]]) -> None:
-    with (path / "results.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, (*sweep.ASKED, *sweep.MEASURED), restval="")
-        writer.writeheader()
-        writer.writerows({name: getattr(cell, name) for name in sweep.ASKED} | {"error": error} for cell, error in rows)
-
-
-def test_failed_cells_of_a_sweep_are_runs_too(tmp_path: Path, write_run: WriteRun) -> None:
-    cells = [sweep.Cell("delayed_cue", "gru", 10, seed) for seed in range(3)]
-    write_run(f"{cells[0].folder}/run", backbone="gru")
-    broken(write_run(f"{cells[1].folder}/run", backbone="gru", seed=1), "no summary")
-    write_rows(tmp_path, [(cells[0], "killed"), (cells[0], ""), (cells[1], "no memory"), (cells[2], "no device")])
+def test_failed_jobs_of_a_sweep_are_runs_too(tmp_path: Path, write_run: WriteRun) -> None:
+    folders = [write_run(f"seed-{seed}", backbone="gru", seed=seed) for seed in (0, 1, 3)]
+    for folder in folders[1:]:
+        broken(folder, "no summary")
+    folders.insert(2, tmp_path / "seed-2")
+    for seed, error in enumerate(("", "no memory", "no device", UNFINISHED)):
+        config = {"env": {"name": "delayed_cue"}, "backbone": {"name": "gru"}, "train": {"seed": seed}}
+        Job({"train.seed": str(seed)}, config, error).write(folders[seed])
     runs = with_failures(find_runs([tmp_path]), [tmp_path])
-    assert [(run.seed, run.status, run.note) for run in runs] == [
+    assert [(run.seed, run.status, run.note) for run in sorted(runs, key=lambda run: run.seed)] == [
         (0, "finished", ""),
         (1, "failed", "Failed: no memory"),
         (2, "failed", "Failed: no device"),
+        (3, "unfinished", "No summary.json: it ended, or is, at step 400."),
     ]
-    assert runs[2].config["backbone"]["name"] == "gru"
-    assert runs[2].config["train"]["learning_rate"] > 0, "the whole configuration, so that it is in its group"

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from cyborg_torchrl.memory_benchmarks import ancestor_tests, verify
+from cyborg_torchrl.cli.main import main
+from cyborg_torchrl.memory_benchmarks import end_to_end
 
 NAMES = [
     "buffer size for vectorised environments",
@@ -77,7 +78,7 @@ def third_party(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_a_backbone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib").use("Agg")
     path, picture = tmp_path / "report.json", tmp_path / "horizon.png"
-    assert verify.main(["--backbone", "lru", "--json", str(path), "--plot", str(picture)]) == 0
+    assert main(["check", "--backbone", "lru", "--json", str(path), "--plot", str(picture)]) == 0
     out = capsys.readouterr().out
     assert all(f"PASS  lru: {name}" in out for name in NAMES)
     assert "healthy: lru" in out
@@ -90,9 +91,9 @@ def test_a_backbone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_policy_of_somebody_else(third_party: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "report.json"
-    assert verify.main(["--policy", f"{third_party}:build", "--json", str(path)]) == 0
+    assert main(["check", "--policy", f"{third_party}:build", "--json", str(path)]) == 0
     assert json.loads(path.read_text())["policies"][f"{third_party}:build"]["tests"] == []
-    assert verify.main(["--policy", f"{third_party}:build_detached"]) == 1
+    assert main(["check", "--policy", f"{third_party}:build_detached"]) == 1
     assert "ACCUSED" in capsys.readouterr().out
 
 
@@ -110,7 +111,7 @@ def test_a_policy_of_somebody_else(third_party: str, tmp_path: Path, capsys: pyt
 def test_bad_usage_is_one_line_and_exit_code_2(
     third_party: str, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert verify.main(arguments) == 2
+    assert main(["check", *arguments]) == 2
     err = capsys.readouterr().err.strip().splitlines()
     assert len(err) == 1
     assert message in err[0]
@@ -118,23 +119,23 @@ def test_bad_usage_is_one_line_and_exit_code_2(
 
 def test_the_four_tests_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     """A buffer that zeroes states, a chance policy, a detached memory: each fails the test that is named for it."""
-    store = ancestor_tests.RecurrentRolloutBuffer.store
+    store = end_to_end.RecurrentRolloutBuffer.store
 
     def store_zeros(self: object, rollout: object) -> None:
         store(self, rollout.clone().set("memory_state", rollout["memory_state"].apply(torch.zeros_like)))
 
-    monkeypatch.setattr(ancestor_tests.RecurrentRolloutBuffer, "store", store_zeros)
-    monkeypatch.setattr(ancestor_tests, "MAX_STEPS", 1500)
-    monkeypatch.setattr(ancestor_tests, "SUCCESS", 1.1)
-    backward = ancestor_tests.build_agent
+    monkeypatch.setattr(end_to_end.RecurrentRolloutBuffer, "store", store_zeros)
+    monkeypatch.setattr(end_to_end, "MAX_STEPS", 1500)
+    monkeypatch.setattr(end_to_end, "SUCCESS", 1.1)
+    backward = end_to_end.build_agent
 
     def build_detached(*args: object) -> object:
         agent = backward(*args)
         agent.backbone.core.register_forward_pre_hook(lambda module, inputs: (inputs[0].detach(), *inputs[1:]))
         return agent
 
-    monkeypatch.setattr(ancestor_tests, "build_agent", build_detached)
-    results = {result.name: result for result in ancestor_tests.run_ancestor_tests("lru", seed=0)}
+    monkeypatch.setattr(end_to_end, "build_agent", build_detached)
+    results = {result.name: result for result in end_to_end.run_end_to_end("lru", seed=0)}
     assert [result.is_passed for result in results.values()] == [True, False, False, False]
     assert "another 'hidden'" in results["state storage and retrieval"].detail
     assert "does not reach the cue" in results["gradient flow"].detail
