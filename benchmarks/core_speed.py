@@ -28,7 +28,6 @@ from cyborg_torchrl.cores import (
     build_gru,
     build_lru,
     build_lstm,
-    fixed_parameters,
     selective_scan,
 )
 from cyborg_torchrl.cores.kernels.native import IS_BUILT
@@ -75,11 +74,10 @@ def torch_training(module: nn.GRU | nn.LSTM, x: Tensor) -> Run:
 
 
 def acting(core: Core, x: Tensor, steps: int = 50) -> Run:
-    """Acting steps of a core, each from the state of the one before, in a scope such as a rollout is taken in."""
+    """Acting steps of a core, each from the state of the one before."""
     core.to(x.device)
 
     @torch.no_grad()
-    @fixed_parameters()
     def run() -> None:
         state = core.initial_state(x.shape[0])
         for _ in range(steps):

@@ -79,7 +79,7 @@ def collector_of(
         frames_per_batch=num_envs * steps,
         total_frames=num_envs * steps,
         value_operator=agent.get_value_operator(),
-        keyframe_steps=at,
+        state_steps=at,
     )
 
 
@@ -96,7 +96,7 @@ def sparse_states(agent: PPOAgent, num_envs: int = 8, seq_len: int = 250) -> tup
     """Megabytes for 100,000 steps of states kept every `STRIDE` steps, and the largest |log ratio| after replay."""
     frames = 2 * STRIDE * num_envs
     buffer = RecurrentRolloutBuffer(frames, seq_len, num_envs * 4, num_envs=num_envs, state_stride=STRIDE)
-    collector = collector_of(agent, buffer.keyframe_steps, num_envs, 2 * STRIDE)
+    collector = collector_of(agent, buffer.state_steps, num_envs, 2 * STRIDE)
     rollout = collector.rollout()
     add_advantages(rollout.steps, agent.get_value_operator(), gamma=0.99, gae_lambda=0.95)
     buffer.store(rollout, agent)
@@ -148,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         plain = collector_of(agent, None)
         for mode in MODES:
             buffer, bare = mode.build(), _chunks(mode.seq_len)
-            storing = collector_of(agent, buffer.keyframe_steps)
+            storing = collector_of(agent, buffer.state_steps)
             rollout = storing.rollout()
             add_advantages(rollout.steps, agent.get_value_operator(), gamma=0.99, gae_lambda=0.95)
             buffer.store(rollout, agent)

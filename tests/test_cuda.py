@@ -176,10 +176,10 @@ def test_the_dump_of_a_run_is_looked_into_without_a_gpu(
 
 def test_a_run_with_a_graph_is_the_same_run(tmp_path: Path) -> None:
     own = [*SMALL, f"logger.base_dir={tmp_path}", "train.device=cuda", "collector=fused"]
-    for is_graphed in ("false", "true"):
-        asked = [f"collector.is_graphed={is_graphed}", f"logger.run_name=graphed_{is_graphed}"]
+    for cudagraph in ("false", "true"):
+        asked = [f"collector.cudagraph={cudagraph}", f"logger.run_name=graphed_{cudagraph}"]
         run_experiment(load_config(overrides=[*own, *asked]))
-    runs = [tmp_path / f"graphed_{is_graphed}" for is_graphed in ("false", "true")]
+    runs = [tmp_path / f"graphed_{cudagraph}" for cudagraph in ("false", "true")]
     ends = [load_checkpoint(run / "checkpoints" / "last.pt")["agent"] for run in runs]
     for key, value in ends[0].items():
         assert torch.equal(value, ends[1][key]), key

@@ -15,7 +15,7 @@ from torchrl.collectors import Collector
 from benchmarks.speed.measure import Subject
 from cyborg_torchrl.collectors import FusedCollector
 from cyborg_torchrl.config import load_config
-from cyborg_torchrl.cores import fixed_parameters, restart
+from cyborg_torchrl.cores import restart
 from cyborg_torchrl.envs import DelayedCueEnv
 from cyborg_torchrl.modules import PPOAgent
 from cyborg_torchrl.training.builders import build_agent, build_env, build_trainer
@@ -68,7 +68,7 @@ def collection(case: Case) -> list[Subject]:
     subjects: list[Subject] = []
     kinds: list[tuple[str, Callable]] = [("ours (FusedCollector)", FusedCollector), ("torchrl Collector", Collector)]
     if torch.device(case.device).type == "cuda":
-        kinds.insert(0, ("ours (FusedCollector, is_graphed)", partial(FusedCollector, is_graphed=True)))
+        kinds.insert(0, ("ours (FusedCollector, cudagraph)", partial(FusedCollector, cudagraph=True)))
     for name, kind in kinds:
         env, agent = _parts(case)
         collector = kind(env, agent, frames_per_batch=frames, total_frames=-1, auto_register_policy_transforms=True)
@@ -147,7 +147,6 @@ class RawLoop:
         self.is_inits, self.ends = torch.zeros(2, steps, count, dtype=torch.bool, device=device).unbind(0)
 
     @torch.no_grad()
-    @fixed_parameters()
     def __call__(self) -> int:
         """One rollout; returns its steps."""
         initial = self.core.initial_state(self.task.num_envs)
@@ -183,8 +182,7 @@ def _parts(case: Case):
 
 def _next_of(iterator: Iterator, frames: int):
     def run() -> int:
-        with fixed_parameters():  # ours does that by itself; without it TorchRL's would be slower still
-            next(iterator)
+        next(iterator)
         return frames
 
     return run

@@ -11,7 +11,7 @@ MEGABYTE = 1e6
 EVERY_STEP = "states, MB per 100,000 steps: each step stored"
 
 
-def keyframe_name(length: int) -> str:
+def stored_state_name(length: int) -> str:
     """Name of the finding for one state a chunk."""
     return f"states, MB per 100,000 steps: one a chunk of {length}"
 
@@ -24,5 +24,5 @@ def report_storage(subject: Subject, rollout: Rollout, length: int) -> list[Find
     once = "What a buffer needs that stores the state before each chunk and replays the rest."
     return [
         inform(EVERY_STEP, size * STEPS / MEGABYTE, every),
-        inform(keyframe_name(length), size * STEPS / length / MEGABYTE, once),
+        inform(stored_state_name(length), size * STEPS / length / MEGABYTE, once),
     ]

@@ -19,7 +19,6 @@ from cyborg_torchrl.collectors.flat_dict import Columns, Entries, NotFusable, fl
 from cyborg_torchrl.collectors.fused_env import EnvStep, env_step
 from cyborg_torchrl.collectors.fused_policy import FusedPolicy
 from cyborg_torchrl.collectors.runtime import rare_garbage_collection
-from cyborg_torchrl.cores import fixed_parameters
 from cyborg_torchrl.modules.nan_check import check_finite
 
 LOGGER = logging.getLogger(__name__)
@@ -39,7 +38,9 @@ class FusedCollector(Collector):
     Args:
         *args: as for `Collector`.
         auto_register_policy_transforms: add the policy's primers to the environment; on by default here.
-        is_graphed: replay the policy's step as a CUDA graph (`GraphedPolicy`). Not TorchRL's `cudagraph_policy`, which
+        compiled_step: compute the agent's networks by one C++ call a step, where there is one (`compile_step`). Its
+            results differ from torch's in the last digits; without it batches equal those of `Collector` bit by bit.
+        cudagraph: replay the policy's step as a CUDA graph (`GraphedPolicy`). Not TorchRL's `cudagraph_policy`, which
             changes how tensordicts behave in the whole process.
         **kwargs: as for `Collector`.
 
@@ -48,17 +49,22 @@ class FusedCollector(Collector):
     """
 
     def __init__(
-        self, *args: Any, auto_register_policy_transforms: bool = True, is_graphed: bool = False, **kwargs: Any
+        self,
+        *args: Any,
+        auto_register_policy_transforms: bool = True,
+        compiled_step: bool = True,
+        cudagraph: bool = False,
+        **kwargs: Any,
     ) -> None:
         self._fused: tuple[FusedPolicy | GraphedPolicy, EnvStep] | None = None
         self._columns: Entries | None = None
-        self.is_graphed = is_graphed
+        self.compiled_step, self.cudagraph = compiled_step, cudagraph
         super().__init__(*args, auto_register_policy_transforms=auto_register_policy_transforms, **kwargs)
         self.why_not_fused = self._fuse()
         """Why the environment is stepped, or all is done, as TorchRL does it; empty if neither is."""
-        if is_graphed and (self._fused is None or {device.type for device in self._devices()} != {"cuda"}):
+        if cudagraph and (self._fused is None or {device.type for device in self._devices()} != {"cuda"}):
             raise ValueError(
-                "is_graphed needs a policy that can be fused, and all of it, the environment too, on one CUDA device; "
+                "cudagraph needs a policy that can be fused, and all of it, the environment too, on one CUDA device; "
                 f"{self.why_not_fused or 'here are ' + ', '.join(sorted(map(str, self._devices())))}."
             )
         if self.why_not_fused:
@@ -66,7 +72,6 @@ class FusedCollector(Collector):
             LOGGER.warning("%s without fusion, as TorchRL does it: %s.", what, self.why_not_fused)
 
     @torch.no_grad()
-    @fixed_parameters()
     @rare_garbage_collection()
     def rollout(self) -> TensorDictBase:
         """A rollout [*N, T], as `Collector` yields it."""
@@ -138,8 +143,8 @@ class FusedCollector(Collector):
                 return reason
         try:
             step, reason = env_step(self.env)
-            policy = FusedPolicy(self._orig_policy)
-            self._fused = GraphedPolicy(policy) if self.is_graphed else policy, step
+            policy = FusedPolicy(self._orig_policy, compiled_step=self.compiled_step)
+            self._fused = GraphedPolicy(policy) if self.cudagraph else policy, step
         except NotFusable as error:
             return str(error)
         return reason

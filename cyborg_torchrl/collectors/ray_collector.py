@@ -50,7 +50,7 @@ class RayRolloutCollector:
         cluster: where the workers live; it is shut down with the collector.
         seed: worker i begins with seed + i; each replacement has a seed of its own.
         device: where rollouts go.
-        **options: those of `RolloutCollector`: keyframe_steps, exclude_keys, is_fused.
+        **options: those of `RolloutCollector`: state_steps, exclude_keys, is_fused.
 
     Raises:
         ValueError: if frames_per_batch is not a multiple of the number of workers, or total_frames of it.
@@ -198,8 +198,8 @@ class RayRolloutCollector:
 
 
 def _joined(parts: Sequence[Rollout], device: torch.device) -> Rollout:
-    steps, keyframes = torch.cat([part.steps for part in parts]), torch.cat([part.keyframes for part in parts])
-    return Rollout(steps.to(device), keyframes.to(device), parts[0].at)
+    steps, stored_states = torch.cat([part.steps for part in parts]), torch.cat([part.stored_states for part in parts])
+    return Rollout(steps.to(device), stored_states.to(device), parts[0].at)
 
 
 def _said(error: BaseException) -> str:

@@ -62,7 +62,7 @@ class RayWorker:
         except NonFiniteError as error:
             num_envs = self.collector.env.batch_size.numel()
             return NonFinite(error.key, error.value, num_envs, error.environment, error.step, error.record)
-        return Rollout(rollout.steps.cpu().contiguous(), rollout.keyframes.cpu().contiguous(), rollout.at)
+        return Rollout(rollout.steps.cpu().contiguous(), rollout.stored_states.cpu().contiguous(), rollout.state_steps)
 
     def set_seed(self, seed: int) -> None:
         """Seeds actions and episodes."""

@@ -22,7 +22,6 @@ from cyborg_torchrl.collectors.flat_dict import NotFusable
 from cyborg_torchrl.collectors.fused_policy import policy_step
 from cyborg_torchrl.collectors.resume import resumed_track, track_state
 from cyborg_torchrl.collectors.runtime import rare_garbage_collection
-from cyborg_torchrl.cores import fixed_parameters
 from cyborg_torchrl.data import Rollout
 from cyborg_torchrl.modules.replay import memory_state_keys
 from cyborg_torchrl.objectives import value_after
@@ -33,7 +32,7 @@ class RolloutCollector:
     """Steps an environment in this process, and keeps memory states before some steps only.
 
     TorchRL's collectors hold two states for every step, the one before and the one after, which for a Mamba block is
-    thousands of times what the step itself takes. Here states only pass through; those before `keyframe_steps` are
+    thousands of times what the step itself takes. Here states only pass through; those before `state_steps` are
     kept. What is otherwise yielded equals the batches of TorchRL's `Collector`, from the same seed set after both were
     made. Where an episode is cut off, the value of its last observation is taken at once, while the state that
     belongs to it is there: ("next", "state_value").
@@ -47,10 +46,12 @@ class RolloutCollector:
         total_frames: steps in all; whole rollouts.
         value_operator: from an observation and a memory state to "state_value"; also asked at every step if the policy
             does not write it.
-        keyframe_steps: from T to the steps before which states are kept; None: before the first.
+        state_steps: from T to the steps before which states are kept; None: before the first.
         exclude_keys: entries that are not kept either, ("next", key) for those after a step: observations, for
             instance, which stand there a second time.
         is_fused: step on tensors alone where that is possible.
+        compiled_step: compute the agent's networks by one C++ call a step, where there is one (`compile_step`). Its
+            results differ from torch's in the last digits.
 
     Raises:
         ValueError: if frames_per_batch is not a multiple of the number of environments, or total_frames of it; or if an
@@ -65,16 +66,17 @@ class RolloutCollector:
         frames_per_batch: int,
         total_frames: int,
         value_operator: TensorDictModuleBase,
-        keyframe_steps: Callable[[int], Sequence[int]] | None = None,
+        state_steps: Callable[[int], Sequence[int]] | None = None,
         exclude_keys: Sequence[NestedKey] = (),
         is_fused: bool = True,
+        compiled_step: bool = True,
     ) -> None:
         num_envs = env.batch_size.numel()
         self.steps = rollout_steps(frames_per_batch, total_frames, num_envs)
         self.env = append_transforms(env, policy)  # as TorchRL's collectors do it
         self.policy, self.value_operator = policy, value_operator
         self.frames_per_batch, self.total_frames, self.frames = frames_per_batch, total_frames, 0
-        self.at = tuple(keyframe_steps(self.steps)) if keyframe_steps else (0,)
+        self.at = tuple(state_steps(self.steps)) if state_steps else (0,)
         self.state_keys = memory_state_keys(policy)
         excluded = excluded_keys(exclude_keys, self.env, policy)
         self._dropped = [*self.state_keys, *(unravel_key((keys.NEXT, key)) for key in self.state_keys), *excluded]
@@ -83,7 +85,7 @@ class RolloutCollector:
         self._track: Track | None = None
         if is_fused and keys.VALUE in policy.out_keys:
             with contextlib.suppress(NotFusable):
-                acts, _ = policy_step(policy, self.env)
+                acts, _ = policy_step(policy, self.env, compiled_step=compiled_step)
                 self._track = Track(self.env, acts, value_operator, self.state_keys, self.at, excluded)
 
     def __iter__(self) -> Iterator[Rollout]:
@@ -95,16 +97,15 @@ class RolloutCollector:
             del rollout  # before there is another one
 
     @torch.no_grad()
-    @fixed_parameters()
     @rare_garbage_collection()
     def rollout(self) -> Rollout:
         """Takes the steps of one rollout; episodes go on where the last one ended."""
         with set_exploration_type(ExplorationType.RANDOM), set_recurrent_mode(False):
             steps, states = self._rollout_on_tensors(self._track) if self._track else self._rollout()
-        keyframes = stacked_states(states, self.state_keys, self.env)
+        stored_states = stacked_states(states, self.state_keys, self.env)
         if len(self.env.batch_size) == 0:
-            steps, keyframes = steps.unsqueeze(0), keyframes.unsqueeze(0)
-        return Rollout(steps.filter_empty_(), keyframes, self.at)
+            steps, stored_states = steps.unsqueeze(0), stored_states.unsqueeze(0)
+        return Rollout(steps.filter_empty_(), stored_states, self.at)
 
     def _rollout(self) -> tuple[TensorDictBase, list[TensorDictBase]]:
         """Steps [*N, T], and the tensordicts with the states before the steps of `at`."""
@@ -205,7 +206,7 @@ def excluded_keys(exclude_keys: Sequence[NestedKey], env: EnvBase, policy: Tenso
 
 
 def stacked_states(states: Sequence[TensorDictBase], state_keys: Sequence[NestedKey], env: EnvBase) -> TensorDict:
-    """Memory states [*N] of some steps as keyframes [*N, steps]."""
+    """Memory states [*N] of some steps as stored_states [*N, steps]."""
     dim = len(env.batch_size)
     entries = _whole_entries(states[0], state_keys) if states else []
     kept = {entry: _stack([state.get(entry) for state in states], dim) for entry in entries}

@@ -46,8 +46,8 @@ def validate(cfg: DictConfig) -> None:
             raise ConfigError(f"collector.{key} must be a finite number, 0 or more; got {cfg.collector[key]}.")
     if cfg.collector.address is not None and cfg.collector.name != "ray":
         raise ConfigError(f"collector.address belongs to collector=ray; the collector is '{cfg.collector.name}'.")
-    if cfg.collector.is_graphed and cfg.collector.name != "fused":
-        raise ConfigError(f"collector.is_graphed belongs to collector=fused; the collector is '{cfg.collector.name}'.")
+    if cfg.collector.cudagraph and cfg.collector.name != "fused":
+        raise ConfigError(f"collector.cudagraph belongs to collector=fused; the collector is '{cfg.collector.name}'.")
     positive = {
         "train.adam_eps": train.adam_eps,
         "train.total_timesteps": train.total_timesteps,
@@ -103,8 +103,8 @@ def validate(cfg: DictConfig) -> None:
             raise ConfigError(f"unknown logger.backends '{backend}': {did_you_mean(backend, BACKENDS)}")
     _check_mode(train)
     device = resolve_device(train.device)
-    if cfg.collector.is_graphed and device.type != "cuda":
-        raise ConfigError(f"collector.is_graphed needs train.device=cuda; the device here is '{device}'.")
+    if cfg.collector.cudagraph and device.type != "cuda":
+        raise ConfigError(f"collector.cudagraph needs train.device=cuda; the device here is '{device}'.")
 
 
 def _check_mode(train: Any) -> None:

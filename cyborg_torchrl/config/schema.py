@@ -150,7 +150,7 @@ class CollectorConfig:
     """Processes of multi_sync, workers of ray."""
     groups: int = 2
     """Groups of overlapped."""
-    is_graphed: bool = False
+    cudagraph: bool = False
     """fused replays the policy's step as a CUDA graph: the same batches, in less than half the time; environment and
     networks on train.device=cuda."""
     address: str | None = None

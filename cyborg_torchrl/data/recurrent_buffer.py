@@ -20,14 +20,14 @@ from cyborg_torchrl.data.rollout import Rollout
 from cyborg_torchrl.data.rollout_buffer import check_rollout, forget_epoch, make_storage
 from cyborg_torchrl.modules.replay import as_primed, state_after, with_states
 
-STEPS, KEYFRAME = "steps", "keyframe"
+STEPS, STORED_STATE = "steps", "stored_state"
 """Entries of a stored row: those of each step, and the state before the first that is replayed or trained."""
 
 
 class RecurrentRolloutBuffer(ReplayBuffer):
     """Chunks of consecutive steps, each with the memory state that it begins with.
 
-    A stored row is a stretch of `state_stride` steps of one environment with one memory state, its keyframe, as
+    A stored row is a stretch of `state_stride` steps of one environment with one memory state, its stored_state, as
     TensorDict entries; by default a stretch is a chunk of `seq_len` steps. A sample is a batch of sequences
     [B, burn_in + seq_len]. In it the state stands under its own key at every step, as a view of the first that takes
     no memory, and zero from an episode's first step on, so that policies which read the stored state at resets
@@ -103,7 +103,7 @@ class RecurrentRolloutBuffer(ReplayBuffer):
         forget_epoch(self)
         return super().__iter__()
 
-    def keyframe_steps(self, steps: int) -> list[int]:
+    def state_steps(self, steps: int) -> list[int]:
         """Steps of a rollout of length T before which a memory state is needed, ascending."""
         return sorted(set(window_starts(steps, self.burn_in, self.state_stride)))
 
@@ -111,7 +111,7 @@ class RecurrentRolloutBuffer(ReplayBuffer):
         """Stores a rollout [N, T], in place of the one before.
 
         Args:
-            rollout: with a state at every step, or a `Rollout` with those of `keyframe_steps`.
+            rollout: with a state at every step, or a `Rollout` with those of `state_steps`.
             policy: what acted, unchanged since; needed with a `state_stride` beyond `seq_len`, and copied then.
 
         Raises:
@@ -129,15 +129,15 @@ class RecurrentRolloutBuffer(ReplayBuffer):
                 f"{name} = {self.state_stride} does not divide the rollout's length {length}; make the buffer with "
                 f"num_envs={num_envs}, and the last chunks are shorter."
             )
-        at = self.keyframe_steps(length)
+        at = self.state_steps(length)
         if not isinstance(rollout, Rollout):
-            rollout = Rollout.of(rollout, self.state_keys, at)
-        elif list(rollout.at) != at and not rollout.keyframes.is_empty():
+            rollout = Rollout.from_steps(rollout, self.state_keys, at)
+        elif list(rollout.state_steps) != at and not rollout.stored_states.is_empty():
             raise ValueError(
-                f"the rollout has states before the steps {list(rollout.at)}; needed: {at}. Make the collector with "
-                "keyframe_steps=buffer.keyframe_steps."
+                f"the rollout has states before the steps {list(rollout.state_steps)}; needed: {at}. Make the collector with "
+                "state_steps=buffer.state_steps."
             )
-        if self.state_stride > self.seq_len and not rollout.keyframes.is_empty():
+        if self.state_stride > self.seq_len and not rollout.stored_states.is_empty():
             if policy is None:
                 raise ValueError("with a state_stride beyond seq_len, store(rollout, policy) needs what acted.")
             self._behaviour = copy.deepcopy(policy).requires_grad_(False)
@@ -166,37 +166,37 @@ class RecurrentRolloutBuffer(ReplayBuffer):
 
     def state_bytes(self) -> int:
         """Bytes that the stored states take."""
-        return self._storage.get(slice(0, len(self))).get(KEYFRAME).bytes()
+        return self._storage.get(slice(0, len(self))).get(STORED_STATE).bytes()
 
     def replace_states(self, rollout: Rollout) -> None:
-        """Puts the keyframes of a rollout in the place of the stored ones: those that today's parameters give."""
-        target = self._storage.get(slice(0, len(self))).get(KEYFRAME)
-        keyframes = self._keyframes(rollout)
+        """Puts the stored_states of a rollout in the place of the stored ones: those that today's parameters give."""
+        target = self._storage.get(slice(0, len(self))).get(STORED_STATE)
+        stored_states = self._stored_states(rollout)
         for key in target.keys(include_nested=True, leaves_only=True):
-            target.get(key).copy_(keyframes.get(key))
+            target.get(key).copy_(stored_states.get(key))
 
-    def _keyframes(self, rollout: Rollout) -> TensorDictBase:
+    def _stored_states(self, rollout: Rollout) -> TensorDictBase:
         """One state a stored row."""
         starts = window_starts(rollout.steps.shape[1], self.burn_in, self.state_stride)
-        keyframes = rollout.keyframes
-        if starts != list(rollout.at):
-            keyframes = keyframes[:, [rollout.at.index(start) for start in starts]]
-        return keyframes.contiguous().reshape(-1)
+        stored_states = rollout.stored_states
+        if starts != list(rollout.state_steps):
+            stored_states = stored_states[:, [rollout.state_steps.index(start) for start in starts]]
+        return stored_states.contiguous().reshape(-1)
 
     def _to_rows(self, rollout: Rollout) -> TensorDict:
         steps = rollout.steps.exclude(keys.NEXT)
         padding = -steps.shape[1] % self.state_stride
         if padding:
             steps = torch.cat([steps, steps[:, -1:].expand(steps.shape[0], padding)], 1)
-        keyframes = self._keyframes(rollout)
-        self._dtypes = {key: keyframes.get(key).dtype for key in keyframes.keys(True, True)}
-        keyframes = keyframes if self.state_dtype is None else keyframes.to(self.state_dtype)
+        stored_states = self._stored_states(rollout)
+        self._dtypes = {key: stored_states.get(key).dtype for key in stored_states.keys(True, True)}
+        stored_states = stored_states if self.state_dtype is None else stored_states.to(self.state_dtype)
         rows = steps.reshape(-1, self.state_stride)
-        return TensorDict({STEPS: rows, KEYFRAME: keyframes}, rows.batch_size[:1])
+        return TensorDict({STEPS: rows, STORED_STATE: stored_states}, rows.batch_size[:1])
 
     def _states(self, rows: TensorDictBase) -> TensorDictBase:
         """The states of rows, in the precision that they came in."""
-        stored = rows.get(KEYFRAME)
+        stored = rows.get(STORED_STATE)
         if self.state_dtype is None:
             return stored
         states = {key: stored.get(key).to(dtype) for key, dtype in self._dtypes.items()}
@@ -209,7 +209,7 @@ class RecurrentRolloutBuffer(ReplayBuffer):
             is_init = sequences.get(keys.IS_INIT).clone()
             is_init[:, 0] = True
             sequences.set(keys.IS_INIT, is_init)
-            for key in rows.get(KEYFRAME).keys(include_nested=True, leaves_only=True):
+            for key in rows.get(STORED_STATE).keys(include_nested=True, leaves_only=True):
                 sequences.set(key, torch.zeros_like(sequences.get(key)[:, :1]).expand_as(sequences.get(key)))
         return sequences, chunk
 
@@ -296,7 +296,7 @@ class EpisodeBuffer(ReplayBuffer):
         forget_epoch(self)
         return super().__iter__()
 
-    def keyframe_steps(self, steps: int) -> list[int]:
+    def state_steps(self, steps: int) -> list[int]:
         """Steps of a rollout before which a memory state is stored: the first, for episodes that are carried over."""
         del steps
         return [0]
@@ -312,27 +312,27 @@ class EpisodeBuffer(ReplayBuffer):
         steps = rollout.steps if isinstance(rollout, Rollout) else rollout
         check_rollout(steps, self.num_steps)
         if not isinstance(rollout, Rollout):
-            rollout = Rollout.of(rollout, self.state_keys, [0])
+            rollout = Rollout.from_steps(rollout, self.state_keys, [0])
         packing = pack_episodes(steps.get(keys.IS_INIT).squeeze(-1), self.row_length)
         is_as_collected = packing.position.shape == steps.shape and bool((packing.position.flatten().diff() == 1).all())
         rows = rollout.steps.exclude(keys.NEXT) if is_as_collected else _at(rollout.steps, packing.position)
         if not bool(packing.is_step.all()):
             rows.set(keys.TRAIN_MASK, packing.is_step.unsqueeze(-1))
-        keyframes = rollout.keyframes[:, 0][packing.position[:, 0] // steps.shape[1]]
-        keyframes = as_primed(keyframes, rows.get(keys.IS_INIT)[:, 0])  # for rows that begin with a reset
+        stored_states = rollout.stored_states[:, 0][packing.position[:, 0] // steps.shape[1]]
+        stored_states = as_primed(stored_states, rows.get(keys.IS_INIT)[:, 0])  # for rows that begin with a reset
         forget_epoch(self)
         self.empty()
-        self.extend(TensorDict({STEPS: rows, KEYFRAME: keyframes}, rows.batch_size[:1]))
+        self.extend(TensorDict({STEPS: rows, STORED_STATE: stored_states}, rows.batch_size[:1]))
 
     def sample(self, batch_size: int | None = None, return_info: bool = False) -> Any:
         """Returns sequences [B, row_length] (and TorchRL's info, on request)."""
         rows, info = super().sample(batch_size, return_info=True)
-        sequences = with_states(rows.get(STEPS), rows.get(KEYFRAME))
+        sequences = with_states(rows.get(STEPS), rows.get(STORED_STATE))
         return (sequences, info) if return_info else sequences
 
     def state_bytes(self) -> int:
         """Bytes that the stored states take."""
-        return self._storage.get(slice(0, len(self))).get(KEYFRAME).bytes()
+        return self._storage.get(slice(0, len(self))).get(STORED_STATE).bytes()
 
 
 def _at(steps: TensorDictBase, position: Tensor) -> TensorDictBase:

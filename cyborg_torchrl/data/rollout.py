@@ -17,13 +17,13 @@ class Rollout:
 
     steps: TensorDictBase
     """[N, T]: what a collector yields, without memory states."""
-    keyframes: TensorDictBase
+    stored_states: TensorDictBase
     """[N, C]: the states before the steps `at`, under their own keys; empty for a policy without memory."""
-    at: tuple[int, ...]
+    state_steps: tuple[int, ...]
     """Ascending; C of them, the first of which is 0."""
 
     @staticmethod
-    def of(steps: TensorDictBase, state_keys: Sequence[NestedKey], at: Sequence[int]) -> Rollout:
+    def from_steps(steps: TensorDictBase, state_keys: Sequence[NestedKey], at: Sequence[int]) -> Rollout:
         """From a rollout [N, T] that holds a state at every step: those `at` are kept.
 
         Raises:
@@ -35,6 +35,6 @@ class Rollout:
         if any(there) and not all(there):
             missing = [key for key, is_there in zip(state_keys, there, strict=True) if not is_there]
             raise ValueError(f"the rollout has no memory state {missing}, but others of state_keys.")
-        keyframes = steps.select(*state_keys, strict=False)[:, list(at)]
+        stored_states = steps.select(*state_keys, strict=False)[:, list(at)]
         following = [(keys.NEXT, *((key,) if isinstance(key, str) else key)) for key in state_keys]
-        return Rollout(steps.exclude(*state_keys, *following).filter_empty_(), keyframes, tuple(at))
+        return Rollout(steps.exclude(*state_keys, *following).filter_empty_(), stored_states, tuple(at))

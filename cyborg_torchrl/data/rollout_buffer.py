@@ -50,7 +50,7 @@ class RolloutBuffer(ReplayBuffer):
         forget_epoch(self)
         return super().__iter__()
 
-    def keyframe_steps(self, steps: int) -> list[int]:
+    def state_steps(self, steps: int) -> list[int]:
         """Steps of a rollout before which a memory state is kept; the first, as in every rollout. None is stored."""
         del steps
         return [0]

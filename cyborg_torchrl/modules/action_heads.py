@@ -12,8 +12,6 @@ from torchrl.data import Bounded, Categorical, MultiCategorical, OneHot, TensorS
 from torchrl.data.tensor_specs import ContinuousBox
 from torchrl.modules import IndependentNormal, OneHotCategorical
 
-from cyborg_torchrl.cores.linear import Linear
-
 
 class MultiDiscrete(distributions.Distribution):
     """Independent categorical choices, with all logits side by side.
@@ -58,7 +56,7 @@ class NormalHead(nn.Module):
 
     def __init__(self, in_features: int, low: Tensor, high: Tensor) -> None:
         super().__init__()
-        self.mean = Linear(in_features, low.numel())
+        self.mean = nn.Linear(in_features, low.numel())
         self.log_std = nn.Parameter(torch.zeros(low.numel()))
         is_finite = torch.isfinite(high - low)  # TorchRL's unbounded reaches from -max to max
         self.centre: Tensor
@@ -99,13 +97,13 @@ def build_action_head(
     event_dims = len(action_spec.shape) - batch_dims
     if isinstance(action_spec, MultiCategorical) and event_dims == 1:
         sizes = [int(n) for n in action_spec.nvec.reshape(-1, action_spec.nvec.shape[-1])[0]]
-        linear = Linear(in_features, sum(sizes))
+        linear = nn.Linear(in_features, sum(sizes))
         head = ActionHead(linear, ["logits"], MultiDiscrete, {"sizes": sizes})
     elif type(action_spec) is Categorical and event_dims == 0:
-        linear = Linear(in_features, int(action_spec.space.n))
+        linear = nn.Linear(in_features, int(action_spec.space.n))
         head = ActionHead(linear, ["logits"], distributions.Categorical)
     elif type(action_spec) is OneHot and event_dims == 1:
-        linear = Linear(in_features, int(action_spec.space.n))
+        linear = nn.Linear(in_features, int(action_spec.space.n))
         head = ActionHead(linear, ["logits"], OneHotCategorical)
     elif isinstance(action_spec, (Bounded, Unbounded)) and event_dims == 1 and action_spec.dtype.is_floating_point:
         box = cast("ContinuousBox", action_spec.space)

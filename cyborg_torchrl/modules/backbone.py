@@ -25,7 +25,7 @@ class Backbone(TensorDictModuleBase):
     (`set_recurrent_mode(True)`, and inside its losses) the last batch dimension is time: it reads [*B, T, F], starts
     from the state of the first step, restarts from the initial state wherever `is_init`, and writes the memory
     features; states within a sequence are not written, since nothing reads them. The terms of a core that has some
-    (write rates, prediction errors) are written under "memory_terms", for the loss.
+    (write rates, prediction errors) are written under "memory_metrics", for the loss.
 
     Where an episode begins, the core's own initial state (zero or learned) is used, never the stored one: collection
     and training agree, and a learned initial state gets its gradient.
@@ -100,7 +100,7 @@ class Backbone(TensorDictModuleBase):
         )
         tensordict.set(self.out_key, y.reshape(*batch_shape, steps, -1))
         for name, value in terms.items():
-            tensordict.set((keys.MEMORY_TERMS, name), value.reshape(*batch_shape, steps, 1))
+            tensordict.set((keys.MEMORY_METRICS, name), value.reshape(*batch_shape, steps, 1))
         return {name: value.reshape(*batch_shape, *value.shape[1:]) for name, value in last.items()}
 
     def _run_step(self, tensordict: TensorDictBase) -> State:

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from cyborg_torchrl.cores.kernels.group_norm import added_layer_norms_cpp
 from cyborg_torchrl.cores.kernels.native import is_native
-from cyborg_torchrl.cores.linear import Linear
 
 
 class PastPresentFusion(nn.Module):
@@ -32,7 +31,7 @@ class PastPresentFusion(nn.Module):
         super().__init__()
         self.past = nn.LayerNorm(memory_features)
         self.present = nn.LayerNorm(present_features)
-        self.gate = Linear(present_features, memory_features, bias=False) if is_gated else None
+        self.gate = nn.Linear(present_features, memory_features, bias=False) if is_gated else None
         if self.gate is not None:
             nn.init.zeros_(self.gate.weight)
         self.is_same_width = present_features == memory_features
@@ -40,7 +39,7 @@ class PastPresentFusion(nn.Module):
         self.project = (
             nn.Identity()
             if present_features == memory_features
-            else Linear(present_features, memory_features, bias=False)
+            else nn.Linear(present_features, memory_features, bias=False)
         )
 
     def forward(self, present: Float[Tensor, "*B F"], memory: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:

@@ -159,7 +159,7 @@ class RecurrentClipPPOLoss(ClipPPOLoss):
         mask = tensordict.get(keys.TRAIN_MASK, None)
         log_weights = result[0].detach().reshape(-1)
         self._log_weights = log_weights if mask is None else log_weights[mask.reshape(-1)]
-        terms = tensordict.get(keys.MEMORY_TERMS, None)
+        terms = tensordict.get(keys.MEMORY_METRICS, None)
         is_trained = slice(None) if mask is None else mask.reshape(-1)
         self._terms = {} if terms is None else {name: value.reshape(-1)[is_trained] for name, value in terms.items()}
         return result

@@ -13,7 +13,6 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import set_recurrent_mode
 
 from cyborg_torchrl import keys
-from cyborg_torchrl.cores import fixed_parameters
 
 OnEpisodes = Callable[[int, int], None]
 """Called with the number of episodes that are over, and how many there will be."""
@@ -51,7 +50,6 @@ def ignore_episodes(finished: int, total: int) -> None:
 
 
 @torch.no_grad()
-@fixed_parameters()
 def evaluate(
     policy: TensorDictModuleBase,
     env: EnvBase,

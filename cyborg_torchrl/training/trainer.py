@@ -173,32 +173,32 @@ class PPOTrainer:
             standardized = masked_standardize if self.ranks.size == 1 else self.ranks.standardized
             steps.set(keys.ADVANTAGE, standardized(advantage))
         if not isinstance(rollout, Rollout):
-            rollout = Rollout.of(rollout, self.loss.state_keys, self.buffer.keyframe_steps(steps.shape[1]))
+            rollout = Rollout.from_steps(rollout, self.loss.state_keys, self.buffer.state_steps(steps.shape[1]))
         trained = steps.select(*self._trained, strict=False)
-        self.buffer.store(Rollout(trained, rollout.keyframes, rollout.at), self.loss.actor_network)
+        self.buffer.store(Rollout(trained, rollout.stored_states, rollout.state_steps), self.loss.actor_network)
         return rollout, metrics
 
     def _refresh(self, rollout: Rollout) -> None:
         """Replaces the stored states by those that the present parameters give, from the rollout's first on."""
-        if not isinstance(self.buffer, RecurrentRolloutBuffer) or rollout.keyframes.is_empty():
+        if not isinstance(self.buffer, RecurrentRolloutBuffer) or rollout.stored_states.is_empty():
             return
-        states = [rollout.keyframes[:, 0]]
+        states = [rollout.stored_states[:, 0]]
         with self.loss.actor() as actor:
-            for begin, end in itertools.pairwise(rollout.at):
+            for begin, end in itertools.pairwise(rollout.state_steps):
                 state = state_after(actor, rollout.steps[:, begin:end], states[-1], self.loss.state_keys)
                 states.append(as_primed(state, rollout.steps.get(keys.IS_INIT)[:, end]))
-        self.buffer.replace_states(Rollout(rollout.steps, torch.stack(states, 1), rollout.at))
+        self.buffer.replace_states(Rollout(rollout.steps, torch.stack(states, 1), rollout.state_steps))
 
     def _drift(self, rollout: Rollout, max_envs: int = 4, max_chunks: int = 4) -> Metrics:
         """The drift of some chunks of some environments; zero where no stored state is used but the first."""
         steps, buffer = rollout.steps[:max_envs].to(self.parameters[0].device), self.buffer
         whole = steps.shape[1] // buffer.seq_len if isinstance(buffer, RecurrentRolloutBuffer) else 1
-        if not isinstance(buffer, RecurrentRolloutBuffer) or whole < 2 or rollout.keyframes.is_empty():
+        if not isinstance(buffer, RecurrentRolloutBuffer) or whole < 2 or rollout.stored_states.is_empty():
             return {"state_drift": 0.0}
         chunks = torch.linspace(1, whole - 1, min(max_chunks, whole - 1)).long().unique()
         used = buffer.chunks(chunks, steps.shape[0]).to(self.parameters[0].device)
         begin = [int(chunk) * buffer.seq_len for chunk in chunks]
-        figures = measure_drift(self.loss, steps, rollout.keyframes[:max_envs, 0].to(steps.device), used, begin)
+        figures = measure_drift(self.loss, steps, rollout.stored_states[:max_envs, 0].to(steps.device), used, begin)
         return {name: float(self.ranks.mean(value)) for name, value in figures.items()}
 
     def _located_step(self, batch: TensorDictBase | None, rollout: Rollout) -> dict[str, torch.Tensor]:

@@ -38,14 +38,14 @@ class StandIn:
         owner._outputs = places
 
 
-def batches(device: str, *, is_graphed: bool, stand_in: StandIn | None = None):
+def batches(device: str, *, cudagraph: bool, stand_in: StandIn | None = None):
     torch.manual_seed(0)
     cfg = load_config(overrides=[*OPTIONS, f"train.device={device}"])
     env = build_env(cfg)
     agent = build_agent(cfg, env)
     frames = STEPS * ENVS
-    on_cuda = is_graphed and stand_in is None
-    made = FusedCollector(env, agent, frames_per_batch=frames, total_frames=3 * frames, is_graphed=on_cuda)
+    on_cuda = cudagraph and stand_in is None
+    made = FusedCollector(env, agent, frames_per_batch=frames, total_frames=3 * frames, cudagraph=on_cuda)
     if stand_in is not None:
         policy, step = made._fused
         made._fused = (GraphedPolicy(policy, stand_in), step)
@@ -66,8 +66,8 @@ def assert_equal(ours, theirs) -> None:
 
 def test_a_captured_step_yields_what_the_policy_does() -> None:
     stand_in = StandIn()
-    graphed = list(batches("cpu", is_graphed=True, stand_in=stand_in))
-    assert_equal(graphed, list(batches("cpu", is_graphed=False)))
+    graphed = list(batches("cpu", cudagraph=True, stand_in=stand_in))
+    assert_equal(graphed, list(batches("cpu", cudagraph=False)))
     assert stand_in.captures == 3  # once a rollout
 
 
@@ -91,21 +91,21 @@ def test_what_was_written_stays_when_the_next_step_overwrites_the_graphs_memory(
 def test_without_cuda_a_graph_is_refused() -> None:
     cfg = load_config(overrides=OPTIONS)
     env = build_env(cfg)
-    with pytest.raises(ValueError, match=r"is_graphed needs a policy that can be fused, .* here are cpu"):
-        FusedCollector(env, build_agent(cfg, env), frames_per_batch=STEPS * ENVS, total_frames=-1, is_graphed=True)
+    with pytest.raises(ValueError, match=r"cudagraph needs a policy that can be fused, .* here are cpu"):
+        FusedCollector(env, build_agent(cfg, env), frames_per_batch=STEPS * ENVS, total_frames=-1, cudagraph=True)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs that there is no CUDA device")
 def test_a_configuration_asks_for_a_graph() -> None:
     asks = [*OPTIONS, "collector=fused"]
-    with pytest.raises(ConfigError, match=r"is_graphed needs train\.device=cuda; the device here is 'cpu'"):
-        load_config(overrides=[*asks, "collector.is_graphed=true"])
+    with pytest.raises(ConfigError, match=r"cudagraph needs train\.device=cuda; the device here is 'cpu'"):
+        load_config(overrides=[*asks, "collector.cudagraph=true"])
     cfg = load_config(overrides=asks)
-    cfg.collector.is_graphed = True  # as where there is a device
-    with pytest.raises(ConfigError, match=r"collector\.is_graphed: .* here are cpu"):
+    cfg.collector.cudagraph = True  # as where there is a device
+    with pytest.raises(ConfigError, match=r"collector\.cudagraph: .* here are cpu"):
         build_trainer(cfg)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_cuda_a_graph_yields_what_the_policy_does() -> None:
-    assert_equal(list(batches("cuda", is_graphed=True)), list(batches("cuda", is_graphed=False)))
+    assert_equal(list(batches("cuda", cudagraph=True)), list(batches("cuda", cudagraph=False)))

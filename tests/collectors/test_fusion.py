@@ -146,7 +146,7 @@ def test_what_a_fused_optimiser_changed_is_used(kind: type, backbone: str) -> No
         optimizer.step()
     rollout = next(iterator)
     steps = rollout.steps if kind is RolloutCollector else rollout
-    states = rollout.keyframes[:, 0] if kind is RolloutCollector else rollout[:, 0].select("memory_state")
+    states = rollout.stored_states[:, 0] if kind is RolloutCollector else rollout[:, 0].select("memory_state")
     first = steps[:, 0].select("observation", "is_init").update(states)
     with torch.no_grad():
         expected = copy.deepcopy(agent).get_value_operator()(first).get("state_value")
@@ -319,7 +319,7 @@ def test_our_collector_yields_the_same_with_and_without(options: list[str]) -> N
             frames_per_batch=frames,
             total_frames=3 * frames,
             value_operator=agent.get_value_operator(),
-            keyframe_steps=build_buffer(cfg, env, STEPS).keyframe_steps,
+            state_steps=build_buffer(cfg, env, STEPS).state_steps,
             is_fused=is_fused,
         )
         assert (made._track is not None) == is_fused
@@ -328,7 +328,7 @@ def test_our_collector_yields_the_same_with_and_without(options: list[str]) -> N
         rollouts.append(list(made))
     for ours, theirs in zip(*rollouts, strict=True):
         assert ours.at == theirs.at
-        for a, b in ((ours.steps, theirs.steps), (ours.keyframes, theirs.keyframes)):
+        for a, b in ((ours.steps, theirs.steps), (ours.stored_states, theirs.stored_states)):
             assert {str(key) for key in a.keys(True, True)} == {str(key) for key in b.keys(True, True)}
             for key in b.keys(True, True):
                 assert torch.equal(a[key], b[key]), key

@@ -78,7 +78,7 @@ def make_dying(seed: int) -> EnvBase:
     os._exit(1)
 
 
-def keyframe_steps(steps: int) -> list[int]:
+def state_steps(steps: int) -> list[int]:
     return STATES_AT
 
 
@@ -110,7 +110,7 @@ def build(agent: PPOAgent) -> Iterator[Callable[..., RayRolloutCollector]]:
             value_operator=agent.get_value_operator(),
             cluster=RayCluster(num_workers=WORKERS),
             seed=SEED,
-            keyframe_steps=keyframe_steps,
+            state_steps=state_steps,
         )
         built.append(collector)
         return collector
@@ -130,7 +130,7 @@ class OneAfterTheOther:
             torch.manual_seed(seed)
             collector = RolloutCollector(
                 env, agent, frames_per_batch=FRAMES // WORKERS, total_frames=FRAMES // WORKERS,
-                value_operator=agent.get_value_operator(), keyframe_steps=keyframe_steps,
+                value_operator=agent.get_value_operator(), state_steps=state_steps,
             )  # fmt: skip
             torch.manual_seed(seed)
             collector.set_seed(seed)
@@ -146,7 +146,7 @@ class OneAfterTheOther:
 
 
 def assert_same(rollout: Rollout, parts: list[Rollout]) -> None:
-    for name in ("steps", "keyframes"):
+    for name in ("steps", "stored_states"):
         expected = torch.cat([getattr(part, name).contiguous() for part in parts])
         found = getattr(rollout, name)
         assert found.shape == expected.shape
@@ -180,7 +180,7 @@ def test_rollouts_are_those_of_the_workers_one_after_the_other(
     expected = OneAfterTheOther(maker, agent)
     collector = build(partial(make_marked, tmp_path / "there"))
     for rollout in collector:
-        assert rollout.at == tuple(STATES_AT)
+        assert rollout.state_steps == tuple(STATES_AT)
         assert_same(rollout, expected.rollout())
         with torch.no_grad():
             for parameter in agent.parameters():
@@ -216,15 +216,15 @@ def test_a_worker_that_dies_loses_its_unfinished_batch_alone(
     assert "worker 1 died" in caplog.text
     assert second.steps.shape == (WORKERS * NUM_ENVS, STEPS)
     survivor = expected.rollout()[0]
-    assert_same(Rollout(second.steps[:NUM_ENVS], second.keyframes[:NUM_ENVS], second.at), [survivor])
+    assert_same(Rollout(second.steps[:NUM_ENVS], second.stored_states[:NUM_ENVS], second.at), [survivor])
     new = slice(NUM_ENVS, None)
     assert second.steps["is_init"][new, 0].all()
-    assert not second.keyframes["memory_state", "hidden"][new, 0].any()
+    assert not second.stored_states["memory_state", "hidden"][new, 0].any()
     cues = [r.steps["observation"][new, 0] for r in (first, second)]
     assert not torch.equal(*cues), "the new worker plays the dead one's episodes again"
     third = collector.rollout()
     assert collector.deaths == 1
-    assert third.keyframes["memory_state", "hidden"][new, 0].any(), "memory goes on"
+    assert third.stored_states["memory_state", "hidden"][new, 0].any(), "memory goes on"
     assert "raylet" not in "".join(capfd.readouterr()), "Ray keeps quiet"
 
 

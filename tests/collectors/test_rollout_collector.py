@@ -32,7 +32,7 @@ def agent(build_gru_case: Callable[..., Core], make_agent: Callable) -> PPOAgent
 def collect_ours(agent: PPOAgent, env, at: list[int], updates: int = 2) -> list[Rollout]:
     collector = RolloutCollector(
         env, agent, frames_per_batch=FRAMES, total_frames=updates * FRAMES,
-        value_operator=agent.get_value_operator(), keyframe_steps=lambda steps: at,
+        value_operator=agent.get_value_operator(), state_steps=lambda steps: at,
     )  # fmt: skip
     collector.set_seed(5)
     torch.manual_seed(1)
@@ -63,7 +63,7 @@ def test_steps_and_states_are_those_of_torchrls_collector(agent: PPOAgent, make_
             assert torch.equal(steps[key], expected[key]), key
         assert "memory_state" not in steps.keys()
         assert "memory_state" not in steps["next"].keys()
-        hidden = rollout.keyframes["memory_state", "hidden"]
+        hidden = rollout.stored_states["memory_state", "hidden"]
         is_init = expected["is_init"][:, at].squeeze(-1)
         assert torch.equal(hidden[~is_init], expected["memory_state", "hidden"][:, at][~is_init])
 
@@ -82,7 +82,7 @@ def test_advantages_are_those_of_stored_states(agent: PPOAgent, make_env: Callab
 @pytest.mark.parametrize("seq_len", [3, 5])
 def test_what_is_kept_is_what_the_buffer_needs(agent: PPOAgent, make_env: Callable, seq_len: int) -> None:
     buffer = RecurrentRolloutBuffer(FRAMES, seq_len, 4, num_envs=NUM_ENVS, burn_in=2)
-    at = buffer.keyframe_steps(STEPS)
+    at = buffer.state_steps(STEPS)
     for rollout in collect_ours(agent, make_env(NUM_ENVS), at):
         add_advantages(rollout.steps, agent.get_value_operator(), gamma=0.99, gae_lambda=0.95)
         buffer.store(rollout)
@@ -94,7 +94,7 @@ def test_what_is_kept_is_what_the_buffer_needs(agent: PPOAgent, make_env: Callab
 
 @pytest.mark.parametrize("kind", ["gru", "lstm"])
 def test_a_policy_of_torchrls_own_modules(make_env: Callable, their_policy: Callable, kind: str) -> None:
-    """Found by the names of its states; burn-in and keyframes work with it too."""
+    """Found by the names of its states; burn-in and stored_states work with it too."""
     policy = their_policy(kind)
     options = {"state_keys": policy.state_keys, "num_envs": NUM_ENVS}
     cuts = [{"seq_len": 5}, {"seq_len": 4, "burn_in": 3}, {"seq_len": 3, "state_stride": 6}]
@@ -102,7 +102,7 @@ def test_a_policy_of_torchrls_own_modules(make_env: Callable, their_policy: Call
         buffer = RecurrentRolloutBuffer(FRAMES, batch_size=4, **cut, **options)
         collector = RolloutCollector(
             make_env(NUM_ENVS), policy.actor, frames_per_batch=FRAMES, total_frames=2 * FRAMES,
-            value_operator=policy.critic, keyframe_steps=buffer.keyframe_steps,
+            value_operator=policy.critic, state_steps=buffer.state_steps,
         )  # fmt: skip
         loss = RecurrentClipPPOLoss(policy.actor, policy.head)
         for rollout in collector:
@@ -142,7 +142,7 @@ def test_environments_of_gymnasium(kind: str) -> None:
     buffer = RecurrentRolloutBuffer(frames, 7, 4, num_envs=num_envs, burn_in=3)
     collector = RolloutCollector(
         env, agent, frames_per_batch=frames, total_frames=2 * frames,
-        value_operator=agent.get_value_operator(), keyframe_steps=buffer.keyframe_steps,
+        value_operator=agent.get_value_operator(), state_steps=buffer.state_steps,
     )  # fmt: skip
     loss = RecurrentClipPPOLoss(agent)
     try:

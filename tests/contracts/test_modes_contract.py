@@ -234,7 +234,7 @@ def test_an_episode_that_begins_at_the_border_takes_nothing_from_the_one_before(
     assert torch.equal(outputs[0], outputs[1])
 
 
-def test_states_between_keyframes_are_replayed_with_what_acted(gru_agent: PPOAgent, rollout_of: Callable) -> None:
+def test_states_between_stored_ones_are_replayed_with_what_acted(gru_agent: PPOAgent, rollout_of: Callable) -> None:
     """After an update too: the copy that was made when the rollout was stored replays, not today's parameters."""
     rollout = rollout_of(gru_agent)
     buffer = build_buffer(Mode(3, 0, 6))
@@ -282,7 +282,7 @@ def test_refusals(gru_agent: PPOAgent, rollout_of: Callable) -> None:
         build_buffer(Mode(4, 0, 6))
     with pytest.raises(ValueError, match="burn_in must be >= 0"):
         build_buffer(Mode(4, -1))
-    kept = Rollout.of(rollout, [("memory_state", "hidden")], [0, 9])
+    kept = Rollout.from_steps(rollout, [("memory_state", "hidden")], [0, 9])
     with pytest.raises(ValueError, match=r"states before the steps \[0, 9\]; needed: \[0, 6, 12\]"):
         build_buffer(Mode(6)).store(kept)
     with pytest.raises(ValueError, match="made for 4 environments; got 8 x 9 steps"):

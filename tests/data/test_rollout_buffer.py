@@ -135,7 +135,7 @@ def test_sequences_begin_with_the_state_of_the_rollout(state_keys: list) -> None
 
 
 def expected_spread(recorded: Tensor, is_init: Tensor) -> Tensor:
-    """The keyframe at every step, and zero from the first reset after the chunk's start on."""
+    """The stored_state at every step, and zero from the first reset after the chunk's start on."""
     out = torch.empty_like(recorded)
     for row in range(recorded.shape[0]):
         state = recorded[row, 0]
@@ -192,8 +192,8 @@ def test_memmap_storage(tmp_path: Path) -> None:
         assert covered(buffer) == [offset + step for step in ALL_STEPS]
         batch = buffer.sample()
         row, t = (batch["step"] - offset) // STEPS, (batch["step"] - offset) % STEPS
-        keyframe = rollout["memory_state", "hidden"][row[:, 0], t[:, 0]]
-        assert torch.equal(batch["memory_state", "hidden"][:, 0], keyframe)
+        stored_state = rollout["memory_state", "hidden"][row[:, 0], t[:, 0]]
+        assert torch.equal(batch["memory_state", "hidden"][:, 0], stored_state)
 
 
 def test_the_stored_rollout_is_a_copy() -> None:

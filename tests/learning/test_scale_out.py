@@ -65,7 +65,7 @@ class OneAfterTheOther:
             collector = RolloutCollector(
                 env, training.agent, frames_per_batch=frames, total_frames=frames,
                 value_operator=training.agent.get_value_operator(),
-                keyframe_steps=training.trainer.buffer.keyframe_steps,
+                state_steps=training.trainer.buffer.state_steps,
             )  # fmt: skip
             torch.manual_seed(seed)
             collector.set_seed(seed)
@@ -80,8 +80,10 @@ class OneAfterTheOther:
                 rollouts.append(collector.rollout())
                 self.parts[index] = (collector, torch.get_rng_state())
             torch.set_rng_state(here)
-            steps, keyframes = (torch.cat([getattr(r, name) for r in rollouts]) for name in ("steps", "keyframes"))
-            yield Rollout(steps, keyframes, rollouts[0].at)
+            steps, stored_states = (
+                torch.cat([getattr(r, name) for r in rollouts]) for name in ("steps", "stored_states")
+            )
+            yield Rollout(steps, stored_states, rollouts[0].at)
 
 
 def test_training_has_the_figures_of_one_process(cluster: Any) -> None:

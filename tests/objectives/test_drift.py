@@ -103,7 +103,7 @@ def trainer_of(agent: PPOAgent, buffer, **options) -> PPOTrainer:
 def test_refreshed_states_are_those_of_the_present_parameters(agent: PPOAgent, rollout) -> None:
     buffer = RecurrentRolloutBuffer(rollout.numel(), SEQ_LEN, 4, num_envs=NUM_ENVS)
     trainer = trainer_of(agent, buffer)
-    kept = Rollout.of(rollout.clone(), trainer.loss.state_keys, buffer.keyframe_steps(STEPS))
+    kept = Rollout.from_steps(rollout.clone(), trainer.loss.state_keys, buffer.state_steps(STEPS))
     buffer.store(kept)
     shake(agent)
     trainer._refresh(kept)
@@ -141,7 +141,7 @@ def test_refreshing_with_what_acted_changes_nothing(make_env: Callable, their_po
     buffer = RecurrentRolloutBuffer(frames, SEQ_LEN, 4, num_envs=NUM_ENVS, state_keys=policy.state_keys)
     collector = RolloutCollector(
         make_env(NUM_ENVS, p_terminated=0.2), policy.actor, frames_per_batch=frames, total_frames=3 * frames,
-        value_operator=policy.critic, keyframe_steps=buffer.keyframe_steps,
+        value_operator=policy.critic, state_steps=buffer.state_steps,
     )  # fmt: skip
     loss = RecurrentClipPPOLoss(policy.actor, policy.head)
     trainer = PPOTrainer([], loss, policy.critic, buffer, TrainConfig())

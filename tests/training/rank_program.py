@@ -107,7 +107,7 @@ def collect(cfg: DictConfig, agent: Any) -> list[Rollout]:
     frames = NUM_ENVS * steps
     collector = RolloutCollector(
         env, agent, frames_per_batch=frames, total_frames=2 * frames, value_operator=agent.get_value_operator(),
-        keyframe_steps=build_buffer(cfg, env, steps).keyframe_steps,
+        state_steps=build_buffer(cfg, env, steps).state_steps,
     )  # fmt: skip
     collector.set_seed(3)
     return list(collector)
@@ -117,7 +117,7 @@ def cast(rollout: Rollout, is_double: bool) -> Rollout:
     def doubled(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.double() if is_double and tensor.is_floating_point() else tensor
 
-    return Rollout(rollout.steps.apply(doubled), rollout.keyframes.contiguous().apply(doubled), rollout.at)
+    return Rollout(rollout.steps.apply(doubled), rollout.stored_states.contiguous().apply(doubled), rollout.state_steps)
 
 
 def share_of(rollout: Rollout, ranks: Ranks) -> Rollout:
@@ -125,7 +125,7 @@ def share_of(rollout: Rollout, ranks: Ranks) -> Rollout:
     half = NUM_ENVS // 2
     by_turns = torch.arange(NUM_ENVS).view(2, half)
     index = by_turns[ranks.rank] if ranks.size == 2 else by_turns.T.reshape(-1)
-    return Rollout(rollout.steps[index], rollout.keyframes[index], rollout.at)
+    return Rollout(rollout.steps[index], rollout.stored_states[index], rollout.state_steps)
 
 
 def run_unequal(ranks: Ranks, *, is_double: bool) -> list[torch.Tensor]:

@@ -35,7 +35,7 @@ BOOKKEEPING = frozenset(
         keys.TERMINATED,
         keys.TRUNCATED,
         keys.MEMORY_STATE,
-        keys.MEMORY_TERMS,
+        keys.MEMORY_METRICS,
         "recurrent_state",
         "step_count",
     }

@@ -8,7 +8,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cyborg_torchrl.cores.linear import Linear
 from cyborg_torchrl.modules.encoders.images import image_layout
 
 
@@ -42,7 +41,7 @@ class GridEncoder(nn.Module):
             nn.ReLU(),
             nn.Flatten(),
         )
-        self.project = Linear(32 * self.layout.height * self.layout.width, features, bias=False)
+        self.project = nn.Linear(32 * self.layout.height * self.layout.width, features, bias=False)
 
     def forward(self, grid: Tensor) -> Float[Tensor, "*B F"]:
         """Encodes grids; [*B] may be empty."""

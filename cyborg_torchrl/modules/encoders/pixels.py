@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from cyborg_torchrl.cores.linear import Linear
 from cyborg_torchrl.modules.encoders.images import image_layout
 from cyborg_torchrl.registry import did_you_mean
 
@@ -109,7 +108,7 @@ class PixelEncoder(nn.Module):
             image = torch.zeros(1, channels, height, width)
             numbers = max(image.numel(), self.convolutions[0](image).numel())
             self.block, self.kept = max(1, BLOCK_NUMBERS // numbers), max(1, KEPT_NUMBERS // numbers)
-            self.project = Linear(self.convolutions(image).shape[-1], features, bias=False)
+            self.project = nn.Linear(self.convolutions(image).shape[-1], features, bias=False)
 
     def forward(self, pixels: Tensor) -> Float[Tensor, "*B F"]:
         """Encodes images [*B, *shape]; [*B] may be empty."""

@@ -8,8 +8,7 @@ from typing import cast
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-
-from cyborg_torchrl.cores.linear import Linear, linear
+from torch.nn import functional as F
 
 
 class VectorEncoder(nn.Module):
@@ -27,9 +26,9 @@ class VectorEncoder(nn.Module):
         super().__init__()
         layers: list[nn.Module] = []
         for width in hidden_sizes:
-            layers += [Linear(in_features, width, bias=False), nn.SiLU()]
+            layers += [nn.Linear(in_features, width, bias=False), nn.SiLU()]
             in_features = width
-        self.network = nn.Sequential(*layers, Linear(in_features, features, bias=False))
+        self.network = nn.Sequential(*layers, nn.Linear(in_features, features, bias=False))
 
     @property
     def last(self) -> nn.Linear:
@@ -43,7 +42,7 @@ class VectorEncoder(nn.Module):
         parts = [observation.to(dtype) for observation in observations]
         x = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
         # one map alone, without the sequence around it: its time counts while acting
-        return self.network(x) if len(self.network) > 1 else linear(x, last.weight)
+        return self.network(x) if len(self.network) > 1 else F.linear(x, last.weight)
 
 
 class ScaledVector(nn.Module):

@@ -31,22 +31,22 @@ def build_collector(
         "frames_per_batch": frames,
         "total_frames": frames * max(1, cfg.train.total_timesteps // frames),
     }
-    is_graphed = cfg.collector.is_graphed
+    cudagraph = cfg.collector.cudagraph
     if cfg.collector.name == "rollout":
         collector = RolloutCollector(env, agent, **options, **_kept(agent, buffer, env))
     elif cfg.collector.name in ("single", "fused"):
-        kind = Collector if cfg.collector.name == "single" else partial(FusedCollector, is_graphed=is_graphed)
+        kind = Collector if cfg.collector.name == "single" else partial(FusedCollector, cudagraph=cudagraph)
         try:
             collector = kind(env, agent, auto_register_policy_transforms=True, **options)
         except ValueError as error:
-            if not is_graphed:
+            if not cudagraph:
                 raise
-            raise ConfigError(f"collector.is_graphed: {error}") from None
+            raise ConfigError(f"collector.cudagraph: {error}") from None
     elif cfg.collector.name == "overlapped":
         collector = OverlappedCollector(_groups(cfg, env), agent, **options, **_kept(agent, buffer, env))
     elif cfg.collector.name == "ray":
         options |= _kept(agent, buffer, env)
-        options["keyframe_steps"] = partial(_same_steps, buffer.keyframe_steps(steps))  # the buffer stays here
+        options["state_steps"] = partial(_same_steps, buffer.state_steps(steps))  # the buffer stays here
         collector = _ray_collector(cfg, agent, _share_of_worker(cfg, num_envs), options)
     else:
         share = _share_of_worker(cfg, num_envs)
@@ -89,7 +89,7 @@ def _kept(agent: PPOAgent, buffer: Buffer, env: EnvBase) -> dict[str, Any]:
     unread = (keys.SUCCESS, keys.EPISODE_REWARD)
     return {
         "value_operator": agent.get_value_operator(),
-        "keyframe_steps": buffer.keyframe_steps,
+        "state_steps": buffer.state_steps,
         "exclude_keys": [*twice, *agent.policy_head.out_keys, *(key for key in unread if key in env.observation_spec)],
     }
 
