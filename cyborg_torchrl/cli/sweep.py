@@ -92,11 +92,13 @@ def _first_configuration(config: str, overrides: Sequence[str]) -> DictConfig:
 
     Raises:
         ConfigError: if it cannot be used.
-        UsageError: for an option of the logger that cannot differ between runs.
+        UsageError: for an override that a sweep sets itself.
     """
     parsed = parse_overrides(config, overrides)
     for override in parsed:
         key = override.get_key_element()
+        if key == "hydra.sweep.dir":
+            raise UsageError("--folder replaces hydra.sweep.dir")
         if key == "logger.run_name" or (override.is_sweep_override() and key.startswith("logger.")):
             raise UsageError(f"a sweep names its runs, and logs them alike: leave '{override.input_line}' out")
     return load_config(config, [text for override in parsed for text in _first_value(override)])

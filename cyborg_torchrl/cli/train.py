@@ -17,7 +17,6 @@ import hydra
 from hydra.conf import HydraConf, RunDir, SweepDir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.core.utils import env_override
@@ -25,17 +24,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from cyborg_torchrl.config import DEFAULT_CONFIG, choices, explained, load_config, primary_config, validate
+from cyborg_torchrl.config import DEFAULT_CONFIG, choices, explained, load_config, primary_config
 from cyborg_torchrl.config.schema import GROUPS, NODES
-from cyborg_torchrl.training.command import (
-    CommandParser,
-    UsageError,
-    config_parser,
-    exit_code_of,
-    run_command,
-    train_and_report,
-)
-from cyborg_torchrl.training.resume import with_config_of_run
+from cyborg_torchrl.training.command import CommandParser, UsageError, config_parser, run_command
 
 INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 
@@ -50,22 +41,11 @@ def main(argv: Sequence[str]) -> int:
     for override in parse_overrides(arguments.config, overrides):
         if override.is_sweep_override():
             raise UsageError(f"'{override.input_line}' has several values: cyborg-torchrl sweep runs all of them")
-    if arguments.print_config:
-        return run_command(arguments.config, overrides, is_print_only=True)
-    flags = [f"--{name}={value}" for name in ("cfg", "info") if (value := getattr(arguments, name))]
-    codes: list[int] = []
-
-    def job(cfg: DictConfig) -> None:
-        def run() -> int:
-            chosen = with_config_of_run(cfg, list(HydraConfig.get().overrides.task))
-            OmegaConf.resolve(chosen)
-            validate(chosen)
-            return train_and_report(chosen)
-
-        codes.append(exit_code_of(run, interrupted="interrupted before training began"))
-
-    run_hydra(job, arguments.config, overrides, flags)
-    return codes[0] if codes else 0
+    if arguments.cfg or arguments.info:
+        flags = [f"--cfg={arguments.cfg}" if arguments.cfg else f"--info={arguments.info}"]
+        run_hydra(lambda cfg: None, arguments.config, overrides, flags)
+        return 0
+    return run_command(arguments.config, overrides, is_print_only=arguments.print_config)
 
 
 def hydra_parser(command: str, description: str | None, argv: Sequence[str]) -> CommandParser:

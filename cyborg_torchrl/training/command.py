@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from cyborg_torchrl.config import ConfigError, load_config
 from cyborg_torchrl.registry import UnavailableError, did_you_mean
@@ -128,18 +128,13 @@ def run_command(config: str, overrides: Sequence[str], *, is_print_only: bool = 
         if is_print_only:
             print(OmegaConf.to_yaml(cfg), end="")
             return 0
-        return train_and_report(cfg)
+        prepare_process(cfg)
+        summary = run_experiment(cfg)
+        if not launched_rank():
+            print(json.dumps(summary))
+        return EXIT_INTERRUPTED if summary["is_interrupted"] else 0
 
     return exit_code_of(run, interrupted="interrupted before training began")
-
-
-def train_and_report(cfg: DictConfig) -> int:
-    """Train, and print the summary as one JSON object from the first process. Return the exit code."""
-    prepare_process(cfg)
-    summary = run_experiment(cfg)
-    if not launched_rank():
-        print(json.dumps(summary))
-    return EXIT_INTERRUPTED if summary["is_interrupted"] else 0
 
 
 def exit_code_of(run: Callable[[], int], *, interrupted: str = "interrupted") -> int:

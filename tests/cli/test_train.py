@@ -157,6 +157,7 @@ def test_an_interrupted_run_ends_the_sweep(tmp_path: Path, monkeypatch, capsys) 
         (["sweep", "train.seed=0,1", "train.gamma=2"], "train.gamma must lie in [0, 1]; got 2.0."),
         (["sweep", "train.seed=0,1", "hydra/launcher=joblibb"], "unknown hydra/launcher 'joblibb': did you mean"),
         (["sweep", "train.seed=0,1", "--folder", __file__], "--folder: cannot write to"),
+        (["sweep", "train.seed=0,1", "hydra.sweep.dir=x"], "--folder replaces hydra.sweep.dir"),
         (["sweep", "train.seed=0,1", "logger.run_name=x"], "a sweep names its runs"),
         (["sweep", "train.seed=0,1", "--markdown", "nowhere/x"], "there is no folder 'nowhere'"),
     ],
