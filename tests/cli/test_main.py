@@ -38,7 +38,7 @@ def test_help_of_a_command_shows_an_example(name: str, capsys: pytest.CaptureFix
     [
         ([], "name a command"),
         (["trian"], "unknown command 'trian': did you mean 'train'?"),
-        (["train", "--confg", "x"], "unrecognized arguments: --confg x: did you mean '--config'?"),
+        (["train", "--confg=x"], "unrecognized arguments: --confg=x: did you mean '--config'?"),
         (["train", "gru"], "cannot read 'gru': overrides look like key=value"),
         (["evaluate"], "the following arguments are required: CHECKPOINT"),
         (["evaluate", "x", "--episodes", "0"], "argument --episodes: must be a whole number of 1 or more; got '0'"),
