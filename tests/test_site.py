@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("cores", "modules", "objectives", "data", "collectors", "envs", "diagnostics")
+PACKAGES = ("cores", "modules", "objectives", "data", "collectors", "envs", "checks")
 FETCHED = re.compile(r"""<(?:script|img|iframe|source|video)\b[^>]*\bsrc=["']?(?:https?:)?//""")
 KINDS = "stylesheet|preconnect|preload|prefetch|icon"
 LINKED = re.compile(rf"""<link\b[^>]*\brel=["']?(?:{KINDS})[^>]*\bhref=["']?(?:https?:)?//""")
