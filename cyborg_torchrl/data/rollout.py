@@ -1,4 +1,4 @@
-"""A rollout whose memory states are kept at some steps only."""
+"""A rollout that holds memory states at some steps only."""
 
 from __future__ import annotations
 
@@ -13,28 +13,33 @@ from cyborg_torchrl import keys
 
 @dataclass
 class Rollout:
-    """Steps of N environments, and their memory states before some of them."""
+    """Steps of N environments, and the memory states before some of these steps."""
 
     steps: TensorDictBase
-    """[N, T]: what a collector yields, without memory states."""
+    """Entries of the steps, [N, T], as a collector yields them, without memory states."""
     stored_states: TensorDictBase
-    """[N, C]: the states before the steps `at`, under their own keys; empty for a policy without memory."""
+    """Memory states before the steps `state_steps`, [N, C], under their own keys; empty without memory."""
     state_steps: tuple[int, ...]
-    """Ascending; C of them, the first of which is 0."""
+    """Indices of C steps, in ascending order; the first is 0."""
 
     @staticmethod
-    def from_steps(steps: TensorDictBase, state_keys: Sequence[NestedKey], at: Sequence[int]) -> Rollout:
-        """From a rollout [N, T] that holds a state at every step: those `at` are kept.
+    def from_steps(steps: TensorDictBase, state_keys: Sequence[NestedKey], state_steps: Sequence[int]) -> Rollout:
+        """Return the rollout [N, T] of a collector that stores a state at every step.
+
+        Args:
+            steps: entries of the steps, memory states included, [N, T].
+            state_keys: the entries that are memory states.
+            state_steps: the steps whose states are kept; all other states are dropped.
 
         Raises:
-            ValueError: if the rollout is not [N, T], or has one of several state keys but not the others.
+            ValueError: if the rollout is not [N, T], or has some of the state keys but not all.
         """
         if steps.ndim != 2:
             raise ValueError(f"a rollout has batch size [N, T]; got {list(steps.batch_size)}.")
-        there = [steps.get(key, None) is not None for key in state_keys]
-        if any(there) and not all(there):
-            missing = [key for key, is_there in zip(state_keys, there, strict=True) if not is_there]
-            raise ValueError(f"the rollout has no memory state {missing}, but others of state_keys.")
-        stored_states = steps.select(*state_keys, strict=False)[:, list(at)]
-        following = [(keys.NEXT, *((key,) if isinstance(key, str) else key)) for key in state_keys]
-        return Rollout(steps.exclude(*state_keys, *following).filter_empty_(), stored_states, tuple(at))
+        missing = [key for key in state_keys if steps.get(key, None) is None]
+        if missing and len(missing) < len(state_keys):
+            raise ValueError(f"the rollout has no memory state {missing}, but has the others of state_keys.")
+        stored_states = steps.select(*state_keys, strict=False)[:, list(state_steps)]
+        next_states = [(keys.NEXT, *((key,) if isinstance(key, str) else key)) for key in state_keys]
+        without_states = steps.exclude(*state_keys, *next_states).filter_empty_()
+        return Rollout(without_states, stored_states, tuple(state_steps))

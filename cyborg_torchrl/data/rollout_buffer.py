@@ -1,30 +1,138 @@
-"""The rollout buffer of agents without memory, and what all rollout buffers share."""
+"""The buffer of agents without memory, and the bases of all rollout buffers."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey, unravel_key
+from torch import Tensor
 from torchrl.data import LazyTensorStorage, ReplayBuffer
 from torchrl.data.replay_buffers.samplers import SamplerWithoutReplacement
 
 from cyborg_torchrl import keys
 from cyborg_torchrl.data.rollout import Rollout
 
+STEPS, STORED_STATE = "steps", "stored_state"
+"""Entries of a row of sequences: those of each step, and the memory state before the first."""
 
-class RolloutBuffer(ReplayBuffer):
-    """Single steps in shuffled order, without memory states: for agents without memory.
+
+class OneRolloutBuffer(ReplayBuffer):
+    """Base of the rollout buffers: holds one rollout, and iterating over it is one epoch.
 
     Args:
-        num_steps: steps of one rollout, all environments together.
-        batch_size: steps in a minibatch.
-        state_keys: entries that are memory states, and not stored.
-        storage: default `LazyTensorStorage(num_steps)`.
+        num_steps: steps of one rollout, over all environments.
+        rows: rows of the storage.
+        batch_size: rows in a minibatch.
+        state_keys: entries that are memory states, or tensordicts of them.
+        storage: default `LazyTensorStorage(rows)`.
+        **options: those of TorchRL's `ReplayBuffer`.
 
-    Iterating over the buffer is one epoch: every step exactly once. Storing a rollout replaces the one before.
+    Raises:
+        ValueError: if the storage is too small.
+    """
+
+    def __init__(
+        self,
+        num_steps: int,
+        rows: int,
+        batch_size: int,
+        state_keys: Sequence[NestedKey],
+        storage: LazyTensorStorage | None,
+        options: dict[str, Any],
+    ) -> None:
+        if storage is None:
+            storage = LazyTensorStorage(rows)
+        elif storage.max_size < rows:
+            raise ValueError(f"the storage holds {storage.max_size} rows; a rollout has {rows}.")
+        super().__init__(storage=storage, sampler=SamplerWithoutReplacement(), batch_size=batch_size, **options)
+        self.num_steps = num_steps
+        self.state_keys = [unravel_key(key) for key in state_keys]
+
+    def __iter__(self) -> Iterator[TensorDictBase]:
+        """Yield the minibatches of one epoch, from its start even after an epoch that was not finished."""
+        self._end_epoch()
+        return super().__iter__()
+
+    def state_steps(self, steps: int) -> list[int]:
+        """Return the steps of a rollout of length T before which a memory state is needed: here the first."""
+        del steps
+        return [0]
+
+    def _replace_rows(self, rows: TensorDictBase) -> None:
+        """Store these rows and drop those of the rollout before."""
+        self._end_epoch()
+        self.empty()
+        self.extend(rows)
+
+    def _end_epoch(self) -> None:
+        """Drop the rest of an epoch that was not finished, prefetched batches included."""
+        if self._prefetch:
+            # First the prefetched batches: a thread that still prefetches moves the sampler.
+            with self._futures_lock:
+                self._clear_prefetch_queue_locked()
+        self.sampler._empty()
+
+    def _check_rollout(self, steps: TensorDictBase) -> None:
+        """Check the shape of a rollout.
+
+        Raises:
+            ValueError: if it is not [N, T], or has another number of steps than the buffer.
+            KeyError: if it has no `is_init`.
+        """
+        if steps.ndim != 2:
+            raise ValueError(
+                f"a rollout has batch size [N, T]; got {list(steps.batch_size)}. Without a batch of environments, "
+                "store rollout.unsqueeze(0). With several workers, make the collector with cat_results=0."
+            )
+        if steps.get(keys.IS_INIT, None) is None:
+            raise KeyError(
+                f"the rollout has no {keys.IS_INIT!r}, which marks the first steps of episodes: add "
+                "torchrl.envs.InitTracker() to the environment."
+            )
+        if steps.numel() != self.num_steps:
+            raise ValueError(
+                f"the buffer was made for rollouts of {self.num_steps} steps; got {steps.shape[0]} x {steps.shape[1]}."
+            )
+
+
+class SequenceBuffer(OneRolloutBuffer):
+    """Base of the buffers whose rows are consecutive steps with one memory state."""
+
+    def sample(self, batch_size: int | None = None, return_info: bool = False) -> Any:
+        """Return sequences [B, S], and TorchRL's info if it is requested."""
+        rows, info = super().sample(batch_size, return_info=True)
+        row = torch.as_tensor(info["index"], device=rows.device).reshape(-1)
+        sequences = self._sequences(rows, row)
+        return (sequences, info) if return_info else sequences
+
+    def state_bytes(self) -> int:
+        """Return the size of the stored states in bytes."""
+        return self._stored_rows().get(STORED_STATE).bytes()
+
+    def _stored_rows(self) -> TensorDictBase:
+        return self._storage.get(slice(0, len(self)))
+
+    @abstractmethod
+    def _sequences(self, rows: TensorDictBase, row: Tensor) -> TensorDictBase:
+        """Return the sequences [B, S] of stored rows with the numbers `row`."""
+
+
+class RolloutBuffer(OneRolloutBuffer):
+    """Single steps in shuffled order, for agents without memory.
+
+    Iterating over the buffer is one epoch: every step comes exactly once. Storing a rollout replaces the one before.
+
+    Args:
+        num_steps: steps of one rollout, over all environments.
+        batch_size: steps in a minibatch.
+        state_keys: entries that are memory states; they are not stored.
+        storage: default `LazyTensorStorage(num_steps)`.
+        **options: those of TorchRL's `ReplayBuffer`.
     """
 
     def __init__(
@@ -36,76 +144,15 @@ class RolloutBuffer(ReplayBuffer):
         storage: LazyTensorStorage | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(
-            storage=make_storage(storage, num_steps),
-            sampler=SamplerWithoutReplacement(),
-            batch_size=batch_size,
-            **options,
-        )
-        self.num_steps = num_steps
-        self.state_keys = [unravel_key(key) for key in state_keys]
-
-    def __iter__(self) -> Iterator[TensorDictBase]:
-        """One epoch, from its beginning even if the one before was broken off."""
-        forget_epoch(self)
-        return super().__iter__()
-
-    def state_steps(self, steps: int) -> list[int]:
-        """Steps of a rollout before which a memory state is kept; the first, as in every rollout. None is stored."""
-        del steps
-        return [0]
+        super().__init__(num_steps, num_steps, batch_size, state_keys, storage, options)
 
     def store(self, rollout: TensorDictBase | Rollout, policy: TensorDictModuleBase | None = None) -> None:
-        """Stores a rollout [N, T], in place of the one before; `policy` is not needed.
+        """Store a rollout [N, T]; `policy` is not used.
 
         Raises:
-            ValueError: if it is not [N, T], or has another number of steps than the buffer was made for.
+            ValueError: if it is not [N, T], or has another number of steps than the buffer.
         """
         del policy
-        rollout = rollout.steps if isinstance(rollout, Rollout) else rollout
-        check_rollout(rollout, self.num_steps)
-        forget_epoch(self)
-        self.empty()
-        self.extend(rollout.exclude(keys.NEXT, *self.state_keys).reshape(-1))
-
-
-def make_storage(storage: LazyTensorStorage | None, rows: int) -> LazyTensorStorage:
-    """The storage that was given, or a new one for `rows` rows.
-
-    Raises:
-        ValueError: if it is too small.
-    """
-    if storage is not None and storage.max_size < rows:
-        raise ValueError(f"the storage holds {storage.max_size} rows; a rollout has {rows}.")
-    return LazyTensorStorage(rows) if storage is None else storage
-
-
-def forget_epoch(buffer: ReplayBuffer) -> None:
-    """Drops what is left of an epoch that was broken off, prefetched batches included."""
-    if buffer._prefetch:
-        with buffer._futures_lock:  # first, since what is being prefetched moves the sampler
-            buffer._clear_prefetch_queue_locked()
-    buffer.sampler._empty()
-
-
-def check_rollout(rollout: TensorDictBase, num_steps: int) -> None:
-    """Refuses what is no rollout of that size.
-
-    Raises:
-        ValueError: if it is not [N, T], or has another number of steps.
-        KeyError: if it does not say where episodes begin.
-    """
-    if rollout.ndim != 2:
-        raise ValueError(
-            f"a rollout has batch size [N, T]; got {list(rollout.batch_size)}. Without a batch of environments: "
-            "rollout.unsqueeze(0). Of several workers: make the collector with cat_results=0."
-        )
-    if rollout.get(keys.IS_INIT, None) is None:
-        raise KeyError(
-            f"the rollout has no {keys.IS_INIT!r}, which says where episodes begin: add torchrl.envs.InitTracker() to "
-            "the environment."
-        )
-    if rollout.numel() != num_steps:
-        raise ValueError(
-            f"the buffer was made for rollouts of {num_steps} steps; got {rollout.shape[0]} x {rollout.shape[1]}."
-        )
+        steps = rollout.steps if isinstance(rollout, Rollout) else rollout
+        self._check_rollout(steps)
+        self._replace_rows(steps.exclude(keys.NEXT, *self.state_keys).reshape(-1))

@@ -1,4 +1,4 @@
-"""Advantages of a rollout, from the values that were recorded while it was collected."""
+"""Advantages of a rollout, from the values recorded while it was collected."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ AnyRollout = TypeVar("AnyRollout")
 def add_advantages(
     rollout: AnyRollout, value_operator: TensorDictModuleBase, *, gamma: float, gae_lambda: float
 ) -> AnyRollout:
-    """Writes "advantage" and "value_target" into a rollout [N, T].
+    """Write "advantage" and "value_target" into a rollout [N, T], and return it.
 
-    V(s_{t+1}) is the value recorded at the next step. Where there is none (an episode that was cut off, the end of
-    the rollout) the value recorded under "next" is taken; without one, the critic is asked about the last observation,
-    with the memory state that had been reached: memory is not restarted for it.
+    V(s_{t+1}) is the value recorded at the next step. A truncated episode and the end of the rollout have no next step.
+    There the value recorded under "next" is used. If there is none, the critic computes it from the last observation
+    and the memory state reached by then, so memory is not restarted.
 
     Args:
-        rollout: as a collector yields it: a tensordict [N, T], or a `Rollout`.
-        value_operator: from an observation and a memory state to "state_value". If no values were recorded, it runs
-            over the whole rollout first.
-        gamma: discount.
-        gae_lambda: lambda of the estimator.
+        rollout: a tensordict [N, T], or a `Rollout`.
+        value_operator: from an observation and a memory state to "state_value". If no values were recorded, it first
+            runs over the whole rollout.
+        gamma: discount in [0, 1].
+        gae_lambda: lambda of the estimator in [0, 1].
 
     Raises:
         ValueError: if the rollout is not [N, T].
@@ -43,9 +43,9 @@ def add_advantages(
         with set_recurrent_mode(True):
             steps.set(keys.VALUE, value_operator(steps.copy()).get(keys.VALUE))
     value_t = steps.get(keys.VALUE).squeeze(-1)
-    reward, done, terminated = (
-        steps.get((keys.NEXT, key)).squeeze(-1) for key in (keys.REWARD, keys.DONE, keys.TERMINATED)
-    )
+    reward = steps.get((keys.NEXT, keys.REWARD)).squeeze(-1)
+    done = steps.get((keys.NEXT, keys.DONE)).squeeze(-1)
+    terminated = steps.get((keys.NEXT, keys.TERMINATED)).squeeze(-1)
     value_tp1 = torch.cat([value_t[:, 1:], torch.zeros_like(value_t[:, :1])], 1)
     is_cut = done & ~terminated
     is_cut[:, -1] = ~terminated[:, -1]
@@ -66,15 +66,15 @@ def add_advantages(
 
 @torch.no_grad()
 def value_after(following: TensorDictBase, value_operator: TensorDictModuleBase) -> Tensor:
-    """Values of observations that no step was taken from, [B, 1], with the memory states that had been reached.
+    """Return the values of last observations, [B, 1], with the memory states reached by then.
 
     Args:
-        following: what stands under "next" of the last steps, [B]; memory is not restarted for it.
+        following: the entries under "next" of the last steps, [B]; memory is not restarted.
         value_operator: from an observation and a memory state to "state_value".
     """
     read = [key for key in value_operator.in_keys if key != keys.IS_INIT]
     last = following.select(*read, strict=False)
-    device = next(iter(last.values(True, True))).device  # a tensordict may have none of its own
+    device = next(iter(last.values(True, True))).device  # the tensordict itself may have no device
     last.set(keys.IS_INIT, torch.zeros(*last.batch_size, 1, dtype=torch.bool, device=device))
     with set_recurrent_mode(False):
         return value_operator(last).get(keys.VALUE)

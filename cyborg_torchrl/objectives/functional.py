@@ -1,4 +1,4 @@
-"""Loss mathematics as pure functions. `_t` and `_tp1` carry time; time is the last dimension."""
+"""Loss mathematics as pure functions. The suffixes `_t` and `_tp1` mark time, which is the last dimension."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ def generalized_advantage(
     gamma: int | float,
     gae_lambda: int | float,
 ) -> tuple[Float[Tensor, "N T"], Float[Tensor, "N T"]]:
-    """Generalised advantage estimation, for each environment by itself.
+    """Compute generalised advantage estimates, separately for each environment.
 
         delta_t = r_t + gamma (1 - terminated_t) V(s_{t+1}) - V(s_t)
         A_t     = delta_t + gamma lambda (1 - done_t) A_{t+1}
 
-    A truncated episode is bootstrapped from the value of its own last observation, a terminated one is not; neither
-    lets the next episode's advantages through.
+    A truncated episode is bootstrapped from the value of its last observation. A terminated one is not. Advantages of
+    the next episode never enter either.
 
     Args:
         reward_t: rewards that followed the actions.
         value_t: V(s_t).
-        value_tp1: V(s_{t+1}) of the same episode, also where it ended.
-        is_terminated_t: the episode ended for good.
-        is_done_t: the episode ended, by termination or truncation.
+        value_tp1: V(s_{t+1}) of the same episode, also at its last step.
+        is_terminated_t: true where the episode terminated.
+        is_done_t: true where the episode ended, by termination or truncation.
         gamma: discount in [0, 1].
         gae_lambda: in [0, 1].
 
@@ -51,9 +51,10 @@ def generalized_advantage(
 def masked_standardize(
     x: Float[Tensor, "*B"], mask: Bool[Tensor, "*B"] | None = None, min_std: int | float = 1e-6
 ) -> Float[Tensor, "*B"]:
-    """Shifts and scales to mean 0 and standard deviation 1 over the entries where `mask` is true (all, if None).
+    """Return `x`, shifted and scaled to mean 0 and standard deviation 1 over the entries where `mask` is true.
 
-    Entries outside the mask are shifted and scaled likewise.
+    Entries outside the mask are shifted and scaled by the same numbers. Without a mask all entries count. A standard
+    deviation below `min_std` counts as `min_std`.
     """
     kept = x if mask is None else x[mask]
     if kept.numel() < 2:
@@ -62,6 +63,6 @@ def masked_standardize(
 
 
 def explained_variance(prediction: Float[Tensor, "*B"], target: Float[Tensor, "*B"]) -> Float[Tensor, ""]:
-    """1 - Var(target - prediction) / Var(target); 1 is perfect, 0 is no better than the mean."""
+    """Return 1 - Var(target - prediction) / Var(target): 1 is perfect, 0 is no better than the mean."""
     variance = target.var()
     return 1.0 - (target - prediction).var() / variance.clamp_min(torch.finfo(variance.dtype).eps ** 2)

@@ -21,21 +21,22 @@ from cyborg_torchrl.objectives.functional import masked_standardize
 
 
 class RecurrentClipPPOLoss(ClipPPOLoss):
-    """PPO's clipped objective over sequences [B, T], from the memory state that was there when the agent acted.
+    """PPO's clipped objective over sequences [B, T], from the memory state that the agent acted with.
 
-    It takes the sequences of `RecurrentRolloutBuffer`: each begins with its stored state, and the agent (or any
-    TorchRL recurrent policy) runs once over it, actor and critic together, so gradients reach back to its first
-    step. Keys, options and `loss_*` names are those of TorchRL's `ClipPPOLoss`. Differences: advantages are
-    normalised over the trained steps alone (those where ("collector", "mask") is true, if there is such a mask),
-    and `ratio_error` is logged: the largest |log ratio|, which is zero before the first optimiser step if and only
-    if the update sees what the rollout saw. The regularisers of a core that has some are added as
-    `loss_memory_<name>`, and its figures logged as `memory_<name>`, over the trained steps alone. Steps marked by
-    ("collector", "burn_in") are replayed without gradient first, and get no loss.
+    The batches are those of `RecurrentRolloutBuffer`: each sequence begins with its stored state. The agent, or any
+    TorchRL recurrent policy, runs once over it, for actor and critic together. Gradients reach back to the first step.
+    Keys, options and `loss_*` names are those of TorchRL's `ClipPPOLoss`. The differences:
+
+    - Advantages are normalised over the trained steps only, where ("collector", "mask") is true.
+    - `ratio_error` is the largest |log ratio|. Before the first optimiser step it is zero if and only if the update
+      sees the same states as the rollout.
+    - The regularisers of a core are added as `loss_memory_<name>`, and its metrics are logged as `memory_<name>`.
+    - Steps marked by ("collector", "burn_in") are replayed first, without gradient, and have no loss.
 
     Args:
         actor_network: a `PPOAgent`, or a TorchRL probabilistic policy.
-        critic_network: None for a `PPOAgent`, which brings its own. Otherwise the critic; a head that reads what
-            the actor writes saves the second backbone pass.
+        critic_network: the critic; None for a `PPOAgent`, which has one. A head that reads the actor's output saves a
+            second pass of the backbone.
         functional: as in TorchRL; False by default, since nothing here needs detached parameters.
         **options: those of `ClipPPOLoss`.
     """
@@ -55,20 +56,20 @@ class RecurrentClipPPOLoss(ClipPPOLoss):
         super().__init__(actor_network, critic_network, functional=functional, **options)
         self.state_keys = memory_state_keys(actor_network)
         self.standardize: Callable[[Tensor, Tensor | None], Tensor] | None = None
-        """In place of standardising a minibatch's advantages (where the mask is true) by itself."""
+        """Replacement for standardising the advantages of each minibatch, called with advantages and mask."""
         self._log_weights = torch.zeros(1)
         self._is_checked = False
-        self._terms: dict[str, Tensor] = {}
+        self._memory_metrics: dict[str, Tensor] = {}
         backbones = [module for module in actor_network.modules() if isinstance(module, Backbone)]
         self._regularize = backbones[0].core.regularize if backbones else None
         self._is_regularized = any(type(backbone.core).regularize is not Core.regularize for backbone in backbones)
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Returns the losses and figures of a batch of sequences, [B, T].
+        """Return the losses and metrics of a batch of sequences, [B, T].
 
         Raises:
-            ValueError: for a policy with memory, if the batch is not one of sequences.
+            ValueError: if the policy has memory and the batch holds no sequences.
         """
         if self.state_keys:
             self._check_sequences(tensordict)
@@ -76,21 +77,21 @@ class RecurrentClipPPOLoss(ClipPPOLoss):
         losses = super().forward(tensordict)
         losses.set("ratio_error", self._log_weights.abs().max())
         if tensordict.get(keys.TRAIN_MASK, None) is not None:
-            losses.update(self._figures_of_trained_steps())
-        if self._terms and self._regularize is not None:
-            for name, value in self._regularize(self._terms).items():
+            losses.update(self._metrics_of_trained_steps())
+        if self._memory_metrics and self._regularize is not None:
+            for name, value in self._regularize(self._memory_metrics).items():
                 losses.set(f"loss_memory_{name}", value)
-            for name, value in self._terms.items():
+            for name, value in self._memory_metrics.items():
                 losses.set(f"memory_{name}", value.detach().mean())
         return losses
 
     def _check_sequences(self, tensordict: TensorDictBase) -> None:
-        """What a buffer or sampler may do to sequences without a word: once, with the cure."""
+        """Check once for mistakes of a buffer or sampler that would otherwise stay silent."""
         if tensordict.ndim < 2:
             raise ValueError(
                 f"the loss of a policy with memory takes sequences [B, T]; got a batch {list(tensordict.batch_size)}. "
                 "Steps in shuffled order have lost their past: use RecurrentRolloutBuffer, or rows of consecutive "
-                "steps. Slices that were laid end to end go back to sequences with batch.reshape(-1, slice_len)."
+                "steps. batch.reshape(-1, slice_len) turns a flat batch of slices into sequences."
             )
         if self._is_checked:
             return
@@ -103,13 +104,13 @@ class RecurrentClipPPOLoss(ClipPPOLoss):
         if any(bool((states.get(key) != 0).any()) for key in states.keys(True, True)):
             warnings.warn(
                 f"{keys.IS_INIT!r} is set at the first step of sequences whose stored state is not zero: memory "
-                "restarts there, and the update does not see what the agent saw. Does a sampler mark where slices "
-                "begin? Give SliceSampler its traj_key and init_key=None.",
+                "restarts there, and the update does not see what the agent saw. A sampler may mark the starts of "
+                "slices: give SliceSampler its traj_key and init_key=None.",
                 stacklevel=4,
             )
 
     def after_burn_in(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Replays the steps marked for it, without gradient. Returns the rest, from the states that were reached."""
+        """Replay the burn-in steps without gradient, and return the other steps, from the states reached by then."""
         is_burn_in = tensordict.get(keys.BURN_IN, None)
         if is_burn_in is None:
             return tensordict
@@ -122,8 +123,9 @@ class RecurrentClipPPOLoss(ClipPPOLoss):
         with self.actor() as actor:
             for length in replayed.unique().tolist():
                 if length and not states.is_empty():
-                    mine = replayed == length
-                    states[mine] = state_after(actor, tensordict[mine][:, :length], states[mine], self.state_keys)
+                    of_length = replayed == length
+                    burn_in = tensordict[of_length][:, :length]
+                    states[of_length] = state_after(actor, burn_in, states[of_length], self.state_keys)
         trained = trained.exclude(keys.BURN_IN)
         if bool(trained.get(keys.TRAIN_MASK).all()):
             trained = trained.exclude(keys.TRAIN_MASK)
@@ -131,20 +133,20 @@ class RecurrentClipPPOLoss(ClipPPOLoss):
 
     @property
     def is_mean_over_steps(self) -> bool:
-        """The losses of a batch are the means of those of its steps: parts of it, weighted, give the same gradient."""
+        """True if the loss of a batch is the mean over its steps: weighted parts of it then give the same gradient."""
         return not self.normalize_advantage and not self._is_regularized
 
     @contextmanager
     def actor(self) -> Generator[TensorDictModuleBase]:
-        """The actor with its parameters in place."""
+        """Give access to the actor with its parameters, also where `functional` has taken them out."""
         if not self.functional:
             yield self.actor_network
             return
         with self.actor_network_params.to_module(self.actor_network, preserve_module_state=False):
             yield self.actor_network
 
-    def _figures_of_trained_steps(self) -> dict[str, Tensor]:
-        """Figures that TorchRL takes over all steps, padding too."""
+    def _metrics_of_trained_steps(self) -> dict[str, Tensor]:
+        """Return the metrics that TorchRL computes over all steps, padding included."""
         ratio = self._log_weights.exp()
         is_clipped = self._log_weights.clamp(*self._clip_bounds) != self._log_weights
         return {
@@ -159,9 +161,9 @@ class RecurrentClipPPOLoss(ClipPPOLoss):
         mask = tensordict.get(keys.TRAIN_MASK, None)
         log_weights = result[0].detach().reshape(-1)
         self._log_weights = log_weights if mask is None else log_weights[mask.reshape(-1)]
-        terms = tensordict.get(keys.MEMORY_METRICS, None)
+        metrics = tensordict.get(keys.MEMORY_METRICS, None)
         is_trained = slice(None) if mask is None else mask.reshape(-1)
-        self._terms = {} if terms is None else {name: value.reshape(-1)[is_trained] for name, value in terms.items()}
+        self._memory_metrics = {} if metrics is None else {k: v.reshape(-1)[is_trained] for k, v in metrics.items()}
         return result
 
     def _standardize_advantage(self, advantage: Tensor, tensordict: TensorDictBase) -> Tensor:

@@ -86,5 +86,5 @@ def test_carried_episodes_begin_rows() -> None:
 
 
 def test_an_episode_longer_than_a_row_is_refused() -> None:
-    with pytest.raises(ValueError, match="takes 8 steps of the rollout; rows have 7"):
+    with pytest.raises(ValueError, match="has 8 steps in the rollout; rows have 7"):
         pack_episodes(torch.zeros(2, 8, dtype=torch.bool), 7)
