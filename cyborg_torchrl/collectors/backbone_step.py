@@ -31,9 +31,17 @@ class BackboneStep:
     def __call__(self, entries: Entries) -> None:
         """Read the features and the state; write the memory features and the next state."""
         backbone = self.backbone
-        state = {name: entries[key].to(self.dtype) for name, key in backbone.state_keys.items()}
+        entries[backbone.out_key], state = backbone.core.step(entries[backbone.in_key], self.before(entries))
+        self.write(entries, state)
+
+    def before(self, entries: Entries) -> State:
+        """Return the state before the step: the initial state where an episode begins."""
+        state = {name: entries[key].to(self.dtype) for name, key in self.backbone.state_keys.items()}
         if self.may_begin:
-            state = restart(state, self.initial, entries[backbone.is_init_key].squeeze(-1))
-        entries[backbone.out_key], state = backbone.core.step(entries[backbone.in_key], state)
+            state = restart(state, self.initial, entries[self.backbone.is_init_key].squeeze(-1))
+        return state
+
+    def write(self, entries: Entries, state: State) -> None:
+        """Write the state after the step."""
         for name, key in self.after.items():
             entries[key] = state[name]

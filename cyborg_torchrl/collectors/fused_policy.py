@@ -1,7 +1,8 @@
 """One step of a policy on tensors: what its TensorDict modules compute, without them.
 
-A policy becomes a list of calls, each reading entries of a flat dictionary and writing others, with the same operations
-in the same order as their TensorDict forms: results are equal bit by bit, random numbers included.
+A policy becomes a list of calls. Each reads entries of a flat dictionary and writes others, with the same operations in
+the same order as its TensorDict form. Results are equal bit by bit, random numbers included. A compiled step is the
+exception: it rounds differently, by some units in the last place.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from tensordict.nn import (
 )
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor, distributions, nn
+from torch.nn import functional as F
 from torchrl.envs import EnvBase
 from torchrl.modules import SafeProbabilisticModule, SafeProbabilisticTensorDictSequential, SafeSequential
 
 from cyborg_torchrl.collectors.backbone_step import BackboneStep
+from cyborg_torchrl.collectors.compiled_step import Networks, compile_step
 from cyborg_torchrl.collectors.flat_dict import Call, Entries, NotFusable, flat
-from cyborg_torchrl.cores.linear import Linear, linear
 from cyborg_torchrl.modules import Backbone, PPOAgent
 
 SEQUENTIAL = (
@@ -37,32 +39,44 @@ SEQUENTIAL = (
 
 
 class FusedPolicy:
-    """A policy as calls on entries; sampling, never the mode.
+    """A policy as calls on entries.
 
     Args:
         policy: a `PPOAgent`, or a sequence of TensorDictModules, our `Backbone` and TorchRL's sampler among them.
+        compiled_step: compute the networks of a `PPOAgent` by one C++ call, where there is one (`compile_step`).
+        is_greedy: take the likeliest action instead of a sample.
 
     Raises:
         NotFusable: if there is anything else in it.
     """
 
-    def __init__(self, policy: nn.Module) -> None:
+    def __init__(self, policy: nn.Module, *, compiled_step: bool = True, is_greedy: bool = False) -> None:
+        self.is_greedy = is_greedy
         self.in_keys: list[NestedKey] = [unravel_key(key) for key in getattr(policy, "in_keys", ())]
         self.written: tuple[NestedKey, ...] | None = None
         self._log_probs: list[NestedKey] = []
         self._backbones: list[BackboneStep] = []
+        self._compiled: Networks | None = None
         if isinstance(policy, PPOAgent):
             _check_plain(policy, PPOAgent)
-            parts = (policy.encoder, policy.backbone, policy.fusion, policy.policy_head, policy.value_head)
+            parts = Networks(policy.encoder, policy.backbone, policy.fusion, policy.policy_head, policy.value_head)
             self.calls = [self._call(part) for part in (*parts, policy.sampler)]
             self.written = tuple(unravel_key(key) for key in policy.out_keys)
+            self._compiled = parts if compiled_step else None
         else:
             self.calls = list(self._flat(policy))
+        self._rollout_calls = self.calls
 
     def begin(self, num_envs: int) -> None:
-        """Called before a rollout: what depends on the parameters alone is computed once."""
+        """Prepare a rollout, in which no parameter may change.
+
+        Args:
+            num_envs: rows of each step.
+        """
         for step in self._backbones:
             step.begin(num_envs)
+        compiled = None if self._compiled is None else compile_step(self._compiled, self._backbones[0], num_envs)
+        self._rollout_calls = self.calls if compiled is None else [compiled, self.calls[-1]]
 
     def check(self, steps: Entries) -> None:
         """Refuses a rollout of what was no probability, which torch's own sampler looks for at every step.
@@ -89,7 +103,7 @@ class FusedPolicy:
         entries = dict(carried)
         for step in self._backbones:
             step.may_begin = may_begin
-        for call in self.calls:
+        for call in self._rollout_calls:
             call(entries)
         if self.written is not None:
             return {key: entries[key] for key in self.written if key in entries}
@@ -114,7 +128,7 @@ class FusedPolicy:
             _check_plain(module, ProbabilisticTensorDictModule, SafeProbabilisticModule)
             if module.return_log_prob:
                 self._log_probs.append(unravel_key(module.log_prob_key))
-            return _sampler(module)
+            return _sampler(module, is_greedy=self.is_greedy)
         if type(module) is not TensorDictModule:
             raise NotFusable(f"the policy has a {type(module).__name__}")
         _check_plain(module, TensorDictModule)
@@ -136,10 +150,10 @@ def _check_plain(module: nn.Module, *kinds: type[nn.Module]) -> None:
 
 def _function(module: nn.Module) -> Callable[..., Tensor | tuple[Tensor, ...]]:
     """A linear layer without the module around it; its parameters are looked up at each call, as they are replaced."""
-    if type(module) not in (nn.Linear, Linear) or module._forward_hooks or module._forward_pre_hooks:
+    if type(module) is not nn.Linear or module._forward_hooks or module._forward_pre_hooks:
         return module
     parameters = module._parameters
-    return lambda x: linear(x, parameters["weight"], parameters["bias"])
+    return lambda x: F.linear(x, parameters["weight"], parameters["bias"])
 
 
 def _module_call(module: TensorDictModule) -> Call:
@@ -158,7 +172,7 @@ def _module_call(module: TensorDictModule) -> Call:
     return call
 
 
-def _sampler(module: ProbabilisticTensorDictModule) -> Call:
+def _sampler(module: ProbabilisticTensorDictModule, *, is_greedy: bool) -> Call:
     reads = [unravel_key(key) for key in module.in_keys]
     names = [key[-1] if isinstance(key, tuple) else key for key in module.dist_keys]
     options = dict(module.distribution_kwargs or {})
@@ -171,9 +185,10 @@ def _sampler(module: ProbabilisticTensorDictModule) -> Call:
         def call(entries: Entries) -> None:
             logits = entries[reads[0]]
             logits = logits - _logsumexp(logits)
-            # torch.multinomial without its checks: the same random numbers, and the same draws
             probs = torch.softmax(logits, -1)
-            action = (probs / torch.empty_like(probs).exponential_(1)).argmax(-1)
+            if not is_greedy:  # torch.multinomial without its checks: the same random numbers, and the same draws
+                probs = probs / torch.empty_like(probs).exponential_(1)
+            action = probs.argmax(-1)
             entries[action_key] = action
             if log_prob_key is not None:
                 entries[log_prob_key] = logits.gather(-1, action.unsqueeze(-1)).squeeze(-1)
@@ -182,17 +197,24 @@ def _sampler(module: ProbabilisticTensorDictModule) -> Call:
         is_drawn_at_once = isinstance(module, SafeProbabilisticModule)  # with its log-probability, in ways of its own
         if is_drawn_at_once or len(module.dist_sample_keys) != 1:
             raise NotFusable(f"the policy draws from a {module.distribution_class.__name__}")
+        if is_greedy and not hasattr(module.distribution_class, "deterministic_sample"):
+            raise NotFusable(f"a {module.distribution_class.__name__} has no deterministic sample")
 
         def call(entries: Entries) -> None:
             dist = module.distribution_class(
                 **{name: entries[key] for name, key in zip(names, reads, strict=True)}, **options
             )
-            action = dist.rsample() if dist.has_rsample else dist.sample()
-            entries[action_key] = action
+            entries[action_key] = action = _action(dist, is_greedy=is_greedy)
             if log_prob_key is not None:
                 entries[log_prob_key] = dist.log_prob(action)
 
     return call
+
+
+def _action(dist: distributions.Distribution, *, is_greedy: bool) -> Tensor:
+    if is_greedy:
+        return dist.deterministic_sample
+    return dist.rsample() if dist.has_rsample else dist.sample()
 
 
 def _logsumexp(logits: Tensor) -> Tensor:
@@ -230,9 +252,18 @@ PolicyStep = FusedPolicy | OpaquePolicy
 """Both write the same."""
 
 
-def policy_step(policy: TensorDictModuleBase, env: EnvBase) -> tuple[PolicyStep, str]:
-    """What runs a policy on entries, and why it has to be called as a whole; empty if it has not."""
+def policy_step(
+    policy: TensorDictModuleBase, env: EnvBase, *, compiled_step: bool = True, is_greedy: bool = False
+) -> tuple[PolicyStep, str]:
+    """Return the step of a policy on entries, and why the policy has to be called as a whole; empty if it has not.
+
+    Args:
+        policy: acts in the environment.
+        env: gives batch size and device.
+        compiled_step: see `FusedPolicy`.
+        is_greedy: see `FusedPolicy`. A policy that is called as a whole follows TorchRL's exploration type instead.
+    """
     try:
-        return FusedPolicy(policy), ""
+        return FusedPolicy(policy, compiled_step=compiled_step, is_greedy=is_greedy), ""
     except NotFusable as reason:
         return OpaquePolicy(policy, env), str(reason)

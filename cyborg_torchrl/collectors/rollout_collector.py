@@ -125,7 +125,7 @@ class RolloutCollector:
         track.begin(self._carried, self.steps)
         track.policy.begin(self.env.batch_size.numel())
         for _ in range(self.steps):
-            track.take(track.step(track.act()))
+            track.step()
         steps, self._carried = track.end()
         return steps, track.states
 

@@ -3,7 +3,6 @@
 from cyborg_torchrl.cores.abstract import Core, InitialState, State, Terms, restart, unroll
 from cyborg_torchrl.cores.gru import GRULayer, build_gru
 from cyborg_torchrl.cores.layered import LayeredCore, RecurrentLayer, layered_core_builder
-from cyborg_torchrl.cores.linear import fixed_parameters
 from cyborg_torchrl.cores.lru import LRULayer, build_lru
 from cyborg_torchrl.cores.lstm import LSTMLayer, build_lstm
 from cyborg_torchrl.cores.mamba import MambaBlock
@@ -45,7 +44,6 @@ __all__ = [
     "build_pmm",
     "build_pseudo_mamba",
     "build_stack",
-    "fixed_parameters",
     "gated_linear_scan",
     "layered_core_builder",
     "log_spaced_timescales",

@@ -6,11 +6,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.nn import functional as F
 
 from cyborg_torchrl.cores.kernels.gru import gru_cpp
 from cyborg_torchrl.cores.kernels.native import is_native
 from cyborg_torchrl.cores.layered import LayerState, RecurrentLayer, layered_core_builder
-from cyborg_torchrl.cores.linear import Derived, linear
 from cyborg_torchrl.cores.resets import reset_steps
 from cyborg_torchrl.cores.timescale import log_spaced_timescales
 from cyborg_torchrl.registry import register_backbone
@@ -136,7 +136,6 @@ class GRULayer(RecurrentLayer):
         bias_mask[2 * hidden_size :] = float(input_bias)
         self.bias_mask: Tensor
         self.register_buffer("bias_mask", bias_mask, persistent=False)
-        self._signed = Derived(_signed)
         update = slice(hidden_size, 2 * hidden_size)
         with torch.no_grad():
             self.weight_hh[update] *= 0.1
@@ -147,12 +146,12 @@ class GRULayer(RecurrentLayer):
         size = self.features
         if is_native(x):  # the same code as over a sequence, so that both round alike
             is_init = torch.zeros(1, x.shape[0], dtype=torch.bool)
-            weight_ih, bias_ih, weight, bias, weight_t = self._of_parameters()
-            gates_x = linear(x, weight_ih, bias_ih).unsqueeze(0)
-            hidden = gru_cpp(gates_x, weight, bias, state[0], is_init, state[0], weight_t).squeeze(0)
+            weight_ih, bias_ih, weight, bias = self._signed()
+            gates_x = F.linear(x, weight_ih, bias_ih).unsqueeze(0)
+            hidden = gru_cpp(gates_x, weight, bias, state[0], is_init, state[0]).squeeze(0)
             return hidden, (hidden,)
-        gates_x = nn.functional.linear(x, self.weight_ih, self.bias_ih * self.bias_mask)
-        gates_h = nn.functional.linear(state[0], self.weight_hh, self.bias_hh * self.bias_mask)
+        gates_x = F.linear(x, self.weight_ih, self.bias_ih * self.bias_mask)
+        gates_h = F.linear(state[0], self.weight_hh, self.bias_hh * self.bias_mask)
         reset = torch.sigmoid(gates_x[:, :size] + gates_h[:, :size])
         update = torch.sigmoid(-(gates_x[:, size : 2 * size] + gates_h[:, size : 2 * size]))
         candidate = torch.tanh(torch.addcmul(gates_x[:, 2 * size :], reset, gates_h[:, 2 * size :]))
@@ -168,25 +167,17 @@ class GRULayer(RecurrentLayer):
     ) -> tuple[Tensor, LayerState]:
         """A sequence."""
         recur = gru_cpp if is_native(x) else gru_recurrence
-        weight_ih, bias_ih, weight, bias, _ = self._of_parameters()
-        gates_x = linear(x, weight_ih, bias_ih)
+        weight_ih, bias_ih, weight, bias = self._signed()
+        gates_x = F.linear(x, weight_ih, bias_ih)
         hidden = recur(gates_x, weight, bias, state[0], is_init, initial[0])
         return hidden, (hidden[-1],)
 
-    def _of_parameters(self) -> tuple[Tensor, ...]:
-        return self._signed.of(self.weight_ih, self.bias_ih, self.weight_hh, self.bias_hh, self.bias_mask)
-
-
-def _signed(
-    weight_ih: Tensor, bias_ih: Tensor, weight_hh: Tensor, bias_hh: Tensor, bias_mask: Tensor
-) -> tuple[Tensor, ...]:
-    """Weights and biases with 1 - z in place of z, and the transposed weight of the state."""
-    sign = torch.ones_like(bias_ih)
-    size = len(bias_ih) // 3
-    sign[size : 2 * size] = -1.0
-    rows, biases = sign.unsqueeze(-1), sign * bias_mask
-    weight = weight_hh * rows
-    return weight_ih * rows, bias_ih * biases, weight, bias_hh * biases, weight.detach().t().contiguous()
+    def _signed(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return weights and biases of input and state with the sign of the update gate turned: u = 1 - z for z."""
+        sign = torch.ones_like(self.bias_ih)
+        sign[self.features : 2 * self.features] = -1.0
+        rows, biases = sign.unsqueeze(-1), sign * self.bias_mask
+        return self.weight_ih * rows, self.bias_ih * biases, self.weight_hh * rows, self.bias_hh * biases
 
 
 build_gru = register_backbone("gru")(layered_core_builder(GRULayer))

@@ -11,10 +11,9 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional as F
 
 from cyborg_torchrl.cores.blocks import blocks
-from cyborg_torchrl.cores.kernels.gated_recurrence import gated_recurrence_cpp, gated_step_cpp
-from cyborg_torchrl.cores.kernels.native import is_native, needs_operator
+from cyborg_torchrl.cores.kernels.gated_recurrence import gated_recurrence_cpp
+from cyborg_torchrl.cores.kernels.native import is_native
 from cyborg_torchrl.cores.layered import LayerState, RecurrentLayer, layered_core_builder
-from cyborg_torchrl.cores.linear import Derived, Linear, linear
 from cyborg_torchrl.cores.resets import reset_steps
 from cyborg_torchrl.cores.timescale import log_spaced_timescales
 from cyborg_torchrl.registry import register_backbone
@@ -143,28 +142,24 @@ class LRULayer(RecurrentLayer):
         super().__init__()
         self.state_names = ("hidden",)
         self.features = hidden_size
-        self.decay_gate = Linear(in_features, hidden_size)
-        self.input_gate = Linear(in_features, hidden_size)
-        self.input = Linear(in_features, hidden_size, bias=input_bias)
+        self.decay_gate = nn.Linear(in_features, hidden_size)
+        self.input_gate = nn.Linear(in_features, hidden_size)
+        self.input = nn.Linear(in_features, hidden_size, bias=input_bias)
         self.has_input_bias = input_bias
         self.no_bias: Tensor
         self.register_buffer("no_bias", torch.zeros(hidden_size), persistent=False)
-        self._side_by_side = Derived(side_by_side)
         rate = 1.0 / log_spaced_timescales(hidden_size, max_horizon)
         self.rate = nn.Parameter(torch.log(torch.expm1(rate)))
 
     def step(self, x: Float[Tensor, "B F"], state: LayerState) -> tuple[Tensor, LayerState]:
         """One step."""
-        weight, bias, rate, weight_t = self._of_parameters()
-        if not is_native(x):
-            decay_gate, input_gate, value = linear(x, weight, bias).chunk(3, -1)
-            gates = _gates(decay_gate, input_gate, value, rate)
-            hidden = torch.addcmul(gates.drive, gates.decay, state[0])
-        elif needs_operator((x, weight, *state)):
-            is_init, inputs = torch.zeros(1, x.shape[0], dtype=torch.bool), linear(x, weight, bias).unsqueeze(0)
-            hidden = gated_recurrence_cpp(inputs, rate, state[0], is_init, state[0]).squeeze(0)
+        inputs, rate = F.linear(x, *self.joined_maps()), self.decay_rates()
+        if is_native(x):  # the same code as over a sequence, so that both round alike
+            is_init = torch.zeros(1, x.shape[0], dtype=torch.bool)
+            hidden = gated_recurrence_cpp(inputs.unsqueeze(0), rate, state[0], is_init, state[0]).squeeze(0)
         else:
-            hidden = gated_step_cpp(x, weight_t, bias, rate, state[0])
+            gates = _gates(*inputs.chunk(3, -1), rate)
+            hidden = torch.addcmul(gates.drive, gates.decay, state[0])
         return hidden, (hidden,)
 
     def forward(
@@ -176,23 +171,22 @@ class LRULayer(RecurrentLayer):
     ) -> tuple[Tensor, LayerState]:
         """A sequence."""
         recur = gated_recurrence_cpp if is_native(x) else gated_recurrence
-        weight, bias, rate, _ = self._of_parameters()
-        hidden = recur(linear(x, weight, bias), rate, state[0], is_init, initial[0])
+        inputs = F.linear(x, *self.joined_maps())
+        hidden = recur(inputs, self.decay_rates(), state[0], is_init, initial[0])
         return hidden, (hidden[-1],)
 
-    def _of_parameters(self) -> tuple[Tensor, ...]:
-        """The three maps side by side, the rates, and the maps' weights transposed."""
-        bias = self.input.bias if self.has_input_bias else self.no_bias
+    def joined_maps(self) -> tuple[Tensor, Tensor]:
+        """Return the three linear maps side by side: weight [3 D, F] and bias [3 D].
+
+        One product is faster than three.
+        """
         maps = (self.decay_gate, self.input_gate, self.input)
-        return self._side_by_side.of(
-            *(each.weight for each in maps), self.decay_gate.bias, self.input_gate.bias, bias, self.rate
-        )
+        bias = self.input.bias if self.has_input_bias else self.no_bias
+        return torch.cat([each.weight for each in maps]), torch.cat([maps[0].bias, maps[1].bias, bias])
 
-
-def side_by_side(*parameters: Tensor) -> tuple[Tensor, ...]:
-    """One map in place of three, which is faster, the rates, and the map as a step takes it."""
-    weight = torch.cat(parameters[:3])
-    return weight, torch.cat(parameters[3:6]), F.softplus(parameters[6]), weight.detach().t().contiguous()
+    def decay_rates(self) -> Tensor:
+        """Return softplus(rate), positive."""
+        return F.softplus(self.rate)
 
 
 build_lru = register_backbone("lru")(layered_core_builder(LRULayer))

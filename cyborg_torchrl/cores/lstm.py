@@ -6,11 +6,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.nn import functional as F
 
 from cyborg_torchrl.cores.kernels.lstm import lstm_cpp
 from cyborg_torchrl.cores.kernels.native import is_native
 from cyborg_torchrl.cores.layered import LayerState, RecurrentLayer, layered_core_builder
-from cyborg_torchrl.cores.linear import Derived, linear
 from cyborg_torchrl.cores.resets import reset_steps
 from cyborg_torchrl.cores.timescale import log_spaced_timescales
 from cyborg_torchrl.registry import register_backbone
@@ -136,7 +136,6 @@ class LSTMLayer(RecurrentLayer):
         bias_mask[2 * hidden_size : 3 * hidden_size] = float(input_bias)
         self.bias_mask: Tensor
         self.register_buffer("bias_mask", bias_mask, persistent=False)
-        self._derived = Derived(bias_and_transposed)
         log_timescales = log_spaced_timescales(hidden_size, max_horizon).log()
         with torch.no_grad():
             self.bias_hh[:hidden_size] = -log_timescales
@@ -147,8 +146,7 @@ class LSTMLayer(RecurrentLayer):
         hidden, cell = state
         if is_native(x):  # the same code as over a sequence, so that both round alike
             is_init, gates_x = torch.zeros(1, x.shape[0], dtype=torch.bool), self._gates_x(x).unsqueeze(0)
-            _, weight_t = self._of_parameters()
-            rows = lstm_cpp(gates_x, self.weight_hh, hidden, cell, is_init, hidden, cell, weight_t)
+            rows = lstm_cpp(gates_x, self.weight_hh, hidden, cell, is_init, hidden, cell)
             hidden, cell = rows[0].squeeze(0), rows[1].squeeze(0)
             return hidden, (hidden, cell)
         # the same operations as in a sequence, in the same order: the read-out's norm magnifies rounding
@@ -171,18 +169,12 @@ class LSTMLayer(RecurrentLayer):
         hidden, cell = recur(self._gates_x(x), self.weight_hh, h_0, c_0, is_init, initial_h, initial_c)
         return hidden, (hidden[-1], cell[-1])
 
+    def bias(self) -> Tensor:
+        """Return the bias of the gates, [4 D]."""
+        return (self.bias_ih + self.bias_hh) * self.bias_mask
+
     def _gates_x(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight_ih, self._of_parameters()[0])
-
-    def _of_parameters(self) -> tuple[Tensor, ...]:
-        return self._derived.of(self.bias_ih, self.bias_hh, self.bias_mask, self.weight_hh)
-
-
-def bias_and_transposed(
-    bias_ih: Tensor, bias_hh: Tensor, bias_mask: Tensor, weight_hh: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The bias that is added, and the hidden state's map as a step takes it."""
-    return (bias_ih + bias_hh) * bias_mask, weight_hh.detach().t().contiguous()
+        return F.linear(x, self.weight_ih, self.bias())
 
 
 build_lstm = register_backbone("lstm")(layered_core_builder(LSTMLayer))

@@ -14,7 +14,6 @@ from cyborg_torchrl.cores.causal_conv import causal_conv, causal_conv_step
 from cyborg_torchrl.cores.gated_readout import gated_readout
 from cyborg_torchrl.cores.kernels.official_mamba import Kernel, selective_scan_cuda
 from cyborg_torchrl.cores.kernels.selective_scan import selective_scan_cpp
-from cyborg_torchrl.cores.linear import Linear, linear
 from cyborg_torchrl.cores.selective_scan import LOG2_E, selective_scan
 from cyborg_torchrl.cores.timescale import build_readout, rms_normalize, step_size_bias, step_sizes
 
@@ -71,13 +70,13 @@ class MambaBlock(Core):
         self.in_features = self.out_features = d_model
         self.official = official
         self.state_shapes = {"mamba_conv": (d_inner, d_conv), "mamba_ssm": (d_inner, d_state)}
-        self.in_proj = Linear(d_model, 2 * d_inner, bias=False)
+        self.in_proj = nn.Linear(d_model, 2 * d_inner, bias=False)
         self.conv1d = nn.Conv1d(d_inner, d_inner, d_conv, groups=d_inner, bias=official)
-        self.x_proj = Linear(d_inner, self.dt_rank + 2 * d_state, bias=False)
-        self.dt_proj = Linear(self.dt_rank, d_inner)
+        self.x_proj = nn.Linear(d_inner, self.dt_rank + 2 * d_state, bias=False)
+        self.dt_proj = nn.Linear(self.dt_rank, d_inner)
         self.A_log = nn.Parameter(torch.arange(1, d_state + 1).log().repeat(d_inner, 1))
         self.D = nn.Parameter(torch.full((d_inner,), float(official)))
-        self.out_proj = Linear(d_inner, d_model, bias=False)
+        self.out_proj = nn.Linear(d_inner, d_model, bias=False)
         # what is written by one step of size 1 is read as the product of B and C, which are N numbers of size 1
         timescales = 1.0 / (d_state * step_sizes(d_inner, max_horizon))
         self.readout = build_readout("none" if official else readout, d_inner, readout_groups, timescales)
@@ -117,7 +116,7 @@ class MambaBlock(Core):
         x, is_init = x.transpose(0, 1).contiguous(), is_init.transpose(0, 1).contiguous()
         initial = self.initial_state(x.shape[1])
         # the weight is split, and not what it makes: each part is contiguous, and no gradient is put together
-        u, z = (linear(x, weight) for weight in self.in_proj.weight.chunk(2))
+        u, z = (F.linear(x, weight) for weight in self.in_proj.weight.chunk(2))
         u, conv = causal_conv(u, *self._conv_parameters(), state["mamba_conv"], is_init, initial["mamba_conv"])
         delta, b, c = self._select(u)
         y, ssm = self.kernel.scan_for(x)(

@@ -12,7 +12,6 @@ from cyborg_torchrl.cores.causal_conv import causal_conv, causal_conv_step
 from cyborg_torchrl.cores.gated_readout import gated_readout
 from cyborg_torchrl.cores.kernels.memory_read import read_memory
 from cyborg_torchrl.cores.kernels.official_mamba import Kernel, ssd_scan_cuda
-from cyborg_torchrl.cores.linear import Linear, linear
 from cyborg_torchrl.cores.ssd import ssd_scan
 from cyborg_torchrl.cores.timescale import build_readout, rms_normalize, step_size_bias, step_sizes
 
@@ -80,10 +79,10 @@ class Mamba2Block(Core):
         self.dt_bias = nn.Parameter(step_size_bias(heads, max_horizon))
         self.A_log = nn.Parameter(torch.zeros(heads))
         self.D = nn.Parameter(torch.full((heads,), float(official)))
-        self.in_proj = Linear(d_model, sum(self.parts), bias=False)
+        self.in_proj = nn.Linear(d_model, sum(self.parts), bias=False)
         self.conv1d = nn.Conv1d(conv_channels, conv_channels, d_conv, groups=conv_channels, bias=official)
         self.norm = nn.RMSNorm(d_inner, eps=1e-5) if official else nn.Identity()
-        self.out_proj = Linear(d_inner, d_model, bias=False)
+        self.out_proj = nn.Linear(d_inner, d_model, bias=False)
         # what is written by one step of size 1 is read as the product of B and C, which are N numbers of size 1
         timescales = (1.0 / (d_state * step_sizes(heads, max_horizon))).repeat_interleave(headdim)
         self.readout = build_readout("none" if official else readout, d_inner, readout_groups, timescales)
@@ -114,7 +113,7 @@ class Mamba2Block(Core):
         x, is_init = x.transpose(0, 1).contiguous(), is_init.transpose(0, 1).contiguous()
         initial = self.initial_state(x.shape[1])
         # the weight is split, and not what it makes: each part is contiguous, and no gradient is put together
-        z, xbc, dt = (linear(x, weight) for weight in self.in_proj.weight.split(self.parts))
+        z, xbc, dt = (F.linear(x, weight) for weight in self.in_proj.weight.split(self.parts))
         xbc, conv = causal_conv(xbc, *self._conv_parameters(), state["mamba_conv"], is_init, initial["mamba_conv"])
         u, b, c, delta, a = self._select(xbc, dt)
         heads = u.unflatten(-1, (-1, self.headdim))

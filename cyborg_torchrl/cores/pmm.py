@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cyborg_torchrl.cores.abstract import Core, InitialState, State, Terms, restart
-from cyborg_torchrl.cores.linear import Linear
 from cyborg_torchrl.cores.resets import reset_steps
 from cyborg_torchrl.cores.stack import StackCore
 from cyborg_torchrl.registry import register_backbone, register_memory
@@ -107,10 +106,10 @@ class PMMCore(Core):
         self.initial_rest = InitialState({k: v for k, v in self.state_shapes.items() if k != "memory"})
         # keys and values have no bias: a blank step asks for nothing and writes nothing
         self.parts = (num_heads * slot_size, slot_size, slot_size)
-        self.keys = Linear(in_features, sum(self.parts), bias=False)
+        self.keys = nn.Linear(in_features, sum(self.parts), bias=False)
         self.gate_parts = (num_heads, 1, 1, 1, slot_size)
-        self.gates = Linear(in_features, sum(self.gate_parts))
-        self.output = Linear(num_heads * slot_size, self.out_features, bias=False)
+        self.gates = nn.Linear(in_features, sum(self.gate_parts))
+        self.output = nn.Linear(num_heads * slot_size, self.out_features, bias=False)
         with torch.no_grad():
             strength, _, write, mix, erase = self.gates.bias.split(self.gate_parts)
             strength.fill_(math.log(math.expm1(4.0)))
@@ -118,8 +117,8 @@ class PMMCore(Core):
             mix.fill_(3.0)  # to unused slots at first: writing by content before it is learned fills a few slots only
             erase.fill_(2.0)
         if predictive:
-            self.predict_from_read = Linear(num_heads * slot_size, in_features, bias=False)
-            self.predict_from_input = Linear(in_features, in_features)
+            self.predict_from_read = nn.Linear(num_heads * slot_size, in_features, bias=False)
+            self.predict_from_input = nn.Linear(in_features, in_features)
             self.surprise_weight = nn.Parameter(torch.tensor(math.log(math.expm1(1.0))))
 
     def initial_state(self, batch: int) -> State:

@@ -9,7 +9,6 @@ from torch.nn import functional as F
 
 from cyborg_torchrl.cores.abstract import Core, InitialState, State
 from cyborg_torchrl.cores.gated_readout import gated_readout
-from cyborg_torchrl.cores.linear import Linear
 from cyborg_torchrl.cores.scan import gated_linear_scan
 from cyborg_torchrl.cores.timescale import build_readout, step_size_bias, step_sizes
 
@@ -51,10 +50,10 @@ class PseudoMambaBlock(Core):
         d_inner = expand * d_model
         self.in_features = self.out_features = d_model
         self.state_shapes = {"mamba_ssm": (d_inner,)}
-        self.in_proj = Linear(d_model, 3 * d_inner, bias=False)
+        self.in_proj = nn.Linear(d_model, 3 * d_inner, bias=False)
         self.dt_bias = nn.Parameter(step_size_bias(d_inner, max_horizon))
         self.D = nn.Parameter(torch.zeros(d_inner))
-        self.out_proj = Linear(d_inner, d_model, bias=False)
+        self.out_proj = nn.Linear(d_inner, d_model, bias=False)
         self.readout = build_readout(readout, d_inner, readout_groups, 1.0 / step_sizes(d_inner, max_horizon))
         self.initial = InitialState(self.state_shapes, learn_initial_state)
 

@@ -11,7 +11,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from cyborg_torchrl.cores.abstract import Core, State, Terms
-from cyborg_torchrl.cores.linear import Linear
 from cyborg_torchrl.cores.mamba import MambaBlock
 from cyborg_torchrl.cores.mamba2 import Mamba2Block
 from cyborg_torchrl.cores.pseudo_mamba import PseudoMambaBlock
@@ -199,4 +198,4 @@ def _unique_names(names: Sequence[tuple[str, ...]]) -> list[dict[str, str]]:
 
 
 def _linear(in_features: int, out_features: int) -> nn.Module:
-    return nn.Identity() if in_features == out_features else Linear(in_features, out_features, bias=False)
+    return nn.Identity() if in_features == out_features else nn.Linear(in_features, out_features, bias=False)

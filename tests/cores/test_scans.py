@@ -10,7 +10,6 @@ from torch import Tensor
 
 from cyborg_torchrl.cores import (
     blocks,
-    build_lru,
     gated_linear_scan,
     gru,
     lru,

@@ -38,36 +38,6 @@ def gated_recurrence_cpp(
     return (_forward if needs_operator(tensors) else _run)(*tensors)
 
 
-def gated_step_cpp(
-    x: Float[Tensor, "B F"],
-    weight_t: Float[Tensor, "F I"],
-    bias: Float[Tensor, " I"],
-    rate: Float[Tensor, " D"],
-    h_0: Float[Tensor, "B D"],
-) -> Float[Tensor, "B D"]:
-    """The state after one step, as `gated_recurrence_cpp` of x W + b; no gradient, and no episode begins.
-
-    Args:
-        x: what the layer sees.
-        weight_t: maps x to decay_gate, input_gate and x of the recurrence; I = 3 D.
-        bias: is added to them.
-        rate: positive.
-        h_0: the state before.
-
-    Raises:
-        ValueError: if types or sizes do not fit: C++ would read on beyond the end.
-    """
-    if not (x.dtype is weight_t.dtype is h_0.dtype) or weight_t.shape != (x.shape[1], 3 * h_0.shape[1]):
-        given = ", ".join(f"{tensor.dtype} {list(tensor.shape)}" for tensor in (x, weight_t, h_0))
-        raise ValueError(f"input, weights and state of one type, [B, F], [F, 3 D] and [B, D], are needed; got {given}.")
-    x, h_0 = x.contiguous(), h_0.contiguous()
-    after = torch.empty_like(h_0)
-    function("recur_step", x.dtype)(
-        *x.shape, h_0.shape[1], torch.get_num_threads(), pointers(x, weight_t, bias, rate, h_0), after.data_ptr()
-    )
-    return after
-
-
 def _run(inputs: Tensor, rate: Tensor, h_0: Tensor, initial: Tensor, is_init: Tensor) -> Tensor:
     states = inputs.new_empty(inputs.shape[0], *h_0.shape)
     function("recur", inputs.dtype)(

@@ -9,7 +9,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from cyborg_torchrl.cores.kernels.native import function, integers, needs_operator, pointers
-from cyborg_torchrl.cores.linear import weight_gradient
 
 
 def gru_cpp(
@@ -19,7 +18,6 @@ def gru_cpp(
     h_0: Float[Tensor, "B D"],
     is_init: Bool[Tensor, "T B"],
     initial: Float[Tensor, "B D"],
-    weight_t: Float[Tensor, "D G"] | None = None,
 ) -> Float[Tensor, "T B D"]:
     """The states of a `GRULayer`, on as many threads as torch uses.
 
@@ -32,7 +30,6 @@ def gru_cpp(
         h_0: the state before the first step.
         is_init: where an episode begins; whatever was before it, NaN too, is forgotten.
         initial: the state that episodes begin from.
-        weight_t: weight_hh, transposed and contiguous, where it is at hand and no gradient is asked for.
 
     Raises:
         RuntimeError: if it was not built here.
@@ -41,15 +38,13 @@ def gru_cpp(
     if needs_operator(tensors):
         return _forward(*tensors)[0]
     states = gates_x.new_empty(gates_x.shape[0], *h_0.shape)
-    _run(tensors, states, None, None, weight_t)  # without what an operator costs, and what a gradient needs
+    _run(tensors, states, None, None)  # without what an operator costs, and what a gradient needs
     return states
 
 
-def _run(
-    tensors: Any, states: Tensor, kept: Tensor | None, previous: Tensor | None, weight_t: Tensor | None = None
-) -> None:
+def _run(tensors: Any, states: Tensor, kept: Tensor | None, previous: Tensor | None) -> None:
     gates_x, weight_hh, bias_hh, h_0, initial, is_init = tensors
-    weight = weight_hh.t().contiguous() if weight_t is None else weight_t
+    weight = weight_hh.t().contiguous()
     function("gru", gates_x.dtype)(
         integers(*states.shape),
         torch.get_num_threads(),
@@ -120,7 +115,7 @@ def _gradients(ctx: Any, grad_states: Tensor, *_: Any) -> tuple[Tensor | None, .
     previous = ctx.saved_tensors[-1].flatten(0, 1)
     grad_gates_x, grad_gates_h, grad_h_0, grad_initial = _backward(grad_states.contiguous(), *ctx.saved_tensors)
     rows = grad_gates_h.flatten(0, 1)
-    return grad_gates_x, weight_gradient(rows, previous), rows.sum(0), grad_h_0, grad_initial, None
+    return grad_gates_x, rows.t() @ previous, rows.sum(0), grad_h_0, grad_initial, None
 
 
 _forward.register_fake(_fake_forward)

@@ -9,7 +9,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from cyborg_torchrl.cores.kernels.native import function, integers, needs_operator, pointers
-from cyborg_torchrl.cores.linear import weight_gradient
 
 
 def lstm_cpp(
@@ -20,7 +19,6 @@ def lstm_cpp(
     is_init: Bool[Tensor, "T B"],
     initial_h: Float[Tensor, "B D"],
     initial_c: Float[Tensor, "B D"],
-    weight_t: Float[Tensor, "D G"] | None = None,
 ) -> tuple[Float[Tensor, "T B D"], Float[Tensor, "T B D"]]:
     """The hidden and cell states of an `LSTMLayer`, on as many threads as torch uses.
 
@@ -32,7 +30,6 @@ def lstm_cpp(
         is_init: where an episode begins; whatever was before it, NaN too, is forgotten.
         initial_h: the hidden state that episodes begin from.
         initial_c: the cell state that episodes begin from.
-        weight_t: weight_hh, transposed and contiguous, where it is at hand and no gradient is asked for.
 
     Raises:
         RuntimeError: if it was not built here.
@@ -42,7 +39,7 @@ def lstm_cpp(
         hidden, cell, _, _ = _forward(*tensors)
     else:
         hidden, cell = _states(gates_x, h_0)
-        _run(tensors, hidden, cell, None, None, weight_t)  # without what an operator costs, and what a gradient needs
+        _run(tensors, hidden, cell, None, None)  # without what an operator costs, and what a gradient needs
     return hidden, cell
 
 
@@ -56,10 +53,9 @@ def _run(
     cell: Tensor,
     gates: Tensor | None,
     previous_h: Tensor | None,
-    weight_t: Tensor | None = None,
 ) -> None:
     gates_x, weight_hh, h_0, c_0, initial_h, initial_c, is_init = tensors
-    weight = weight_hh.t().contiguous() if weight_t is None else weight_t
+    weight = weight_hh.t().contiguous()
     function("lstm", gates_x.dtype)(
         integers(*hidden.shape),
         torch.get_num_threads(),
@@ -136,7 +132,7 @@ def _gradients(ctx: Any, grad_hidden: Tensor, grad_cell: Tensor, *_: Any) -> tup
     weight_hh, *saved, previous_h = ctx.saved_tensors
     grads = _backward(grad_hidden.contiguous(), grad_cell.contiguous(), weight_hh, *saved)
     grad_gates, grad_h, grad_c, grad_initial_h, grad_initial_c = grads
-    grad_weight = weight_gradient(grad_gates.flatten(0, 1), previous_h.flatten(0, 1))
+    grad_weight = grad_gates.flatten(0, 1).t() @ previous_h.flatten(0, 1)
     return grad_gates, grad_weight, grad_h, grad_c, grad_initial_h, grad_initial_c, None
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 DTYPES = {torch.float32: "float32", torch.float64: "float64"}
 CAPABILITIES = ("avx512", "avx2", "default")
-INTERFACE = 10
+INTERFACE = 11
 """Number of the functions' interface; a library of another is as good as none."""
 FOLDER = Path(__file__).parent
 POINTER, INTEGER = ctypes.c_void_p, ctypes.c_int64
@@ -25,13 +25,11 @@ ARGUMENTS = {
     "scan_forward": [POINTER, INTEGER, *[POINTER] * 5],
     "scan_backward": [POINTER, INTEGER, *[POINTER] * 6],
     "recur": [POINTER, INTEGER, *[POINTER] * 3],
-    "recur_step": [INTEGER, INTEGER, INTEGER, INTEGER, POINTER, POINTER],
     "recur_backward": [POINTER, INTEGER, *[POINTER] * 6],
     "gru": [POINTER, INTEGER, *[POINTER] * 3],
     "gru_backward": [POINTER, INTEGER, *[POINTER] * 3],
     "lstm": [POINTER, INTEGER, *[POINTER] * 3],
     "lstm_backward": [POINTER, INTEGER, *[POINTER] * 3],
-    "grad_weight": [*[INTEGER] * 4, *[POINTER] * 3],
     "act_lru": [POINTER, ctypes.c_double, ctypes.c_double, INTEGER, INTEGER, *[POINTER] * 6],
     "act_lstm": [POINTER, ctypes.c_double, ctypes.c_double, INTEGER, INTEGER, *[POINTER] * 6],
     "norm": [POINTER, INTEGER, ctypes.c_double, *[POINTER] * 3],

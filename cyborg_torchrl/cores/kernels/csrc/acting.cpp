@@ -1,4 +1,4 @@
-// One step of an agent, from the observation to the heads. See modules/acting.py.
+// One step of an agent, from the observation to the heads. See collectors/compiled_step.py.
 //
 //     features = E x;  h = step of the memory;  joint = LayerNorm(groups' norm(h)) + LayerNorm(features)
 //     policy, value = H joint + b

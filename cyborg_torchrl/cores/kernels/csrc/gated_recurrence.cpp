@@ -3,8 +3,7 @@
 //     a = exp(-2 sigmoid(decay_gate) rate);   h = a h_before + sqrt(1 - a^2) sigmoid(input_gate) x
 //
 // decay_gate, input_gate and x lie side by side: `inputs` is [T, B, 3 D].
-// Steps come one after the other, each over all of a thread's rows: what is read and written lies side by side. A single
-// step, while acting, makes its inputs itself: x W + b.
+// Steps come one after the other, each over all rows of a thread: memory is read and written in order.
 
 #include "gated_recurrence.h"
 
@@ -58,12 +57,6 @@ void recur_backward(Sequence s, const T* const* in, const uint8_t* is_init, cons
 }  // namespace
 
 #define INTERFACE(T, name)                                                                                            \
-    extern "C" void cyborg_recur_step_##name(int64_t batch, int64_t features, int64_t channels, int64_t threads,      \
-                                             const T* const* inputs, T* after) {                                      \
-        split(batch, threads, [=](int64_t, int64_t first, int64_t end) {                                              \
-            recur_step<T>(batch, features, channels, inputs, after, first, end);                                      \
-        });                                                                                                           \
-    }                                                                                                                 \
     extern "C" void cyborg_recur_##name(const int64_t* sizes, int64_t threads, const T* const* inputs,                \
                                         const uint8_t* is_init, T* states) {                                          \
         const Sequence s{sizes[0], sizes[1], sizes[2]};                                                               \

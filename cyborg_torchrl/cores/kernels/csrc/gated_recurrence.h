@@ -1,4 +1,4 @@
-// The gated linear recurrence, forward: a sequence, and a step. Its formula is in gated_recurrence.cpp.
+// The gated linear recurrence, forward. Its formula is in gated_recurrence.cpp.
 
 #pragma once
 
@@ -36,18 +36,6 @@ void recur(Sequence s, const T* const* in, const uint8_t* is_init, T* states, in
                 store<T>(states + at + d, g.decay * load<T>(before + d, k) + drive, k);
             }
         }
-}
-
-template <class T>
-void recur_step(int64_t batch, int64_t features, int64_t D, const T* const* in, T* after, int64_t first, int64_t end) {
-    const T *x = in[0], *weight = in[1], *bias = in[2], *rate = in[3], *before = in[4];
-    const std::vector<uint8_t> never(batch);
-    std::vector<T> inputs((end - first) * 3 * D);
-    for (int64_t row = 0; row < end - first; ++row)
-        std::memcpy(inputs.data() + row * 3 * D, bias, 3 * D * sizeof(T));
-    multiply<T>(x + first * features, weight, inputs.data(), end - first, features, 3 * D);
-    const T* const of_recur[] = {inputs.data(), rate, before + first * D, before + first * D};
-    recur<T>({1, end - first, D}, of_recur, never.data(), after + first * D, 0, end - first);
 }
 
 }  // namespace
