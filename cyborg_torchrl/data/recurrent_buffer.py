@@ -120,7 +120,7 @@ class RecurrentRolloutBuffer(SequenceBuffer):
             )
         if has_states and self.state_stride > self.seq_len:
             if policy is None:
-                raise ValueError("with a state_stride above seq_len, call store(rollout, policy) with what acted.")
+                raise ValueError("with a state_stride above seq_len, store(rollout, policy) needs the policy that acted.")
             self._behaviour = copy.deepcopy(policy).requires_grad_(False)
         self.steps_per_env = steps.shape[1]
         self._replace_rows(self._to_rows(rollout))

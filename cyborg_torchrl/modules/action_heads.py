@@ -1,4 +1,4 @@
-"""Action heads: from features to the parameters of a distribution that fits an action spec."""
+"""Action heads: networks that compute the parameters of a distribution which fits an action spec."""
 
 from __future__ import annotations
 
@@ -28,26 +28,26 @@ class MultiDiscrete(distributions.Distribution):
         super().__init__(logits.shape[:-1], torch.Size([len(sizes)]), validate_args=False)
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """Draws actions [*sample_shape, *B, choices]."""
+        """Draw actions [*sample_shape, *B, choices]."""
         return torch.stack([choice.sample(torch.Size(sample_shape)) for choice in self.choices], -1)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Sum of the choices' log-probabilities, [*B]."""
+        """Return the sum of the choices' log-probabilities, [*B]."""
         parts = zip(self.choices, value.unbind(-1), strict=True)
         return torch.stack([choice.log_prob(part) for choice, part in parts], -1).sum(-1)
 
     def entropy(self) -> Tensor:
-        """Sum of the choices' entropies, [*B]."""
+        """Return the sum of the choices' entropies, [*B]."""
         return torch.stack([choice.entropy() for choice in self.choices], -1).sum(-1)
 
     @property
     def deterministic_sample(self) -> Tensor:
-        """What TorchRL asks for in deterministic exploration: the mode."""
+        """Return the mode; TorchRL reads it in deterministic exploration."""
         return self.mode
 
     @property
     def mode(self) -> Tensor:
-        """The likeliest action, [*B, choices]."""
+        """Return the likeliest action, [*B, choices]."""
         return torch.stack([choice.mode for choice in self.choices], -1)
 
 
@@ -58,14 +58,14 @@ class NormalHead(nn.Module):
         super().__init__()
         self.mean = nn.Linear(in_features, low.numel())
         self.log_std = nn.Parameter(torch.zeros(low.numel()))
-        is_finite = torch.isfinite(high - low)  # TorchRL's unbounded reaches from -max to max
+        is_finite = torch.isfinite(high - low)  # TorchRL's unbounded specs reach from -max to max
         self.centre: Tensor
         self.half_range: Tensor
         self.register_buffer("centre", torch.where(is_finite, (low + high) / 2, torch.zeros_like(low)))
         self.register_buffer("half_range", torch.where(is_finite, (high - low) / 2, torch.ones_like(low)))
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns mean and standard deviation, [*B, A]."""
+        """Return mean and standard deviation, [*B, A]."""
         mean = self.centre + self.half_range * self.mean(features)
         return mean, (self.half_range * self.log_std.exp()).expand_as(mean)
 
@@ -83,10 +83,10 @@ class ActionHead:
 def build_action_head(
     action_spec: TensorSpec, in_features: int, *, scale: float = 0.01, batch_dims: int = 0
 ) -> ActionHead:
-    """Builds the head that fits an action spec: categorical, one-hot, multi-categorical, or continuous (normal).
+    """Build the head that fits an action spec: categorical, one-hot, multi-categorical, or continuous (normal).
 
     Args:
-        action_spec: the environment's.
+        action_spec: the action spec of the environment.
         in_features: width of the features.
         scale: factor on the initial weights, so that the first policy is near uniform.
         batch_dims: number of leading batch dimensions in the spec's shape.

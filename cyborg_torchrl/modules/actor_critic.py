@@ -27,7 +27,7 @@ from cyborg_torchrl.modules.nan_check import check_finite
 
 
 class ActionEvaluation(NamedTuple):
-    """What `PPOAgent.evaluate_actions` returns."""
+    """Result of `PPOAgent.evaluate_actions`."""
 
     log_prob: Tensor
     """[B, T]."""
@@ -42,20 +42,19 @@ class ActionEvaluation(NamedTuple):
 class PPOAgent(TensorDictModuleBase):
     """Actor and critic over one memory.
 
-    Called on a tensordict it acts: it writes the action, its log-prob, the value and the next memory state, so it is
-    the policy that a collector takes. `get_dist` is what TorchRL's losses call; `evaluate_actions` is the same over
-    plain tensors.
+    As a policy for collectors, it reads a tensordict and writes the action, its log-prob, the value and the next memory
+    state. TorchRL's losses call `get_dist`. `evaluate_actions` does the same over plain tensors.
 
     Args:
         encoder: reads the observations, writes "features".
         backbone: the memory.
-        action_spec: the environment's; decides the distribution.
+        action_spec: action spec of the environment; decides the distribution.
         batch_dims: leading batch dimensions of the spec's shape.
         policy_scale: factor on the policy head's initial weights.
         value_scale: factor on the value head's initial weights.
-        is_gated: let the present gate the past where they meet.
-        env_statistics: running statistics of the environment's transforms, which belong to what was learned; not
-            used here, but saved and loaded with the agent.
+        is_gated: let the present gate the past in the fusion.
+        env_statistics: running statistics of the environment's transforms. They are saved and loaded with the agent,
+            and not used here.
     """
 
     def __init__(
@@ -106,26 +105,26 @@ class PPOAgent(TensorDictModuleBase):
         ]
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Acts: one step for each environment. The features stay out of the tensordict.
+        """Act: one step for each environment. The features stay out of the tensordict.
 
         Raises:
-            NonFiniteError: if there is no distribution to draw from, since something is not finite.
+            NonFiniteError: if an input or a distribution parameter is not finite.
         """
         work = tensordict.select(*self.in_keys, strict=False)
         for module in (self.encoder, self.backbone, self.fusion, self.policy_head, self.value_head):
             work = module(work)
         try:
             work = self.sampler(work)
-        except (ValueError, RuntimeError):  # what torch says of NaN names neither entry nor environment
+        except (ValueError, RuntimeError):  # torch's message about NaN names neither entry nor environment
             rows = work.reshape(-1).unsqueeze(1)
             check_finite(rows, [*self.encoder.in_keys, *self.policy_head.out_keys], is_rollout=False)
             raise
         return tensordict.update(work.select(*self.out_keys, strict=False))
 
     def get_dist(self, tensordict: TensorDictBase) -> distributions.Distribution:
-        """Returns the action distribution; also writes the joint features, which the value head reads.
+        """Return the action distribution, and write the joint features, which the value head reads.
 
-        In recurrent mode over sequences [*B, T], from the state of each sequence's first step.
+        In recurrent mode it runs over sequences [*B, T], from the state of each sequence's first step.
         """
         return self._pass(tensordict)[0]
 
@@ -136,13 +135,13 @@ class PPOAgent(TensorDictModuleBase):
         state: State | TensorDictBase | None = None,
         is_init: Tensor | None = None,
     ) -> ActionEvaluation:
-        """Evaluates actions taken along sequences.
+        """Evaluate actions taken along sequences.
 
         Args:
             obs: observations [B, T, ...]; a tensordict [B, T] if the encoder reads several keys.
             actions: [B, T] or [B, T, A].
             state: memory state before the first step, {name: [B, *shape]}; None: the initial state.
-            is_init: [B, T] or [B, T, 1], where episodes begin; None: nowhere within the sequences.
+            is_init: true where episodes begin, [B, T] or [B, T, 1]; None: no episode begins within the sequences.
 
         Returns:
             Log-probs, entropies and values, [B, T], and the memory state after the last step.
@@ -180,17 +179,17 @@ class PPOAgent(TensorDictModuleBase):
         return ActionEvaluation(dist.log_prob(actions), dist.entropy(), value, last)
 
     def get_policy_operator(self) -> ProbabilisticTensorDictSequential:
-        """The actor alone, as TorchRL's losses and collectors know it; parameters are shared."""
+        """Return the actor alone, in the form that TorchRL's losses and collectors take; parameters are shared."""
         return ProbabilisticTensorDictSequential(
             self.encoder, self.backbone, self.fusion, self.policy_head, self.sampler
         )
 
     def get_value_operator(self) -> TensorDictSequential:
-        """The critic alone, from observations; parameters are shared."""
+        """Return the critic alone, from observations to values; parameters are shared."""
         return TensorDictSequential(self.encoder, self.backbone, self.fusion, self.value_head)
 
     def get_value_head(self) -> TensorDictModule:
-        """The critic on top of what the actor has written: one backbone pass serves both."""
+        """Return the critic that reads the actor's features, so that one backbone pass serves both."""
         return self.value_head
 
     def _pass(self, tensordict: TensorDictBase) -> tuple[distributions.Distribution, State]:

@@ -20,15 +20,16 @@ from cyborg_torchrl.cores import Core, State, restart
 class Backbone(TensorDictModuleBase):
     """A recurrent core as a TensorDictModule that carries its memory state through the tensordict.
 
-    Step by step (the default, and in collectors) it reads the features [*B, F], `is_init` [*B, 1] and the state
-    [*B, *shape], and writes the memory features [*B, D] and the next state under "next". In TorchRL's recurrent mode
-    (`set_recurrent_mode(True)`, and inside its losses) the last batch dimension is time: it reads [*B, T, F], starts
-    from the state of the first step, restarts from the initial state wherever `is_init`, and writes the memory
-    features; states within a sequence are not written, since nothing reads them. The terms of a core that has some
-    (write rates, prediction errors) are written under "memory_metrics", for the loss.
+    By default, and in collectors, it takes one step. It reads the features [*B, F], `is_init` [*B, 1] and the state
+    [*B, *shape], and writes the memory features [*B, D] and the next state under "next".
 
-    Where an episode begins, the core's own initial state (zero or learned) is used, never the stored one: collection
-    and training agree, and a learned initial state gets its gradient.
+    In TorchRL's recurrent mode (`set_recurrent_mode(True)`, and inside its losses) the last batch dimension is time. It
+    reads [*B, T, F], starts from the state of the first step, and restarts wherever `is_init` is true. It writes the
+    memory features. States within a sequence are not written, since nothing reads them. Some cores also have metrics
+    (write rates, prediction errors). They are written under "memory_metrics", for the loss.
+
+    Episodes begin with the core's initial state (zero or learned), never with a stored one. So collection and training
+    agree, and a learned initial state gets its gradient.
 
     Args:
         core: the recurrent network.
@@ -64,9 +65,9 @@ class Backbone(TensorDictModuleBase):
         self.out_keys = [self.out_key, *(self._next(key) for key in self.state_keys.values())]
 
     def make_tensordict_primer(self) -> TensorDictPrimer:
-        """Returns the transform that puts the state into an environment's tensordict at reset.
+        """Return the transform that puts the state into an environment's tensordict at reset.
 
-        TorchRL's collectors find it by themselves with `auto_register_policy_transforms=True`.
+        TorchRL's collectors find it automatically with `auto_register_policy_transforms=True`.
         """
         spec = Composite()
         for name, shape in self.core.state_shapes.items():
@@ -74,7 +75,7 @@ class Backbone(TensorDictModuleBase):
         return TensorDictPrimer(spec, default_value=0.0, expand_specs=True)
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Runs one step, or a sequence in recurrent mode.
+        """Run one step, or a sequence in recurrent mode.
 
         Raises:
             KeyError: if the features or `is_init` are missing.
@@ -84,7 +85,7 @@ class Backbone(TensorDictModuleBase):
         return tensordict
 
     def run(self, tensordict: TensorDictBase) -> State:
-        """As `forward`, but returns the state after the (last) step, {name: [*B, *shape]}."""
+        """Do the same as `forward`, and return the state after the last step, {name: [*B, *shape]}."""
         return self._run_sequence(tensordict) if recurrent_mode() else self._run_step(tensordict)
 
     def _run_sequence(self, tensordict: TensorDictBase) -> State:
@@ -112,14 +113,14 @@ class Backbone(TensorDictModuleBase):
         return self.set_next(tensordict, state, batch_shape)
 
     def restarted(self, state: State, is_init: Tensor) -> State:
-        """What a step goes on from: stored states, {name: [*B, *shape]}, with episodes begun where `is_init`.
+        """Return the states before a step, with the initial state in rows where an episode begins.
 
         Args:
-            state: empty: the initial state.
-            is_init: [*B] or [*B, 1].
+            state: stored states, {name: [*B, *shape]}; empty: the initial state everywhere.
+            is_init: true where an episode begins, [*B] or [*B, 1].
 
         Returns:
-            {name: [B, *shape]} with the batch dimensions as one.
+            {name: [B, *shape]}, with one batch dimension.
         """
         batch, dtype = is_init.numel(), self._dtype()  # states may be stored in another precision
         initial = self.core.initial_state(batch)
@@ -127,7 +128,7 @@ class Backbone(TensorDictModuleBase):
         return restart(flat or initial, initial, is_init.reshape(batch))
 
     def set_next(self, tensordict: TensorDictBase, state: State, batch_shape: torch.Size) -> State:
-        """Writes the state after a step, {name: [B, *shape]}; returns it as it is written, {name: [*B, *shape]}."""
+        """Write the state after a step, {name: [B, *shape]}, and return it as written, {name: [*B, *shape]}."""
         state = {name: value.reshape(*batch_shape, *value.shape[1:]) for name, value in state.items()}
         for name, key in self.state_keys.items():
             tensordict.set(self._next(key), state[name])
@@ -150,7 +151,7 @@ class Backbone(TensorDictModuleBase):
         return x, is_init.squeeze(-1)
 
     def _state(self, tensordict: TensorDictBase, is_init: Tensor, *, first_step: bool) -> State:
-        """The stored state; {} if there is none. Warns where that loses memory."""
+        """Return the stored state, or {} if there is none. Warn if that loses memory in the middle of an episode."""
         values = {name: tensordict.get(key, None) for name, key in self.state_keys.items()}
         missing = [self.state_keys[name] for name, value in values.items() if value is None]
         if missing:

@@ -1,4 +1,4 @@
-"""How past and present meet."""
+"""The fusion of memory features and present features."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from cyborg_torchrl.cores.kernels.native import is_native
 
 
 class PastPresentFusion(nn.Module):
-    """Normalises the memory's read-out and the present features apart, then adds them.
+    """Sum of the memory features and the present features, each under a norm.
 
-        joint = LayerNorm(memory) + W LayerNorm(present)       (no W where the widths agree)
+        joint = LayerNorm(memory) + W LayerNorm(present)       (no W if the widths agree)
 
-    Under one norm the present drowns the past: a slow memory writes little at each step. With a sum alone, what is seen
-    cannot choose among what is remembered, since the heads are linear: a question has to multiply. Gated, the past is
-    multiplied by 1 + G LayerNorm(present), with G zero at the start.
+    Two norms are needed because a slow memory writes little at each step: under one norm the present would drown the
+    past. The heads are linear, so with a sum alone a question could not choose among memories. With a gate, the past is
+    multiplied by 1 + G LayerNorm(present), and G is zero at the start.
 
     Source: feature-wise linear modulation, Perez et al. (2018), of the past by the present.
 
@@ -36,17 +36,15 @@ class PastPresentFusion(nn.Module):
             nn.init.zeros_(self.gate.weight)
         self.is_same_width = present_features == memory_features
         self.is_plain = self.is_same_width and not is_gated
-        self.project = (
-            nn.Identity()
-            if present_features == memory_features
-            else nn.Linear(present_features, memory_features, bias=False)
-        )
+        self.project: nn.Module = nn.Identity()
+        if not self.is_same_width:
+            self.project = nn.Linear(present_features, memory_features, bias=False)
 
     def forward(self, present: Float[Tensor, "*B F"], memory: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
-        """Returns the joint features."""
+        """Return the joint features."""
         is_acting = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
         if is_acting and self.is_plain and present.ndim == 2 and self._is_native(present, memory):
-            # a step: one call in place of three
+            # A step while acting: one C++ call instead of three torch calls.
             return added_layer_norms_cpp(memory, present, (self.past, self.present))
         past, now = self.past(memory), self.present(present)
         joint = past + (now if self.is_same_width else self.project(now))
@@ -55,4 +53,4 @@ class PastPresentFusion(nn.Module):
     def _is_native(self, present: Tensor, memory: Tensor) -> bool:
         is_one_type = memory.dtype is present.dtype is self.past.weight.dtype
         is_one_size = memory.shape == present.shape and memory.shape[-1] == self.past.normalized_shape[0]
-        return is_one_type and is_one_size and is_native(memory)  # what is not, torch refuses
+        return is_one_type and is_one_size and is_native(memory)  # torch reports any mismatch

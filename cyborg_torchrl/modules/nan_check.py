@@ -1,4 +1,4 @@
-"""Finds the first number that is not finite, and says where it was."""
+"""Search for the first number that is not finite, and report its entry, environment and step."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch import Tensor
 
 
 class NonFiniteError(RuntimeError):
-    """NaN or infinity where training cannot go on; the message names entry, environment and step.
+    """NaN or infinity that stops training; the message names entry, environment and step.
 
     Args:
         key: the entry.
-        value: what was found.
-        environment: its number in the batch; None if it is not known.
-        step: of the rollout; None if it is not known.
-        record: what there is to look into, for a dump: tensors, numbers, texts, dicts.
-        hint: what may be the cause.
+        value: the number that is not finite.
+        environment: its index in the batch; None if unknown.
+        step: the step of the rollout; None if unknown.
+        record: content of a dump: tensors, numbers, texts, dicts.
+        hint: a possible cause.
     """
 
     def __init__(
@@ -41,15 +41,15 @@ class NonFiniteError(RuntimeError):
 
 
 def check_finite(steps: TensorDictBase, entries: Sequence[NestedKey], *, is_rollout: bool = True) -> None:
-    """Refuses steps [N, T] with entries that are not finite.
+    """Check that entries of steps [N, T] are finite.
 
     Args:
-        steps: of a rollout.
-        entries: what is looked at, causes before consequences; what is not there, or no float, is passed over.
-        is_rollout: False: the steps are those of the present, [N, 1], and have no number.
+        steps: the steps of a rollout.
+        entries: the entries to check, causes before consequences; missing entries and integers are skipped.
+        is_rollout: False for the present step only, [N, 1], which has no number.
 
     Raises:
-        NonFiniteError: for the earliest step; of its entries, for the first.
+        NonFiniteError: for the earliest step, and for the first of its entries.
     """
     found: list[tuple[int, int, int, NestedKey, Tensor]] = []
     for rank, key in enumerate(entries):
@@ -70,7 +70,7 @@ def check_finite(steps: TensorDictBase, entries: Sequence[NestedKey], *, is_roll
 
 
 def _is_finite(value: Tensor) -> bool:
-    """Whether all numbers are; by their sum, which is so where they are, unless it overflows."""
+    """Return whether all numbers are finite. Their sum answers fast; only if it overflows each number is tested."""
     return bool(value.sum().isfinite()) or bool(value.isfinite().all())
 
 

@@ -1,4 +1,4 @@
-"""Runs a policy again over steps that it has seen, to find the memory state behind them."""
+"""Replay: run a policy again over recorded steps to recompute its memory states."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from cyborg_torchrl.modules.actor_critic import PPOAgent
 def state_after(
     policy: TensorDictModuleBase, steps: TensorDictBase, state: TensorDictBase, state_keys: Sequence[NestedKey]
 ) -> TensorDictBase:
-    """The memory state behind a batch of sequences.
+    """Return the memory state after a batch of sequences, without gradient.
 
     Args:
         policy: a `PPOAgent`, or any policy that writes its states under "next" (TorchRL's do).
@@ -29,7 +29,7 @@ def state_after(
         state_keys: the entries that are memory states.
 
     Returns:
-        The state after the last step, [B], under the same keys; no gradient.
+        The state after the last step, [B], under the same keys.
     """
     device, home = next((p.device for p in policy.parameters()), steps.device), state.device
     steps, state = steps.to(device), state.to(device)
@@ -49,15 +49,15 @@ def state_after(
 
 
 def memory_state_keys(policy: TensorDictModuleBase) -> list[NestedKey]:
-    """The entries that a policy reads and writes again for the next step: its memory states."""
+    """Return the memory states of a policy: the entries that it reads, and writes again under "next"."""
     written = {unravel_key(key) for key in policy.out_keys}
     return [key for key in map(unravel_key, policy.in_keys) if unravel_key((keys.NEXT, key)) in written]
 
 
 def as_primed(states: TensorDictBase, is_init: Tensor) -> TensorDictBase:
-    """States [B] as they stand in a rollout: zero, as primers have it, where an episode begins, [B] or [B, 1].
+    """Return states [B] as a rollout has them: zero in rows where an episode begins, [B] or [B, 1].
 
-    TorchRL's modules would go on from what an earlier episode left there.
+    Zero is the value that a primer writes at a reset. TorchRL's modules read it there.
     """
     flags = is_init.reshape(-1)
     if not bool(flags.any()):
@@ -66,10 +66,10 @@ def as_primed(states: TensorDictBase, is_init: Tensor) -> TensorDictBase:
 
 
 def with_states(sequences: TensorDictBase, states: TensorDictBase) -> TensorDictBase:
-    """Sets states [B] at every step of sequences [B, S]: a view; and zero from the first reset after the first step on.
+    """Set states [B] at every step of sequences [B, S], as a view, and zero from the first later reset on.
 
-    Our backbone reads the state of the first step alone. TorchRL's modules read it at every reset too, and zero is
-    what their primer puts there.
+    Our backbone reads only the state of the first step. TorchRL's modules also read it at every reset, where their
+    primer writes zero.
     """
     steps = sequences.shape[1]
     is_init = sequences.get(keys.IS_INIT).squeeze(-1)
@@ -89,7 +89,7 @@ def with_states(sequences: TensorDictBase, states: TensorDictBase) -> TensorDict
 
 
 def _by_steps(policy: TensorDictModuleBase, work: TensorDictBase, state_keys: Sequence[NestedKey]) -> TensorDictBase:
-    """Step by step, as in acting: right for whatever policy."""
+    """Run step by step, as in acting, which is right for any policy."""
     carried = work.select(*state_keys, strict=False)[:, 0]
     inputs = work.exclude(*state_keys)
     with set_recurrent_mode(False), set_exploration_type(ExplorationType.DETERMINISTIC):  # draws no random numbers

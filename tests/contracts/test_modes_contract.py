@@ -276,7 +276,7 @@ def test_memmap_storage(gru_agent: PPOAgent, rollout_of: Callable, tmp_path) -> 
 
 def test_refusals(gru_agent: PPOAgent, rollout_of: Callable) -> None:
     rollout = rollout_of(gru_agent)
-    with pytest.raises(ValueError, match=r"needs what acted"):
+    with pytest.raises(ValueError, match="needs the policy that acted"):
         build_buffer(Mode(3, 0, 6)).store(rollout)
     with pytest.raises(ValueError, match="state_stride must be a multiple of seq_len = 4; got 6"):
         build_buffer(Mode(4, 0, 6))

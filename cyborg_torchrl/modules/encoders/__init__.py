@@ -1,4 +1,4 @@
-"""Encoders: from what the environment shows to features."""
+"""Encoders: from observations to features."""
 
 from cyborg_torchrl.modules.encoders.autocast import Autocast
 from cyborg_torchrl.modules.encoders.build import build_encoder

@@ -9,14 +9,14 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Autocast(nn.Module):
-    """Runs a network under `torch.autocast`; what it returns is float32 again.
+    """A network under `torch.autocast` with float32 output.
 
-    It stands around the encoder alone, so that the memory, whose states would lose what they keep, the read-out and the
-    heads stay float32. Acting and training run the same network, so log-probabilities agree up to its rounding.
+    It wraps the encoder only. The memory states would lose precision, so the memory, its read-out and the heads stay
+    float32. Acting and training run the same network, so log-probabilities agree except for its rounding.
 
     Args:
-        network: parameters stay as they are.
-        dtype: "bfloat16", or "float16" (on GPUs; small gradients may vanish in it, and nothing here scales them).
+        network: the network; its parameters do not change.
+        dtype: "bfloat16", or "float16" (on GPUs; small gradients may vanish, since there is no loss scaling).
 
     Raises:
         ValueError: if there is no such type.
@@ -29,7 +29,7 @@ class Autocast(nn.Module):
         self.network, self.dtype = network, DTYPES[dtype]
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        """What the network makes of its inputs, in float32."""
+        """Return the output of the network in float32."""
         with torch.autocast(inputs[0].device.type, self.dtype):
             features = self.network(*inputs)
         return features.float()

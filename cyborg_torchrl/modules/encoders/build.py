@@ -1,4 +1,4 @@
-"""From an environment's specs to the encoder that reads them."""
+"""Builder of the encoder that fits the observation specs of an environment."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from cyborg_torchrl.registry import did_you_mean
 
 DISCRETE = ("one_hot", "embedding")
 MAIN = (keys.PIXELS, keys.OBSERVATION)
-"""Read alone where they are there, the first before the second."""
+"""Read alone if they exist, the first before the second."""
 PREVIOUS = (keys.PREVIOUS_ACTION, keys.PREVIOUS_REWARD)
-"""Read wherever they are there."""
+"""Always read if they exist."""
 BOOKKEEPING = frozenset(
     {
         keys.SUCCESS,
@@ -40,7 +40,7 @@ BOOKKEEPING = frozenset(
         "step_count",
     }
 )
-"""Entries that are no observations; those of the last part of a nested key too."""
+"""Entries that are not observations; compared with the first and the last part of a nested key."""
 
 
 def build_encoder(
@@ -55,7 +55,7 @@ def build_encoder(
     embedding_size: int = 16,
     autocast: str | None = None,
 ) -> TensorDictModule:
-    """Builds the encoder that fits an environment's observations.
+    """Build the encoder that fits the observations of an environment.
 
     | observation | how it is read |
     |---|---|
@@ -64,20 +64,20 @@ def build_encoder(
     | categories, several categories | as one-hot vectors, or embeddings |
     | binary, one-hot | as floats |
     | bytes or floats [C, H, W], [H, W, C], stacks [K, ...] of them, with sides of 32 or more | as pictures, by \
-a convolutional network; bytes become [0, 1], and floats too where all are bounded alike |
+a convolutional network; bytes become [0, 1], and floats too if all have the same bounds |
     | bytes [H, W] with sides of 32 or more | as a picture of one channel |
     | smaller integers from 0 to 255 at most with three dimensions | as a grid of names (MiniGrid): `GridEncoder` |
 
     The parts are added. Float vectors alone are read by a `VectorEncoder`, one image alone by its encoder.
 
     Args:
-        observation_spec: the environment's.
-        batch_dims: number of batch dimensions of the environment, which the spec's shapes begin with.
+        observation_spec: observation spec of the environment.
+        batch_dims: number of leading batch dimensions in the shapes of the spec.
         features: F, width of the embedding.
-        hidden_sizes: layers of the vectors' encoder before its last map.
-        observation_keys: what to read: names, nested keys as tuples or with dots ("camera.left"); a name that holds
-            others stands for all of them. None: "pixels" if there are any, else "observation", else all entries that
-            are no bookkeeping. "previous_action" and "previous_reward" are read in any case where they are there.
+        hidden_sizes: widths of hidden layers for the vectors.
+        observation_keys: entries to read: names, or nested keys as tuples or with dots ("camera.left"). The name of a
+            nested entry selects all its leaves. None: "pixels" if it exists, else "observation", else all
+            observations. "previous_action" and "previous_reward" are always read if they exist.
         convolutions: network of pictures, "impala" or "nature".
         discrete: how categories are read, "one_hot" or "embedding".
         embedding_size: width of the embedding of a category, or of a number in a grid.
@@ -94,12 +94,9 @@ a convolutional network; bytes become [0, 1], and floats too where all are bound
     if all(_is_float(spec) and len(spec.shape) == batch_dims + 1 for spec in specs.values()):
         width = sum(spec.shape[-1] for spec in specs.values())
         return _module(VectorEncoder(width, features, hidden_sizes), chosen, autocast)
-    readers = []
+    readers: list[VectorReader | ImageReader] = []
     for key, spec in specs.items():
-        reader = None
-        if not isinstance(spec, (NonTensor, Composite)) and len(spec.shape) >= batch_dims:
-            reader = _build_image(spec, spec.shape[batch_dims:], features, convolutions, embedding_size)
-            reader = reader or _build_vector(spec, batch_dims, discrete, embedding_size)
+        reader = _build_reader(spec, batch_dims, features, convolutions, discrete, embedding_size)
         if reader is None:
             raise ValueError(_unreadable(key, spec, observation_spec))
         readers.append(reader)
@@ -108,43 +105,62 @@ a convolutional network; bytes become [0, 1], and floats too where all are bound
     return _module(network, chosen, autocast)
 
 
+def _build_reader(
+    spec: TensorSpec, batch_dims: int, features: int, convolutions: str, discrete: str, embedding_size: int
+) -> VectorReader | ImageReader | None:
+    """Build the reader of one observation; return None if no reader fits."""
+    if isinstance(spec, (NonTensor, Composite)) or len(spec.shape) < batch_dims:
+        return None
+    image = _build_image(spec, spec.shape[batch_dims:], features, convolutions, embedding_size)
+    return image or _build_vector(spec, batch_dims, discrete, embedding_size)
+
+
 def _module(network: nn.Module, read: Sequence[NestedKey], autocast: str | None) -> TensorDictModule:
     network = network if autocast is None else Autocast(network, autocast)
     return TensorDictModule(network, in_keys=read, out_keys=[keys.FEATURES])
 
 
 def default_observations(spec: Composite) -> list[NestedKey]:
-    """The leaves that are read where nothing is said: "pixels", else all below "observation", else all observations."""
+    """Return the leaves that are read by default: "pixels", else all below "observation", else all observations."""
     known = _observations(spec)
-    return next((found for key in MAIN if (found := _below(known, key))), known)
+    for key in MAIN:
+        leaves = _below(known, key)
+        if leaves:
+            return leaves
+    return known
 
 
 def _observations(spec: Composite) -> list[NestedKey]:
-    """The leaves that are no bookkeeping."""
+    """Return the leaves that are observations."""
     known: list[NestedKey] = [unravel_key(key) for key in spec.keys(True, True)]
     return [key for key in known if not BOOKKEEPING.intersection((_path(key)[0], _path(key)[-1]))]
 
 
 def _below(leaves: Sequence[NestedKey], key: NestedKey) -> list[NestedKey]:
+    """Return the leaf `key`, or all leaves of the nested entry `key`."""
     path = _path(key)
     return [leaf for leaf in leaves if _path(leaf)[: len(path)] == path]
 
 
-def _chosen_keys(spec: Composite, wanted: Sequence[NestedKey] | None) -> list[NestedKey]:
-    """The leaves to read, in the order asked for or that of the spec."""
+def _chosen_keys(spec: Composite, requested: Sequence[NestedKey] | None) -> list[NestedKey]:
+    """Return the leaves to read, in the requested order or in that of the spec."""
     known: list[NestedKey] = [unravel_key(key) for key in spec.keys(True, True)]
-
     names = ", ".join(sorted(map(_dotted, _observations(spec))))
-    if wanted is None:
+    if requested is None:
         chosen = default_observations(spec)
     else:
-        dotted = {key: tuple(key.split(".")) if isinstance(key, str) else key for key in wanted}
-        found = {key: _below(known, key) or _below(known, path) for key, path in dotted.items()}
-        missing = [key for key, leaves in found.items() if not leaves]
+        chosen = []
+        missing = []
+        for key in requested:
+            path = tuple(key.split(".")) if isinstance(key, str) else key
+            leaves = _below(known, key) or _below(known, path)
+            chosen += leaves
+            if not leaves:
+                missing.append(key)
         if missing:
             raise ValueError(f"no observation {missing} in the environment; it has: {names}.")
-        chosen = [leaf for leaves in found.values() for leaf in leaves]
-    chosen: list[NestedKey] = list(dict.fromkeys([*chosen, *(key for key in PREVIOUS if key in known)]))
+    previous = [key for key in PREVIOUS if key in known]
+    chosen = list(dict.fromkeys([*chosen, *previous]))  # each once
     if not chosen:
         raise ValueError(f"no observation to read in the environment; it has: {names or '(none)'}.")
     return chosen
@@ -153,7 +169,7 @@ def _chosen_keys(spec: Composite, wanted: Sequence[NestedKey] | None) -> list[Ne
 def _build_image(
     spec: TensorSpec, shape: torch.Size, features: int, convolutions: str, embedding_size: int
 ) -> ImageReader | None:
-    """The encoder of a picture or a grid; None for whatever is neither."""
+    """Build the encoder of a picture or a grid; return None for any other observation."""
     if isinstance(spec, (Categorical, OneHot)) or len(shape) not in (2, 3, 4):
         return None
     layout, bounds = image_layout(shape), _common_bounds(spec)
@@ -168,7 +184,7 @@ def _build_image(
 
 
 def _build_vector(spec: TensorSpec, batch_dims: int, discrete: str, embedding_size: int) -> VectorReader | None:
-    """What makes a vector of an observation; None if nothing does."""
+    """Build the module that turns an observation into a vector; return None if there is none."""
     shape = spec.shape[batch_dims:]
     if isinstance(spec, (Binary, OneHot)) or _is_float(spec) or spec.dtype == torch.bool:
         return ScaledVector(shape)
@@ -184,7 +200,7 @@ def _build_vector(spec: TensorSpec, batch_dims: int, discrete: str, embedding_si
 
 
 def _bounds(spec: TensorSpec) -> tuple[Tensor, Tensor] | None:
-    """The bounds of all entries as floats; None where some are none, or no more than what the dtype can hold."""
+    """Return the bounds of all entries as floats; None without finite bounds that are tighter than the dtype's."""
     low, high = getattr(spec.space, "low", None), getattr(spec.space, "high", None)
     if low is None or high is None:
         return None
@@ -195,7 +211,7 @@ def _bounds(spec: TensorSpec) -> tuple[Tensor, Tensor] | None:
 
 
 def _common_bounds(spec: TensorSpec) -> tuple[float, float] | None:
-    """The least and the greatest bound of all entries, if there are any and they differ."""
+    """Return the least and the greatest bound of all entries; None if there are none or they are equal."""
     bounds = _bounds(spec)
     if bounds is None:
         return None
@@ -204,7 +220,7 @@ def _common_bounds(spec: TensorSpec) -> tuple[float, float] | None:
 
 
 def _scale(spec: TensorSpec, batch_dims: int) -> Tensor | None:
-    """The greatest size of each entry that its bounds allow, shape of one observation; None without bounds."""
+    """Return the largest absolute value that the bounds of each entry allow, [*shape]; None without bounds."""
     bounds = _bounds(spec)
     if bounds is None:
         return None

@@ -34,7 +34,7 @@ class OneHotCategories(nn.Module):
         self.register_buffer("category", category, persistent=False)
 
     def forward(self, observation: Tensor) -> Float[Tensor, "*B W"]:
-        """Compares each entry with each of its categories: no look at the values, so it maps, compiles and moves."""
+        """Compare each entry with each of its categories, without control flow, so that vmap and compile work."""
         return (flatten_last(observation, self.num_dims)[..., self.entry] == self.category).float()
 
 
@@ -57,5 +57,5 @@ class CategoryEmbedding(nn.Module):
         self.table = nn.Embedding(int(sizes.sum()), size)
 
     def forward(self, observation: Tensor) -> Float[Tensor, "*B W"]:
-        """Looks each entry up in its part of the table."""
+        """Look each entry up in its part of the table."""
         return self.table(flatten_last(observation, self.num_dims).long() + self.first_row).flatten(-2)

@@ -1,4 +1,4 @@
-"""Grids of integers that name what is there, such as MiniGrid's."""
+"""Grids of integers that are names of objects, as in MiniGrid."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from cyborg_torchrl.modules.encoders.images import image_layout
 
 
 class GridEncoder(nn.Module):
-    """Reads a small image whose numbers are names, not brightnesses: [*B, H, W, C] or [*B, C, H, W] of integers.
+    """Encoder of small images whose numbers are names: integers [*B, H, W, C] or [*B, C, H, W].
 
-    Each channel has a table of embeddings; those of a cell's channels are added, and two convolutions of 3 x 3 look at
-    neighbouring cells. Nothing has a bias and 0 embeds to zero, so a grid of zeros embeds to exactly zero.
+    Each channel has a table of embeddings. The embeddings of a cell's channels are added, and two convolutions of 3 x 3
+    read neighbouring cells. There is no bias and 0 embeds to zero, so a grid of zeros embeds to exactly zero.
 
     Args:
         shape: shape of one grid; which end is channels is decided as for images.
@@ -44,7 +44,7 @@ class GridEncoder(nn.Module):
         self.project = nn.Linear(32 * self.layout.height * self.layout.width, features, bias=False)
 
     def forward(self, grid: Tensor) -> Float[Tensor, "*B F"]:
-        """Encodes grids; [*B] may be empty."""
+        """Encode grids; [*B] may be empty."""
         batch = grid.shape[: grid.ndim - self.layout.num_dims]
         numbers = self.layout.to_channels_first(grid).long()
         cells = self.table(numbers + self.first_row) * (numbers != 0).unsqueeze(-1)

@@ -1,4 +1,4 @@
-"""Which dimension of an image is which."""
+"""The layout of images: which dimension holds channels, height and width."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import NamedTuple
 from torch import Tensor
 
 MIN_SIDE = 32
-"""Sides of what is taken for a picture; what is smaller is a grid or a vector."""
+"""Least side of a picture; smaller arrays are grids or vectors."""
 
 
 def is_picture(shape: Sequence[int]) -> bool:
-    """Whether what has three dimensions is large enough to be taken for a picture."""
+    """Return whether an array has three dimensions and is large enough for a picture."""
     return len(shape) == 3 and sorted(shape)[1] >= MIN_SIDE
 
 
 class ImageLayout(NamedTuple):
-    """How an image lies in a tensor."""
+    """Layout of an image in a tensor."""
 
     num_dims: int
     """2 for [H, W]; 3 for [C, H, W] or [H, W, C]; 4 for a stack [K, C, H, W] or [K, H, W, C], K C channels."""
@@ -28,7 +28,7 @@ class ImageLayout(NamedTuple):
     width: int
 
     def to_channels_first(self, images: Tensor) -> Tensor:
-        """[*B, *shape] to [B, C, H, W], the batch flattened; no copy but for stacks with channels last."""
+        """Return images [*B, *shape] as [B, C, H, W]. Only stacks with channels last are copied."""
         images = images.reshape(-1, *images.shape[images.ndim - self.num_dims :])
         if self.num_dims == 2:
             return images.unsqueeze(1)
@@ -37,11 +37,11 @@ class ImageLayout(NamedTuple):
 
 
 def image_layout(shape: Sequence[int]) -> ImageLayout:
-    """Reads the layout off the shape of one image.
+    """Derive the layout from the shape of one image.
 
-    Channels are the end, first or last, that leaves a square if the other does not; else the smaller one, and of two
-    equal ones the last, as gymnasium has it. Only images that are not square and have more channels than a side has
-    pixels are read wrongly.
+    Channels are the first or the last dimension. If only one choice leaves a square, that choice is right. Otherwise
+    the smaller dimension holds the channels. If both are equal, it is the last one, as in gymnasium. Images that are
+    not square and have more channels than a side has pixels are read wrongly.
 
     Raises:
         ValueError: if the shape has not two to four dimensions.
@@ -58,4 +58,5 @@ def image_layout(shape: Sequence[int]) -> ImageLayout:
     has_square_behind, has_square_before = middle == last, first == middle
     is_last = has_square_before if has_square_before != has_square_behind else last <= first
     channels, height, width = (last, first, middle) if is_last else (first, middle, last)
-    return ImageLayout(len(shape), is_last, channels * (shape[0] if len(shape) == 4 else 1), height, width)
+    frames = shape[0] if len(shape) == 4 else 1
+    return ImageLayout(len(shape), is_last, frames * channels, height, width)

@@ -1,4 +1,4 @@
-"""Observations of several kinds together."""
+"""Encoder of several observations together."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ ImageReader = PixelEncoder | GridEncoder
 
 
 class MixedEncoder(nn.Module):
-    """Adds up the embedding of all vector-like observations, side by side, and one of each image, [*B, F].
+    """Sum of one embedding of all vectors and one embedding of each image, [*B, F].
 
     Args:
-        readers: of each observation in their order: what makes a vector of it, or the encoder of an image.
+        readers: one for each observation, in order: a module that returns a vector, or the encoder of an image.
         features: F, width of the embedding.
-        hidden_sizes: layers of the vectors' encoder before its last map.
+        hidden_sizes: widths of hidden layers for the vectors.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class MixedEncoder(nn.Module):
         self.vector = VectorEncoder(width, features, hidden_sizes) if width else None
 
     def forward(self, *observations: Tensor) -> Float[Tensor, "*B F"]:
-        """Reads each observation [*B, *shape] with its reader."""
+        """Encode observations [*B, *shape], one for each reader."""
         read = [reader(observation) for reader, observation in zip(self.readers, observations, strict=True)]
         vectors = [value for value, is_vector in zip(read, self._is_vector, strict=True) if is_vector]
         parts = [value for value, is_vector in zip(read, self._is_vector, strict=True) if not is_vector]

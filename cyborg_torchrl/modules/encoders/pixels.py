@@ -1,4 +1,4 @@
-"""Images: the Nature and the Impala network."""
+"""Image encoders: the Nature and the Impala network."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from cyborg_torchrl.modules.encoders.images import image_layout
 from cyborg_torchrl.registry import did_you_mean
 
 SMALLEST = {"impala": 8, "nature": 36}
-"""Least side of an image that each network reads."""
+"""Least side of an image for each network."""
 BLOCK_NUMBERS = 2**21
-"""Numbers of the first convolution's output that a CPU computes in one go, so that they stay in its cache: 32 images of
+"""Size of the first convolution's output that a CPU computes at once, so that it stays in the cache: 32 images of
 64 x 64 for "impala"."""
 KEPT_NUMBERS = 2**25
-"""Above this (512 such images, some 600 MB of activations) the backward pass computes them again; other devices compute
-so many in one go."""
+"""Above this size (512 such images, about 600 MB of activations) the backward pass recomputes the activations. Other
+devices compute so many at once."""
 
 
 class ResidualBlock(nn.Module):
@@ -32,12 +32,12 @@ class ResidualBlock(nn.Module):
         self.second = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Adds what two convolutions make of x."""
+        """Return x plus the output of two convolutions."""
         return x + self.second(torch.relu(self.first(torch.relu(x))))
 
 
 def build_impala(channels: int, widths: Sequence[int] = (16, 32, 32)) -> nn.Sequential:
-    """The residual network of Espeholt et al. (2018), figure 3 right: 15 convolutions in three stages.
+    """Build the residual network of Espeholt et al. (2018), figure 3 right: 15 convolutions in three stages.
 
     A stage is a convolution of 3 x 3, max-pooling of 3 x 3 with stride 2, and two residual blocks.
     """
@@ -50,7 +50,7 @@ def build_impala(channels: int, widths: Sequence[int] = (16, 32, 32)) -> nn.Sequ
 
 
 def build_nature(channels: int) -> nn.Sequential:
-    """The network of Mnih et al. (2015): three convolutions."""
+    """Build the network of Mnih et al. (2015): three convolutions."""
     return nn.Sequential(
         nn.Conv2d(channels, 32, 8, stride=4),
         nn.ReLU(),
@@ -63,23 +63,23 @@ def build_nature(channels: int) -> nn.Sequential:
 
 
 class PixelEncoder(nn.Module):
-    """Convolutional encoder of images, channels first or last; bytes become [0, 1] here and not before.
+    """Convolutional encoder of images, channels first or last. It scales bytes to [0, 1].
 
-    Batches go through the convolutions block by block. Where they are large, what the gradient needs of a block is
-    computed again in the backward pass: memory grows with the batch by the images themselves and their flat features.
+    Batches go through the convolutions block by block. For large batches the backward pass recomputes the activations
+    of a block, so memory grows only by the images and their flat features.
 
     Args:
         shape: shape of one image, [C, H, W] or [H, W, C], [H, W] without channels, or a stack of frames [K, ...].
         features: F, width of the embedding.
         convolutions: "impala" or "nature".
-        byte_bounds: what becomes 0 and 1 of integers.
-        float_bounds: what becomes 0 and 1 of floats.
+        byte_bounds: integers that become 0 and 1.
+        float_bounds: floats that become 0 and 1.
 
     Raises:
         ValueError: if the network's name is unknown, or the shape is not that of an image that is large enough for it.
 
     Source: Espeholt et al. (2018), figure 3 right; Mnih et al. (2015). Ours ends in one linear map without bias and
-    without a nonlinearity: what reads the features normalises them.
+    without a nonlinearity, since the modules that read the features normalise them.
     """
 
     def __init__(
@@ -111,11 +111,11 @@ class PixelEncoder(nn.Module):
             self.project = nn.Linear(self.convolutions(image).shape[-1], features, bias=False)
 
     def forward(self, pixels: Tensor) -> Float[Tensor, "*B F"]:
-        """Encodes images [*B, *shape]; [*B] may be empty."""
+        """Encode images [*B, *shape]; [*B] may be empty."""
         batch = pixels.shape[: pixels.ndim - self.layout.num_dims]
         images = self.layout.to_channels_first(pixels)
         block = self.block if images.device.type == "cpu" else self.kept
-        if torch.compiler.is_exporting() or images.shape[0] <= block:  # an exported program takes any batch alike
+        if torch.compiler.is_exporting() or images.shape[0] <= block:  # one block for any batch
             return self._embed(images).reshape(*batch, -1)
         embed = self._embed_again if torch.is_grad_enabled() and images.shape[0] > self.kept else self._embed
         return torch.cat([embed(part) for part in images.split(block)]).reshape(*batch, -1)
@@ -124,9 +124,9 @@ class PixelEncoder(nn.Module):
         return self.project(self.convolutions(self._scaled(images)))
 
     def _embed_again(self, images: Tensor) -> Tensor:
-        """The same, with the backward pass computing the convolutions again.
+        """Embed images; the backward pass recomputes the convolutions.
 
-        The parameters are arguments, since a loss that swaps them in has taken them out again by then.
+        The parameters are arguments because a functional loss has removed them from the module by then.
         """
         parameters = dict(self.convolutions.named_parameters())
 

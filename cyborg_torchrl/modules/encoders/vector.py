@@ -1,4 +1,4 @@
-"""Vectors: flattened, scaled and embedded."""
+"""Encoders of vectors."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch.nn import functional as F
 
 
 class VectorEncoder(nn.Module):
-    """Embeds vectors: one linear map without bias by default.
+    """Encoder of vectors; by default one linear map.
 
-    Without a bias a blank observation embeds to zero and writes nothing into memory.
+    There is no bias: a blank observation embeds to zero and writes nothing into memory.
 
     Args:
-        in_features: width of the observations, all inputs together.
+        in_features: total width of all observations.
         features: F, width of the embedding.
-        hidden_sizes: widths of SiLU layers before the last map, if any.
+        hidden_sizes: widths of SiLU layers before the last map.
     """
 
     def __init__(self, in_features: int, features: int, hidden_sizes: Sequence[int] = ()) -> None:
@@ -32,28 +32,28 @@ class VectorEncoder(nn.Module):
 
     @property
     def last(self) -> nn.Linear:
-        """The map to the features."""
+        """The map to the features, which is the last layer."""
         return cast("nn.Linear", self.network[-1])
 
     def forward(self, *observations: Float[Tensor, "*B _"]) -> Float[Tensor, "*B F"]:
-        """Concatenates the observations, in the precision of the weights, and embeds them."""
+        """Concatenate the observations in the precision of the weights, and embed them."""
         last = self.last
         dtype = last.weight.dtype
         parts = [observation.to(dtype) for observation in observations]
         x = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
-        # one map alone, without the sequence around it: its time counts while acting
+        # With one layer, the call of nn.Sequential would cost more than the map itself while acting.
         return self.network(x) if len(self.network) > 1 else F.linear(x, last.weight)
 
 
 class ScaledVector(nn.Module):
     """Numbers of any kind and shape as one float vector, [*B, *shape] to [*B, width].
 
-    What is zero stays zero: integers are divided by the greatest size that their bounds allow, and nothing is
-    subtracted.
+    Integers are divided by the largest absolute value that their bounds allow. Nothing is subtracted, so zero stays
+    zero.
 
     Args:
         shape: shape of one observation; [] for a single number.
-        scale: what each entry is divided by, [*shape] and not zero; None: nothing.
+        scale: divisor of each entry, [*shape], not zero; None: no scaling.
     """
 
     scale: Tensor | None
@@ -64,12 +64,12 @@ class ScaledVector(nn.Module):
         self.register_buffer("scale", None if scale is None else scale.flatten(), persistent=False)
 
     def forward(self, observation: Tensor) -> Float[Tensor, "*B W"]:
-        """Flattens, and scales."""
+        """Flatten and scale."""
         flat = flatten_last(observation, self.num_dims)
         flat = flat if flat.is_floating_point() else flat.float()
         return flat if self.scale is None else flat / self.scale
 
 
 def flatten_last(observation: Tensor, num_dims: int) -> Tensor:
-    """The last `num_dims` dimensions as one, [*B, *shape] to [*B, width]; a number gets a dimension of its own."""
+    """Flatten the last `num_dims` dimensions, [*B, *shape] to [*B, width]; a scalar becomes a vector of width 1."""
     return observation.flatten(-num_dims) if num_dims else observation.unsqueeze(-1)
