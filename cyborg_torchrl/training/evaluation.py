@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 from torchrl.envs import EnvBase
@@ -13,6 +15,10 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import set_recurrent_mode
 
 from cyborg_torchrl import keys
+from cyborg_torchrl.collectors.flat_dict import Entries, NotFusable, flat
+from cyborg_torchrl.collectors.fused_env import EnvStep, env_step
+from cyborg_torchrl.collectors.fused_policy import policy_step
+from cyborg_torchrl.modules.nan_check import check_finite
 
 OnEpisodes = Callable[[int, int], None]
 """Called with the number of episodes that are over, and how many there will be."""
@@ -85,10 +91,9 @@ def evaluate(
     reports_success = False
     mode = ExplorationType.DETERMINISTIC if is_deterministic else ExplorationType.RANDOM
     with set_exploration_type(mode), set_recurrent_mode(False):
-        tensordict = env.reset()
+        steps = _steps(policy, env, is_greedy=is_deterministic)
         while int(finished.min()) < quota:
-            played, tensordict = env.step_and_maybe_reset(policy(tensordict))
-            after = played.get(keys.NEXT)
+            after = next(steps)
             done = after.get(keys.DONE).reshape(-1)
             running += after.get(keys.REWARD).reshape(-1)
             lengths += 1
@@ -103,3 +108,34 @@ def evaluate(
             on_episodes(int(finished.clamp_max(quota).sum()), total)
     returns, steps, successes = (torch.cat(column).cpu() for column in zip(*rows, strict=True))
     return Evaluation(returns.double(), steps, successes.double() if reports_success else None)
+
+
+def _steps(
+    policy: TensorDictModuleBase, env: EnvBase, *, is_greedy: bool
+) -> Iterator[TensorDictBase | Mapping[Any, Tensor]]:
+    """Yield the entries after each step, without end; on tensors alone where our collectors step like that."""
+    try:
+        stepped, _ = env_step(env)
+    except NotFusable:
+        tensordict = env.reset()
+        while True:
+            played, tensordict = env.step_and_maybe_reset(policy(tensordict))
+            yield played.get(keys.NEXT)
+    yield from _steps_on_tensors(policy, env, stepped, is_greedy=is_greedy)
+
+
+def _steps_on_tensors(
+    policy: TensorDictModuleBase, env: EnvBase, stepped: EnvStep, *, is_greedy: bool
+) -> Iterator[Entries]:
+    acts, _ = policy_step(policy, env, is_greedy=is_greedy)
+    acts.begin(env.batch_size.numel())
+    carried, may_begin = flat(env.reset()), True
+    while True:
+        written = acts(carried, may_begin=may_begin)
+        log_prob = written.get(keys.ACTION_LOG_PROB)
+        if log_prob is not None and bool(log_prob.isnan().any()):  # torch's sampler refuses to draw from it
+            rows = TensorDict({**carried, **written}, env.batch_size).unsqueeze(1)
+            check_finite(rows, [*acts.in_keys, *written], is_rollout=False)
+        after, carried, is_over = stepped.step(carried, written)
+        may_begin = is_over is not None
+        yield after

@@ -6,8 +6,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase
 
+from cyborg_torchrl.config import load_config
 from cyborg_torchrl.cores import build_gru
+from cyborg_torchrl.modules import PPOAgent
+from cyborg_torchrl.modules.nan_check import NonFiniteError
+from cyborg_torchrl.training.builders import build_agent, build_env
 from cyborg_torchrl.training.evaluation import evaluate
 from cyborg_torchrl.training.stats import mean_interval, success_interval
 
@@ -43,6 +49,49 @@ def test_every_environment_gives_its_first_episodes(make_env: Callable, make_age
     assert result.success_rate is None
     assert seen[-1] == (15, 15)
     assert [finished for finished, _ in seen] == sorted(finished for finished, _ in seen)
+
+
+class Opaque(TensorDictModuleBase):
+    """An agent that has to be called as a whole."""
+
+    def __init__(self, agent: PPOAgent) -> None:
+        super().__init__()
+        self.agent, self.in_keys, self.out_keys = agent, agent.in_keys, agent.out_keys
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        return self.agent(tensordict)
+
+
+@pytest.mark.parametrize("is_deterministic", [True, False])
+@pytest.mark.parametrize("task", [["env=delayed_cue", "backbone=lru"], ["env=n_back", "backbone=gru"], ["env=tmaze"]])
+def test_an_agent_is_evaluated_on_tensors_as_it_is_by_torchrl(task: list[str], is_deterministic: bool) -> None:
+    results = []
+    for wrap in (lambda agent: agent, Opaque):
+        torch.manual_seed(0)
+        cfg = load_config(overrides=[*task, "env.horizon=6", "env.num_envs=5"])
+        env = build_env(cfg)
+        agent = build_agent(cfg, env)
+        torch.nn.init.normal_(agent.policy_head.module.weight)
+        env.append_transform(agent.backbone.make_tensordict_primer())
+        env.set_seed(1)
+        torch.manual_seed(2)
+        results.append((evaluate(wrap(agent), env, 30, is_deterministic=is_deterministic), torch.get_rng_state()))
+    (ours, random_state), (theirs, random_state_too) = results
+    assert torch.equal(random_state, random_state_too)
+    for name in ("returns", "lengths", "successes"):
+        assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
+
+
+@pytest.mark.parametrize("is_deterministic", [True, False])
+def test_an_agent_of_nan_is_not_evaluated(is_deterministic: bool) -> None:
+    cfg = load_config(overrides=["env=delayed_cue", "env.horizon=6", "env.num_envs=5"])
+    env = build_env(cfg)
+    agent = build_agent(cfg, env)
+    env.append_transform(agent.backbone.make_tensordict_primer())
+    with torch.no_grad():
+        agent.policy_head.module.bias.fill_(torch.nan)
+    with pytest.raises(NonFiniteError, match="'logits' is nan in environment 0"):
+        evaluate(agent, env, 5, is_deterministic=is_deterministic)
 
 
 @pytest.mark.parametrize(
