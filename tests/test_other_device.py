@@ -173,7 +173,7 @@ def test_the_stand_in_refuses_what_a_gpu_refuses() -> None:
         here[there > 0]
 
 
-# but `overlapped`, `permuted_copy` and transforms: they use what torch makes in C++, where the stand-in's tensors are
+# but `permuted_copy` and transforms: they use what torch makes in C++, where the stand-in's tensors are
 # the CPU's (one_hot, uninitialised buffers)
 MODES = {
     "episode": ["train.n_steps=7"],

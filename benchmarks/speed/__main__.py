@@ -4,7 +4,7 @@ python -m benchmarks.speed --output speed.json --plot speed.png
 python -m benchmarks.speed --parts collection update --device cuda
 
 collection: FusedCollector, TorchRL's Collector and a raw PyTorch loop, with the same networks and the same task.
-processes: 16 Crafter worlds in two processes, with groups that overlap and without, and TorchRL's Collector.
+processes: RolloutCollector and TorchRL's Collector on 16 Crafter worlds in two processes.
 update: one rollout, learned again and again. end_to_end: collection and update beside other libraries, with the same
 steps, epochs and minibatches. truncated: the same beside PufferLib, one epoch of 64-step BPTT. horizons: ours alone,
 time per step and memory per stored step from 40 steps to 10,000.

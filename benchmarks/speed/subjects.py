@@ -81,12 +81,10 @@ def collection(case: Case) -> list[Subject]:
 
 
 def in_processes(case: Case) -> list[Subject]:
-    """Crafter in two processes, seen as pictures: our collector with overlapping groups, without, and TorchRL's."""
+    """Return our collector and TorchRL's, on Crafter in two processes with images as observations."""
     frames = case.num_envs * case.steps
     subjects: list[Subject] = []
-    for name, collector in (
-        ("ours, two groups that overlap", "overlapped"), ("ours", "rollout"), ("torchrl Collector", "single"),
-    ):  # fmt: skip
+    for name, collector in (("ours", "rollout"), ("torchrl Collector", "single")):
         options = [f"env.num_envs={case.num_envs}", "env.workers=2", f"collector={collector}", "encoder.features=256"]
         options += [f"backbone={case.backbone}", f"train.n_steps={case.steps}", f"train.total_timesteps={10**12}"]
         cfg = load_config("treechop_ppo_recurrent", [*options, "encoder.convolutions=impala", "train.seq_len=16"])

@@ -13,7 +13,7 @@ from torchrl.envs import EnvBase
 
 from cyborg_torchrl import keys
 from cyborg_torchrl.collectors.flat_dict import Columns, Entries, flat
-from cyborg_torchrl.collectors.fused_env import Step, env_step
+from cyborg_torchrl.collectors.fused_env import env_step
 from cyborg_torchrl.collectors.fused_policy import PolicyStep
 from cyborg_torchrl.modules.nan_check import check_finite
 from cyborg_torchrl.objectives import value_after
@@ -22,11 +22,9 @@ from cyborg_torchrl.objectives import value_after
 class Track:
     """Environments that step together, what they carry from one step to the next, and what is kept of a rollout.
 
-    A step is `take(step(act()))`; `step` alone may run in a thread of its own.
-
     Args:
         env: with all its transforms, the policy's primers among them.
-        policy: acts; shared by several tracks, if they are of one size.
+        policy: chooses the actions.
         value_operator: from an observation and a memory state to "state_value".
         state_keys: entries that are memory states; kept before the steps `at` alone.
         at: those steps.
@@ -54,7 +52,6 @@ class Track:
         self._checked = [*policy.in_keys, keys.VALUE, keys.ACTION_LOG_PROB, (keys.NEXT, keys.REWARD)]
         self.carried: Entries = {}
         self.states: list[TensorDictBase] = []
-        self._written: Entries = {}
         self._may_begin = True
 
     def begin(self, carried: TensorDictBase, steps: int) -> None:
@@ -63,22 +60,14 @@ class Track:
         self.states, self._columns, self._steps = [], Columns(steps), steps
         self._time, self._cut = 0, list[tuple[int, Tensor, Tensor]]()
 
-    def act(self) -> tuple[Entries, Entries]:
-        """What there was before the step, and what the policy wrote."""
+    def step(self) -> None:
+        """Act, step the environments, and keep the results."""
         if self._time in self._at:
             # not copied: a step makes new tensors, and leaves those before as they are
             self.states.append(TensorDict({key: self.carried[key] for key in self.state_keys}, self.env.batch_size))
-        self._written = self.policy(self.carried, may_begin=self._may_begin)
-        return self.carried, self._written
-
-    def step(self, before: tuple[Entries, Entries]) -> Step:
-        """The environments' step."""
-        return self._step.step(*before)
-
-    def take(self, step: Step) -> None:
-        """Keeps what came of it."""
-        after, begins, is_over = step
-        before = {**self.carried, **self._written}
+        written = self.policy(self.carried, may_begin=self._may_begin)
+        after, begins, is_over = self._step.step(self.carried, written)
+        before = {**self.carried, **written}
         self._columns.append(
             [(key, value) for key, value in before.items() if key not in self._dropped],
             [(key, value) for key, value in after.items() if key not in self._dropped_after],

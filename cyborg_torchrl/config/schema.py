@@ -143,13 +143,10 @@ class CollectorConfig:
 
     name: str = "rollout"
     """rollout: in this process, without a memory state for every step. single: TorchRL's in this process. fused: the
-    same, stepped on tensors. multi_sync: env.num_envs split over worker processes. overlapped: env.num_envs split into
-    groups, the policy acting for one while another steps, in env.workers processes where there are some. ray:
-    env.num_envs split over workers on a Ray cluster; those that die are replaced."""
+    same, stepped on tensors. multi_sync: env.num_envs split over worker processes. ray: env.num_envs split over
+    workers on a Ray cluster; those that die are replaced."""
     num_workers: int = 2
     """Processes of multi_sync, workers of ray."""
-    groups: int = 2
-    """Groups of overlapped."""
     cudagraph: bool = False
     """fused replays the policy's step as a CUDA graph: the same batches, in less than half the time; environment and
     networks on train.device=cuda."""

@@ -33,7 +33,6 @@ CASES = {
     "processes": ["env=gymnasium", "env.id=CartPole-v1", "env.workers=2", "train.n_steps=7"],
     "fused": ["collector=fused", "train.n_steps=7"],
     "single": ["collector=single", "train.n_steps=7"],
-    "overlapped": ["collector=overlapped", "train.n_steps=7"],
     "permuted_copy": ["env=permuted_copy", "train.n_steps=5", "train.total_timesteps=100"],
 }  # fmt: skip
 

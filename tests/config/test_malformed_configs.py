@@ -19,7 +19,7 @@ OVERRIDES = [
     "train.num_minibatches=1000", "train.num_minibatches=-1", "train.seed=-1", "train.seed=99999999999999999999",
     "train.device=gpu", "train.device=cuda:99", "train.storage=disk", "train.burn_in=4", "train.seq_len=6",
     "train.total_timesteps=0", "train.clip_range=-0.2", "train.micro_batch_steps=0", "train.lr_schedule=cosine",
-    "collector=rol", "collector.groups=0", "collector.cudagraph=true", "transforms.frame_stack=0",
+    "collector=rol", "collector.cudagraph=true", "transforms.frame_stack=0",
     "transforms.clip_reward=-1",
     "encoder.convolutions=vgg", "encoder.features=0", "encoder.observation_keys=[sound]", "encoder.hidden_sizes=[0]",
     "encoder.autocast=float8", "logger.eval_episodes=-1", "logger.eval_actions=best", "logger.keep_checkpoints=0",

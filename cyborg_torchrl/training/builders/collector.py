@@ -12,7 +12,7 @@ from torchrl.collectors import Collector, MultiSyncCollector
 from torchrl.envs import EnvBase
 
 from cyborg_torchrl import keys
-from cyborg_torchrl.collectors import FusedCollector, OverlappedCollector, RayRolloutCollector, RolloutCollector
+from cyborg_torchrl.collectors import FusedCollector, RayRolloutCollector, RolloutCollector
 from cyborg_torchrl.collectors.ray_cluster import ClusterError, RayCluster
 from cyborg_torchrl.config import ConfigError, resolve_device
 from cyborg_torchrl.modules import PPOAgent
@@ -42,8 +42,6 @@ def build_collector(
             if not cudagraph:
                 raise
             raise ConfigError(f"collector.cudagraph: {error}") from None
-    elif cfg.collector.name == "overlapped":
-        collector = OverlappedCollector(_groups(cfg, env), agent, **options, **_kept(agent, buffer, env))
     elif cfg.collector.name == "ray":
         options |= _kept(agent, buffer, env)
         options["state_steps"] = partial(_same_steps, buffer.state_steps(steps))  # the buffer stays here
@@ -92,17 +90,6 @@ def _kept(agent: PPOAgent, buffer: Buffer, env: EnvBase) -> dict[str, Any]:
         "state_steps": buffer.state_steps,
         "exclude_keys": [*twice, *agent.policy_head.out_keys, *(key for key in unread if key in env.observation_spec)],
     }
-
-
-def _groups(cfg: DictConfig, env: EnvBase) -> list[EnvBase]:
-    """The environments of a configuration in several groups, each with its share of the processes."""
-    groups, num_envs, workers = cfg.collector.groups, env.batch_size.numel(), cfg.env.get("workers")
-    _check_statistics(cfg)
-    for key, value in (("env.num_envs", num_envs), ("env.workers", workers or 0)):
-        if value % groups:
-            raise ConfigError(f"collector.groups = {groups} does not divide {key} = {value}.")
-    share = workers // groups if workers else None
-    return [build_env(cfg, num_envs=num_envs // groups, seed=cfg.train.seed + i, workers=share) for i in range(groups)]
 
 
 def _share_of_worker(cfg: DictConfig, num_envs: int) -> int:

@@ -21,7 +21,7 @@ from cyborg_torchrl.training.distributed import Ranks
 from cyborg_torchrl.training.trainer import PPOTrainer
 
 RANK_SEEDS = 10_007
-"""Seeds from one rank to the next: more than a rank has workers or groups."""
+"""Seeds from one rank to the next: more than a rank has workers."""
 
 
 class Training(NamedTuple):
@@ -79,8 +79,7 @@ def build_trainer(
     ranks = ranks or Ranks()
     cfg = share_of_rank(cfg, ranks)
     torch.manual_seed(cfg.train.seed)
-    # the groups of an overlapped collector have processes of their own
-    env = build_env(cfg, workers=0 if cfg.collector.name == "overlapped" and cfg.env.get("workers") else None)
+    env = build_env(cfg)
     agent = build_agent(cfg, env)
     steps = rollout_length(cfg, env)
     buffer = build_buffer(cfg, env, steps)

@@ -139,8 +139,7 @@ def test_one_that_dies_over_and_over_ends_the_run(acting) -> None:
         env.step(env.reset().set("action", torch.tensor([0, 0, 0, 2])))
 
 
-@pytest.mark.parametrize("collector", ["rollout", "overlapped"])
-def test_training_does_not_notice_twenty_deaths(collector, tmp_path, monkeypatch) -> None:
+def test_training_does_not_notice_twenty_deaths(tmp_path, monkeypatch) -> None:
     """The parameters are those of a run in which nobody died, bit for bit, and so are the steps."""
     options = ["env=gymnasium", "id=CartPole-v1", "env.num_envs=4", "env.workers=2", "train.n_steps=30", "logger=quiet"]
     options += [
@@ -149,7 +148,7 @@ def test_training_does_not_notice_twenty_deaths(collector, tmp_path, monkeypatch
         "train.num_minibatches=2",
         f"logger.base_dir={tmp_path}",
     ]
-    options += [f"collector={collector}", "backbone=gru", "logger.eval_episodes=0"]
+    options += ["backbone=gru", "logger.eval_episodes=0"]
     untouched = run_experiment(load_config(overrides=[*options, "logger.run_name=untouched"]))
     step, deaths, chance, lock = EnvironmentProcesses.step, [], random.Random(time.time_ns()), threading.Lock()
 
