@@ -56,8 +56,8 @@ def test_one_run_leaves_its_folder_and_nothing_else(tmp_path: Path, capsys) -> N
 
 
 def test_a_sweep_runs_all_combinations_and_keeps_finished_runs(tmp_path: Path, capsys, monkeypatch) -> None:
-    returned = []
-    run = functools.wraps(sweep.run_job)(lambda cfg: returned.append(sweep.run_job(cfg)))
+    returned, run_job = [], sweep.run_job
+    run = functools.wraps(run_job)(lambda cfg: returned.append(run_job(cfg)))
     monkeypatch.setattr(sweep, "run_job", run)
     arguments = ["sweep", *TINY, "--folder", "s", "--markdown", "table.md", "train.gamma=0.9", "backbone=gru,lru"]
     assert main([*arguments, "train.seed=range(2)"]) == 0
