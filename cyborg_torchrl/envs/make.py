@@ -1,4 +1,4 @@
-"""Registered environments by their names, for scripts."""
+"""Registered environments by name, for scripts."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ def make_env(
     gamma: float = 0.99,
     **options: Any,
 ) -> TransformedEnv:
-    """Makes a registered environment, batched, with `is_init` and episode returns: ready for a collector.
+    """Build a registered environment, batched, with `is_init` and episode returns, ready for a collector.
 
     Args:
         name: as in `env=<name>`.
-        device: where it runs.
-        seed: seed of its episodes.
-        transforms: what stands between it and the agent, as in `transforms.previous_action=true`.
+        device: device of the environment.
+        seed: seed of the episodes.
+        transforms: transforms with their values, as in `transforms.previous_action=true`.
         gamma: discount, for `transforms={"normalize_reward": True}`.
-        options: those of the environment: `num_envs`, `horizon`, `level`, `id`, ...
+        **options: options of the environment: `num_envs`, `horizon`, `level`, `id`, ...
 
     Raises:
-        ValueError: if there is no such environment, or no such option, with the nearest that there is; or if the
-            environment or a transform refuses an option.
+        ValueError: if the name or an option is unknown; the message names the nearest one. Also if the environment or a
+            transform rejects a value.
 
     Examples:
         >>> make_env("delayed_cue", num_envs=8, horizon=20, seed=0).reset()["observation"].shape
@@ -53,18 +53,20 @@ def make_env(
 
 
 def tracked(env: EnvBase, transforms: Sequence[Transform] = ()) -> TransformedEnv:
-    """An environment with `is_init` and episode returns, which are raw: nothing that changes rewards comes before."""
+    """Return the environment with `is_init`, episode returns and transforms. Returns are of untransformed rewards."""
     return TransformedEnv(env, Compose(InitTracker(), RewardSum(), *transforms), auto_unwrap=True)
 
 
 def episode_attribute(env: EnvBase | None, name: str) -> int | None:
-    """`horizon` or `max_episode_steps` of an environment; None if it has none, or its parts have different ones."""
+    """Return `horizon` or `max_episode_steps` of an environment; None if it has none, or its parts differ."""
     while env is not None:
         try:
             value = getattr(env, name, None)
-        except RecursionError:  # TorchRL's batches of environments that are not started, or closed
+        except RecursionError:  # of TorchRL batches that are not running
             return None
-        values = set(value) if isinstance(value, (list, tuple)) else {value}  # a batch answers for each
+        values = (
+            set(value) if isinstance(value, (list, tuple)) else {value}
+        )  # a batched environment returns one value for each part
         if len(values) == 1 and isinstance(found := values.pop(), int):
             return found
         env = getattr(env, "base_env", None)

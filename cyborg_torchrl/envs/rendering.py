@@ -1,4 +1,4 @@
-"""What a person can see of an environment: pictures, and the names of actions."""
+"""Pictures of an environment, and the names of its actions."""
 
 from __future__ import annotations
 
@@ -19,32 +19,32 @@ Picture = npt.NDArray[np.uint8]
 
 
 def first_game(env: EnvBase) -> Any:
-    """The first of an environment's gymnasium environments; None where they are of another kind or in processes."""
+    """Return the first gymnasium environment of a batch; None for other kinds, and for those in other processes."""
     while isinstance(env, TransformedEnv):
         env = env.base_env
     return env._env.envs[0] if isinstance(env, GymnasiumEnv) else None
 
 
 def action_names(env: EnvBase) -> list[str] | None:
-    """The names of discrete actions, where the environment tells them: as `action_names`, or an enumeration."""
+    """Return the names of discrete actions, from the attribute `action_names` or the enumeration `actions`."""
     game = first_game(env)
     if game is None:
         return None
-    told = getattr(game.unwrapped, "action_names", None) or getattr(game.unwrapped, "actions", None)
-    if isinstance(told, EnumMeta):
-        told = [str(action.name) for action in told]
+    names = getattr(game.unwrapped, "action_names", None) or getattr(game.unwrapped, "actions", None)
+    if isinstance(names, EnumMeta):
+        names = [str(action.name) for action in names]
     number = getattr(game.action_space, "n", None)
-    if not isinstance(told, (list, tuple)) or len(told) != number:
+    if not isinstance(names, (list, tuple)) or len(names) != number:
         return None
-    return [str(name) for name in told]
+    return [str(name) for name in names]
 
 
 def picture(env: EnvBase, tensordict: TensorDictBase) -> Picture | None:
-    """What the first environment shows: its pixels, or else what it renders; None where there is neither.
+    """Return a picture of the first environment: its pixels or its rendering; None without either.
 
     Args:
         env: the environment.
-        tensordict: its present one.
+        tensordict: the present tensordict of the environment.
     """
     pixels = tensordict.get(keys.PIXELS, None)
     if pixels is not None:
@@ -57,7 +57,7 @@ def picture(env: EnvBase, tensordict: TensorDictBase) -> Picture | None:
 
 
 def _bytes(image: np.ndarray) -> Picture:
-    """The newest frame of an image of any layout, as bytes."""
+    """Return the newest frame of an image of any layout as bytes."""
     layout = image_layout(image.shape)
     if layout.num_dims == 4:  # a stack
         image, layout = image[-1], image_layout(image.shape[1:])

@@ -1,4 +1,4 @@
-"""Interrupts and terminations: who handles them, and when."""
+"""Handling of interrupts and terminations, for runs and for the processes that they start."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ INTERRUPTS = (signal.SIGINT, *(number for number in TERMINATIONS if number != si
 
 @contextmanager
 def interrupts_deferred() -> Generator[None]:
-    """Lets SIGINT and `TERMINATIONS` wait until the block is done; in another thread than the main one they never come.
+    """Delay SIGINT and `TERMINATIONS` until the block ends; signals never reach threads other than the main one.
 
-    An interrupt inside of torch's file writer ends in an error about the file instead. One that came comes before an
-    error of the block, which may be of another process that has got the same interrupt.
+    An interrupt inside torch's file writer would end in an error about the file. A delayed interrupt also replaces an
+    error of the block, which may come from another process that received the same interrupt.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -45,9 +45,9 @@ def interrupts_deferred() -> Generator[None]:
 
 @contextmanager
 def interrupts_blocked() -> Generator[None]:
-    """Keeps `INTERRUPTS` from processes that are started in the block, until they call `ignore_interrupts`.
+    """Block `INTERRUPTS` for processes that are started in the block, until they call `ignore_interrupts`.
 
-    Ctrl-C is for all processes of a terminal, and one that is still importing would end with a traceback.
+    Ctrl-C reaches all processes of a terminal. A process that is still importing would end with a traceback.
     """
     if not hasattr(signal, "pthread_sigmask"):
         yield
@@ -60,7 +60,7 @@ def interrupts_blocked() -> Generator[None]:
 
 
 def ignore_interrupts() -> None:
-    """Leaves `INTERRUPTS` to the process that has started this one, and ends it."""
+    """Ignore `INTERRUPTS` in this process; the process that started it handles them and ends it."""
     for number in INTERRUPTS:
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "pthread_sigmask"):

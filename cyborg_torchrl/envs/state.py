@@ -1,9 +1,9 @@
-"""What environments are in the middle of, to go on from there in another process.
+"""Save and restore the state of environments between two steps, also in another process.
 
-An environment that can tell has two methods:
+An environment that supports this has two methods:
 
-- `get_state() -> dict`: of tensors, numbers, texts, lists and dicts.
-- `set_state(state) -> Tensor`: [N] bool, which environments could not go back there.
+- `get_state() -> dict`: tensors, numbers, texts, lists and dicts.
+- `set_state(state) -> Tensor`: [N] bool, true for environments that could not be restored.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torchrl.envs import Compose, EnvBase, Transform, TransformedEnv
 
 
 def environment_state(env: EnvBase) -> dict[str, Any] | None:
-    """The state of an environment and its transforms; None if it cannot tell."""
+    """Return the state of an environment and its transforms; None if the environment has no `get_state`."""
     transforms, base = _layers(env)
     if not hasattr(type(base), "get_state"):
         return None
@@ -25,17 +25,17 @@ def environment_state(env: EnvBase) -> dict[str, Any] | None:
 
 
 def set_environment_state(env: EnvBase, state: Mapping[str, Any]) -> Tensor:
-    """Goes back to a state of `environment_state`.
+    """Restore a state of `environment_state`.
 
     Returns:
-        [N] bool, which environments could not, and have to be reset.
+        [N] bool, true for environments that could not be restored and must be reset.
 
     Raises:
-        ValueError: if it is the state of another environment.
+        ValueError: if the state belongs to another environment.
     """
     transforms, base = _layers(env)
     if len(state["transforms"]) != len(transforms) or not hasattr(type(base), "set_state"):
-        raise ValueError("the state is that of another environment.")
+        raise ValueError("the state belongs to another environment.")
     for transform, saved in zip(transforms, state["transforms"], strict=True):
         transform.load_state_dict(saved)
     return torch.as_tensor(base.set_state(state["base"]))

@@ -12,8 +12,8 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space, concatenate, create_empty_array, iterate
 from torch import Tensor
 
+from cyborg_torchrl.envs.gym.episode import Episode
 from cyborg_torchrl.envs.gym.processes import EnvironmentProcesses, InThisProcess
-from cyborg_torchrl.envs.memory.episode import Episode
 
 Info = dict[str, Any]
 

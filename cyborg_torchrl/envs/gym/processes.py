@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import cloudpickle
 import gymnasium
 
-from cyborg_torchrl.envs.memory.episode import Episode, fingerprint
+from cyborg_torchrl.envs.gym.episode import Episode, fingerprint
 from cyborg_torchrl.envs.signals import ignore_interrupts, interrupts_blocked, interrupts_deferred
 from cyborg_torchrl.registry import UnavailableError
 

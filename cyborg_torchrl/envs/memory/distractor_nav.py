@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 from cyborg_torchrl.envs.memory.task import (
+    ConstantAnswer,
     Judgement,
     Latents,
     Level,
     MemoryTask,
     ReferencePolicy,
+    Sizes,
     at,
-    check_least,
     one_hot,
 )
 from cyborg_torchrl.registry import register_environment
@@ -22,33 +23,32 @@ LEFT, RIGHT, ENTER = range(3)
 
 @register_environment("distractor_nav")
 class DistractorNavEnv(MemoryTask):
-    """Navigation by memory among distractors, batched on one device.
+    """Navigation by memory among distractors, as a batch of episodes on one device.
 
-    There are `distractors + 1` colours: the goal's, and one for each distractor. An episode shows the goal's colour,
-    then carries the agent along a way of `horizon` steps, on which each distractor flashes up once, at a moment drawn
-    for each episode (if the way is long enough), and leads into a round room with a door of each colour, in an order
-    and from a place drawn for each episode. There the agent sees the door in front of it, turns left or right, and
-    enters. It has `3 doors` steps for that.
+    There are `distractors + 1` colours: the goal's, and one for each distractor. An episode shows the goal's colour and
+    then moves the agent along a way of `horizon` steps. If the way is long enough, each distractor flashes up once, at
+    a random moment. The way ends in a round room with one door of each colour, in random order, and the agent starts at
+    a random door. It sees the door in front of it, turns left or right, and enters. It has three steps for each door.
 
     - Observation, [N, colours + 2] float: a colour as one-hot; the goal flag (second last entry) at the first step; the
-      room flag (last entry) in the room. On the way all is zero, but where a distractor flashes up.
+      room flag (last entry) in the room. On the way all entries are zero, except where a distractor flashes up.
     - Action, [N] integer: 0 left, 1 right, 2 enter; ignored before the room.
-    - Reward: +1 for entering the goal's door, -1 for another door or for none within the time. Both terminate the
-      episode: the time is a rule of the task.
-    - "success", [N, 1] float: 1 where the goal's door was entered.
+    - Reward: +1 for entering the goal's door, -1 for another door or for no door within the time. Both terminate the
+      episode, since the time limit is a rule of the task.
+    - "success", [N, 1] float: 1 if the agent entered the goal's door.
 
     Chance is 1 / (distractors + 1).
 
     Args:
-        num_envs: N, environments side by side.
+        num_envs: N, number of environments.
         distractors: number of distractors, 1 or more; None: the level's.
         horizon: steps of the way, 0 or more; None: the level's.
         level: easy (the default), medium, hard or extreme.
-        device: where it runs.
+        device: device of all tensors.
         seed: seed of the episodes; None draws one from torch's generator.
 
     Raises:
-        ValueError: if a number is out of range or no integer, or the level unknown.
+        ValueError: if a number is out of range or not an integer, or the level is unknown.
     """
 
     levels = {
@@ -58,6 +58,9 @@ class DistractorNavEnv(MemoryTask):
         "extreme": Level(2000, 20, 0.60),
     }
     default = levels["easy"]
+    distractors: int
+    measure = "distractors"
+    least = {"distractors": 1, "horizon": 0}
 
     def __init__(
         self,
@@ -69,20 +72,13 @@ class DistractorNavEnv(MemoryTask):
         device: torch.device | str | None = None,
         seed: int | None = None,
     ) -> None:
-        horizon, distractors = self.choose(level, horizon, distractors)
-        check_least(num_envs=(num_envs, 1), distractors=(distractors, 1), horizon=(horizon, 0))
-        colours = distractors + 1
-        super().__init__(
-            num_envs,
-            horizon,
-            features=colours + 2,
-            actions=3,
-            num_answers=1,
-            max_episode_steps=1 + horizon + 3 * colours,
-            device=device,
-            seed=seed,
-        )
-        self.distractors, self.colours = distractors, colours
+        super().__init__(num_envs, level, horizon, distractors=distractors, device=device, seed=seed)
+        self.colours = self.distractors + 1
+
+    def sizes(self) -> Sizes:
+        """Return the sizes that follow from the options."""
+        colours = self.distractors + 1
+        return Sizes(features=colours + 2, actions=3, answers=1, steps=1 + self.horizon + 3 * colours)
 
     def _draw(self) -> Latents:
         colours = self.permutations(self.colours)  # the goal's, then the distractors'
@@ -115,32 +111,23 @@ class DistractorNavEnv(MemoryTask):
         return Judgement(is_over, is_right, is_over)
 
     def oracle(self) -> ReferencePolicy:
-        """Keeps the goal's colour, and turns right until it stands before its door."""
+        """Return the policy that remembers the goal's colour and turns right until it sees that door."""
         return _Oracle(self.colours)
 
     def memoryless(self) -> ReferencePolicy:
-        """Enters the first door: right by chance, 1 / (distractors + 1)."""
-        return _FirstDoor()
+        """Return the policy that enters the first door: right by chance, 1 / (distractors + 1)."""
+        return ConstantAnswer(ENTER)
 
 
 class _Oracle(ReferencePolicy):
-    """Keeps the goal's colour of each environment."""
+    """A policy that remembers the goal's colour of each environment."""
 
     def __init__(self, colours: int) -> None:
         super().__init__()
         self.colours = colours
-        self._goal: Tensor | None = None
 
     def act(self, observation: Tensor) -> Tensor:
         colour = observation[..., : self.colours]
-        if self._goal is None or self._goal.shape != colour.shape:
-            self._goal = torch.zeros_like(colour)
-        self._goal = torch.where(observation[..., -2:-1] > 0, colour, self._goal)
-        return torch.where((self._goal == colour).all(-1), ENTER, RIGHT)
-
-
-class _FirstDoor(ReferencePolicy):
-    """Enters whatever is in front."""
-
-    def act(self, observation: Tensor) -> Tensor:
-        return torch.full(observation.shape[:-1], ENTER, device=observation.device)
+        goal = torch.where(observation[..., -2:-1] > 0, colour, self.recall("goal", torch.zeros_like(colour)))
+        self._memory["goal"] = goal
+        return torch.where((goal == colour).all(-1), ENTER, RIGHT)

@@ -1,20 +1,19 @@
-"""`multi_cue_delay`: see cues on several channels at unforeseen moments, wait, and name the cue of each channel."""
+"""`multi_cue_delay`: see cues on several channels at random moments, wait, and name the cue of each channel."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from cyborg_torchrl.envs.memory.assoc_recall import PairsOracle
 from cyborg_torchrl.envs.memory.task import (
-    ConstantAnswer,
     Judgement,
     Latents,
     Level,
     MemoryTask,
+    PairsOracle,
     ReferencePolicy,
+    Sizes,
     at,
-    check_least,
     one_hot,
 )
 from cyborg_torchrl.registry import register_environment
@@ -22,14 +21,14 @@ from cyborg_torchrl.registry import register_environment
 
 @register_environment("multi_cue_delay")
 class MultiCueDelayEnv(MemoryTask):
-    """Several delayed cues, batched on one device.
+    """Several delayed cues, as a batch of episodes on one device.
 
-    An episode lasts `3 cues + horizon` steps. In the first `2 cues` each channel shows its cue once, at a moment drawn
-    for each episode (the last of these steps always shows one); `horizon` blank steps follow, then each channel is
-    asked once, in an order drawn for each episode.
+    An episode lasts `3 cues + horizon` steps. In the first `2 cues` steps each channel shows its cue once, at a random
+    moment. The last of these steps always shows one. After `horizon` blank steps there is one question for each
+    channel, in random order.
 
-    - Observation, [N, cues + values + 1] float: the channel as one-hot, while it shows its cue and while it is asked;
-      the cue as one-hot while it is shown; the question flag (last entry). A blank step is all zero.
+    - Observation, [N, cues + values + 1] float: at cues and at questions the channel as one-hot; at cues the cue as
+      one-hot; the question flag (last entry). A blank step is all zero.
     - Action, [N] integer in [0, values): the answer is the cue of the channel; other actions are ignored.
     - Reward: +1 for a right answer, -1 for a wrong one, 0 otherwise. The last answer terminates the episode.
     - "success", [N, 1] float: share of right answers.
@@ -37,16 +36,16 @@ class MultiCueDelayEnv(MemoryTask):
     Chance is 1 / values.
 
     Args:
-        num_envs: N, environments side by side.
+        num_envs: N, number of environments.
         cues: number of channels, each with one cue, 1 or more; None: the level's.
         values: number of different cues, 2 or more.
         horizon: blank steps between the last cue and the first question, 0 or more; None: the level's.
         level: easy (the default), medium, hard or extreme.
-        device: where it runs.
+        device: device of all tensors.
         seed: seed of the episodes; None draws one from torch's generator.
 
     Raises:
-        ValueError: if a number is out of range or no integer, or the level unknown.
+        ValueError: if a number is out of range or not an integer, or the level is unknown.
     """
 
     levels = {
@@ -56,6 +55,10 @@ class MultiCueDelayEnv(MemoryTask):
         "extreme": Level(5000, 10, 0.60),
     }
     default = levels["easy"]
+    cues: int
+    values: int
+    measure = "cues"
+    least = {"cues": 1, "values": 2, "horizon": 0}
 
     def __init__(
         self,
@@ -68,23 +71,16 @@ class MultiCueDelayEnv(MemoryTask):
         device: torch.device | str | None = None,
         seed: int | None = None,
     ) -> None:
-        horizon, cues = self.choose(level, horizon, cues)
-        check_least(num_envs=(num_envs, 1), cues=(cues, 1), values=(values, 2), horizon=(horizon, 0))
-        super().__init__(
-            num_envs,
-            horizon,
-            features=cues + values + 1,
-            actions=values,
-            num_answers=cues,
-            max_episode_steps=3 * cues + horizon,
-            device=device,
-            seed=seed,
-        )
-        self.cues, self.values = cues, values
+        super().__init__(num_envs, level, horizon, cues=cues, values=values, device=device, seed=seed)
+
+    def sizes(self) -> Sizes:
+        """Return the sizes that follow from the options."""
+        features = self.cues + self.values + 1
+        return Sizes(features, actions=self.values, answers=self.cues, steps=3 * self.cues + self.horizon)
 
     def _draw(self) -> Latents:
         moments = 2 * self.cues
-        # of the steps before the last, cues - 1 show something; which channel is shown when is a permutation
+        # Of the steps before the last, cues - 1 show a cue. A permutation decides the order of the channels.
         early = self.permutations(moments - 1, self.cues - 1)
         last = torch.full_like(early[:, :1], moments - 1) if self.cues > 1 else self._time.new_ones(self.num_envs, 1)
         channel_at = torch.full((self.num_envs, moments), self.cues, device=self.device)  # no channel
@@ -116,9 +112,5 @@ class MultiCueDelayEnv(MemoryTask):
         return Judgement(is_question, is_question & (action == answer), question == self.cues - 1)
 
     def oracle(self) -> ReferencePolicy:
-        """Keeps the cue of each channel."""
+        """Return the policy that stores the cue of each channel."""
         return PairsOracle(self.cues, self.values)
-
-    def memoryless(self) -> ReferencePolicy:
-        """One fixed answer, right by chance, 1 / values."""
-        return ConstantAnswer()

@@ -1,53 +1,42 @@
-"""`pattern_binding`: see patterns of a shape and a colour, wait, and tell them from recombinations."""
+"""`pattern_binding`: see patterns of a shape and a colour, wait, and distinguish them from recombinations."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from cyborg_torchrl.envs.memory.task import (
-    ConstantAnswer,
-    Judgement,
-    Latents,
-    Level,
-    MemoryTask,
-    ReferencePolicy,
-    at,
-    check_least,
-    one_hot,
-)
+from cyborg_torchrl.envs.memory.task import Judgement, Latents, Level, MemoryTask, ReferencePolicy, Sizes, at, one_hot
 from cyborg_torchrl.registry import register_environment
 
 
 @register_environment("pattern_binding")
 class PatternBindingEnv(MemoryTask):
-    """Binding of features, batched on one device.
+    """Binding of features, as a batch of episodes on one device.
 
-    An episode lasts `2 patterns + horizon` steps: the patterns one by one, each a shape and a colour that no other
-    pattern of the episode has, `horizon` blank steps, and a probe of each pattern, in an order drawn for each episode.
-    Half of the probes are the patterns; the others have exchanged their colours among each other. So each shape and
-    each colour is probed once, whatever the answers are: whoever remembers shapes and colours, but not which belonged
-    together, is at chance.
+    An episode lasts `2 patterns + horizon` steps: the patterns one by one, `horizon` blank steps, and one probe for
+    each pattern, in random order. A pattern is a shape and a colour that no other pattern of the episode has. Half of
+    the probes are the patterns. The others have exchanged their colours. Each shape and each colour is probed once, so
+    an agent that remembers shapes and colours, but not their pairs, is at chance.
 
     - Observation, [N, 2 (patterns + 1) + 1] float: shape and colour, each as one-hot of `patterns + 1`; the probe flag
       (last entry). A blank step is all zero.
-    - Action, [N] integer: at a probe 1 for "that was one of them", 0 for "recombined"; other actions are ignored.
+    - Action, [N] integer: at a probe 1 for "shown", 0 for "recombined"; other actions are ignored.
     - Reward: +1 for a right answer, -1 for a wrong one, 0 otherwise. The last answer terminates the episode.
     - "success", [N, 1] float: share of right answers.
 
-    Chance is 1 / 2. Which probes are recombined is drawn for each by itself, except that one alone has nothing to
-    exchange with: then none or two are.
+    Chance is 1 / 2. Each probe is recombined with probability 1 / 2, independently. A single one could not exchange its
+    colour: then none or two are recombined.
 
     Args:
-        num_envs: N, environments side by side.
+        num_envs: N, number of environments.
         patterns: number of patterns, 2 or more; None: the level's.
         horizon: blank steps between the last pattern and the first probe, 0 or more; None: the level's.
         level: easy (the default), medium, hard or extreme.
-        device: where it runs.
+        device: device of all tensors.
         seed: seed of the episodes; None draws one from torch's generator.
 
     Raises:
-        ValueError: if a number is out of range or no integer, or the level unknown.
+        ValueError: if a number is out of range or not an integer, or the level is unknown.
 
     Source: the binding condition of Wheeler and Treisman (2002), with patterns shown one after another.
     """
@@ -59,6 +48,9 @@ class PatternBindingEnv(MemoryTask):
         "extreme": Level(5000, 12, 0.55),
     }
     default = levels["easy"]
+    patterns: int
+    measure = "patterns"
+    least = {"patterns": 2, "horizon": 0}
 
     def __init__(
         self,
@@ -70,22 +62,17 @@ class PatternBindingEnv(MemoryTask):
         device: torch.device | str | None = None,
         seed: int | None = None,
     ) -> None:
-        horizon, patterns = self.choose(level, horizon, patterns)
-        check_least(num_envs=(num_envs, 1), patterns=(patterns, 2), horizon=(horizon, 0))
-        super().__init__(
-            num_envs,
-            horizon,
-            features=2 * (patterns + 1) + 1,
-            actions=2,
-            num_answers=patterns,
-            max_episode_steps=2 * patterns + horizon,
-            device=device,
-            seed=seed,
-        )
-        self.patterns, self.kinds = patterns, patterns + 1
+        super().__init__(num_envs, level, horizon, patterns=patterns, device=device, seed=seed)
+        self.kinds = self.patterns + 1
+
+    def sizes(self) -> Sizes:
+        """Return the sizes that follow from the options."""
+        features = 2 * (self.patterns + 1) + 1
+        return Sizes(features, actions=2, answers=self.patterns, steps=2 * self.patterns + self.horizon)
 
     def _draw(self) -> Latents:
-        shape, colour = self.permutations(self.kinds, self.patterns), self.permutations(self.kinds, self.patterns)
+        shape = self.permutations(self.kinds, self.patterns)
+        colour = self.permutations(self.kinds, self.patterns)
         probe = self.permutations(self.patterns)
         is_bound, owner = self._recombine()
         return {
@@ -95,17 +82,17 @@ class PatternBindingEnv(MemoryTask):
         }
 
     def _recombine(self) -> tuple[Tensor, Tensor]:
-        """Draws which patterns are probed as they were, and whose colour each is probed with, [N, patterns] both."""
+        """Draw which patterns are probed unchanged, and the pattern whose colour each probe has, both [N, patterns]."""
         number = torch.arange(self.patterns, device=self.device)
         is_bound = self.randint(2, self.patterns) > 0
         order = self.permutations(self.patterns)
-        # one alone becomes none or two, with equal chance: half of all are recombined all the same
+        # A single recombined pattern becomes none or two, with equal chance, so the mean stays one half.
         is_alone = (~is_bound).sum(1, keepdim=True) == 1
         rank = order + self.patterns * is_bound  # the recombined first
         second = torch.zeros_like(is_bound).scatter(1, rank.argsort(1)[:, 1:2], True)
         is_pair = self.randint(2, 1) > 0
         is_bound = torch.where(is_alone, torch.where(is_pair, is_bound & ~second, True), is_bound)
-        # each of the recombined takes the colour of the next in a ring of them
+        # The recombined patterns form a ring, and each takes the colour of the next.
         ring = (order + self.patterns * is_bound).argsort(1)
         many = (~is_bound).sum(1, keepdim=True)
         following = torch.where(number + 1 < many, number + 1, 0).expand_as(ring)
@@ -115,9 +102,8 @@ class PatternBindingEnv(MemoryTask):
     def _show(self, time: Tensor, latents: Latents) -> Tensor:
         is_pattern, is_probe = time < self.patterns, time >= self.patterns + self.horizon
         index = torch.where(is_pattern, time, time - self.horizon)
-        shape, colour = (
-            one_hot(at(latents[name], index), self.kinds, is_pattern | is_probe) for name in ("shape", "colour")
-        )
+        shape = one_hot(at(latents["shape"], index), self.kinds, is_pattern | is_probe)
+        colour = one_hot(at(latents["colour"], index), self.kinds, is_pattern | is_probe)
         return torch.cat([shape, colour, is_probe.float().unsqueeze(-1)], -1)
 
     def _judge(self, action: Tensor, time: Tensor, latents: Latents) -> Judgement:
@@ -127,27 +113,21 @@ class PatternBindingEnv(MemoryTask):
         return Judgement(is_probe, is_right, probe == self.patterns - 1)
 
     def oracle(self) -> ReferencePolicy:
-        """Keeps the colour of each shape."""
+        """Return the policy that stores the colour of each shape."""
         return _Oracle(self.kinds)
-
-    def memoryless(self) -> ReferencePolicy:
-        """Always "recombined": right by chance, 1 / 2."""
-        return ConstantAnswer()
 
 
 class _Oracle(ReferencePolicy):
-    """Keeps the colour of each shape in each environment."""
+    """A policy that stores the colour of each shape."""
 
     def __init__(self, kinds: int) -> None:
         super().__init__()
         self.kinds = kinds
-        self._colour_of: Tensor | None = None
 
     def act(self, observation: Tensor) -> Tensor:
         shape, colour = observation[..., : self.kinds], observation[..., self.kinds : -1]
-        if self._colour_of is None or self._colour_of.shape[:-2] != shape.shape[:-1]:
-            self._colour_of = observation.new_zeros(*shape.shape, self.kinds)
-        remembered = (self._colour_of * shape.unsqueeze(-1)).sum(-2)
+        colour_of = self.recall("colour_of", observation.new_zeros(*shape.shape, self.kinds))
+        remembered = (colour_of * shape.unsqueeze(-1)).sum(-2)
         is_pattern = (shape > 0) & (observation[..., -1:] == 0)
-        self._colour_of = torch.where(is_pattern.unsqueeze(-1), colour.unsqueeze(-2), self._colour_of)
+        self._memory["colour_of"] = torch.where(is_pattern.unsqueeze(-1), colour.unsqueeze(-2), colour_of)
         return (remembered * colour).sum(-1).long()

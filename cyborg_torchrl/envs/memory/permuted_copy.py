@@ -5,16 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cyborg_torchrl.envs.memory.assoc_recall import PairsOracle
 from cyborg_torchrl.envs.memory.task import (
-    ConstantAnswer,
     Judgement,
     Latents,
     Level,
     MemoryTask,
+    PairsOracle,
     ReferencePolicy,
+    Sizes,
     at,
-    check_least,
     one_hot,
 )
 from cyborg_torchrl.registry import register_environment
@@ -22,15 +21,14 @@ from cyborg_torchrl.registry import register_environment
 
 @register_environment("permuted_copy")
 class PermutedCopyEnv(MemoryTask):
-    """Copying in a permuted order, batched on one device.
+    """Copying in a permuted order, as a batch of episodes on one device.
 
     An episode lasts `2 sequence + horizon` steps: the symbols one by one, `horizon` blank steps, and as many questions
-    as there were symbols, in an order drawn for each episode. What comes next cannot be foreseen, so all must be kept.
+    as there were symbols, in random order. The next question cannot be predicted, so all symbols must be remembered.
 
-    - Observation, [N, sequence + symbols + 1] float: the position in the sequence as one-hot, while symbols are shown
-      and while they are asked for; the symbol as one-hot while it is shown; the question flag (last entry). A blank
-      step is all zero.
-    - Action, [N] integer in [0, symbols): the answer is the symbol of the position that is asked for; other actions are
+    - Observation, [N, sequence + symbols + 1] float: at symbols and at questions the position in the sequence as
+      one-hot; at symbols the symbol as one-hot; the question flag (last entry). A blank step is all zero.
+    - Action, [N] integer in [0, symbols): the answer is the symbol at the position of the question; other actions are
       ignored.
     - Reward: +1 for a right answer, -1 for a wrong one, 0 otherwise. The last answer terminates the episode.
     - "success", [N, 1] float: share of right answers.
@@ -38,16 +36,16 @@ class PermutedCopyEnv(MemoryTask):
     Chance is 1 / symbols.
 
     Args:
-        num_envs: N, environments side by side.
+        num_envs: N, number of environments.
         sequence: number of symbols in an episode, 1 or more; None: the level's.
         symbols: number of different symbols, 2 or more.
         horizon: blank steps between the last symbol and the first question, 0 or more; None: the level's.
         level: easy (the default), medium, hard or extreme.
-        device: where it runs.
+        device: device of all tensors.
         seed: seed of the episodes; None draws one from torch's generator.
 
     Raises:
-        ValueError: if a number is out of range or no integer, or the level unknown.
+        ValueError: if a number is out of range or not an integer, or the level is unknown.
     """
 
     levels = {
@@ -57,6 +55,10 @@ class PermutedCopyEnv(MemoryTask):
         "extreme": Level(2000, 40, 0.50),
     }
     default = levels["easy"]
+    sequence: int
+    symbols: int
+    measure = "sequence"
+    least = {"sequence": 1, "symbols": 2, "horizon": 0}
 
     def __init__(
         self,
@@ -69,19 +71,13 @@ class PermutedCopyEnv(MemoryTask):
         device: torch.device | str | None = None,
         seed: int | None = None,
     ) -> None:
-        horizon, sequence = self.choose(level, horizon, sequence)
-        check_least(num_envs=(num_envs, 1), sequence=(sequence, 1), symbols=(symbols, 2), horizon=(horizon, 0))
-        super().__init__(
-            num_envs,
-            horizon,
-            features=sequence + symbols + 1,
-            actions=symbols,
-            num_answers=sequence,
-            max_episode_steps=2 * sequence + horizon,
-            device=device,
-            seed=seed,
-        )
-        self.sequence, self.symbols = sequence, symbols
+        super().__init__(num_envs, level, horizon, sequence=sequence, symbols=symbols, device=device, seed=seed)
+
+    def sizes(self) -> Sizes:
+        """Return the sizes that follow from the options."""
+        features = self.sequence + self.symbols + 1
+        steps = 2 * self.sequence + self.horizon
+        return Sizes(features, actions=self.symbols, answers=self.sequence, steps=steps)
 
     def _draw(self) -> Latents:
         return {"symbol": self.randint(self.symbols, self.sequence), "order": self.permutations(self.sequence)}
@@ -106,9 +102,5 @@ class PermutedCopyEnv(MemoryTask):
         return Judgement(is_question, is_question & (action == answer), question == self.sequence - 1)
 
     def oracle(self) -> ReferencePolicy:
-        """Keeps the symbol of each position."""
+        """Return the policy that stores the symbol of each position."""
         return PairsOracle(self.sequence, self.symbols)
-
-    def memoryless(self) -> ReferencePolicy:
-        """One fixed answer, right by chance, 1 / symbols."""
-        return ConstantAnswer()

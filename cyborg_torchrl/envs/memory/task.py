@@ -1,4 +1,4 @@
-"""What all memory tasks share: time, seeds, resets of some environments, specs, counting of answers."""
+"""The base of all memory tasks: time, seeds, partial resets, specs, counting of answers."""
 
 from __future__ import annotations
 
@@ -18,35 +18,48 @@ from cyborg_torchrl import keys
 from cyborg_torchrl.registry import did_you_mean
 
 Latents = dict[str, Tensor]
-"""What an episode is made of: named tensors [N, ...]."""
+"""The content of N episodes: named tensors [N, ...]."""
 
 
 class Level(NamedTuple):
-    """A difficulty."""
+    """A level of difficulty."""
 
     horizon: int
     """Blank steps between the last cue and the first question."""
     size: int
-    """The task's own measure of how much is to be remembered."""
+    """How much has to be remembered, in the task's measure."""
     target: float
     """Success that counts as solved."""
 
 
-class Judgement(NamedTuple):
-    """What a step's action was worth. All [N]."""
+class Sizes(NamedTuple):
+    """Sizes of a task."""
 
-    is_asked: Tensor
+    features: int
+    """F, width of the observations."""
+    actions: int
+    """Number of actions."""
+    answers: int
+    """Answers in an episode."""
+    steps: int
+    """Steps of the longest episode."""
+
+
+class Judgement(NamedTuple):
+    """Result of a step's action; all tensors are [N]."""
+
+    is_answer: Tensor
     """bool: the action was an answer."""
     is_right: Tensor
-    """bool: and it was right."""
+    """bool: it was a right answer."""
     is_over: Tensor
     """bool: the episode ends."""
     bonus: Tensor | None = None
-    """float: reward beside that of answers."""
+    """float: reward added to that of answers."""
 
 
 class Transition(NamedTuple):
-    """What a step leads to."""
+    """Result of a step."""
 
     observation: Tensor
     """[N, F] float."""
@@ -59,131 +72,138 @@ class Transition(NamedTuple):
 
 
 class MemoryTask(EnvBase):
-    """Episodes on one device whose questions cannot be answered from what is seen when they are asked.
+    """A batch of episodes on one device, whose questions only memory can answer.
 
-    A task draws what an episode is made of, shows a part of it at each step, and judges the action. Reward is +1 for a
-    right answer and -1 for a wrong one (and the task's bonus, where it has one). "success", [N, 1] float32, is the
-    share of right among the `num_answers` answers of the episode so far: at its end, the episode's.
+    A task draws the content of an episode, shows a part of it at each step, and judges the action. The reward is +1 for
+    a right answer and -1 for a wrong one, plus the task's bonus. "success", [N, 1] float32, is the number of right
+    answers so far, divided by all answers of the episode. At the last step it is the success of the episode.
+
+    A subclass declares its levels, the name of the option that `Level.size` sets (`measure`), and the smallest value of
+    each option (`least`). It implements the five methods below.
 
     Args:
-        num_envs: N, environments side by side.
-        horizon: blank steps between the last cue and the first question.
-        features: F, width of the observations, which lie in [0, 1].
-        actions: number of actions.
-        num_answers: answers that an episode asks for.
-        max_episode_steps: steps of the longest episode.
-        device: where it runs.
+        num_envs: N, number of environments.
+        level: easy, medium, hard or extreme; None: the task's default.
+        horizon: blank steps between the last cue and the first question; None: the level's.
+        device: device of all tensors.
         seed: seed of the episodes; None draws one from torch's generator.
+        **options: integer options of the task, which become attributes; None for the measure: the level's size.
+
+    Raises:
+        ValueError: if a number is too small or not an integer, or the level is unknown.
     """
 
+    horizon: int
     levels: ClassVar[dict[str, Level]]
     default: ClassVar[Level]
+    measure: ClassVar[str | None] = None
+    least: ClassVar[dict[str, int]]
 
     def __init__(
         self,
         num_envs: int,
-        horizon: int,
+        level: str | None,
+        horizon: int | None,
         *,
-        features: int,
-        actions: int,
-        num_answers: int,
-        max_episode_steps: int,
         device: torch.device | str | None,
         seed: int | None,
+        **options: int | None,
     ) -> None:
+        if level is not None and level not in self.levels:
+            raise ValueError(f"unknown level '{level}': {did_you_mean(level, self.levels)}")
+        chosen = self.default if level is None else self.levels[level]
+        options["horizon"] = chosen.horizon if horizon is None else horizon
+        if self.measure is not None and options[self.measure] is None:
+            options[self.measure] = chosen.size
+        check_least("num_envs", num_envs, 1)
+        for name, least in self.least.items():
+            check_least(name, options[name], least)
         if seed is not None:
-            check_least(seed=(seed, 0))
+            check_least("seed", seed, 0)
         super().__init__(device=device, batch_size=[num_envs])
-        self.num_envs, self.horizon, self.max_episode_steps = num_envs, horizon, max_episode_steps
-        self.num_answers = num_answers
-        flag, batch = (num_envs, 1), [num_envs]
-        self.observation_spec = Composite(
-            {
-                keys.OBSERVATION: Bounded(0.0, 1.0, (num_envs, features), dtype=torch.float32, device=self.device),
-                keys.SUCCESS: Bounded(0.0, 1.0, flag, dtype=torch.float32, device=self.device),
-            },
-            shape=batch,
-        )
-        self.action_spec = Categorical(actions, shape=batch, device=self.device)
-        self.reward_spec = Unbounded(flag, device=self.device)
-        ends = (keys.DONE, keys.TERMINATED, keys.TRUNCATED)
-        self.done_spec = Composite(
-            {key: Binary(1, flag, dtype=torch.bool, device=self.device) for key in ends}, shape=batch
-        )
+        self.num_envs = num_envs
+        for name, value in options.items():
+            setattr(self, name, value)
+        self._make_specs(self.sizes())
         self._time = torch.zeros(num_envs, dtype=torch.long, device=self.device)
         self._num_right = torch.zeros(num_envs, device=self.device)
         self._latents: Latents = {}
         self._generator = torch.Generator(device=self.device)
         self.set_seed(int(torch.randint(2**31, ())) if seed is None else seed)
 
+    def _make_specs(self, sizes: Sizes) -> None:
+        self.num_answers, self.max_episode_steps = sizes.answers, sizes.steps
+        flag, batch = (self.num_envs, 1), [self.num_envs]
+        shape = (self.num_envs, sizes.features)
+        self.observation_spec = Composite(
+            {
+                keys.OBSERVATION: Bounded(0.0, 1.0, shape, dtype=torch.float32, device=self.device),
+                keys.SUCCESS: Bounded(0.0, 1.0, flag, dtype=torch.float32, device=self.device),
+            },
+            shape=batch,
+        )
+        self.action_spec = Categorical(sizes.actions, shape=batch, device=self.device)
+        self.reward_spec = Unbounded(flag, device=self.device)
+        ends = (keys.DONE, keys.TERMINATED, keys.TRUNCATED)
+        self.done_spec = Composite(
+            {key: Binary(1, flag, dtype=torch.bool, device=self.device) for key in ends}, shape=batch
+        )
+
+    @abstractmethod
+    def sizes(self) -> Sizes:
+        """Return the sizes that follow from the options."""
+
     @abstractmethod
     def _draw(self) -> Latents:
-        """What N new episodes are made of."""
+        """Draw the content of N new episodes."""
 
     @abstractmethod
     def _show(self, time: Tensor, latents: Latents) -> Tensor:
-        """Observations [N, F] at the steps `time` [N]."""
+        """Return the observations [N, F] at the steps `time` [N]."""
 
     @abstractmethod
     def _judge(self, action: Tensor, time: Tensor, latents: Latents) -> Judgement:
-        """Judges the actions [N] taken at the steps `time` [N]; may change the latents in place of their entries."""
+        """Judge the actions [N] taken at the steps `time` [N]; may replace entries of the latents."""
 
     @abstractmethod
     def oracle(self) -> ReferencePolicy:
-        """The policy that remembers what matters: it always succeeds."""
+        """Return the policy that remembers everything it needs: it always succeeds."""
 
-    @abstractmethod
     def memoryless(self) -> ReferencePolicy:
-        """The best that can be done from the present observation alone: it succeeds by chance."""
-
-    @classmethod
-    def choose(cls, level: str | None, horizon: int | None, size: int | None = None) -> tuple[int, int]:
-        """The horizon and the size of a level, or what is given in their place.
-
-        Args:
-            level: easy, medium, hard or extreme; None: the task's default.
-            horizon: None: the level's.
-            size: the task's own measure; None: the level's.
-
-        Raises:
-            ValueError: if there is no such level.
-        """
-        if level is not None and level not in cls.levels:
-            raise ValueError(f"unknown level '{level}': {did_you_mean(level, cls.levels)}")
-        chosen = cls.default if level is None else cls.levels[level]
-        return chosen.horizon if horizon is None else horizon, chosen.size if size is None else size
+        """Return the best policy without memory, which succeeds by chance: by default one fixed answer."""
+        return ConstantAnswer()
 
     def randint(self, high: int, *shape: int) -> Tensor:
-        """Integers in [0, high), [N, *shape]."""
+        """Draw integers in [0, high), [N, *shape]."""
         size = (self.batch_size[0], *shape)
         return torch.randint(high, size, generator=self._generator, device=self.device)
 
     def permutations(self, size: int, count: int | None = None) -> Tensor:
-        """A permutation of [0, size) for each environment; the first `count` of it, [N, count]."""
+        """Draw a permutation of [0, size) for each environment, and return the first `count` of it, [N, count]."""
         shape = (self.batch_size[0], size)
         return torch.rand(shape, generator=self._generator, device=self.device).argsort(-1)[:, :count]
 
     def advance(self, action: Tensor) -> Transition:
-        """Takes a step in every environment, on tensors alone: what `step` does, and all that `FusedCollector` needs.
+        """Take a step in every environment, on tensors: the fused collectors call this instead of `step`.
 
         Args:
             action: [N].
         """
-        is_asked, is_right, is_over, bonus = self._judge(action, self._time, self._latents)
-        reward = is_right.float() * 2.0 - is_asked.float()
-        # not by setattr, which takes longer for an environment than the sums themselves
+        is_answer, is_right, is_over, bonus = self._judge(action, self._time, self._latents)
+        reward = is_right.float() * 2.0 - is_answer.float()
+        # Setting an attribute of an EnvBase takes longer than the two sums, so write to its dict.
         self.__dict__.update(_time=self._time + 1, _num_right=self._num_right + is_right)
         reward = (reward if bonus is None else reward + bonus).unsqueeze(-1)
         return Transition(*self._observed(), reward, is_over.unsqueeze(-1))
 
     def restart(self, is_reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Begins episodes, on tensors alone.
+        """Begin episodes, on tensors.
 
         Args:
-            is_reset: [N] bool, in which environments; None: in all.
+            is_reset: [N] bool, the environments in which an episode begins; None: all.
 
         Returns:
-            The observations [N, F] and successes [N, 1] of all.
+            Observations [N, F] and successes [N, 1] of all environments.
         """
         fresh = self._draw()
         if is_reset is None or not self._latents:
@@ -196,7 +216,7 @@ class MemoryTask(EnvBase):
         return self._observed()
 
     def get_state(self) -> dict[str, Any]:
-        """What the environments are in the middle of (see `envs.state`)."""
+        """Return the state of the environments between two steps (see `envs.state`)."""
         return {
             "time": self._time.clone(),
             "num_right": self._num_right.clone(),
@@ -205,13 +225,13 @@ class MemoryTask(EnvBase):
         }
 
     def set_state(self, state: Mapping[str, Any]) -> Tensor:
-        """Goes back there. Returns which environments could not, [N] bool: none.
+        """Restore a state of `get_state`. Return the environments that failed, [N] bool: none.
 
         Raises:
-            ValueError: if the state is that of another number of environments.
+            ValueError: if the state has another number of environments.
         """
         if state["time"].shape != self._time.shape:
-            raise ValueError(f"the state is that of {len(state['time'])} environments; here are {self.num_envs}.")
+            raise ValueError(f"the state is for {len(state['time'])} environments; this one has {self.num_envs}.")
         self._time, self._num_right = state["time"].to(self.device), state["num_right"].to(self.device)
         self._latents = {name: value.to(self.device) for name, value in state["latents"].items()}
         self._generator.set_state(state["generator"])
@@ -234,7 +254,7 @@ class MemoryTask(EnvBase):
             keys.OBSERVATION: observation,
             keys.SUCCESS: success,
             keys.DONE: done,
-            keys.TERMINATED: done.clone(),  # whoever writes into one must not write into the other
+            keys.TERMINATED: done.clone(),  # two tensors: a write into one must not change the other
             keys.TRUNCATED: torch.zeros_like(done),
         }
         return TensorDict(entries, self.batch_size, device=self.device)
@@ -245,62 +265,96 @@ class MemoryTask(EnvBase):
 
 
 class ReferencePolicy(TensorDictModuleBase):
-    """A policy that knows the rules and reads the observations alone."""
+    """A policy that knows the rules and reads only the observations."""
 
     def __init__(self) -> None:
         super().__init__()
         self.in_keys, self.out_keys = [keys.OBSERVATION], [keys.ACTION]
+        self._memory: dict[str, Tensor] = {}
 
     @abstractmethod
     def act(self, observation: Tensor) -> Tensor:
-        """From observations [N, F], seen one after another, to actions [N]."""
+        """Return the actions [N] for the observations [N, F] of the next step."""
+
+    def recall(self, name: str, initial: Tensor) -> Tensor:
+        """Return the tensor stored in `_memory`; `initial` if there is none of that shape yet."""
+        value = self._memory.get(name)
+        return initial if value is None or value.shape != initial.shape else value
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Writes the action, which is the tensordict's own: what is remembered cannot be written into."""
+        """Write the action. It is a copy, so that nothing can write into the policy's memory."""
         return tensordict.set(keys.ACTION, self.act(tensordict.get(keys.OBSERVATION)).clone())
 
 
 class ConstantAnswer(ReferencePolicy):
-    """Always the same answer."""
+    """A policy that always takes the same action.
+
+    Args:
+        action: the action.
+    """
+
+    def __init__(self, action: int = 0) -> None:
+        super().__init__()
+        self.action = action
 
     def act(self, observation: Tensor) -> Tensor:
-        """Zero."""
-        return torch.zeros(observation.shape[:-1], dtype=torch.long, device=observation.device)
+        """Return the action for each environment."""
+        return torch.full(observation.shape[:-1], self.action, device=observation.device)
+
+
+class PairsOracle(ReferencePolicy):
+    """A policy that stores pairs of key and value in a table; a key without a value is a question.
+
+    Args:
+        pairs: width of the keys, the first entries of an observation.
+        values: width of the values, the next entries.
+    """
+
+    def __init__(self, pairs: int, values: int) -> None:
+        super().__init__()
+        self.pairs, self.values = pairs, values
+
+    def act(self, observation: Tensor) -> Tensor:
+        """Return the value of the key in the observation."""
+        key, value = observation[..., : self.pairs], observation[..., self.pairs : self.pairs + self.values]
+        table = self.recall("table", observation.new_zeros(*key.shape, self.values))
+        is_pair = (value.sum(-1) > 0)[..., None, None] & (key > 0).unsqueeze(-1)
+        table = self._memory["table"] = torch.where(is_pair, value.unsqueeze(-2), table)
+        return (table * key.unsqueeze(-1)).sum(-2).argmax(-1)
 
 
 def oracle_policy(env: MemoryTask) -> ReferencePolicy:
-    """The policy that remembers what matters: it always succeeds."""
+    """Return the policy that remembers everything it needs: it always succeeds."""
     return env.oracle()
 
 
 def memoryless_policy(env: MemoryTask) -> ReferencePolicy:
-    """The best that can be done from the present observation alone: it succeeds by chance."""
+    """Return the best policy without memory: it succeeds by chance."""
     return env.memoryless()
 
 
 def one_hot(index: Tensor, size: int, is_shown: Tensor | None = None) -> Tensor:
-    """One-hot [*B, size] float of integers [*B]; all zero where not shown."""
-    # clamped: what is not shown may be any number
+    """Return one-hot vectors [*B, size] float of integers [*B]; all zero where `is_shown` is false."""
+    # An integer that is not shown may be out of range.
     result = torch.nn.functional.one_hot(index.clamp(0, size - 1), size).float()
     return result if is_shown is None else result * is_shown.unsqueeze(-1)
 
 
 def at(sequence: Tensor, index: Tensor) -> Tensor:
-    """The entry of each row [N, L] at its own index [N], which is clamped into the row."""
+    """Return one entry of each row of [N, L], at an index [N] that is clamped into the row."""
     return sequence.gather(1, index.clamp(0, sequence.shape[1] - 1).unsqueeze(1)).squeeze(1)
 
 
-def check_least(**values: tuple[int, int]) -> None:
-    """Refuses numbers, given as (value, least), that are no integers or too small.
+def check_least(name: str, value: object, least: int) -> None:
+    """Check that an option is an integer and large enough.
 
     Raises:
-        ValueError: with the name of the first.
+        ValueError: if it is not.
     """
-    for name, (value, least) in values.items():
-        if not isinstance(value, Integral):
-            raise ValueError(f"{name} must be an integer; got {value!r}.")
-        if value < least:
-            raise ValueError(f"{name} must be >= {least}; got {value}.")
+    if not isinstance(value, Integral):
+        raise ValueError(f"{name} must be an integer; got {value!r}.")
+    if value < least:
+        raise ValueError(f"{name} must be >= {least}; got {value}.")
 
 
 def _where(is_reset: Tensor, fresh: Tensor, value: Tensor) -> Tensor:

@@ -5,14 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cyborg_torchrl.envs.memory.task import (
-    Judgement,
-    Latents,
-    Level,
-    MemoryTask,
-    ReferencePolicy,
-    check_least,
-)
+from cyborg_torchrl.envs.memory.task import Judgement, Latents, Level, MemoryTask, ReferencePolicy, Sizes
 from cyborg_torchrl.registry import register_environment
 
 FORWARD, UP, BACK, DOWN = range(4)
@@ -20,31 +13,31 @@ FORWARD, UP, BACK, DOWN = range(4)
 
 @register_environment("tmaze")
 class TMazeEnv(MemoryTask):
-    """Passive T-maze, batched on one device.
+    """Passive T-maze, as a batch of episodes on one device.
 
-    The agent starts at one end of a corridor, where it is shown on which side of the other end, `horizon` steps away,
-    the goal is. An episode lasts `horizon + 1` steps: just enough to walk there and turn. Whoever once does not walk on
-    cannot arrive, and is not told where it is.
+    The agent starts at one end of a corridor. There it sees on which side of the other end the goal is, `horizon` steps
+    away. An episode lasts `horizon + 1` steps: exactly enough to walk there and turn. An agent that once fails to walk
+    forward cannot arrive, and does not see its position.
 
     - Observation, [N, 5] float: at the first step the side of the goal (up: entry 0, down: entry 1); in the corridor
       all zero; at its end the end flag (entry 2), with the side that the agent has turned to (up: entry 3, down:
       entry 4).
     - Action, [N] integer: 0 forward, 1 up, 2 back, 3 down; a move into a wall changes nothing.
-    - Reward: -1 / horizon for each step after which the agent is behind the one who walks on at each; at the last step
-      instead +1 for standing at the goal. It terminates the episode.
-    - "success", [N, 1] float: 1 where the goal was reached.
+    - Reward: -1 / horizon for each step after which the agent is behind one that always walks forward. The last step
+      instead gives +1 at the goal, and terminates the episode.
+    - "success", [N, 1] float: 1 if the agent reached the goal.
 
-    Chance is 1 / 2, for an agent that walks on and turns to one side.
+    Chance is 1 / 2, for an agent that walks forward and turns to one side.
 
     Args:
-        num_envs: N, environments side by side.
+        num_envs: N, number of environments.
         horizon: length of the corridor, 1 or more; None: the level's.
         level: easy (the default), medium, hard or extreme.
-        device: where it runs.
+        device: device of all tensors.
         seed: seed of the episodes; None draws one from torch's generator.
 
     Raises:
-        ValueError: if a number is out of range or no integer, or the level unknown.
+        ValueError: if a number is out of range or not an integer, or the level is unknown.
 
     Source: Ni et al. (2023), "When do transformers shine in RL?", the passive T-maze, after Bakker (2001). Sides are
     one-hot here, and +-1 there.
@@ -57,6 +50,7 @@ class TMazeEnv(MemoryTask):
         "extreme": Level(10_000, 2, 0.95),
     }
     default = levels["easy"]
+    least = {"horizon": 1}
 
     def __init__(
         self,
@@ -67,18 +61,11 @@ class TMazeEnv(MemoryTask):
         device: torch.device | str | None = None,
         seed: int | None = None,
     ) -> None:
-        horizon, _ = self.choose(level, horizon)
-        check_least(num_envs=(num_envs, 1), horizon=(horizon, 1))
-        super().__init__(
-            num_envs,
-            horizon,
-            features=5,
-            actions=4,
-            num_answers=1,
-            max_episode_steps=horizon + 1,
-            device=device,
-            seed=seed,
-        )
+        super().__init__(num_envs, level, horizon, device=device, seed=seed)
+
+    def sizes(self) -> Sizes:
+        """Return the sizes that follow from the options."""
+        return Sizes(features=5, actions=4, answers=1, steps=self.horizon + 1)
 
     def _draw(self) -> Latents:
         zero = torch.zeros_like(self._time)
@@ -100,31 +87,30 @@ class TMazeEnv(MemoryTask):
         is_last = time == self.horizon
         is_right = is_last & (latents["y"] == latents["goal"])
         is_behind = ~is_last & (latents["x"] < time + 1)
-        # an answer is +1 or 0 here: what the base class takes for a wrong one is given back
+        # An answer is worth +1 or 0 here, so the bonus cancels the -1 of the base class for a wrong answer.
         bonus = (is_last & ~is_right).float() - is_behind.float() / self.horizon
         return Judgement(is_last, is_right, is_last, bonus)
 
     def oracle(self) -> ReferencePolicy:
-        """Walks on, and turns to the side that it was shown."""
+        """Return the policy that walks forward and turns to the side that it saw."""
         return _Walker(remembers=True)
 
     def memoryless(self) -> ReferencePolicy:
-        """Walks on, and turns up: right by chance, 1 / 2."""
+        """Return the policy that walks forward and turns up: right by chance, 1 / 2."""
         return _Walker(remembers=False)
 
 
 class _Walker(ReferencePolicy):
-    """Walks on to the end; keeps the side of the goal of each environment, or takes it to be up."""
+    """A policy that walks to the end, and remembers the side of the goal or assumes that it is up."""
 
     def __init__(self, *, remembers: bool) -> None:
         super().__init__()
         self.remembers = remembers
-        self._is_down: Tensor | None = None
 
     def act(self, observation: Tensor) -> Tensor:
-        is_first, is_down = observation[..., :2].sum(-1) > 0, observation[..., 1] > 0
-        if self._is_down is None or self._is_down.shape != is_down.shape:
-            self._is_down = torch.zeros_like(is_down)
+        is_first = observation[..., :2].sum(-1) > 0
+        is_down = self.recall("is_down", torch.zeros_like(is_first))
         if self.remembers:
-            self._is_down = torch.where(is_first, is_down, self._is_down)
-        return torch.where(observation[..., 2] > 0, torch.where(self._is_down, DOWN, UP), FORWARD)
+            is_down = torch.where(is_first, observation[..., 1] > 0, is_down)
+        self._memory["is_down"] = is_down
+        return torch.where(observation[..., 2] > 0, torch.where(is_down, DOWN, UP), FORWARD)
