@@ -10,6 +10,7 @@ sweep. Exit code: 0, 1 if a run failed, 2 for bad input, 130 if interrupted.
 
 from __future__ import annotations
 
+import io
 import logging
 import math
 import signal
@@ -19,6 +20,7 @@ import traceback
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import redirect_stderr
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
@@ -27,6 +29,7 @@ from typing import Any
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Override, ValueType
+from hydra.core.utils import env_override
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
@@ -37,8 +40,11 @@ from cyborg_torchrl.memory_benchmarks.results import Job, Row, folder_name, over
 from cyborg_torchrl.registry import UnavailableError
 from cyborg_torchrl.training.builders import prepare_process
 from cyborg_torchrl.training.command import EXIT_FAILED, EXIT_INTERRUPTED, KNOWN_ERRORS, UsageError, positive, writable
-from cyborg_torchrl.training.experiment import run_experiment
+from cyborg_torchrl.training.experiment import run_experiment, terminations_as_interrupt
 from cyborg_torchrl.training.stats import mean_interval
+
+LOKY_WARNING = "ignore:resource_tracker:UserWarning"
+"""joblib prints it when Ctrl-C ends its processes."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -62,7 +68,8 @@ def main(argv: Sequence[str]) -> int:
     print(f"runs are in {folder}", file=sys.stderr)
     hint = f"the same command with --folder {folder} continues"
     try:
-        run_hydra(run_job, arguments.config, overrides, ["--multirun"], str(folder))
+        with terminations_as_interrupt(), env_override({"PYTHONWARNINGS": LOKY_WARNING}):
+            run_hydra(run_job, arguments.config, overrides, ["--multirun"], str(folder))
     except BrokenProcessPool:
         print(f"error: a process of the sweep was killed (out of memory?); {hint}", file=sys.stderr)
         return EXIT_FAILED
@@ -142,23 +149,26 @@ def run_job(cfg: DictConfig) -> float:
     job = Job(overrides, config)
     job.write(folder)
     print(f"{name}: started", file=sys.stderr)
+    notes = io.StringIO()
     try:
         OmegaConf.resolve(cfg)
         validate(cfg)
         prepare_process(cfg)
-        summary = run_experiment(cfg)
+        with redirect_stderr(notes):  # an interrupted run tells how to resume it alone
+            summary = run_experiment(cfg)
     except Exception as error:  # the other runs must not end with this one
         text = str(error)
         if not isinstance(error, KNOWN_ERRORS):
             (folder / "error.txt").write_text(traceback.format_exc())
             text = " ".join(f"{type(error).__name__}: {error} (see error.txt in its folder)".split())
         _record(replace(job, error=text), folder)
-        print(f"error: {name}: {text}", file=sys.stderr)
+        print(f"{notes.getvalue()}error: {name}: {text}", file=sys.stderr)
         return math.nan
     if summary["is_interrupted"]:
         raise KeyboardInterrupt
     _record(replace(job, error=""), folder)
-    print(f"{name}: {_score(summary):.3f} in {summary['total_seconds']:.0f} s", file=sys.stderr)
+    seconds = summary["total_seconds"]
+    print(f"{notes.getvalue()}{name}: {_score(summary):.3f} in {seconds:.0f} s", file=sys.stderr)
     return _score(summary)
 
 

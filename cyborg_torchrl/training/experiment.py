@@ -62,7 +62,7 @@ def run_experiment(cfg: DictConfig) -> dict[str, Any]:
         StoppedError: if the run cannot go on: the disk is full, a number is not finite, workers die over and over.
     """
     try:
-        with _terminations_as_interrupt(), joined_ranks(cfg.train.device) as ranks:
+        with terminations_as_interrupt(), joined_ranks(cfg.train.device) as ranks:
             return _run(cfg, ranks)
     except LaunchError as error:
         raise ConfigError(str(error)) from None
@@ -275,7 +275,7 @@ def _ignore_further_interrupts(ranks: Ranks) -> None:
 
 
 @contextmanager
-def _terminations_as_interrupt() -> Generator[None]:
+def terminations_as_interrupt() -> Generator[None]:
     """Ends a run that is told to terminate, or whose terminal is closed, as Ctrl-C would.
 
     Under nohup a closed terminal changes nothing.
