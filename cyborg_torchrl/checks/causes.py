@@ -9,7 +9,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from cyborg_torchrl.checks.policy_under_test import Subject
+from cyborg_torchrl.checks.policy_under_test import PolicyUnderTest
 from cyborg_torchrl.checks.rollout import Rollout
 
 DIFFER = "The log-probs computed again differ from those of the rollout: "
@@ -55,53 +55,53 @@ UNKNOWN = Suspicion(
 
 
 def suspect(
-    subject: Subject, rollout: Rollout, tolerance: float, discontinuity: float, is_single_wrong: bool
+    tested: PolicyUnderTest, rollout: Rollout, tolerance: float, discontinuity: float, is_single_wrong: bool
 ) -> Suspicion:
     """Finds the likeliest cause of a log-ratio that is not zero."""
     if not is_single_wrong:
         return SHUFFLED if discontinuity > tolerance else SEQUENCE
-    tries: list[tuple[Suspicion, Callable[[Subject, TensorDictBase, float], bool]]] = [
+    tries: list[tuple[Suspicion, Callable[[PolicyUnderTest, TensorDictBase, float], bool]]] = [
         (SHIFTED, _fits_shifted),
         (SWAPPED, _fits_swapped),
     ]
-    if _are_alike(subject, rollout):
+    if _are_alike(tested, rollout):
         return ZEROED
-    return next((cause for cause, fits in tries if fits(subject, rollout.steps, tolerance)), UNKNOWN)
+    return next((cause for cause, fits in tries if fits(tested, rollout.steps, tolerance)), UNKNOWN)
 
 
-def _are_alike(subject: Subject, rollout: Rollout) -> bool:
-    states = subject.states_of(rollout.steps).values()
+def _are_alike(tested: PolicyUnderTest, rollout: Rollout) -> bool:
+    states = tested.states_of(rollout.steps).values()
     return all(bool((value == value[:1, :1]).all()) for value in states)
 
 
-def _fits_shifted(subject: Subject, steps: TensorDictBase, tolerance: float) -> bool:
-    return any(_fits(subject, _shift(subject, steps, by), steps, tolerance) for by in (1, -1))
+def _fits_shifted(tested: PolicyUnderTest, steps: TensorDictBase, tolerance: float) -> bool:
+    return any(_fits(tested, _shift(tested, steps, by), steps, tolerance) for by in (1, -1))
 
 
-def _fits_swapped(subject: Subject, steps: TensorDictBase, tolerance: float) -> bool:
+def _fits_swapped(tested: PolicyUnderTest, steps: TensorDictBase, tolerance: float) -> bool:
     """Whether each environment's log-probs fit the states of some environment."""
     steps = steps[:MAX_ENVS]
     fitting = torch.zeros(steps.shape[0], dtype=torch.bool)
     for by in range(1, steps.shape[0]):
         other = steps.clone()
-        for key in subject.state_keys:
+        for key in tested.state_keys:
             other.set(key, steps.get(key).roll(by, 0))
-        fitting |= _share(subject, other, steps, tolerance).cpu() >= SHARE
+        fitting |= _share(tested, other, steps, tolerance).cpu() >= SHARE
     return bool(fitting.any())
 
 
-def _shift(subject: Subject, steps: TensorDictBase, by: int) -> TensorDictBase:
+def _shift(tested: PolicyUnderTest, steps: TensorDictBase, by: int) -> TensorDictBase:
     other = steps.clone()
-    for key in subject.input_keys:
+    for key in tested.input_keys:
         other.set(key, steps.get(key).roll(by, 1))
     return other
 
 
-def _fits(subject: Subject, other: TensorDictBase, steps: TensorDictBase, tolerance: float) -> bool:
-    return float(_share(subject, other, steps, tolerance).mean()) >= SHARE
+def _fits(tested: PolicyUnderTest, other: TensorDictBase, steps: TensorDictBase, tolerance: float) -> bool:
+    return float(_share(tested, other, steps, tolerance).mean()) >= SHARE
 
 
-def _share(subject: Subject, other: TensorDictBase, steps: TensorDictBase, tolerance: float) -> Tensor:
+def _share(tested: PolicyUnderTest, other: TensorDictBase, steps: TensorDictBase, tolerance: float) -> Tensor:
     """Share of the steps of each environment whose recorded log-probs fit, [N]; the edges do not count."""
-    error = (subject.step_from(other)[0] - subject.recorded_log_prob(steps)).abs()[:, 1:-1]
+    error = (tested.step_from(other)[0] - tested.recorded_log_prob(steps)).abs()[:, 1:-1]
     return (error <= tolerance).float().mean(1)

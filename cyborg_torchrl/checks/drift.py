@@ -11,7 +11,7 @@ from torch import Tensor, distributions
 
 from cyborg_torchrl import keys
 from cyborg_torchrl.checks.findings import Finding, inform, skip
-from cyborg_torchrl.checks.policy_under_test import Pass, Subject
+from cyborg_torchrl.checks.policy_under_test import Pass, PolicyUnderTest
 from cyborg_torchrl.checks.probe import TINY
 from cyborg_torchrl.checks.rollout import Rollout
 from cyborg_torchrl.objectives.functional import masked_standardize
@@ -22,7 +22,7 @@ SAMPLES = 256
 
 
 def report_drift(
-    subject: Subject, rollout: Rollout, length: int, updates: int, learning_rate: float, *, rows: int = 8
+    tested: PolicyUnderTest, rollout: Rollout, length: int, updates: int, learning_rate: float, *, rows: int = 8
 ) -> list[Finding]:
     """Drift of stored states after k optimiser updates of a copy, over the chunks that begin within an episode.
 
@@ -30,10 +30,10 @@ def report_drift(
     is the rollout's. Source: Kapturowski et al. (2019), section 3, whose delta-Q compares Q-values.
     """
     steps = rollout.steps[:rows]
-    trained = copy.copy(subject)
-    trained.policy = copy.deepcopy(subject.policy)
+    trained = copy.copy(tested)
+    trained.policy = copy.deepcopy(tested.policy)
     _train(trained, steps, updates, learning_rate)
-    is_init = steps.get(subject.is_init_key).squeeze(-1)
+    is_init = steps.get(tested.is_init_key).squeeze(-1)
     starts = [start for start in range(length, steps.shape[1] - length + 1, length) if not is_init[:, start].all()]
     if not starts:
         text = "No chunk begins within an episode, so no state is stored that could drift."
@@ -48,14 +48,14 @@ def report_drift(
     ]
 
 
-def _train(subject: Subject, steps: TensorDictBase, updates: int, learning_rate: float) -> None:
+def _train(tested: PolicyUnderTest, steps: TensorDictBase, updates: int, learning_rate: float) -> None:
     """A few steps of the clipped surrogate on whole rows, with returns-to-go as advantages."""
-    parameters = [p for p in subject.policy.parameters() if p.requires_grad]
+    parameters = [p for p in tested.policy.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=learning_rate, eps=1e-5)
-    advantage = _advantage(steps, subject.is_init_key)
+    advantage = _advantage(steps, tested.is_init_key)
     for _ in range(updates):
-        log_prob = subject.log_prob(subject.run_sequence(steps), steps)
-        ratio = (log_prob - subject.recorded_log_prob(steps)).exp()
+        log_prob = tested.log_prob(tested.run_sequence(steps), steps)
+        ratio = (log_prob - tested.recorded_log_prob(steps)).exp()
         loss = -torch.minimum(ratio * advantage, ratio.clamp(1 - CLIP, 1 + CLIP) * advantage).mean()
         optimizer.zero_grad()
         loss.backward()
@@ -79,18 +79,18 @@ def _advantage(steps: TensorDictBase, is_init_key: NestedKey) -> Tensor:
 
 
 def _compare(
-    subject: Subject, steps: TensorDictBase, starts: list[int], length: int, is_primed: bool
+    tested: PolicyUnderTest, steps: TensorDictBase, starts: list[int], length: int, is_primed: bool
 ) -> tuple[float, float, float]:
     """Mean KL, mean relative change of parameters, relative distance of states."""
-    fresh = subject.run_steps(steps, is_primed=is_primed)
+    fresh = tested.run_steps(steps, is_primed=is_primed)
     scale = fresh.params.abs().max().clamp_min(TINY)
     kls, changes, distances, norms = [], [], [], []
     for start in starts:
-        stored = subject.run_steps(steps[:, start : start + length], is_primed=is_primed)
+        stored = tested.run_steps(steps[:, start : start + length], is_primed=is_primed)
         kls.append(_kl(fresh, stored, start))
         change = fresh.params[:, start : start + length] - stored.params
         changes.append(change.abs().amax(-1).mean() / scale)
-        goes_on = ~steps.get(subject.is_init_key)[:, start].squeeze(-1)
+        goes_on = ~steps.get(tested.is_init_key)[:, start].squeeze(-1)
         for key, value in fresh.states[start - 1].items():
             recorded = steps.get(key)[:, start][goes_on]
             distances.append((value[goes_on] - recorded).square().sum())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Verdict = Literal["ok", "accused", "info", "not_applicable"]
+Verdict = Literal["passed", "failed", "info", "not_applicable"]
 """`info` figures are reported and never judged; `not_applicable` says that a check could not have seen anything."""
 
 
@@ -25,11 +25,11 @@ class Finding:
     """What to change, one sentence; empty where nothing is wrong."""
 
 
-def judge(name: str, value: float, limit: float, *, healthy: str, accused: str, cure: str) -> Finding:
-    """Finds for the value if it does not exceed the limit. A value that is no number is accused."""
+def judge(name: str, value: float, limit: float, *, passed: str, failed: str, cure: str) -> Finding:
+    """Return a finding that passes if the value does not exceed the limit. NaN fails."""
     if value <= limit:
-        return Finding(name, value, limit, "ok", healthy)
-    return Finding(name, value, limit, "accused", accused, cure)
+        return Finding(name, value, limit, "passed", passed)
+    return Finding(name, value, limit, "failed", failed, cure)
 
 
 def inform(name: str, value: float, explanation: str) -> Finding:

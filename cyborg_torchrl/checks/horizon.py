@@ -79,12 +79,12 @@ def _judge_reach(curve: HorizonCurve) -> Finding:
     reach, needed = max(reach, 0), is_seen[-1]
     if not broken:
         text = f"The gradient reaches {reach} steps back, as far as chunks of {curve.chunk_length} promise."
-        return Finding(REACH, float(reach), float(needed), "ok", text)
+        return Finding(REACH, float(reach), float(needed), "passed", text)
     return Finding(
         REACH,
         float(reach),
         float(needed),
-        "accused",
+        "failed",
         f"Actions depend on the {curve.leaf} {needed} steps back, but the gradient ends {reach} steps back: "
         "a .detach(), a no_grad block or shuffled single steps cut it.",
         "Let the state flow through the sequence undetached; detach at chunk edges alone.",

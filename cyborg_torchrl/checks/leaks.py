@@ -30,8 +30,8 @@ def check_repeatable(probe: Probe) -> Finding:
         REPEATABLE,
         error,
         EXACT,
-        healthy="The same input gives the same distribution twice.",
-        accused="The same input gives another distribution the second time: dropout or noise is on, or the module "
+        passed="The same input gives the same distribution twice.",
+        failed="The same input gives another distribution the second time: dropout or noise is on, or the module "
         "keeps a state of its own outside of the tensordict.",
         cure="Call policy.eval() or drop the noise, and keep memory under the state keys alone.",
     )
@@ -42,10 +42,10 @@ def check_reset_leak(probe: Probe) -> list[Finding]:
     before = probe.is_before
     rows = probe.first_reset < probe.steps.shape[1]
     texts = {
-        "healthy": "What comes before a reset changes nothing after it.",
-        "accused": "What comes before a reset changes what comes after it: memory is not restarted where an episode "
+        "passed": "What comes before a reset changes nothing after it.",
+        "failed": "What comes before a reset changes what comes after it: memory is not restarted where an episode "
         "begins.",
-        "cure": f"Replace the state by the initial state wherever {probe.subject.is_init_key!r} is true, inside "
+        "cure": f"Replace the state by the initial state wherever {probe.tested.is_init_key!r} is true, inside "
         "sequences too.",
     }
 
@@ -57,11 +57,11 @@ def check_reset_leak(probe: Probe) -> list[Finding]:
         ]
 
     found = look(rows)
-    if all(finding.verdict != "accused" for finding in found):
+    if all(finding.verdict != "failed" for finding in found):
         return found
     # rows restart at different steps, so a leak between environments gets here too: what is left in each row alone?
     alone = [look(torch.arange(len(rows)) == row) for row in rows.nonzero().flatten().tolist()]
-    return [max(same, key=lambda finding: finding.verdict == "accused") for same in zip(*alone, strict=True)]
+    return [max(same, key=lambda finding: finding.verdict == "failed") for same in zip(*alone, strict=True)]
 
 
 def check_environment_leak(probe: Probe, tolerance: float) -> list[Finding]:
@@ -71,8 +71,8 @@ def check_environment_leak(probe: Probe, tolerance: float) -> list[Finding]:
     first[0] = True
     inside, outside = (mask.unsqueeze(1).expand(batch, length) for mask in (first, ~first))
     texts = {
-        "healthy": "An environment changes nothing in the others.",
-        "accused": "An environment changes the outputs of the others: states are sliced along the wrong dimension, or "
+        "passed": "An environment changes nothing in the others.",
+        "failed": "An environment changes the outputs of the others: states are sliced along the wrong dimension, or "
         "something is computed over the batch.",
         "cure": "Keep states batch first, and normalise over features (LayerNorm), not over the batch.",
     }
@@ -116,6 +116,6 @@ def _gradient(kind: str, mode: str, probe: Probe, where: Tensor, after: Tensor, 
 def _alone(probe: Probe, tolerance: float, texts: dict[str, Any]) -> Finding:
     together = probe.run("sequence").params
     rows = range(min(3, probe.steps.shape[0]))
-    alone = torch.cat([probe.subject.run_sequence(probe.steps[row : row + 1]).params for row in rows])
+    alone = torch.cat([probe.tested.run_sequence(probe.steps[row : row + 1]).params for row in rows])
     where = torch.ones(alone.shape[:2], dtype=torch.bool)
     return judge(ALONE, distance(together[: len(rows)], alone, where), tolerance, **texts)

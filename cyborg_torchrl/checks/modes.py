@@ -18,8 +18,8 @@ def check_modes(probe: Probe, tolerance: float) -> Finding:
         NAME,
         distance(probe.run("step").params, probe.run("sequence").params, everywhere),
         tolerance,
-        healthy="Sequence mode gives what step mode gives, step by step.",
-        accused="Sequence mode gives other distributions than the same steps one by one: it starts from another "
+        passed="Sequence mode gives what step mode gives, step by step.",
+        failed="Sequence mode gives other distributions than the same steps one by one: it starts from another "
         "state, restarts elsewhere, or does not carry memory along the sequence.",
         cure="Make the sequence a loop of the step from the first step's stored state first; then make it fast.",
     )

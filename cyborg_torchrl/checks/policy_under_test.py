@@ -31,7 +31,7 @@ class Pass(NamedTuple):
     """States after each step, of a step-by-step run."""
 
 
-class Subject:
+class PolicyUnderTest:
     """A private copy of the policy with the keys that the checks need.
 
     Raises:

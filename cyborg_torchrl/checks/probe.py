@@ -8,7 +8,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from cyborg_torchrl.checks.policy_under_test import Pass, Subject
+from cyborg_torchrl.checks.policy_under_test import Pass, PolicyUnderTest
 from cyborg_torchrl.checks.rollout import Rollout
 
 TINY = 1e-30
@@ -22,7 +22,7 @@ class Probe:
     by accident, which says nothing about the network.
     """
 
-    subject: Subject
+    tested: PolicyUnderTest
     steps: TensorDictBase
     first_reset: Tensor
     """The first step that begins an episode, [B]; L where there is none."""
@@ -37,19 +37,19 @@ class Probe:
     def run(self, mode: str) -> Pass:
         """Runs the policy in "sequence" or "step" mode."""
         if mode == "sequence":
-            return self.subject.run_sequence(self.steps)
-        return self.subject.run_steps(self.steps, is_primed=self.is_primed)
+            return self.tested.run_sequence(self.steps)
+        return self.tested.run_steps(self.steps, is_primed=self.is_primed)
 
     def disturbed(self, where: Tensor, *, is_state: Tensor) -> Probe:
         """Other observations at the steps `where` [B, L], and other first states in the rows `is_state` [B]."""
         steps = self.steps.clone()
-        for key in self.subject.input_keys:
+        for key in self.tested.input_keys:
             value = steps.get(key)
             other = _other(value, self.generator, scale=3.0)
             steps.set(key, torch.where(_expand(where, value), other, value))
         # the state at resets is the environment's business, and stays
         has_state = is_state.unsqueeze(1) & (self.is_before | (self.first_reset.unsqueeze(1) == 0))
-        for key in self.subject.state_keys:
+        for key in self.tested.state_keys:
             value = steps.get(key)
             first = _other(value[:, 0], self.generator, scale=1.0).unsqueeze(1).expand_as(value)
             steps.set(key, torch.where(_expand(has_state, value), first, value))
@@ -58,7 +58,7 @@ class Probe:
     def with_gradient(self) -> tuple[Probe, list[Tensor], list[Tensor]]:
         """A copy whose float observations [B, L, ...] and states [B, L, ...] are leaves, and these leaves."""
         steps = self.steps.clone()
-        names = ([k for k in self.subject.input_keys if steps.get(k).is_floating_point()], self.subject.state_keys)
+        names = ([k for k in self.tested.input_keys if steps.get(k).is_floating_point()], self.tested.state_keys)
         for key in (*names[0], *names[1]):
             steps.set(key, steps.get(key).clone().requires_grad_())
         observations, states = ([steps.get(key) for key in group] for group in names)
@@ -66,7 +66,7 @@ class Probe:
 
 
 def build_probe(
-    subject: Subject, rollout: Rollout, length: int, seed: int, *, rows: int = 6, has_resets: bool = True
+    tested: PolicyUnderTest, rollout: Rollout, length: int, seed: int, *, rows: int = 6, has_resets: bool = True
 ) -> Probe:
     """Cuts the rollout into sequences, from its end.
 
@@ -78,7 +78,7 @@ def build_probe(
     length = min(length, total // 2)
     ends = range(total, length - 1, -length)
     steps = torch.cat([rollout.steps[:rows, end - length : end] for end in ends], 0)[:rows].clone()
-    for key in subject.input_keys:
+    for key in tested.input_keys:
         value = steps.get(key)
         if value.is_floating_point():
             steps.set(key, _other(value, generator, scale=1.0))
@@ -86,13 +86,13 @@ def build_probe(
     if has_resets:
         flags[1:] = _resets(steps.shape[0] - 1, length, generator)
     first_reset = torch.where(flags.any(1), flags.float().argmax(1), length)
-    steps.set(subject.is_init_key, flags.unsqueeze(-1).to(steps.get(subject.is_init_key).device))
+    steps.set(tested.is_init_key, flags.unsqueeze(-1).to(steps.get(tested.is_init_key).device))
     is_later = flags.cumsum(1) > 0
-    for key in subject.state_keys:
+    for key in tested.state_keys:
         value = steps.get(key)
         first = value[:, :1].expand_as(value)
         steps.set(key, torch.where(_expand(is_later, value), rollout.fresh_state[key].expand_as(value), first))
-    return Probe(subject, steps, first_reset, rollout.is_primed, generator)
+    return Probe(tested, steps, first_reset, rollout.is_primed, generator)
 
 
 def distance(a: Tensor, b: Tensor, where: Tensor) -> float:

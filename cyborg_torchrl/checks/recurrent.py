@@ -15,7 +15,7 @@ from cyborg_torchrl.checks.findings import Finding
 from cyborg_torchrl.checks.horizon import check_horizon
 from cyborg_torchrl.checks.leaks import check_environment_leak, check_repeatable, check_reset_leak
 from cyborg_torchrl.checks.modes import check_modes
-from cyborg_torchrl.checks.policy_under_test import Subject
+from cyborg_torchrl.checks.policy_under_test import PolicyUnderTest
 from cyborg_torchrl.checks.probe import build_probe
 from cyborg_torchrl.checks.report import HorizonCurve, Report
 from cyborg_torchrl.checks.rollout import Rollout, collect, prepare
@@ -72,15 +72,15 @@ def check_recurrent(
         raise ValueError("give an environment to collect from, or a ready rollout=, and not both.")
     if any(length < 1 for length in chunk_lengths) or not chunk_lengths:
         raise ValueError(f"chunk_lengths must be 1 or more; got {list(chunk_lengths)}.")
-    subject = Subject(policy, state_keys, is_init_key)
+    tested = PolicyUnderTest(policy, state_keys, is_init_key)
     on_progress("rollout", 0.0)
-    recorded = prepare(subject, collect(subject, env, steps, seed) if rollout is None else rollout)
+    recorded = prepare(tested, collect(tested, env, steps, seed) if rollout is None else rollout)
     drift = (drift_updates, drift_learning_rate)
-    return _run(subject, recorded, tuple(chunk_lengths), seed, tolerance, drift, on_progress)
+    return _run(tested, recorded, tuple(chunk_lengths), seed, tolerance, drift, on_progress)
 
 
 def _run(
-    subject: Subject,
+    tested: PolicyUnderTest,
     rollout: Rollout,
     chunk_lengths: tuple[int, ...],
     seed: int,
@@ -90,9 +90,9 @@ def _run(
 ) -> Report:
     num_envs, steps = rollout.steps.shape
     longest = min(max(chunk_lengths), steps // 2)
-    probe = build_probe(subject, rollout, PROBE_LENGTH, seed)
-    long_probe = build_probe(subject, rollout, longest, seed)
-    unbroken = build_probe(subject, rollout, longest, seed, has_resets=False)
+    probe = build_probe(tested, rollout, PROBE_LENGTH, seed)
+    long_probe = build_probe(tested, rollout, longest, seed)
+    unbroken = build_probe(tested, rollout, longest, seed, has_resets=False)
     curves: list[HorizonCurve] = []
 
     def horizon() -> list[Finding]:
@@ -102,18 +102,18 @@ def _run(
 
     parts: dict[str, Callable[[], list[Finding]]] = {
         "repeatable": lambda: [check_repeatable(probe)],
-        "same state": lambda: check_same_state(subject, rollout, chunk_lengths, tolerance),
+        "same state": lambda: check_same_state(tested, rollout, chunk_lengths, tolerance),
         "step against sequence": lambda: [check_modes(long_probe, tolerance)],
         "resets": lambda: check_reset_leak(probe),
         "environments": lambda: check_environment_leak(probe, tolerance),
         "gradient horizon": horizon,
-        "drift": lambda: report_drift(subject, rollout, longest, *drift),
-        "storage": lambda: report_storage(subject, rollout, longest),
+        "drift": lambda: report_drift(tested, rollout, longest, *drift),
+        "storage": lambda: report_storage(tested, rollout, longest),
     }
     findings: list[Finding] = []
     for index, (name, check) in enumerate(parts.items()):
         on_progress(name, (index + 1) / (len(parts) + 1))
         findings += check()
     on_progress("done", 1.0)
-    names = tuple("/".join(key) if isinstance(key, tuple) else key for key in subject.state_keys)
-    return Report(subject.name, names, num_envs, steps, seed, tuple(findings), curves[0])
+    names = tuple("/".join(key) if isinstance(key, tuple) else key for key in tested.state_keys)
+    return Report(tested.name, names, num_envs, steps, seed, tuple(findings), curves[0])

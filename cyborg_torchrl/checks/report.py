@@ -11,7 +11,7 @@ from rich.table import Table
 
 from cyborg_torchrl.checks.findings import Finding
 
-STYLES = {"ok": "green", "accused": "bold red", "info": "cyan", "not_applicable": "dim"}
+STYLES = {"passed": "green", "failed": "bold red", "info": "cyan", "not_applicable": "dim"}
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,14 @@ class Report:
     horizon: HorizonCurve | None = None
 
     @property
-    def is_healthy(self) -> bool:
-        """Whether nothing was accused."""
-        return not self.accused
+    def has_passed(self) -> bool:
+        """True if no check failed."""
+        return not self.failed
 
     @property
-    def accused(self) -> tuple[Finding, ...]:
+    def failed(self) -> tuple[Finding, ...]:
         """The findings that say something is wrong."""
-        return tuple(finding for finding in self.findings if finding.verdict == "accused")
+        return tuple(finding for finding in self.findings if finding.verdict == "failed")
 
     def __getitem__(self, name: str) -> Finding:
         """The finding of that name.
@@ -64,7 +64,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings, lists and dicts; what is no finite number becomes a string ("inf", "nan")."""
-        return _plain({**asdict(self), "is_healthy": self.is_healthy})
+        return _plain({**asdict(self), "has_passed": self.has_passed})
 
     def to_json(self) -> str:
         """The report as one JSON object."""
@@ -72,7 +72,7 @@ class Report:
 
     def table(self) -> Table:
         """The findings as a table for a terminal."""
-        title = f"{self.policy}: {'healthy' if self.is_healthy else f'{len(self.accused)} accused'}"
+        title = f"{self.policy}: {'passed' if self.has_passed else f'{len(self.failed)} failed'}"
         table = Table(title=title, title_justify="left", expand=False)
         table.add_column("finding", overflow="fold")
         table.add_column("value", justify="right")

@@ -11,7 +11,7 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import set_recurrent_mode
 
 from cyborg_torchrl import keys
-from cyborg_torchrl.checks.policy_under_test import States, Subject
+from cyborg_torchrl.checks.policy_under_test import PolicyUnderTest, States
 
 MIN_STEPS = 4
 
@@ -28,7 +28,7 @@ class Rollout:
 
 
 @torch.no_grad()
-def collect(subject: Subject, env: EnvBase, steps: int, seed: int) -> TensorDictBase:
+def collect(tested: PolicyUnderTest, env: EnvBase, steps: int, seed: int) -> TensorDictBase:
     """Rolls the policy out, as a collector would. Seeds the environment; torch's own generators are left as they were.
 
     Returns [*env.batch_size, steps].
@@ -43,16 +43,16 @@ def collect(subject: Subject, env: EnvBase, steps: int, seed: int) -> TensorDict
         env.set_seed(seed)
         torch.manual_seed(seed)
         tensordict = env.reset()
-        _check_reset(subject, tensordict)
+        _check_reset(tested, tensordict)
         rows = []
         for _ in range(steps):
-            tensordict, following = env.step_and_maybe_reset(subject.policy(tensordict))
+            tensordict, following = env.step_and_maybe_reset(tested.policy(tensordict))
             rows.append(tensordict.clone())
             tensordict = following
         return LazyStackedTensorDict.maybe_dense_stack(rows, -1).contiguous()
 
 
-def prepare(subject: Subject, rollout: TensorDictBase) -> Rollout:
+def prepare(tested: PolicyUnderTest, rollout: TensorDictBase) -> Rollout:
     """Checks a rollout and keeps what is needed of it, as [N, T].
 
     Raises:
@@ -64,43 +64,43 @@ def prepare(subject: Subject, rollout: TensorDictBase) -> Rollout:
             f"a rollout has batch size [N, T] with T >= {MIN_STEPS} consecutive steps; got {list(rollout.batch_size)}."
         )
     rollout = rollout.unsqueeze(0) if rollout.ndim == 1 else rollout.reshape(-1, rollout.shape[-1])
-    _check_entries(subject, rollout)
-    wanted = [*subject.input_keys, subject.is_init_key, *subject.state_keys, subject.action_key, subject.log_prob_key]
+    _check_entries(tested, rollout)
+    wanted = [*tested.input_keys, tested.is_init_key, *tested.state_keys, tested.action_key, tested.log_prob_key]
     steps = rollout.select(*wanted, (keys.NEXT, keys.REWARD), strict=False).detach().contiguous()
-    steps.set(subject.is_init_key, steps.get(subject.is_init_key).reshape(*steps.shape, 1))
-    flags = steps.get(subject.is_init_key).squeeze(-1)
-    resets = {key: value[flags] for key, value in subject.states_of(steps).items()}
+    steps.set(tested.is_init_key, steps.get(tested.is_init_key).reshape(*steps.shape, 1))
+    flags = steps.get(tested.is_init_key).squeeze(-1)
+    resets = {key: value[flags] for key, value in tested.states_of(steps).items()}
     is_primed = all(bool((value == value[:1]).all()) for value in resets.values())
     fresh = {}
-    for key, value in subject.states_of(steps).items():
+    for key, value in tested.states_of(steps).items():
         has_seen = is_primed and resets[key].shape[0] > 0
         fresh[key] = resets[key][0].clone() if has_seen else torch.zeros_like(value[0, 0])
     return Rollout(steps, fresh, is_primed)
 
 
-def _check_reset(subject: Subject, tensordict: TensorDictBase) -> None:
-    if tensordict.get(subject.is_init_key, None) is None:
+def _check_reset(tested: PolicyUnderTest, tensordict: TensorDictBase) -> None:
+    if tensordict.get(tested.is_init_key, None) is None:
         raise KeyError(
-            f"the environment writes no {subject.is_init_key!r}, which says where episodes begin: add "
+            f"the environment writes no {tested.is_init_key!r}, which says where episodes begin: add "
             "torchrl.envs.InitTracker() to it."
         )
-    missing = [key for key in subject.state_keys if tensordict.get(key, None) is None]
+    missing = [key for key in tested.state_keys if tensordict.get(key, None) is None]
     if missing:
         raise KeyError(
-            f"the environment holds no memory state {missing}, so {subject.name} would forget everything at each step: "
+            f"the environment holds no memory state {missing}, so {tested.name} would forget everything at each step: "
             "env.append_transform(torchrl.modules.utils.get_primers_from_module(policy))."
         )
 
 
-def _check_entries(subject: Subject, rollout: TensorDictBase) -> None:
-    _check_reset(subject, rollout)
-    missing = [key for key in subject.input_keys if rollout.get(key, None) is None]
+def _check_entries(tested: PolicyUnderTest, rollout: TensorDictBase) -> None:
+    _check_reset(tested, rollout)
+    missing = [key for key in tested.input_keys if rollout.get(key, None) is None]
     if missing:
-        raise KeyError(f"the rollout lacks {missing}, which {subject.name} reads.")
-    if rollout.get(subject.action_key, None) is None:
-        raise KeyError(f"the rollout has no {subject.action_key!r}: it was not collected with this policy.")
-    if rollout.get(subject.log_prob_key, None) is None:
+        raise KeyError(f"the rollout lacks {missing}, which {tested.name} reads.")
+    if rollout.get(tested.action_key, None) is None:
+        raise KeyError(f"the rollout has no {tested.action_key!r}: it was not collected with this policy.")
+    if rollout.get(tested.log_prob_key, None) is None:
         raise KeyError(
-            f"the rollout has no log-prob {subject.log_prob_key!r}, so there is nothing to compare with: build the "
+            f"the rollout has no log-prob {tested.log_prob_key!r}, so there is nothing to compare with: build the "
             "policy's probabilistic module with return_log_prob=True."
         )

@@ -11,7 +11,7 @@ from torch import Tensor
 from cyborg_torchrl import keys
 from cyborg_torchrl.checks.causes import Suspicion, suspect
 from cyborg_torchrl.checks.findings import Finding, inform, judge, skip
-from cyborg_torchrl.checks.policy_under_test import Subject
+from cyborg_torchrl.checks.policy_under_test import PolicyUnderTest
 from cyborg_torchrl.checks.probe import TINY
 from cyborg_torchrl.checks.rollout import Rollout
 from cyborg_torchrl.data import RecurrentRolloutBuffer
@@ -37,25 +37,25 @@ def buffer_name(length: int) -> str:
 
 @torch.no_grad()
 def check_same_state(
-    subject: Subject, rollout: Rollout, chunk_lengths: Sequence[int], tolerance: float
+    tested: PolicyUnderTest, rollout: Rollout, chunk_lengths: Sequence[int], tolerance: float
 ) -> list[Finding]:
     """|log ratio| before any update, which is zero if and only if the update sees what the rollout saw."""
     steps = rollout.steps
     total = steps.shape[1]
-    single_log_prob, following = subject.step_from(steps)
-    recorded = subject.recorded_log_prob(steps)
+    single_log_prob, following = tested.step_from(steps)
+    recorded = tested.recorded_log_prob(steps)
     errors = {SINGLE: (single_log_prob - recorded).abs()}
     for length in sorted({*chunk_lengths} - {total}):
         if length <= total:
-            errors[chunk_name(length)] = _chunk_errors(subject, steps, length)
-    errors[WHOLE] = _chunk_errors(subject, steps, total)
+            errors[chunk_name(length)] = _chunk_errors(tested, steps, length)
+    errors[WHOLE] = _chunk_errors(tested, steps, total)
     for length in sorted({length for length in chunk_lengths if 1 < length < total and total % length == 0}):
-        if subject.is_init_key == keys.IS_INIT:
-            errors[buffer_name(length)] = _buffer_errors(subject, steps, length)
-    follow = _continuity(subject, rollout, following)
-    power = _power(subject, steps)
+        if tested.is_init_key == keys.IS_INIT:
+            errors[buffer_name(length)] = _buffer_errors(tested, steps, length)
+    follow = _continuity(tested, rollout, following)
+    power = _power(tested, steps)
     is_wrong = {name: not float(error.max()) <= tolerance for name, error in errors.items()}
-    suspicion = suspect(subject, rollout, tolerance, follow, is_wrong[SINGLE]) if any(is_wrong.values()) else None
+    suspicion = suspect(tested, rollout, tolerance, follow, is_wrong[SINGLE]) if any(is_wrong.values()) else None
     findings = [_ratio_finding(name, float(e.max()), tolerance, power, suspicion) for name, e in errors.items()]
     text = "|log ratio| with the states of another moment: where it is far above the limit, the check sees."
     return [*findings, _judge_continuity(follow, tolerance), inform(POWER, power, text)]
@@ -66,8 +66,8 @@ def _judge_continuity(follow: float, tolerance: float) -> Finding:
         CONTINUITY,
         follow,
         tolerance,
-        healthy="Each stored state is the one that the policy makes of the step before.",
-        accused="Stored states are not what the policy makes of the step before: steps are out of order, or states "
+        passed="Each stored state is the one that the policy makes of the step before.",
+        failed="Stored states are not what the policy makes of the step before: steps are out of order, or states "
         "were lost, swapped or made by other parameters.",
         cure="Store whole sequences of one environment in order of time, and states and observations of the same step.",
     )
@@ -78,36 +78,36 @@ def _ratio_finding(name: str, error: float, tolerance: float, power: float, susp
         text = "The log-probs hardly depend on the memory, so a wrong state would not show: train the policy a bit."
         return skip(name, text, value=error, limit=tolerance)
     cause = suspicion or Suspicion("", "")
-    return judge(name, error, tolerance, healthy=AS_RECORDED, accused=cause.explanation, cure=cause.cure)
+    return judge(name, error, tolerance, passed=AS_RECORDED, failed=cause.explanation, cure=cause.cure)
 
 
-def _chunk_errors(subject: Subject, steps: TensorDictBase, length: int) -> Tensor:
+def _chunk_errors(tested: PolicyUnderTest, steps: TensorDictBase, length: int) -> Tensor:
     """|log ratio| of all steps, in chunks of a length from their first stored state; the rest is a shorter chunk."""
     total = steps.shape[1]
     whole = total - total % length
     parts = [steps[:, :whole].reshape(-1, length)] + ([steps[:, whole:]] if whole < total else [])
-    return torch.cat([_log_ratio(subject, part).flatten() for part in parts])
+    return torch.cat([_log_ratio(tested, part).flatten() for part in parts])
 
 
-def _buffer_errors(subject: Subject, steps: TensorDictBase, length: int) -> Tensor:
+def _buffer_errors(tested: PolicyUnderTest, steps: TensorDictBase, length: int) -> Tensor:
     rows = steps.numel() // length
-    buffer = RecurrentRolloutBuffer(steps.numel(), length, batch_size=-(-rows // 3), state_keys=subject.state_keys)
+    buffer = RecurrentRolloutBuffer(steps.numel(), length, batch_size=-(-rows // 3), state_keys=tested.state_keys)
     with torch.random.fork_rng():
         buffer.store(steps)
-        device = subject.recorded_log_prob(steps).device
-        return torch.cat([_log_ratio(subject, batch.to(device)).flatten() for batch in buffer])
+        device = tested.recorded_log_prob(steps).device
+        return torch.cat([_log_ratio(tested, batch.to(device)).flatten() for batch in buffer])
 
 
-def _log_ratio(subject: Subject, steps: TensorDictBase) -> Tensor:
-    log_prob = subject.log_prob(subject.run_sequence(steps), steps)
-    return (log_prob - subject.recorded_log_prob(steps)).abs()
+def _log_ratio(tested: PolicyUnderTest, steps: TensorDictBase) -> Tensor:
+    log_prob = tested.log_prob(tested.run_sequence(steps), steps)
+    return (log_prob - tested.recorded_log_prob(steps)).abs()
 
 
-def _continuity(subject: Subject, rollout: Rollout, following: Mapping) -> float:
+def _continuity(tested: PolicyUnderTest, rollout: Rollout, following: Mapping) -> float:
     """Largest difference between a stored state and that made from the step before, as a share of the largest entry."""
-    goes_on = ~rollout.steps.get(subject.is_init_key).squeeze(-1)[:, 1:]
+    goes_on = ~rollout.steps.get(tested.is_init_key).squeeze(-1)[:, 1:]
     worst = 0.0
-    for key, stored in subject.states_of(rollout.steps).items():
+    for key, stored in tested.states_of(rollout.steps).items():
         made, stored = following[key][:, :-1][goes_on], stored[:, 1:][goes_on]
         if made.numel():
             error = (made - stored).abs().max() / torch.maximum(made.abs().max(), stored.abs().max()).clamp_min(TINY)
@@ -115,10 +115,10 @@ def _continuity(subject: Subject, rollout: Rollout, following: Mapping) -> float
     return worst
 
 
-def _power(subject: Subject, steps: TensorDictBase) -> float:
+def _power(tested: PolicyUnderTest, steps: TensorDictBase) -> float:
     """Largest |log ratio| of single steps with the states of another environment and moment."""
     other = steps.clone()
-    for key in subject.state_keys:
+    for key in tested.state_keys:
         value = steps.get(key)
         other.set(key, value.flatten(0, 1).roll(value.shape[1] // 2 + 1, 0).view_as(value))
-    return float((subject.step_from(other)[0] - subject.step_from(steps)[0]).abs().max())
+    return float((tested.step_from(other)[0] - tested.step_from(steps)[0]).abs().max())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cyborg_torchrl.checks.findings import Finding, inform
-from cyborg_torchrl.checks.policy_under_test import Subject
+from cyborg_torchrl.checks.policy_under_test import PolicyUnderTest
 from cyborg_torchrl.checks.rollout import Rollout
 
 STEPS = 100_000
@@ -16,9 +16,9 @@ def stored_state_name(length: int) -> str:
     return f"states, MB per 100,000 steps: one a chunk of {length}"
 
 
-def report_storage(subject: Subject, rollout: Rollout, length: int) -> list[Finding]:
+def report_storage(tested: PolicyUnderTest, rollout: Rollout, length: int) -> list[Finding]:
     """Megabytes (10^6) of states, stored at each step and once a chunk."""
-    states = subject.states_of(rollout.steps).values()
+    states = tested.states_of(rollout.steps).values()
     size = sum(value[0, 0].numel() * value.element_size() for value in states)
     every = f"{size} bytes a state; a TorchRL rollout holds it a second time under 'next'."
     once = "What a buffer needs that stores the state before each chunk and replays the rest."

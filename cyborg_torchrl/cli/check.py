@@ -49,14 +49,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if results:
             print()
         results[name] = _check(name, arguments)
-    is_healthy = all(report.is_healthy and all(t.is_passed for t in tests) for tests, report in results.values())
+    has_passed = all(report.has_passed and all(t.is_passed for t in tests) for tests, report in results.values())
     seconds = round(time.perf_counter() - started, 2)
     try:
-        _write_files(results, arguments, {"is_healthy": is_healthy, "seed": arguments.seed, "seconds": seconds})
+        _write_files(results, arguments, {"has_passed": has_passed, "seed": arguments.seed, "seconds": seconds})
     except (ImportError, OSError) as error:
         raise UsageError(str(error)) from None
-    print(f"{'healthy' if is_healthy else 'ACCUSED'}: {', '.join(results)} ({seconds} s)")
-    return 0 if is_healthy else EXIT_FAILED
+    print(f"{'passed' if has_passed else 'FAILED'}: {', '.join(results)} ({seconds} s)")
+    return 0 if has_passed else EXIT_FAILED
 
 
 def _parser() -> CommandParser:

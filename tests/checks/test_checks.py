@@ -31,8 +31,8 @@ from cyborg_torchrl.checks.storage import stored_state_name
 OPTIONS = {"steps": 16, "chunk_lengths": (1, 8), "drift_updates": 1}
 
 
-def accused(report: Report) -> set[str]:
-    return {finding.name for finding in report.accused}
+def failed_names(report: Report) -> set[str]:
+    return {finding.name for finding in report.failed}
 
 
 @pytest.fixture
@@ -86,17 +86,17 @@ def test_environments_that_never_end_an_episode(name: str, build_policy: Callabl
     policy = build_policy(name)
     env = primed_env(policy, p_terminated=0.0, p_truncated=0.0)
     report = check_recurrent(policy, env, **OPTIONS)
-    assert report.is_healthy
-    assert report["reset leak: sequence mode"].verdict == "ok", "with resets of the checker's own"
+    assert report.has_passed
+    assert report["reset leak: sequence mode"].verdict == "passed", "with resets of the checker's own"
 
 
 def test_one_environment_alone(policy: TensorDictModuleBase, primed_env: Callable) -> None:
     report = check_recurrent(policy, primed_env(policy, num_envs=1), **OPTIONS)
-    assert report.is_healthy
+    assert report.has_passed
     assert report.num_envs == 1
-    assert report["environment leak: step mode"].verdict == "ok"
+    assert report["environment leak: step mode"].verdict == "passed"
     rollout = primed_env(policy, num_envs=1).rollout(16, policy, break_when_any_done=False)
-    assert check_recurrent(policy, rollout=rollout[0], **OPTIONS).is_healthy
+    assert check_recurrent(policy, rollout=rollout[0], **OPTIONS).has_passed
 
 
 def test_continuous_actions(build_small_core: Callable, make_agent: Callable, make_env: Callable) -> None:
@@ -112,8 +112,8 @@ def test_continuous_actions(build_small_core: Callable, make_agent: Callable, ma
         state = dict(td["next", "memory_state"].items())
         rows.append(td)
     report = check_recurrent(agent, rollout=torch.stack(rows, 1), **OPTIONS)
-    assert report.is_healthy
-    assert report["same state: chunks of 8"].verdict == "ok"
+    assert report.has_passed
+    assert report["same state: chunks of 8"].verdict == "passed"
     assert report["drift: KL(fresh || stored)"].value > 0
 
 
@@ -123,7 +123,7 @@ def test_a_collectors_rollout(policy: TensorDictModuleBase, make_env: Callable) 
     )
     rollouts = [rollout.clone() for rollout in collector]
     collector.shutdown()
-    assert check_recurrent(policy, rollout=rollouts[1], **OPTIONS).is_healthy
+    assert check_recurrent(policy, rollout=rollouts[1], **OPTIONS).has_passed
 
 
 def test_stale_parameters_are_accused(policy: TensorDictModuleBase, env: TransformedEnv) -> None:
@@ -132,7 +132,7 @@ def test_stale_parameters_are_accused(policy: TensorDictModuleBase, env: Transfo
         for parameter in policy.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
     report = check_recurrent(policy, rollout=rollout, **OPTIONS)
-    assert {"same state: single steps", "states follow one another"} <= accused(report)
+    assert {"same state: single steps", "states follow one another"} <= failed_names(report)
     assert "other parameters" in report["same state: single steps"].explanation
 
 
@@ -140,9 +140,9 @@ def test_dropout_is_named(build_policy: Callable, primed_env: Callable) -> None:
     policy = build_policy("GRUModule")
     policy.module[0].module = nn.Sequential(policy.module[0].module, nn.Dropout(0.5))
     report = check_recurrent(policy, primed_env(policy), **OPTIONS)
-    assert "repeatable" in accused(report)
+    assert "repeatable" in failed_names(report)
     policy.eval()
-    assert check_recurrent(policy, primed_env(policy), **OPTIONS).is_healthy
+    assert check_recurrent(policy, primed_env(policy), **OPTIONS).has_passed
 
 
 class BatchCentred(nn.Module):
@@ -155,7 +155,7 @@ class BatchCentred(nn.Module):
 def test_a_leak_between_environments(build_policy: Callable, primed_env: Callable) -> None:
     policy = build_policy("GRUModule")
     policy.module[0].module = nn.Sequential(policy.module[0].module, BatchCentred())
-    names = accused(check_recurrent(policy, primed_env(policy), **OPTIONS))
+    names = failed_names(check_recurrent(policy, primed_env(policy), **OPTIONS))
     modes = ("step mode", "sequence mode")
     assert {f"environment leak: {mode}" for mode in modes} <= names
     assert {f"environment gradient leak: {mode}" for mode in modes} <= names
@@ -173,21 +173,21 @@ class StepsOnly(Wrapped):
 
 def test_single_steps_have_no_gradient_through_time(policy: TensorDictModuleBase, env: TransformedEnv) -> None:
     report = check_recurrent(StepsOnly(policy), env, **OPTIONS)
-    assert report["same state: chunks of 8"].verdict == "ok", "each step is right by itself"
+    assert report["same state: chunks of 8"].verdict == "passed", "each step is right by itself"
     assert report["gradient horizon"].value == 0
-    assert "gradient horizon" in accused(report)
-    assert "step against sequence" in accused(report)
+    assert "gradient horizon" in failed_names(report)
+    assert "step against sequence" in failed_names(report)
 
 
 def test_observations_without_gradient(build_policy: Callable, primed_env: Callable) -> None:
     """Behind a frozen encoder the horizon is that of the memory state."""
-    healthy, broken = build_policy("GRUModule"), build_policy("GRUModule", is_detached=True)
-    for policy in (healthy, broken):
+    intact, broken = build_policy("GRUModule"), build_policy("GRUModule", is_detached=True)
+    for policy in (intact, broken):
         policy.module[0].module = nn.Sequential(policy.module[0].module, Detach())
-    report = check_recurrent(healthy, primed_env(healthy), **OPTIONS)
-    assert report.is_healthy
+    report = check_recurrent(intact, primed_env(intact), **OPTIONS)
+    assert report.has_passed
     assert report.horizon.leaf == "memory state"
-    assert accused(check_recurrent(broken, primed_env(broken), **OPTIONS)) == {"gradient horizon"}
+    assert failed_names(check_recurrent(broken, primed_env(broken), **OPTIONS)) == {"gradient horizon"}
 
 
 class Detach(nn.Module):
@@ -203,7 +203,7 @@ def test_a_policy_that_does_not_use_its_memory(build_policy: Callable, primed_en
         for bias in (policy.module[1].gru.bias_ih_l0, policy.module[1].gru.bias_ih_l1):
             bias[8:16] = -60.0  # the update gate is shut: nothing of the state is kept
     report = check_recurrent(policy, primed_env(policy), **OPTIONS)
-    assert report.is_healthy
+    assert report.has_passed
     assert report["gradient horizon"].verdict == "not_applicable"
     assert report["same state: chunks of 8"].verdict == "not_applicable"
 
@@ -226,7 +226,7 @@ def test_the_report(policy: TensorDictModuleBase, env: TransformedEnv) -> None:
     assert [share for _, share in seen] == sorted(share for _, share in seen)
     assert seen[-1] == ("done", 1.0)
     content = json.loads(report.to_json())
-    assert content["is_healthy"] is True
+    assert content["has_passed"] is True
     assert content["state_keys"] == ["memory_state/hidden"]
     assert {finding["name"] for finding in content["findings"]} == {finding.name for finding in report.findings}
     assert len(content["horizon"]["gradient"]) == 8
@@ -237,15 +237,15 @@ def test_the_report(policy: TensorDictModuleBase, env: TransformedEnv) -> None:
 
 
 def test_the_table_and_json_of_the_accused() -> None:
-    finding = Finding("ratio", float("nan"), 1e-4, "accused", "They differ.", "Mend it.")
+    finding = Finding("ratio", float("nan"), 1e-4, "failed", "They differ.", "Mend it.")
     size = Finding("size", 1075.2, None, "info", "Megabytes.")
     report = Report("Policy", ("h",), 4, 16, 0, (finding, size))
-    assert not report.is_healthy
+    assert not report.has_passed
     assert json.loads(report.to_json())["findings"][0]["value"] == "nan"
     console = Console(width=200, record=True)
     console.print(report.table())
     text = console.export_text()
-    assert "1 accused" in text
+    assert "1 failed" in text
     assert "1,075" in text
     assert "They differ. Mend it." in text
 
@@ -287,7 +287,7 @@ def test_a_state_outside_of_the_tensordict(build_policy: Callable, primed_env: C
     policy = build_policy("GRUModule")
     policy.module[0].module = nn.Sequential(policy.module[0].module, Remembers())
     report = check_recurrent(policy, primed_env(policy), **OPTIONS)
-    assert "repeatable" in accused(report)
+    assert "repeatable" in failed_names(report)
     assert "state of its own" in report["repeatable"].explanation
 
 
@@ -315,9 +315,9 @@ class FirstStateOnly(Wrapped):
 def test_sequences_that_forget_their_stored_state(build_policy: Callable, primed_env: Callable) -> None:
     policy = FirstStateOnly(build_policy("GRUModule"))
     report = check_recurrent(policy, primed_env(policy), **OPTIONS)
-    assert {"same state: chunks of 1", "same state: chunks of 8", "step against sequence"} <= accused(report)
-    assert report["same state: single steps"].verdict == "ok"
-    assert report["same state: whole rows"].verdict == "ok", "these begin with an episode"
+    assert {"same state: chunks of 1", "same state: chunks of 8", "step against sequence"} <= failed_names(report)
+    assert report["same state: single steps"].verdict == "passed"
+    assert report["same state: whole rows"].verdict == "passed", "these begin with an episode"
     assert "sequence mode is not its step mode" in report["same state: chunks of 8"].explanation
 
 
@@ -329,15 +329,15 @@ def test_a_primer_that_is_not_zero_is_accused_where_it_is_not_read_alike(
     env = make_env(4)
     env.append_transform(TensorDictPrimer({"recurrent_state": Unbounded((2, 8))}, default_value=0.7, expand_specs=True))
     report = check_recurrent(policy, env, **OPTIONS)
-    assert "same state: whole rows" in accused(report)
-    assert report["same state: single steps"].verdict == "ok"
+    assert "same state: whole rows" in failed_names(report)
+    assert report["same state: single steps"].verdict == "passed"
 
 
 def test_states_that_come_back_in_half_precision(policy: TensorDictModuleBase, env: TransformedEnv) -> None:
     rollout = env.rollout(16, policy, break_when_any_done=False).detach()
     rollout["memory_state", "hidden"] = rollout["memory_state", "hidden"].half().float()
-    assert "same state: single steps" in accused(check_recurrent(policy, rollout=rollout, **OPTIONS))
-    assert check_recurrent(policy, rollout=rollout, tolerance=0.02, **OPTIONS).is_healthy
+    assert "same state: single steps" in failed_names(check_recurrent(policy, rollout=rollout, **OPTIONS))
+    assert check_recurrent(policy, rollout=rollout, tolerance=0.02, **OPTIONS).has_passed
 
 
 def test_an_environment_without_batch_and_several_scalar_observations() -> None:
@@ -356,7 +356,7 @@ def test_an_environment_without_batch_and_several_scalar_observations() -> None:
     env = TransformedEnv(PendulumEnv(), InitTracker())
     env.append_transform(get_primers_from_module(policy))
     report = check_recurrent(policy, env, **OPTIONS)
-    assert report.is_healthy
+    assert report.has_passed
     assert (report.num_envs, report.steps) == (1, 16)
     assert report["drift: KL(fresh || stored)"].value > 0, "estimated: torch has no formula for it"
 
@@ -377,11 +377,11 @@ class LeavesResetsToThePrimer(Wrapped):
 def test_resets_may_be_left_to_the_primer(build_policy: Callable, primed_env: Callable) -> None:
     policy = LeavesResetsToThePrimer(build_policy("GRUModule"))
     env = primed_env(policy)
-    assert check_recurrent(policy, env, **OPTIONS).is_healthy
+    assert check_recurrent(policy, env, **OPTIONS).has_passed
     rollout = env.rollout(16, policy, break_when_any_done=False).detach()
     rollout["recurrent_state"] = torch.rand_like(rollout["recurrent_state"])  # no primer at work
-    assert "reset leak: step mode" in accused(check_recurrent(policy, rollout=rollout, **OPTIONS))
+    assert "reset leak: step mode" in failed_names(check_recurrent(policy, rollout=rollout, **OPTIONS))
 
 
 def test_very_short_rollouts(policy: TensorDictModuleBase, env: TransformedEnv) -> None:
-    assert check_recurrent(policy, env, steps=4).is_healthy
+    assert check_recurrent(policy, env, steps=4).has_passed

@@ -81,11 +81,11 @@ def test_a_backbone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "--backbone", "lru", "--json", str(path), "--plot", str(picture)]) == 0
     out = capsys.readouterr().out
     assert all(f"PASS  lru: {name}" in out for name in NAMES)
-    assert "healthy: lru" in out
+    assert "passed: lru" in out
     content = json.loads(path.read_text())
-    assert content["is_healthy"] is True
+    assert content["has_passed"] is True
     assert [test["name"] for test in content["policies"]["lru"]["tests"]] == NAMES
-    assert content["policies"]["lru"]["report"]["is_healthy"] is True
+    assert content["policies"]["lru"]["report"]["has_passed"] is True
     assert picture.read_bytes()[:4] == b"\x89PNG"
 
 
@@ -94,7 +94,7 @@ def test_a_policy_of_somebody_else(third_party: str, tmp_path: Path, capsys: pyt
     assert main(["check", "--policy", f"{third_party}:build", "--json", str(path)]) == 0
     assert json.loads(path.read_text())["policies"][f"{third_party}:build"]["tests"] == []
     assert main(["check", "--policy", f"{third_party}:build_detached"]) == 1
-    assert "ACCUSED" in capsys.readouterr().out
+    assert "FAILED" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -102,8 +102,8 @@ def _sentence(episode: Episode, report: Report) -> str:
     length = len(episode.reward)
     whole = "One fresh episode of" if episode.is_whole else "The beginning of an episode,"
     success = "" if episode.success is None or not episode.is_whole else f", success {episode.success:.2f}"
-    accused = ", ".join(finding.name for finding in report.accused)
-    verdict = f"The checker accuses: {accused}." if accused else "The checker accuses nothing."
+    failed = ", ".join(finding.name for finding in report.failed)
+    verdict = f"Failed checks: {failed}." if failed else "All checks passed."
     return f"{whole} {length:,} steps, return {episode.reward.sum():.2f}{success}. {verdict}"
 
 
