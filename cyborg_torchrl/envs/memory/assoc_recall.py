@@ -83,19 +83,19 @@ class AssocRecallEnv(MemoryTask):
         return {
             "order": self.permutations(self.pairs),
             "value_of": self.randint(self.values, self.pairs),
-            "query": self.randint(self.pairs),
+            "asked": self.randint(self.pairs),
         }
 
     def _show(self, time: Tensor, latents: Latents) -> Tensor:
         is_pair, is_query = time < self.pairs, time == self.max_episode_steps - 1
         shown = at(latents["order"], time)
-        key = one_hot(torch.where(is_query, latents["query"], shown), self.pairs, is_pair | is_query)
+        key = one_hot(torch.where(is_query, latents["asked"], shown), self.pairs, is_pair | is_query)
         value = one_hot(at(latents["value_of"], shown), self.values, is_pair)
         return torch.cat([key, value, is_query.float().unsqueeze(-1)], -1)
 
     def _judge(self, action: Tensor, time: Tensor, latents: Latents) -> Judgement:
         is_query = time == self.max_episode_steps - 1
-        answer = at(latents["value_of"], latents["query"])
+        answer = at(latents["value_of"], latents["asked"])
         return Judgement(is_query, is_query & (action == answer), is_query)
 
     def oracle(self) -> ReferencePolicy:
