@@ -21,11 +21,12 @@ class BackboneStep:
     def __init__(self, backbone: Backbone) -> None:
         self.backbone, self.may_begin = backbone, True
         self.initial: State = {}
-        self.dtype = next((p.dtype for p in backbone.core.parameters()), torch.get_default_dtype())
+        self.dtype = torch.get_default_dtype()
         self.after = {name: unravel_key((keys.NEXT, key)) for name, key in backbone.state_keys.items()}
 
     def begin(self, num_envs: int) -> None:
-        """Compute the initial state once, before a rollout."""
+        """Look up the precision and compute the initial state, before a rollout."""
+        self.dtype = next((p.dtype for p in self.backbone.core.parameters()), torch.get_default_dtype())
         self.initial = self.backbone.core.initial_state(num_envs)
 
     def __call__(self, entries: Entries) -> None:

@@ -28,18 +28,19 @@ TRAJ_IDS = ("collector", "traj_ids")
 class FusedCollector(Collector):
     """A drop-in for `torchrl.collectors.Collector` that steps on tensors.
 
-    Iteration, seeding, weight updates, state_dict and all options are TorchRL's own. A rollout of a native environment
-    (a `MemoryTask`, with TorchRL's InitTracker, RewardSum and TensorDictPrimer around it) with a policy made of
-    TensorDictModules and our `Backbone` is taken without any tensordict in between: the same operations in the same
-    order, so batches equal those of `Collector` bit by bit for the same seed, in a fraction of the time. Any other
-    environment is stepped by TorchRL between steps of the policy on tensors; any other policy, or option that excludes
-    both, is left to TorchRL. The reason is logged once.
+    Iteration, seeding, weight updates, state_dict and all options are TorchRL's. A rollout of a native environment (a
+    `MemoryTask` with TorchRL's InitTracker, RewardSum and TensorDictPrimer) uses no tensordict between its steps, if
+    the policy consists of TensorDictModules and our `Backbone`. It runs the same operations in the same order, in a
+    fraction of the time. With `compiled_step=False` batches equal those of `Collector` bit by bit for the same seed.
+
+    Any other environment is stepped by TorchRL between steps of the policy on tensors. Any other policy, or an option
+    that excludes both, is left to TorchRL. The reason is logged once.
 
     Args:
         *args: as for `Collector`.
         auto_register_policy_transforms: add the policy's primers to the environment; on by default here.
-        compiled_step: compute the agent's networks by one C++ call a step, where there is one (`compile_step`). Its
-            results differ from torch's in the last digits; without it batches equal those of `Collector` bit by bit.
+        compiled_step: compute the agent's networks by one C++ call a step, if there is one (`compile_step`). Its
+            results differ from those of torch in the last digits.
         cudagraph: replay the policy's step as a CUDA graph (`GraphedPolicy`). Not TorchRL's `cudagraph_policy`, which
             changes how tensordicts behave in the whole process.
         **kwargs: as for `Collector`.

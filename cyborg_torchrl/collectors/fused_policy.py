@@ -56,13 +56,13 @@ class FusedPolicy:
         self.written: tuple[NestedKey, ...] | None = None
         self._log_probs: list[NestedKey] = []
         self._backbones: list[BackboneStep] = []
-        self._compiled: Networks | None = None
+        self._networks: Networks | None = None
         if isinstance(policy, PPOAgent):
             _check_plain(policy, PPOAgent)
             parts = Networks(policy.encoder, policy.backbone, policy.fusion, policy.policy_head, policy.value_head)
             self.calls = [self._call(part) for part in (*parts, policy.sampler)]
             self.written = tuple(unravel_key(key) for key in policy.out_keys)
-            self._compiled = parts if compiled_step else None
+            self._networks = parts if compiled_step else None
         else:
             self.calls = list(self._flat(policy))
         self._rollout_calls = self.calls
@@ -75,7 +75,7 @@ class FusedPolicy:
         """
         for step in self._backbones:
             step.begin(num_envs)
-        compiled = None if self._compiled is None else compile_step(self._compiled, self._backbones[0], num_envs)
+        compiled = None if self._networks is None else compile_step(self._networks, self._backbones[0], num_envs)
         self._rollout_calls = self.calls if compiled is None else [compiled, self.calls[-1]]
 
     def check(self, steps: Entries) -> None:

@@ -33,9 +33,9 @@ class RolloutCollector:
 
     TorchRL's collectors hold two states for every step, the one before and the one after, which for a Mamba block is
     thousands of times what the step itself takes. Here states only pass through; those before `state_steps` are
-    kept. What is otherwise yielded equals the batches of TorchRL's `Collector`, from the same seed set after both were
-    made. Where an episode is cut off, the value of its last observation is taken at once, while the state that
-    belongs to it is there: ("next", "state_value").
+    kept. All other entries equal those of TorchRL's `Collector` with the same seed, bit by bit with
+    `compiled_step=False`. Where an episode is cut off, the value of its last observation is taken at once, while the
+    state that belongs to it is there: ("next", "state_value").
 
     Policies are run, and native environments stepped, on tensors alone (see `FusedCollector`), with the same results.
 
@@ -50,8 +50,8 @@ class RolloutCollector:
         exclude_keys: entries that are not kept either, ("next", key) for those after a step: observations, for
             instance, which stand there a second time.
         is_fused: step on tensors alone where that is possible.
-        compiled_step: compute the agent's networks by one C++ call a step, where there is one (`compile_step`). Its
-            results differ from torch's in the last digits.
+        compiled_step: compute the agent's networks by one C++ call a step, if there is one (`compile_step`). Its
+            results differ from those of torch in the last digits.
 
     Raises:
         ValueError: if frames_per_batch is not a multiple of the number of environments, or total_frames of it; or if an

@@ -158,7 +158,8 @@ class LRULayer(RecurrentLayer):
             is_init = torch.zeros(1, x.shape[0], dtype=torch.bool)
             hidden = gated_recurrence_cpp(inputs.unsqueeze(0), rate, state[0], is_init, state[0]).squeeze(0)
         else:
-            gates = _gates(*inputs.chunk(3, -1), rate)
+            decay_gate, input_gate, value = inputs.chunk(3, -1)
+            gates = _gates(decay_gate, input_gate, value, rate)
             hidden = torch.addcmul(gates.drive, gates.decay, state[0])
         return hidden, (hidden,)
 
