@@ -15,7 +15,7 @@ import torch
 
 from cyborg_torchrl.envs.signals import interrupts_deferred
 
-FORMAT = "cyborg_torchrl.training.checkpoint"
+FORMAT = "cyborg_torchrl.checkpoint"
 DUMP = "cyborg_torchrl.dump"
 """Of a file with what was not finite, written and read in the same way."""
 VERSION = 2

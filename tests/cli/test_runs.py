@@ -281,7 +281,7 @@ def test_checkpoints_are_whole_or_refused(tmp_path):
     torch.save({"something": 1}, path)
     with pytest.raises(ValueError, match="not a checkpoint of cyborg_torchrl"):
         load_checkpoint(path)
-    torch.save({"format": "cyborg_torchrl.training.checkpoint", "version": 99}, path)
+    torch.save({"format": "cyborg_torchrl.checkpoint", "version": 99}, path)
     with pytest.raises(ValueError, match="version 99"):
         load_checkpoint(path)
     assert os.listdir(tmp_path) == ["x.pt"]
