@@ -15,14 +15,16 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.plot import EXTRA
 from cyborg_torchrl.memory_benchmarks.results import Row, read_rows
 from cyborg_torchrl.training.command import EXIT_INTERRUPTED, picture, positive
+from cyborg_torchrl.training.stats import mean_interval
 
 CHUNK = "train=burn_in train.seq_len=32"
 ARMS: dict[str, str] = {
@@ -37,8 +39,6 @@ ARMS: dict[str, str] = {
     "whole episodes": "train=episode",
 }
 FIGURES = ("success_rate", "training_success", "state_drift", "drift_kl_last", "ratio_error", "total_seconds")
-T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
-"""Quantiles of Student's distribution for a two-sided 95 % interval, by the number of seeds."""
 
 
 def run_sweep(arguments: argparse.Namespace, arm: str) -> Path:
@@ -75,10 +75,10 @@ def read_figures(row: Row, folder: Path) -> dict[str, float]:
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and half the width of its 95 % interval (Student's), 0 for a single value; NaN for none."""
-    if len(values) < 2:
-        return (values[0] if values else float("nan")), 0.0
-    return mean(values), T_95.get(len(values), 1.96) * stdev(values) / len(values) ** 0.5
+    """Return the mean and half the width of its 95 % interval: 0 for a single value, NaN for no value."""
+    centre = mean(values) if values else float("nan")
+    limits = mean_interval(torch.tensor(values, dtype=torch.float64))
+    return centre, 0.0 if limits is None else (limits.high - limits.low) / 2
 
 
 def table(results: dict[tuple[str, str], list[dict[str, float]]]) -> Table:

@@ -15,7 +15,6 @@ from cyborg_torchrl.modules import PPOAgent
 from cyborg_torchrl.modules.nan_check import NonFiniteError
 from cyborg_torchrl.training.builders import build_agent, build_env
 from cyborg_torchrl.training.evaluation import evaluate
-from cyborg_torchrl.training.stats import mean_interval, success_interval
 
 
 def test_every_environment_gives_its_first_episodes(make_env: Callable, make_agent: Callable) -> None:
@@ -92,29 +91,3 @@ def test_an_agent_of_nan_is_not_evaluated(is_deterministic: bool) -> None:
         agent.policy_head.module.bias.fill_(torch.nan)
     with pytest.raises(NonFiniteError, match="'logits' is nan in environment 0"):
         evaluate(agent, env, 5, is_deterministic=is_deterministic)
-
-
-@pytest.mark.parametrize(
-    ("right", "of", "low", "high"),
-    # R, binom::binom.wilson and DescTools::BinomCI(method = "wilson")
-    [(10, 10, 0.72246, 1.0), (0, 10, 0.0, 0.27754), (50, 100, 0.40383, 0.59617), (1, 4, 0.04559, 0.69936)],
-)
-def test_wilson(right: int, of: int, low: float, high: float) -> None:
-    successes = torch.zeros(of, dtype=torch.float64)
-    successes[:right] = 1.0
-    assert success_interval(successes) == pytest.approx((low, high), abs=1e-5)
-
-
-def test_student() -> None:
-    values = torch.arange(1.0, 6.0, dtype=torch.float64)  # t(.975, 4) = 2.776445, s = sqrt(2.5)
-    assert mean_interval(values) == pytest.approx((3 - 1.963243, 3 + 1.963243), abs=1e-5)
-    assert mean_interval(values[:1]) is None
-    assert mean_interval(torch.ones(7)) == (1.0, 1.0)
-
-
-def test_shares_are_no_coin_flips() -> None:
-    shares = torch.tensor([0.9, 1.0, 1.0, 1.0], dtype=torch.float64)
-    found = success_interval(shares)
-    assert found is not None
-    assert found.low == pytest.approx(float(shares.mean()) - 3.182446 * 0.05 / 2, abs=1e-5)  # t(.975, 3), s = .05
-    assert found.high == 1.0
