@@ -26,5 +26,5 @@ def test_a_picture_is_drawn(tmp_path: Path) -> None:
 
 def test_without_matplotlib_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ImportError, match=r"cyborg-torchrl\[plot\]"):
+    with pytest.raises(ImportError, match=r"cyborg-torchrl\[report\]"):
         plot_horizon(CURVES, tmp_path / "horizon.png")

@@ -47,13 +47,13 @@ def of_own_terminal() -> None:
 
 
 def example(*arguments: str, **options):
-    command = [sys.executable, str(ROOT / "examples" / "delayed_cue.py"), *arguments]
+    command = [sys.executable, "-m", "cyborg_torchrl", "train", *arguments]
     options = {"env": THIS_CHECKOUT, **options}
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, **options)
 
 
 def test_a_reader_that_leaves_ends_a_command_without_a_traceback(tmp_path):
-    command = [sys.executable, str(ROOT / "examples" / "delayed_cue.py"), "--print-config"]
+    command = [sys.executable, "-m", "cyborg_torchrl", "train", "--print-config"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=THIS_CHECKOUT) as process:
         process.stdout.close()  # as `head` does
         assert process.stderr.read() == b""
@@ -107,7 +107,7 @@ def test_a_taken_run_name_is_refused(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupted_run_saves_what_was_learned(tmp_path, number):
-    command = [sys.executable, "examples/delayed_cue.py", "env.horizon=50", "train.total_timesteps=100000000"]
+    command = [sys.executable, "-m", "cyborg_torchrl", "train", "env.horizon=50", "train.total_timesteps=100000000"]
     command += [f"logger.base_dir={tmp_path}", "logger.run_name=run"]
     process = subprocess.Popen(
         command,
@@ -142,7 +142,7 @@ PROCESSES = ["--config", "public_benchmark", "env=gymnasium", "env.id=CartPole-v
 
 @pytest.mark.parametrize("options", [["env.horizon=50"], PROCESSES], ids=["one", "processes"])
 def test_a_closed_terminal_ends_a_run_as_an_interrupt_does(options, tmp_path):
-    command = [sys.executable, "examples/delayed_cue.py", *options, "train.total_timesteps=100000000"]
+    command = [sys.executable, "-m", "cyborg_torchrl", "train", *options, "train.total_timesteps=100000000"]
     command += [f"logger.base_dir={tmp_path}", "logger.run_name=run"]
     terminal, shown = pty.openpty()
     process = subprocess.Popen(
@@ -180,7 +180,7 @@ def short_path():
 )
 def test_an_interrupt_while_processes_start_leaves_nothing(send, number, tmp_path, short_path):
     folder, base = short_path, tmp_path / "runs"
-    command = [sys.executable, "examples/delayed_cue.py", "env=gymnasium", "env.id=CartPole-v1", "env.workers=2"]
+    command = [sys.executable, "-m", "cyborg_torchrl", "train", "env=gymnasium", "env.id=CartPole-v1", "env.workers=2"]
     process = subprocess.Popen(
         [*command, f"logger.base_dir={base}"],
         cwd=ROOT,

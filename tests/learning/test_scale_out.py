@@ -142,11 +142,12 @@ def processes_with(marker: str) -> list[str]:
 
 def test_an_interrupt_ends_the_run_its_workers_and_its_cluster(tmp_path: Path) -> None:
     """As Ctrl-C, which every process of the terminal's group gets."""
-    marker, script = uuid.uuid4().hex, Path(__file__).parents[2] / "examples" / "delayed_cue.py"
+    marker = uuid.uuid4().hex
     options = ["collector=ray", "env.horizon=200", "train.total_timesteps=9999999", "logger.progress=false"]
     where = [f"logger.base_dir={tmp_path}", "logger.run_name=run"]
     running = subprocess.Popen(
-        [sys.executable, str(script), *options, *where], env={**os.environ, "CYBORG_TEST_MARKER": marker},
+        [sys.executable, "-m", "cyborg_torchrl", "train", *options, *where],
+        env={**os.environ, "CYBORG_TEST_MARKER": marker},
         start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     end = time.monotonic() + 120

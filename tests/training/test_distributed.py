@@ -21,12 +21,12 @@ from cyborg_torchrl.training.builders import share_of_rank
 from cyborg_torchrl.training.checkpoint import load_checkpoint
 from cyborg_torchrl.training.distributed import LaunchError, Ranks, joined_ranks
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PROGRAM = Path(__file__).parent / "rank_program.py"
 CASES = list(runpy.run_path(str(PROGRAM))["CASES"])
 THIS_CHECKOUT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-EXAMPLE = str(ROOT / "examples" / "delayed_cue.py")
+TRAIN = ("-m", "cyborg_torchrl", "train")
 
 
 def free_port() -> int:
@@ -132,7 +132,7 @@ def test_one_device_for_several_processes_is_refused(monkeypatch: pytest.MonkeyP
 
 
 def torchrun(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    command = [*TORCHRUN, "--master-port", str(free_port()), EXAMPLE, *arguments]
+    command = [*TORCHRUN, "--master-port", str(free_port()), *TRAIN, *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False, env=THIS_CHECKOUT, timeout=300)
 
 
@@ -172,7 +172,7 @@ def test_a_mistake_is_said_once(tmp_path: Path) -> None:
 def test_an_interrupt_ends_all(tmp_path: Path, number: int) -> None:
     """As Ctrl-C, which every process of the terminal's group gets, or a signal to the launcher alone."""
     options = ["env.horizon=200", "train.total_timesteps=9999999", f"logger.base_dir={tmp_path}", "logger.run_name=run"]
-    command = [*TORCHRUN, "--master-port", str(free_port()), EXAMPLE, *options, "logger.progress=false"]
+    command = [*TORCHRUN, "--master-port", str(free_port()), *TRAIN, *options, "logger.progress=false"]
     running = subprocess.Popen(
         command, env=THIS_CHECKOUT, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

@@ -28,7 +28,7 @@ from cyborg_torchrl.registry import UnavailableError
 from cyborg_torchrl.training.checkpoint import load_checkpoint
 from cyborg_torchrl.training.experiment import run_experiment
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # other processes do not find the tests
 pytestmark = pytest.mark.filterwarnings("ignore:.*forkserver.*:DeprecationWarning")
 
