@@ -27,10 +27,10 @@ from cyborg_torchrl.export import (
     leave_autocast,
     normalizers_of,
     onnx_file,
+    replay,
     torch_file,
     unnormalized,
 )
-from cyborg_torchrl.export import comparison as replay
 from cyborg_torchrl.training.builders import prepare_process
 from cyborg_torchrl.training.checkpoint import write_whole
 from cyborg_torchrl.training.command import CommandParser, UsageError, positive, writable
