@@ -1,4 +1,4 @@
-"""Why do the log-probs disagree? Each suspicion is tried: would the rollout fit if it were so?"""
+"""Search for the cause of log-probs that disagree: each suspicion is tested against the rollout."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch import Tensor
 from cyborg_torchrl.checks.policy_under_test import PolicyUnderTest
 from cyborg_torchrl.checks.rollout import Rollout
 
-DIFFER = "The log-probs computed again differ from those of the rollout: "
+DIFFER = "The recomputed log-probs differ from those of the rollout: "
 MAX_ENVS = 16
 SHARE = 0.9
-"""A suspicion stands if it explains this share of the steps; edges and resets spoil some."""
+"""Share of the steps that a suspicion must explain; edges and resets spoil some."""
 
 
 @dataclass(frozen=True)
 class Suspicion:
-    """A cause, and its cure."""
+    """A possible cause, and its cure."""
 
     explanation: str
     cure: str
@@ -57,7 +57,7 @@ UNKNOWN = Suspicion(
 def suspect(
     tested: PolicyUnderTest, rollout: Rollout, tolerance: float, discontinuity: float, is_single_wrong: bool
 ) -> Suspicion:
-    """Finds the likeliest cause of a log-ratio that is not zero."""
+    """Return the likeliest cause of a log-ratio that is not zero."""
     if not is_single_wrong:
         return SHUFFLED if discontinuity > tolerance else SEQUENCE
     tries: list[tuple[Suspicion, Callable[[PolicyUnderTest, TensorDictBase, float], bool]]] = [
@@ -66,7 +66,10 @@ def suspect(
     ]
     if _are_alike(tested, rollout):
         return ZEROED
-    return next((cause for cause, fits in tries if fits(tested, rollout.steps, tolerance)), UNKNOWN)
+    for cause, fits in tries:
+        if fits(tested, rollout.steps, tolerance):
+            return cause
+    return UNKNOWN
 
 
 def _are_alike(tested: PolicyUnderTest, rollout: Rollout) -> bool:
@@ -79,7 +82,7 @@ def _fits_shifted(tested: PolicyUnderTest, steps: TensorDictBase, tolerance: flo
 
 
 def _fits_swapped(tested: PolicyUnderTest, steps: TensorDictBase, tolerance: float) -> bool:
-    """Whether each environment's log-probs fit the states of some environment."""
+    """Return whether the log-probs of an environment fit the states of another one."""
     steps = steps[:MAX_ENVS]
     fitting = torch.zeros(steps.shape[0], dtype=torch.bool)
     for by in range(1, steps.shape[0]):
@@ -102,6 +105,6 @@ def _fits(tested: PolicyUnderTest, other: TensorDictBase, steps: TensorDictBase,
 
 
 def _share(tested: PolicyUnderTest, other: TensorDictBase, steps: TensorDictBase, tolerance: float) -> Tensor:
-    """Share of the steps of each environment whose recorded log-probs fit, [N]; the edges do not count."""
+    """Return the share of the steps of each environment whose recorded log-probs fit, [N], without the edges."""
     error = (tested.step_from(other)[0] - tested.recorded_log_prob(steps)).abs()[:, 1:-1]
     return (error <= tolerance).float().mean(1)

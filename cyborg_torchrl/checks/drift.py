@@ -1,4 +1,4 @@
-"""How far are stored states from what the parameters of today would give, after some updates?"""
+"""Drift of stored states: their distance from those of the new parameters after some updates."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ SAMPLES = 256
 def report_drift(
     tested: PolicyUnderTest, rollout: Rollout, length: int, updates: int, learning_rate: float, *, rows: int = 8
 ) -> list[Finding]:
-    """Drift of stored states after k optimiser updates of a copy, over the chunks that begin within an episode.
+    """Report the drift of stored states after k optimiser updates of a copy, for chunks that begin within an episode.
 
-    The fresh state is what the new parameters make of the row's observations from its first step on; the stored one
-    is the rollout's. Source: Kapturowski et al. (2019), section 3, whose delta-Q compares Q-values.
+    The fresh state is computed by the new parameters from the row's first step on. The stored state is the rollout's.
+
+    Source: Kapturowski et al. (2019), section 3, whose delta-Q compares Q-values.
     """
     steps = rollout.steps[:rows]
     trained = copy.copy(tested)
@@ -49,7 +50,7 @@ def report_drift(
 
 
 def _train(tested: PolicyUnderTest, steps: TensorDictBase, updates: int, learning_rate: float) -> None:
-    """A few steps of the clipped surrogate on whole rows, with returns-to-go as advantages."""
+    """Take optimiser steps of the clipped surrogate on whole rows, with returns-to-go as advantages."""
     parameters = [p for p in tested.policy.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=learning_rate, eps=1e-5)
     advantage = _advantage(steps, tested.is_init_key)
@@ -64,7 +65,7 @@ def _train(tested: PolicyUnderTest, steps: TensorDictBase, updates: int, learnin
 
 
 def _advantage(steps: TensorDictBase, is_init_key: NestedKey) -> Tensor:
-    """Standardised discounted returns within the rollout; noise where there are no rewards."""
+    """Return standardised discounted returns within the rollout; noise if there are no rewards."""
     reward = steps.get((keys.NEXT, keys.REWARD), None)
     noise = torch.randn(steps.shape, generator=torch.Generator().manual_seed(0)).to(steps.get(is_init_key).device)
     if reward is None:
@@ -81,7 +82,7 @@ def _advantage(steps: TensorDictBase, is_init_key: NestedKey) -> Tensor:
 def _compare(
     tested: PolicyUnderTest, steps: TensorDictBase, starts: list[int], length: int, is_primed: bool
 ) -> tuple[float, float, float]:
-    """Mean KL, mean relative change of parameters, relative distance of states."""
+    """Return the mean KL, the mean relative change of parameters, and the relative distance of states."""
     fresh = tested.run_steps(steps, is_primed=is_primed)
     scale = fresh.params.abs().max().clamp_min(TINY)
     kls, changes, distances, norms = [], [], [], []
@@ -90,11 +91,11 @@ def _compare(
         kls.append(_kl(fresh, stored, start))
         change = fresh.params[:, start : start + length] - stored.params
         changes.append(change.abs().amax(-1).mean() / scale)
-        goes_on = ~steps.get(tested.is_init_key)[:, start].squeeze(-1)
+        continues = ~steps.get(tested.is_init_key)[:, start].squeeze(-1)
         for key, value in fresh.states[start - 1].items():
-            recorded = steps.get(key)[:, start][goes_on]
-            distances.append((value[goes_on] - recorded).square().sum())
-            norms.append(value[goes_on].square().sum())
+            recorded = steps.get(key)[:, start][continues]
+            distances.append((value[continues] - recorded).square().sum())
+            norms.append(value[continues].square().sum())
     relative = torch.stack(distances).sum().sqrt() / torch.stack(norms).sum().sqrt().clamp_min(TINY)
     return float(torch.stack(kls).mean()), float(torch.stack(changes).mean()), float(relative)
 
@@ -107,7 +108,7 @@ def _kl(fresh: Pass, stored: Pass, start: int) -> Tensor:
 def _kl_of(p: distributions.Distribution, q: distributions.Distribution) -> Tensor:
     try:
         return distributions.kl_divergence(p, q)
-    except NotImplementedError:  # estimated, for distributions that torch knows no formula for
+    except NotImplementedError:  # torch has no formula for these distributions, so estimate it
         with torch.random.fork_rng():
             action = p.sample(torch.Size([SAMPLES]))
         return (p.log_prob(action) - q.log_prob(action)).mean(0)

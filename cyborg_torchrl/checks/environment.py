@@ -1,4 +1,4 @@
-"""Does an environment keep the contract that everything else here relies on?"""
+"""`check_environment`: does an environment keep the contract that this package relies on?"""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cyborg_torchrl import keys
 from cyborg_torchrl.envs.make import episode_attribute
 
 ENDS = (keys.DONE, keys.TERMINATED, keys.TRUNCATED)
-MOST_STEPS = 300
+MAX_STEPS = 300
 
 
 class EnvironmentFinding(NamedTuple):
@@ -28,18 +28,18 @@ class EnvironmentFinding(NamedTuple):
     name: str
     verdict: Literal["ok", "broken", "not_checked"]
     detail: str
-    """What was seen, and where something is wrong what would be right."""
+    """The observation; for a broken contract also the right behaviour."""
 
     def __str__(self) -> str:
         return f"{self.verdict:11}  {self.name}: {self.detail}"
 
 
 class _Broken(Exception):
-    """A promise that is not kept."""
+    """The environment breaks the contract."""
 
 
 class _NotChecked(Exception):
-    """Nothing could be seen here."""
+    """The check could not be made."""
 
 
 def check_environment(
@@ -50,28 +50,28 @@ def check_environment(
     time_limit: Literal["truncated", "terminated"] | None = None,
     is_independent: bool = True,
 ) -> list[EnvironmentFinding]:
-    """Plays an environment with random actions and checks what it shows.
+    """Play an environment with random actions, and check its contract.
 
     | check | what must hold |
     |---|---|
-    | specs | TorchRL's `check_env_specs`, and at every step what is shown lies in the specs |
+    | specs | TorchRL's `check_env_specs`; at every step observations and rewards are in the specs |
     | shapes | reward, done, terminated and truncated are [*B, 1], on the environment's device; rewards are finite |
-    | seeds | after `set_seed` and `reset` everything repeats, whatever was played before; another seed differs |
-    | no_shift | what is acted on is what the last step showed, or a reset; `is_init`, if there, marks the resets |
+    | seeds | after `set_seed` and `reset` everything repeats; another seed differs |
+    | no_shift | each step starts from the last step's observation or from a reset; `is_init` marks the resets |
     | ends | done is terminated or truncated; a reset clears all three |
-    | length | no episode exceeds `max_episode_steps`; one that lasts as long ends as `time_limit` says |
-    | partial_reset | a reset of one environment shows and changes nothing else in the others |
+    | length | no episode exceeds `max_episode_steps`; one of that length ends as `time_limit` says |
+    | partial_reset | a reset of one environment changes nothing in the others |
 
-    The environment's seed is set and it is left in the middle of an episode; torch's own generator is as it was.
+    The environment is seeded and left in the middle of an episode. Torch's generator does not change.
 
     Args:
         env: any TorchRL environment, with its transforms.
-        seed: of the environment and the actions.
+        seed: seed of the environment and the actions.
         num_steps: steps to play; None: two of the longest episodes, 300 at most, or 100 of unknown length.
-        time_limit: how an episode ends that lasts `max_episode_steps`: "truncated" for a limit from outside, that an
-            agent should look beyond, "terminated" for one that belongs to the task; None: not checked.
-        is_independent: False for environments that draw random numbers for all from one generator at each step: what
-            follows a reset of one is then not compared in the others.
+        time_limit: how an episode of `max_episode_steps` ends: "truncated" for a limit from outside, "terminated" for
+            a limit that belongs to the task; None: not checked.
+        is_independent: False if one generator draws the random numbers of all environments at each step. Then the
+            steps after a reset of one environment are not compared in the others.
 
     Returns:
         One finding for each check, in the order of the table.
@@ -81,9 +81,9 @@ def check_environment(
         try:
             env.reset()
             longest = episode_attribute(env, "max_episode_steps")
-            steps = num_steps or (100 if longest is None else min(2 * longest + 2, MOST_STEPS))
+            steps = num_steps or (100 if longest is None else min(2 * longest + 2, MAX_STEPS))
             first = _play(env, seed, steps)
-        except Exception as error:  # whatever an environment does: it is what this looks for
+        except Exception as error:  # any error is a finding
             return [EnvironmentFinding("play", "broken", f"it cannot be played: {_line(error)}")]
         checks: dict[str, Callable[[], str]] = {
             "specs": lambda: _check_specs(env, first, seed),
@@ -102,7 +102,7 @@ def _find(name: str, check: Callable[[], str]) -> EnvironmentFinding:
         return EnvironmentFinding(name, "ok", check())
     except _NotChecked as why:
         return EnvironmentFinding(name, "not_checked", str(why))
-    except Exception as error:  # whatever an environment does: it is what this looks for
+    except Exception as error:  # any error is a finding
         return EnvironmentFinding(name, "broken", _line(error))
 
 
@@ -113,7 +113,7 @@ def _line(error: Exception) -> str:
 
 @torch.no_grad()
 def _play(env: EnvBase, seed: int, num_steps: int, actions: list[TensorDictBase] | None = None) -> list[TensorDictBase]:
-    """Steps from a reset on, with automatic resets, under random actions or those given; each [*B]."""
+    """Return steps [*B] from a reset on, with automatic resets, under random actions or the given ones."""
     env.set_seed(seed)
     carried, rows = env.reset(), []
     for t in range(num_steps):
@@ -124,13 +124,13 @@ def _play(env: EnvBase, seed: int, num_steps: int, actions: list[TensorDictBase]
 
 
 def _leaves(tensordict: TensorDictBase) -> dict[NestedKey, Tensor]:
-    """The tensors of a tensordict by their keys."""
+    """Return the tensors of a tensordict by key."""
     items = tensordict.items(include_nested=True, leaves_only=True)
     return {key: value for key, value in items if isinstance(value, Tensor)}
 
 
 def _differing(left: TensorDictBase, right: TensorDictBase, where: Tensor | None = None) -> list[NestedKey]:
-    """Keys of both whose tensors differ, NaN being equal to NaN; in the environments `where` [*B] alone, if given."""
+    """Return the common keys whose tensors differ in the environments `where` [*B]; NaN equals NaN."""
     found, others = [], _leaves(right)
     for key, value in _leaves(left).items():
         if key in others:
@@ -194,7 +194,7 @@ def _check_seeds(env: EnvBase, first: list[TensorDictBase], seed: int) -> str:
 
 
 def _check_shift(rows: list[TensorDictBase]) -> str:
-    """What a step shows is what is acted on next."""
+    """Check that each step starts from the last step's observation."""
     num_resets = 0
     for t, (row, after) in enumerate(pairwise(rows)):
         following = row.get(keys.NEXT)
@@ -248,7 +248,7 @@ def _check_length(rows: list[TensorDictBase], longest: int | None, time_limit: s
 
 @torch.no_grad()
 def _check_partial_reset(env: EnvBase, seed: int, is_independent: bool) -> str:
-    """The same steps with and without a reset of environment 0, some steps into an episode."""
+    """Compare the same steps with and without a reset of environment 0 in the middle of an episode."""
     if len(env.batch_size) != 1 or env.batch_size[0] < 2:
         raise _NotChecked("it needs two or more environments in one dimension.")
     rows, before = _play(env, seed, 8), 0

@@ -1,4 +1,4 @@
-"""What a check found: a number, its limit, a verdict, and what to do about it."""
+"""Findings of a check: a number, its limit, a verdict, and a cure."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Verdict = Literal["passed", "failed", "info", "not_applicable"]
-"""`info` figures are reported and never judged; `not_applicable` says that a check could not have seen anything."""
+"""`info`: reported and not judged. `not_applicable`: the check could not have found a fault."""
 
 
 @dataclass(frozen=True)
@@ -15,14 +15,14 @@ class Finding:
 
     name: str
     value: float | None
-    """What was measured; None where there is nothing to measure."""
+    """The measured number; None if there is none."""
     limit: float | None
-    """What the value must not exceed; for horizons, what it must reach. None for figures that are not judged."""
+    """The largest value allowed; for horizons the smallest. None if the value is not judged."""
     verdict: Verdict
     explanation: str
-    """Symptom and cause, one sentence."""
+    """Symptom and cause in one sentence."""
     cure: str = ""
-    """What to change, one sentence; empty where nothing is wrong."""
+    """The change to make, in one sentence; empty if nothing is wrong."""
 
 
 def judge(name: str, value: float, limit: float, *, passed: str, failed: str, cure: str) -> Finding:
@@ -33,10 +33,10 @@ def judge(name: str, value: float, limit: float, *, passed: str, failed: str, cu
 
 
 def inform(name: str, value: float, explanation: str) -> Finding:
-    """A figure that is reported and not judged."""
+    """Return a finding that is reported and not judged."""
     return Finding(name, value, None, "info", explanation)
 
 
 def skip(name: str, explanation: str, *, value: float | None = None, limit: float | None = None) -> Finding:
-    """A check that could not have seen anything here."""
+    """Return the finding of a check that could not have found a fault here."""
     return Finding(name, value, limit, "not_applicable", explanation)

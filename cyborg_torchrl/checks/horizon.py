@@ -1,4 +1,4 @@
-"""How far back does the gradient reach, compared with how far back acting depends on what was seen?"""
+"""Gradient horizon: how far back gradients reach, compared with how far back actions depend on observations."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from cyborg_torchrl.checks.report import HorizonCurve
 
 REACH, ABOVE_NOISE = "gradient horizon", "gradient above noise"
 SEEN = 1e-5
-"""Relative change of the distribution's parameters that is no rounding error."""
+"""Relative change of the distribution's parameters above rounding errors."""
 NOISE = 1e-6
-"""Share of the largest gradient below which a gradient no longer teaches anything in float32."""
+"""Share of the largest gradient below which a gradient has no effect in float32."""
 
 
 def check_horizon(probe: Probe) -> tuple[list[Finding], HorizonCurve]:
-    """Compares gradients in sequence mode with changes in step mode; a probe without resets.
+    """Compare gradients in sequence mode with changes in step mode, on a probe without resets.
 
-    Where an action depends on what was seen k steps before, the gradient k steps back must not be exactly zero. The
-    gradient is that of a random combination of the distribution's parameters, which a log-prob's is made of: the
-    log-prob of a policy that is certain has none.
+    If an action depends on the observation k steps before, the gradient k steps back must not be exactly zero. The
+    gradient is taken of a random combination of the distribution's parameters. A log-prob would not do, since the
+    log-prob of a policy that is certain has no gradient.
     """
     curve = _observation_curve(probe) or _state_curve(probe)
     return [_judge_reach(curve), _report_noise(curve)], curve
 
 
 def _observation_curve(probe: Probe) -> HorizonCurve | None:
-    """Lag k: the last step against the observation k steps before it. None where observations have no gradient."""
+    """Compare the last step with the observation k steps before it; return None if observations have no gradient."""
     leafy, observations, _ = probe.with_gradient()
     length = probe.steps.shape[1]
     params = leafy.run("sequence").params
@@ -46,7 +46,7 @@ def _observation_curve(probe: Probe) -> HorizonCurve | None:
 
 
 def _state_curve(probe: Probe) -> HorizonCurve:
-    """Lag k: the k-th step of the sequence against the state that it began with."""
+    """Compare the k-th step of the sequence with the state before its first step."""
     leafy, _, states = probe.with_gradient()
     length = probe.steps.shape[1]
     params = leafy.run("sequence").params
@@ -64,7 +64,7 @@ def _state_curve(probe: Probe) -> HorizonCurve:
 
 @torch.no_grad()
 def _influence(probe: Probe, where: Tensor, rows: Tensor) -> Tensor:
-    """Relative change of the parameters of each step when the first observation or state is another, [L]."""
+    """Return the relative change of each step's parameters after a change of the first observation or state, [L]."""
     before, after = probe.run("step").params, probe.disturbed(where, is_state=rows).run("step").params
     return (before - after).abs().amax((0, 2)) / before.abs().max().clamp_min(TINY)
 

@@ -1,4 +1,4 @@
-"""Does anything get across that must not: over a reset, or from one environment to another?"""
+"""Leaks over a reset, or from one environment to another."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from cyborg_torchrl.checks.findings import Finding, judge, skip
 from cyborg_torchrl.checks.probe import Probe, distance
 
 EXACT = 1e-5
-"""Relative; nothing at all should get across, and a different order of summation makes 1e-6 or so."""
+"""Relative limit; another order of summation already changes about 1e-6."""
 MODES = ("step", "sequence")
 REPEATABLE, ALONE = "repeatable", "environments alone and together"
 
 
 def leak_name(kind: str, mode: str) -> str:
-    """Name of a finding: kind is "reset", "reset gradient", "environment" or "environment gradient"."""
+    """Return the name of a finding; kind is "reset", "reset gradient", "environment" or "environment gradient"."""
     return f"{kind} leak: {mode} mode"
 
 
 @torch.no_grad()
 def check_repeatable(probe: Probe) -> Finding:
-    """The same input twice gives the same distribution."""
+    """Check that the same input gives the same distribution twice."""
     everywhere = torch.ones(probe.steps.shape, dtype=torch.bool)
     error = max(distance(probe.run(mode).params, probe.run(mode).params, everywhere) for mode in MODES)
     return judge(
@@ -32,19 +32,18 @@ def check_repeatable(probe: Probe) -> Finding:
         EXACT,
         passed="The same input gives the same distribution twice.",
         failed="The same input gives another distribution the second time: dropout or noise is on, or the module "
-        "keeps a state of its own outside of the tensordict.",
+        "keeps a state outside the tensordict.",
         cure="Call policy.eval() or drop the noise, and keep memory under the state keys alone.",
     )
 
 
 def check_reset_leak(probe: Probe) -> list[Finding]:
-    """Nothing before a reset changes anything after it."""
+    """Check that nothing before a reset changes anything after it."""
     before = probe.is_before
     rows = probe.first_reset < probe.steps.shape[1]
     texts = {
-        "passed": "What comes before a reset changes nothing after it.",
-        "failed": "What comes before a reset changes what comes after it: memory is not restarted where an episode "
-        "begins.",
+        "passed": "Steps before a reset change nothing after it.",
+        "failed": "Steps before a reset change the steps after it: memory is not restarted where an episode begins.",
         "cure": f"Replace the state by the initial state wherever {probe.tested.is_init_key!r} is true, inside "
         "sequences too.",
     }
@@ -59,13 +58,13 @@ def check_reset_leak(probe: Probe) -> list[Finding]:
     found = look(rows)
     if all(finding.verdict != "failed" for finding in found):
         return found
-    # rows restart at different steps, so a leak between environments gets here too: what is left in each row alone?
+    # Rows restart at different steps, so a leak between environments also shows here. Repeat the check for each row.
     alone = [look(torch.arange(len(rows)) == row) for row in rows.nonzero().flatten().tolist()]
     return [max(same, key=lambda finding: finding.verdict == "failed") for same in zip(*alone, strict=True)]
 
 
 def check_environment_leak(probe: Probe, tolerance: float) -> list[Finding]:
-    """Each environment's memory is its own."""
+    """Check that environments do not share memory."""
     batch, length = probe.steps.shape
     first = torch.zeros(batch, dtype=torch.bool)
     first[0] = True
@@ -86,7 +85,7 @@ def check_environment_leak(probe: Probe, tolerance: float) -> list[Finding]:
 def _disturb(
     kind: str, mode: str, probe: Probe, where: Tensor, rows: Tensor, *, after: Tensor, texts: dict[str, Any]
 ) -> Finding:
-    """Changes observations at `where` and the states of `rows`; outputs at `after` must stay."""
+    """Change observations at `where` and the states of `rows`, and check that outputs at `after` do not change."""
     name = leak_name(kind, mode)
     with torch.no_grad():
         original = probe.run(mode).params
@@ -97,7 +96,7 @@ def _disturb(
 
 
 def _gradient(kind: str, mode: str, probe: Probe, where: Tensor, after: Tensor, texts: dict[str, Any]) -> Finding:
-    """Gradient of the outputs at `after` to observations and states at `where`: exactly zero."""
+    """Check that the gradient of outputs at `after` to observations and states at `where` is exactly zero."""
     name = leak_name(kind, mode)
     leafy, observations, states = probe.with_gradient()
     params = leafy.run(mode).params

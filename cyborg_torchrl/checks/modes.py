@@ -1,4 +1,4 @@
-"""Is the sequence mode the step mode, repeated?"""
+"""Comparison of sequence mode with repeated steps."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ NAME = "step against sequence"
 
 @torch.no_grad()
 def check_modes(probe: Probe, tolerance: float) -> Finding:
-    """Distribution parameters of both modes, from the same states and with resets inside."""
+    """Compare the distribution parameters of both modes, from the same states and with resets."""
     everywhere = torch.ones(probe.steps.shape, dtype=torch.bool)
     return judge(
         NAME,

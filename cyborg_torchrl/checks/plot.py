@@ -1,4 +1,4 @@
-"""The picture of the gradient horizon."""
+"""Plot of the gradient horizon."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ FLOOR = 1e-12
 
 
 def plot_horizon(curves: Mapping[str, HorizonCurve], path: Path | str) -> None:
-    """Draws gradients against how many steps back they reach, one line for each name, and saves the picture.
+    """Plot gradients against the number of steps back, one line for each name, and save the picture.
 
-    Each line is scaled to its own largest gradient. It ends, with a cross, where the gradient is exactly zero;
-    dotted lines show how far back acting itself depends on what was seen.
+    Each line is scaled to its largest gradient. It ends with a cross where the gradient is exactly zero. Dotted lines
+    show how far back the actions depend on observations.
 
     Raises:
         ImportError: if matplotlib is not installed.
@@ -54,6 +54,6 @@ def plot_horizon(curves: Mapping[str, HorizonCurve], path: Path | str) -> None:
 
 
 def _scaled(values: tuple[float, ...]) -> tuple[list[int], list[float]]:
-    """Lags whose value is not zero, and the values as shares of the largest."""
+    """Return the lags with a value above zero, and these values relative to the largest."""
     lags = [lag for lag, value in enumerate(values) if value > 0]
     return lags, [values[lag] / max(values) for lag in lags]

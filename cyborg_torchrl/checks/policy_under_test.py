@@ -1,4 +1,4 @@
-"""The policy that is checked: what it reads and writes, and its two ways of being run."""
+"""The policy under test: its keys, and its two modes."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from torchrl.modules.utils import get_primers_from_module
 from cyborg_torchrl import keys
 
 States = dict[Any, Tensor]
-"""A memory state by its keys in the tensordict, [B, *shape] each."""
+"""Memory states by their tensordict keys, [B, *shape] each."""
 
 
 class Pass(NamedTuple):
-    """What a run over steps [B, T] gives."""
+    """Result of a run over steps [B, T]."""
 
     params: Tensor
-    """Parameters of the action distribution side by side, [B, T, P]."""
+    """All parameters of the action distribution, [B, T, P]."""
     dist: Any
-    """The distribution over [B, T]; of a step-by-step run, the list of each step's."""
+    """The distribution over [B, T]; in step mode, a list with one for each step."""
     states: list[States]
-    """States after each step, of a step-by-step run."""
+    """States after each step, in step mode only."""
 
 
 class PolicyUnderTest:
-    """A private copy of the policy with the keys that the checks need.
+    """A copy of the policy with the keys that the checks need.
 
     Raises:
         ValueError: if the policy has no `get_dist`, or no recurrent state can be found.
@@ -43,7 +43,7 @@ class PolicyUnderTest:
     ) -> None:
         if not hasattr(policy, "get_dist"):
             raise ValueError(
-                f"{type(policy).__name__} has no get_dist, so its log-probs cannot be computed again: wrap it in "
+                f"{type(policy).__name__} has no get_dist, so its log-probs cannot be recomputed: wrap it in "
                 "tensordict.nn.ProbabilisticTensorDictSequential or torchrl.modules.ProbabilisticActor."
             )
         self.name = type(policy).__name__
@@ -60,29 +60,28 @@ class PolicyUnderTest:
         sampler = samplers[-1] if samplers else None
         self.param_keys = list(sampler.in_keys) if sampler is not None else []
         self.action_key = unravel_key(sampler.out_keys[0]) if sampler is not None else keys.ACTION
-        # without return_log_prob there is no such key, and the rollout's check says so
+        # Without return_log_prob there is no such key; the check of the rollout reports it.
         log_prob_key = sampler.log_prob_key if sampler is not None else None
         self.log_prob_key = unravel_key(log_prob_key) if log_prob_key else keys.ACTION_LOG_PROB
         not_inputs = {*self.state_keys, self.is_init_key}
         self.input_keys = [key for key in map(unravel_key, policy.in_keys) if key not in not_inputs]
 
     def states_of(self, tensordict: TensorDictBase) -> States:
-        """The memory state's entries, as they stand in the tensordict."""
+        """Return the memory states in a tensordict."""
         return {key: tensordict.get(key) for key in self.state_keys}
 
     def run_sequence(self, steps: TensorDictBase) -> Pass:
-        """Sequence mode over steps [B, T] that hold inputs, flags and states."""
+        """Run sequence mode over steps [B, T] with inputs, flags and states."""
         work = steps.select(*self.input_keys, self.is_init_key, *self.state_keys)
         with set_recurrent_mode(True):
             dist = self._dist(work)
         return Pass(self._params(work, dist, steps.shape), dist, [])
 
     def run_steps(self, steps: TensorDictBase, *, is_primed: bool = True) -> Pass:
-        """Step mode over steps [B, T], carrying the state from step to step as a collector does.
+        """Run step mode over steps [B, T], and carry the state from step to step as a collector does.
 
-        The first state is that of the first step. Where an episode begins, the policy gets the state that stands in
-        `steps` there, which is what an environment's primer hands out; without a primer (`is_primed=False`) it gets
-        the state of the episode before.
+        The first state is that of the first step. Where an episode begins, the policy gets the state in `steps`, as an
+        environment's primer would write it. Without a primer (`is_primed=False`) it gets the last episode's state.
         """
         inputs = steps.select(*self.input_keys, self.is_init_key)
         handed = self.states_of(steps)
@@ -103,9 +102,9 @@ class PolicyUnderTest:
         return Pass(torch.stack(params, 1), dists, states)
 
     def step_from(self, steps: TensorDictBase) -> tuple[Tensor, States]:
-        """Step mode for each of the steps [*B] by itself, from the state that stands there.
+        """Run step mode for each of the steps [*B] separately, from its recorded state.
 
-        Returns the log-probs of the actions that stand there, [*B], and the states after, [*B, *shape].
+        Returns the log-probs of the recorded actions, [*B], and the states after the steps, [*B, *shape].
         """
         work = steps.select(*self.input_keys, self.is_init_key, *self.state_keys).reshape(-1)
         with set_recurrent_mode(False):
@@ -115,11 +114,11 @@ class PolicyUnderTest:
         return log_prob.unflatten(0, steps.shape), states
 
     def log_prob(self, run: Pass, steps: TensorDictBase) -> Tensor:
-        """Log-probs of the recorded actions in sequence mode, [B, T]."""
+        """Return the log-probs of the recorded actions in sequence mode, [B, T]."""
         return flat_log_prob(run.dist.log_prob(steps.get(self.action_key)), steps.shape)
 
     def recorded_log_prob(self, steps: TensorDictBase) -> Tensor:
-        """Log-probs that the rollout holds, [B, T]."""
+        """Return the recorded log-probs, [B, T]."""
         return flat_log_prob(steps.get(self.log_prob_key), steps.shape)
 
     def _dist(self, work: TensorDictBase) -> Any:
@@ -147,7 +146,7 @@ class PolicyUnderTest:
 
 
 def find_state_keys(policy: TensorDictModuleBase) -> list[NestedKey]:
-    """Keys that the policy reads and writes under "next", and those of its primers, in the order of its in_keys."""
+    """Return the keys that the policy reads, and writes under "next", and the keys of its primers."""
     reads = [unravel_key(key) for key in policy.in_keys]
     writes = {unravel_key(key) for key in policy.out_keys}
     found = [key for key in reads if unravel_key((keys.NEXT, key)) in writes]
@@ -159,7 +158,7 @@ def find_state_keys(policy: TensorDictModuleBase) -> list[NestedKey]:
 
 
 def flat_log_prob(value: Tensor, shape: Sequence[int]) -> Tensor:
-    """Log-probs over the batch [*shape]; those of independent parts of an action are added."""
+    """Return log-probs over the batch [*shape]; those of independent parts of an action are added."""
     return value.reshape(*shape, -1).sum(-1)
 
 

@@ -1,4 +1,4 @@
-"""Sequences to experiment on: cut from a rollout, moved to a generic point, with resets of our own."""
+"""Sequences for experiments: cut from a rollout, with noise on the observations and with added resets."""
 
 from __future__ import annotations
 
@@ -18,36 +18,36 @@ TINY = 1e-30
 class Probe:
     """Sequences [B, L], B >= 2, from recorded states in the middle of an episode.
 
-    Observations are the recorded ones plus noise: at a blank observation a gate may be shut and its gradient zero
-    by accident, which says nothing about the network.
+    Observations are the recorded ones plus noise. At a blank observation a gate may be closed and its gradient zero by
+    accident.
     """
 
     tested: PolicyUnderTest
     steps: TensorDictBase
     first_reset: Tensor
-    """The first step that begins an episode, [B]; L where there is none."""
+    """The first step that begins an episode, [B]; L if there is none."""
     is_primed: bool
     generator: torch.Generator
 
     @property
     def is_before(self) -> Tensor:
-        """Steps before the first reset, [B, L]."""
+        """True for the steps before the first reset, [B, L]."""
         return torch.arange(self.steps.shape[1]) < self.first_reset.unsqueeze(1)
 
     def run(self, mode: str) -> Pass:
-        """Runs the policy in "sequence" or "step" mode."""
+        """Run the policy in "sequence" or "step" mode."""
         if mode == "sequence":
             return self.tested.run_sequence(self.steps)
         return self.tested.run_steps(self.steps, is_primed=self.is_primed)
 
     def disturbed(self, where: Tensor, *, is_state: Tensor) -> Probe:
-        """Other observations at the steps `where` [B, L], and other first states in the rows `is_state` [B]."""
+        """Return a copy with other observations at `where` [B, L] and other first states in rows `is_state` [B]."""
         steps = self.steps.clone()
         for key in self.tested.input_keys:
             value = steps.get(key)
             other = _other(value, self.generator, scale=3.0)
             steps.set(key, torch.where(_expand(where, value), other, value))
-        # the state at resets is the environment's business, and stays
+        # The state at resets comes from the environment, so it does not change.
         has_state = is_state.unsqueeze(1) & (self.is_before | (self.first_reset.unsqueeze(1) == 0))
         for key in self.tested.state_keys:
             value = steps.get(key)
@@ -56,7 +56,7 @@ class Probe:
         return replace(self, steps=steps)
 
     def with_gradient(self) -> tuple[Probe, list[Tensor], list[Tensor]]:
-        """A copy whose float observations [B, L, ...] and states [B, L, ...] are leaves, and these leaves."""
+        """Return a copy whose float observations and states [B, L, ...] require gradients, and these tensors."""
         steps = self.steps.clone()
         names = ([k for k in self.tested.input_keys if steps.get(k).is_floating_point()], self.tested.state_keys)
         for key in (*names[0], *names[1]):
@@ -68,10 +68,10 @@ class Probe:
 def build_probe(
     tested: PolicyUnderTest, rollout: Rollout, length: int, seed: int, *, rows: int = 6, has_resets: bool = True
 ) -> Probe:
-    """Cuts the rollout into sequences, from its end.
+    """Cut the rollout into sequences, from its end.
 
-    With resets, each row but the first gets one or two: next to each other, at its second step, at its last one, and
-    at random, so environments that never end an episode are checked as well.
+    With `has_resets`, each row except the first gets one or two resets: next to each other, at its second step, at its
+    last step, or at random. So environments whose episodes never end are checked as well.
     """
     generator = torch.Generator().manual_seed(seed)
     total = rollout.steps.shape[1]
@@ -96,7 +96,7 @@ def build_probe(
 
 
 def distance(a: Tensor, b: Tensor, where: Tensor) -> float:
-    """Largest difference of distribution parameters [B, L, P] at the steps `where`, as a share of the largest one."""
+    """Return the largest difference of parameters [B, L, P] at the steps `where`, relative to the largest parameter."""
     if not bool(where.any()):
         return 0.0
     change = (a.detach() - b.detach())[where.to(a.device)].abs().max()
@@ -114,7 +114,7 @@ def _resets(rows: int, length: int, generator: torch.Generator) -> Tensor:
 
 
 def _other(value: Tensor, generator: torch.Generator, *, scale: float) -> Tensor:
-    """Floats with noise of `scale` times their spread; anything else shuffled, so that it stays in its range."""
+    """Add noise of `scale` times the spread to floats; shuffle other values, so that they stay in their range."""
     if not value.is_floating_point():
         order = torch.randperm(value.shape[0] * value.shape[1], generator=generator).to(value.device)
         return value.flatten(0, 1)[order].view_as(value)

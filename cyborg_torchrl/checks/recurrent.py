@@ -1,4 +1,4 @@
-"""`check_recurrent`: all checks of a recurrent policy, in one call."""
+"""`check_recurrent`: all checks of a recurrent policy in one call."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from cyborg_torchrl.checks.same_state import check_same_state
 from cyborg_torchrl.checks.storage import report_storage
 
 PROBE_LENGTH = 8
-"""Steps of the sequences on which leaks are looked for, many runs each."""
+"""Steps of the sequences for the leak checks, which take many runs."""
 
 
 def check_recurrent(
@@ -41,25 +41,25 @@ def check_recurrent(
     drift_learning_rate: float = 1e-3,
     on_progress: Callable[[str, float], None] = lambda name, share: None,
 ) -> Report:
-    """Checks that training a recurrent policy on sequences sees what the policy saw when it acted.
+    """Check that training a recurrent policy on sequences uses the memory that the policy acted with.
 
-    The policy itself is never changed, nor run in another train/eval mode than it is in.
+    The checks run on a copy of the policy, in its present train/eval mode.
 
     Args:
         policy: any module with `get_dist` that obeys `torchrl.modules.set_recurrent_mode`: a `PPOAgent`, a
-            `ProbabilisticActor` over a `GRUModule`, one of your own.
-        env: where a rollout is collected; with `InitTracker` and the policy's primers on it. It is seeded, and can
-            be used afterwards.
-        rollout: in place of `env`: what your own collector or buffer gave, [N, T] consecutive steps.
-        steps: T of the rollout that is collected, for each environment.
-        chunk_lengths: chunks to evaluate the rollout in; the longest that fits is that of the gradient horizon.
-        seed: of the rollout and of what is perturbed.
-        state_keys: entries of the memory state; None: keys that are read and written again under "next", and those
-            of the policy's primers.
+            `ProbabilisticActor` over a `GRUModule`, or a policy you wrote.
+        env: the environment to collect a rollout from, with `InitTracker` and the policy's primers. It is seeded, and
+            can be used afterwards.
+        rollout: consecutive steps [N, T] from your collector or buffer, if there is no `env`.
+        steps: T, steps of each environment in the collected rollout.
+        chunk_lengths: lengths of the chunks in which the rollout is evaluated. The gradient horizon uses the longest.
+        seed: seed of the rollout and of all perturbations.
+        state_keys: entries of the memory state; None: keys that are read, and written under "next", and those of the
+            policy's primers.
         is_init_key: flag of an episode's first step.
-        tolerance: largest |log ratio| and relative error that is no fault; for float32.
-        drift_updates: optimiser updates of a copy after which the drift of stored states is reported.
-        drift_learning_rate: of those updates.
+        tolerance: largest |log ratio| and relative error that passes, for float32.
+        drift_updates: number of optimiser updates of a copy before the drift of stored states is reported.
+        drift_learning_rate: learning rate of those updates.
         on_progress: called with the name of the next check and the share that is done, in [0, 1].
 
     Raises:

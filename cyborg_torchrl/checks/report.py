@@ -1,4 +1,4 @@
-"""The report of a check: findings, the gradient's curve, as a table and as JSON."""
+"""The report of a check: findings and the gradient curve, as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ STYLES = {"passed": "green", "failed": "bold red", "info": "cyan", "not_applicab
 
 @dataclass(frozen=True)
 class HorizonCurve:
-    """How far back a log-prob's gradient reaches, and how far back acting itself depends on what was seen."""
+    """How far back gradients reach, and how far back actions depend on observations."""
 
     leaf: str
-    """What the gradient is taken to: "observation", or "memory state" where observations have no gradient."""
+    """Variable of the gradient: "observation", or "memory state" if observations have no gradient."""
     chunk_length: int
     gradient: tuple[float, ...]
-    """Mean norm of the gradient of a step's distribution to the leaf `lag` steps back, for each lag from 0."""
+    """Mean norm of the gradient of a step's distribution with respect to the leaf, for each lag from 0."""
     influence: tuple[float, ...]
-    """Largest relative change of the distribution's parameters `lag` steps after the leaf was changed, in acting."""
+    """Largest relative change of the distribution's parameters after a change of the leaf, for each lag from 0."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What `check_recurrent` found out about a policy."""
+    """Result of `check_recurrent`."""
 
     policy: str
     """Class of the policy."""
     state_keys: tuple[str, ...]
     num_envs: int
     steps: int
-    """Steps of each environment that were looked at."""
+    """Steps of each environment in the rollout."""
     seed: int
     findings: tuple[Finding, ...]
     horizon: HorizonCurve | None = None
@@ -48,11 +48,11 @@ class Report:
 
     @property
     def failed(self) -> tuple[Finding, ...]:
-        """The findings that say something is wrong."""
+        """The findings of failed checks."""
         return tuple(finding for finding in self.findings if finding.verdict == "failed")
 
     def __getitem__(self, name: str) -> Finding:
-        """The finding of that name.
+        """Return the finding of that name.
 
         Raises:
             KeyError: if there is none.
@@ -63,15 +63,15 @@ class Report:
         raise KeyError(f"no finding '{name}'; there are: {', '.join(f.name for f in self.findings)}.")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, strings, lists and dicts; what is no finite number becomes a string ("inf", "nan")."""
+        """Return numbers, strings, lists and dicts; infinity and NaN become strings ("inf", "nan")."""
         return _plain({**asdict(self), "has_passed": self.has_passed})
 
     def to_json(self) -> str:
-        """The report as one JSON object."""
+        """Return the report as one JSON object."""
         return json.dumps(self.to_dict(), indent=2)
 
     def table(self) -> Table:
-        """The findings as a table for a terminal."""
+        """Return the findings as a table for a terminal."""
         title = f"{self.policy}: {'passed' if self.has_passed else f'{len(self.failed)} failed'}"
         table = Table(title=title, title_justify="left", expand=False)
         table.add_column("finding", overflow="fold")

@@ -1,4 +1,4 @@
-"""What the checks look at: a rollout, collected here or by somebody else."""
+"""The rollout that the checks examine, collected here or given."""
 
 from __future__ import annotations
 
@@ -22,16 +22,14 @@ class Rollout:
 
     steps: TensorDictBase
     fresh_state: States
-    """The state that the environment hands out at a reset, {key: [*shape]}; zero where none was seen."""
+    """The state that the environment gives at a reset, {key: [*shape]}; zero without a reset."""
     is_primed: bool
-    """Whether every recorded reset came with that same state, so that resets do not hang on the policy alone."""
+    """True if every recorded reset came with this state."""
 
 
 @torch.no_grad()
 def collect(tested: PolicyUnderTest, env: EnvBase, steps: int, seed: int) -> TensorDictBase:
-    """Rolls the policy out, as a collector would. Seeds the environment; torch's own generators are left as they were.
-
-    Returns [*env.batch_size, steps].
+    """Collect a rollout [*env.batch_size, steps]. The environment is seeded; torch's generators do not change.
 
     Raises:
         ValueError: if there are too few steps.
@@ -53,7 +51,7 @@ def collect(tested: PolicyUnderTest, env: EnvBase, steps: int, seed: int) -> Ten
 
 
 def prepare(tested: PolicyUnderTest, rollout: TensorDictBase) -> Rollout:
-    """Checks a rollout and keeps what is needed of it, as [N, T].
+    """Check a rollout, and return the entries that the checks need, as [N, T].
 
     Raises:
         ValueError: if it has no time dimension or too few steps.

@@ -1,4 +1,4 @@
-"""Is what the update sees what the rollout saw? Log-probs and states of a rollout, computed again."""
+"""Log-probs and states of a rollout, recomputed: does the update see the same as the rollout?"""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from cyborg_torchrl.checks.policy_under_test import PolicyUnderTest
 from cyborg_torchrl.checks.probe import TINY
 from cyborg_torchrl.checks.rollout import Rollout
 from cyborg_torchrl.data import RecurrentRolloutBuffer
+from cyborg_torchrl.data.chunks import ceil_div
 
 SINGLE, WHOLE, CONTINUITY, POWER = (
     "same state: single steps",
@@ -22,16 +23,16 @@ SINGLE, WHOLE, CONTINUITY, POWER = (
     "states follow one another",
     "same state: what a wrong state would show",
 )
-AS_RECORDED = "The log-probs computed again from the stored states are those of the rollout."
+AS_RECORDED = "The log-probs recomputed from the stored states equal those of the rollout."
 
 
 def chunk_name(length: int) -> str:
-    """Name of the finding for chunks of a length."""
+    """Return the name of the finding for chunks of a length."""
     return f"same state: chunks of {length}"
 
 
 def buffer_name(length: int) -> str:
-    """Name of the finding for chunks that went through our buffer."""
+    """Return the name of the finding for chunks from our buffer."""
     return f"same state: RecurrentRolloutBuffer, seq_len {length}"
 
 
@@ -39,7 +40,7 @@ def buffer_name(length: int) -> str:
 def check_same_state(
     tested: PolicyUnderTest, rollout: Rollout, chunk_lengths: Sequence[int], tolerance: float
 ) -> list[Finding]:
-    """|log ratio| before any update, which is zero if and only if the update sees what the rollout saw."""
+    """Measure |log ratio| before any update: it is zero if and only if the update sees the same as the rollout."""
     steps = rollout.steps
     total = steps.shape[1]
     single_log_prob, following = tested.step_from(steps)
@@ -82,7 +83,7 @@ def _ratio_finding(name: str, error: float, tolerance: float, power: float, susp
 
 
 def _chunk_errors(tested: PolicyUnderTest, steps: TensorDictBase, length: int) -> Tensor:
-    """|log ratio| of all steps, in chunks of a length from their first stored state; the rest is a shorter chunk."""
+    """Return |log ratio| of all steps, in chunks from their first stored state; the last chunk may be shorter."""
     total = steps.shape[1]
     whole = total - total % length
     parts = [steps[:, :whole].reshape(-1, length)] + ([steps[:, whole:]] if whole < total else [])
@@ -91,7 +92,7 @@ def _chunk_errors(tested: PolicyUnderTest, steps: TensorDictBase, length: int) -
 
 def _buffer_errors(tested: PolicyUnderTest, steps: TensorDictBase, length: int) -> Tensor:
     rows = steps.numel() // length
-    buffer = RecurrentRolloutBuffer(steps.numel(), length, batch_size=-(-rows // 3), state_keys=tested.state_keys)
+    buffer = RecurrentRolloutBuffer(steps.numel(), length, batch_size=ceil_div(rows, 3), state_keys=tested.state_keys)
     with torch.random.fork_rng():
         buffer.store(steps)
         device = tested.recorded_log_prob(steps).device
@@ -104,11 +105,11 @@ def _log_ratio(tested: PolicyUnderTest, steps: TensorDictBase) -> Tensor:
 
 
 def _continuity(tested: PolicyUnderTest, rollout: Rollout, following: Mapping) -> float:
-    """Largest difference between a stored state and that made from the step before, as a share of the largest entry."""
-    goes_on = ~rollout.steps.get(tested.is_init_key).squeeze(-1)[:, 1:]
+    """Return the largest relative difference between a stored state and the one computed from the step before."""
+    continues = ~rollout.steps.get(tested.is_init_key).squeeze(-1)[:, 1:]
     worst = 0.0
     for key, stored in tested.states_of(rollout.steps).items():
-        made, stored = following[key][:, :-1][goes_on], stored[:, 1:][goes_on]
+        made, stored = following[key][:, :-1][continues], stored[:, 1:][continues]
         if made.numel():
             error = (made - stored).abs().max() / torch.maximum(made.abs().max(), stored.abs().max()).clamp_min(TINY)
             worst = max(worst, float(error)) if float(error) == float(error) else float("inf")
@@ -116,7 +117,7 @@ def _continuity(tested: PolicyUnderTest, rollout: Rollout, following: Mapping) -
 
 
 def _power(tested: PolicyUnderTest, steps: TensorDictBase) -> float:
-    """Largest |log ratio| of single steps with the states of another environment and moment."""
+    """Return the largest |log ratio| of single steps with the states of another environment and step."""
     other = steps.clone()
     for key in tested.state_keys:
         value = steps.get(key)
