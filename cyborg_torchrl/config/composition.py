@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from cyborg_torchrl.config.checks import ConfigError, validate
 from cyborg_torchrl.config.errors import explain
-from cyborg_torchrl.config.schema import GROUPS, NODES, SHORT_KEYS, Config, config_class_of
+from cyborg_torchrl.config.schema import GROUPS, NODES, SHORT_KEYS, Config, LoggerConfig, config_class_of
 from cyborg_torchrl.registry import (
     Registry,
     did_you_mean,
@@ -141,6 +141,7 @@ def _store_nodes() -> None:
     store.store(name="config_schema", node=Config)
     for group, node in NODES.items():
         store.store(group=group, name=f"{group}_schema", node=node)
+    store.store(group="logger", name="default", node=LoggerConfig)
     for group, registry in GROUPS.items():
         for name in _registered(registry):
             try:
@@ -175,9 +176,10 @@ def _shipped() -> list[str]:
 
 def choices(group: str) -> list[str]:
     """Return the names that a group knows, such as "backbone"; [] for a group without choices."""
-    registry = GROUPS.get(group)
-    shipped = [path.stem for path in (config_dir() / group).glob("*.yaml")]
-    return sorted({*shipped, *(registry.names() if registry else ())})
+    _store_nodes()
+    files = {path.stem for path in (config_dir() / group).glob("*.yaml")}
+    nodes = {name.removesuffix(".yaml") for name in ConfigStore.instance().repo.get(group, ())}
+    return sorted(name for name in files | nodes if not name.endswith("_schema"))
 
 
 def _recompose(config: str, overrides: Sequence[str]) -> DictConfig:
