@@ -1,4 +1,4 @@
-"""Agents as programs that run without this package: one step from observation and memory to action and memory."""
+"""Export of agents to programs that run without this package, one step at a time."""
 
 from cyborg_torchrl.export.comparison import Differences, replay, unnormalized
 from cyborg_torchrl.export.description import describe

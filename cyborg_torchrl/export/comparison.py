@@ -1,4 +1,4 @@
-"""An exported program beside the agent that it was made from, step by step."""
+"""Comparison of an exported program with its agent, step by step."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ from cyborg_torchrl.training.builders import build_env
 from cyborg_torchrl.training.loading import build_acting_env
 
 RESET_SHARE = 0.01
-"""Share of steps at which an episode is made to begin anew for memory, beside those that begin by themselves."""
+"""Share of steps at which memory is reset, in addition to the starts of episodes."""
 
 
 class Differences(NamedTuple):
-    """How far a program was from its agent; numbers larger than 1 count relative to their size."""
+    """Largest differences between a program and its agent; relative for numbers larger than 1."""
 
     largest: float
-    """Of all that follow."""
+    """Largest of the next three."""
     parameters: float
-    """Of the distribution's parameters."""
+    """Of the parameters of the action distribution."""
     state: float
     action: float
-    """Of continuous actions; of others by how much the agent's best logit exceeds that of the program's choice."""
+    """Of continuous actions. For others: the agent's best logit minus its logit of the program's choice."""
     steps: int
     resets: int
 
 
 def unnormalized(cfg: DictConfig) -> DictConfig:
-    """The configuration whose environment shows what the exported program reads."""
+    """Return the configuration with unnormalised observations, which the exported program reads."""
     return OmegaConf.merge(cfg, {"transforms": {"normalize_observation": False}})
 
 
@@ -53,16 +53,16 @@ def replay(
     rows: int,
     on_step: Callable[[int], None] = lambda step: None,
 ) -> Differences:
-    """Runs both over what the agent sees in its environment, each with its own memory.
+    """Run program and agent on the same observations, each with its memory, and compare them.
 
-    Memory is reset where episodes begin, and at random besides.
+    Memory is reset where episodes begin, and also at random.
 
     Args:
         cfg: the agent's configuration, for the CPU.
         agent: the agent.
         runner: the program.
         steps: steps of each environment.
-        rows: environments side by side.
+        rows: number of environments.
         on_step: called after each step.
     """
     _, state, _ = example_inputs(runner.description, rows)
@@ -86,10 +86,10 @@ def replay(
 def _acted(
     cfg: DictConfig, agent: PPOAgent, steps: int, rows: int
 ) -> Iterator[tuple[TensorDictBase, dict[str, Tensor], Tensor]]:
-    """What the agent did at each step, what is shown without normalisation, and where memory is reset, [rows].
+    """Yield for each step the agent's tensordict, the unnormalised observations, and the memory resets [rows].
 
-    Where observations are normalised there are two environments of one seed, which get the same actions: the one that
-    the agent was trained in, and one that does not normalise.
+    With normalised observations there are two environments with the same seed and the same actions: the agent's, and one
+    without normalisation.
     """
     options = {"num_envs": rows, "seed": cfg.train.seed, "workers": 0 if "workers" in cfg.env else None}
     env = build_acting_env(cfg, agent, **options)
@@ -116,13 +116,13 @@ def _acted(
 
 
 def _distance(value: Tensor, reference: Tensor) -> float:
-    """The largest difference; infinite where a number is none."""
+    """Return the largest difference; NaN counts as infinite."""
     difference = (value - reference).abs() / reference.abs().clamp_min(1.0)
     return float(difference.nan_to_num(nan=torch.inf).max())
 
 
 def _regret(acted: TensorDictBase, action: Tensor, about: dict) -> float:
-    """By how much the program's action is worse than the agent's in the agent's own eyes."""
+    """Return how much worse the program's action is than the agent's, by the agent's logits."""
     if about["kind"] == "continuous":
         return _distance(action, acted[keys.ACTION])
     if about["kind"] == "one_hot":

@@ -1,4 +1,4 @@
-"""What stands in an exported file beside the program: names, shapes, and what they mean."""
+"""The description in an exported file: names, shapes and meanings of inputs and outputs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cyborg_torchrl.modules import PPOAgent
 from cyborg_torchrl.registry import environments
 
 METADATA = "cyborg_torchrl"
-"""Where the description stands: an ONNX file's metadata of this name, or the extra file of this name with `.json`."""
+"""Name of the description: a metadata entry of an ONNX file, or an extra file with `.json` of a torch file."""
 MEANINGS = {
     keys.PREVIOUS_ACTION: "the action that led here: one-hot, or clipped and scaled to [-1, 1]; zeros where is_init",
     keys.PREVIOUS_REWARD: "the reward that came with this observation; zero where is_init",
@@ -27,12 +27,12 @@ MEANINGS = {
 
 
 def describe(cfg: DictConfig, agent: PPOAgent, env: EnvBase) -> dict[str, Any]:
-    """Describes an agent's step as what JSON holds.
+    """Describe an agent's step as a dict for JSON.
 
     Args:
-        cfg: its configuration, which is part of the description.
+        cfg: configuration of the agent, which is part of the description.
         agent: the agent.
-        env: its environment, without normalisation.
+        env: environment of the agent, without normalisation.
     """
     batch_dims = len(env.batch_size)
     stacked = cfg.transforms.frame_stack
@@ -66,7 +66,7 @@ def _entry(spec: TensorSpec, batch_dims: int) -> dict[str, Any]:
 
 
 def _action(env: EnvBase, batch_dims: int) -> dict[str, Any]:
-    """What the numbers of an action mean."""
+    """Describe the action."""
     spec = env.action_spec
     entry = {**_entry(spec, batch_dims), "names": action_names(env)}
     if isinstance(spec, MultiCategorical):
@@ -80,7 +80,7 @@ def _action(env: EnvBase, batch_dims: int) -> dict[str, Any]:
 
 
 def _numbers(value: Tensor) -> Any:
-    """A single number where all are alike."""
+    """Return one number if all are equal, else all of them."""
     first = value.flatten()[0].item()
     return first if bool((value == first).all()) else value.tolist()
 

@@ -1,9 +1,9 @@
-"""Functions in terms of ONNX's operations, exact where a slow memory needs it.
+"""Functions built from ONNX operations, with the relative precision that a slow memory needs.
 
-A memory that lasts for 10,000 steps writes a ten-thousandth of what it sees at each, and its read-out is normalised
-until that is as loud as everything else: small numbers need the same relative precision as large ones. ONNX has no
-`expm1` and `log1p`, and onnxruntime 1.32 computes `sigmoid` to an absolute error of 1e-7, which is a relative one of
-1e-3 where it is 1e-4. (Its `exp`, `log`, `tanh` and `softplus` have relative errors below 3e-7.)
+A memory that lasts for 10,000 steps writes one ten-thousandth of its input at each step. Its read-out is normalised, so
+small numbers need the same relative precision as large ones. ONNX has no `expm1` and `log1p`. onnxruntime 1.32 computes
+`sigmoid` with an absolute error of 1e-7, which is a relative error of 1e-3 at a value of 1e-4. Its `exp`, `log`, `tanh`
+and `softplus` have relative errors below 3e-7.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ aten = torch.ops.aten
 
 
 def expm1(x: Tensor) -> Tensor:
-    """exp(x) - 1, of which nothing cancels where x is small."""
+    """Return exp(x) - 1, without cancellation for small x."""
     return torch.tanh(0.5 * x) * (torch.exp(x) + 1.0)
 
 
 def log1p(x: Tensor) -> Tensor:
-    """log(1 + x).
+    """Return log(1 + x).
 
-    Source: Kahan's correction: what rounding 1 + x loses is given back by the factor x / (rounded - 1).
+    Source: Kahan's correction. The factor x / (rounded - 1) restores the digits that rounding 1 + x loses.
     """
     rounded = 1.0 + x
     is_lost = rounded == 1.0
@@ -32,25 +32,25 @@ def log1p(x: Tensor) -> Tensor:
 
 
 def sigmoid(x: Tensor) -> Tensor:
-    """1 / (1 + exp(-x))."""
+    """Return 1 / (1 + exp(-x))."""
     return 1.0 / (1.0 + torch.exp(-x))
 
 
 def silu(x: Tensor) -> Tensor:
-    """The product of x and its sigmoid."""
+    """Return x times its sigmoid."""
     return x * sigmoid(x)
 
 
 def sort_stable(
     x: Tensor, *, stable: bool | None = True, dim: int = -1, descending: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """ONNX's TopK puts the lower index first among equals: as a stable sort does."""
+    """Sort by ONNX's TopK, which puts the lower index first among equal values, as a stable sort does."""
     del stable
     return torch.topk(x, x.shape[dim], dim=dim, largest=descending, sorted=True)
 
 
 def cumprod(x: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Tensor:
-    """Products of all up to each, by a triangle of ones: for rows of a few numbers."""
+    """Return cumulative products, by a triangular mask; meant for rows of a few numbers."""
     rows = (x if dtype is None else x.to(dtype)).movedim(dim, -1)
     size = rows.shape[-1]
     is_before = torch.ones(size, size, dtype=torch.bool).tril()
@@ -65,4 +65,4 @@ ACCURATE: dict[torch._ops.OperatorBase, Callable[..., object]] = {
     aten.silu.default: silu,
     aten.sort.stable: sort_stable,
 }
-"""What stands for torch's operations in an ONNX file."""
+"""Replacements of torch's operations in an ONNX file."""

@@ -1,4 +1,4 @@
-"""Exported files, run one step at a time as an agent is."""
+"""Runners of exported files, one step at a time."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ Entries = dict[str, Tensor]
 
 @runtime_checkable
 class Runner(Protocol):
-    """An exported program in what runs it."""
+    """An exported program together with its runtime."""
 
     description: dict[str, Any]
 
     def __call__(self, observation: Entries, state: Entries, is_init: Tensor) -> dict[str, Any]:
-        """What `StreamingStep` returns."""
+        """Take one step; inputs and outputs are those of `StreamingStep`."""
         ...
 
 
 class TorchRunner:
-    """A file for torch.
+    """Runner of a torch.export file.
 
     Args:
-        file: its content.
+        file: content of the file.
     """
 
     def __init__(self, file: bytes) -> None:
@@ -40,19 +40,19 @@ class TorchRunner:
         self.description = json.loads(extra[f"{METADATA}.json"])
 
     def __call__(self, observation: Entries, state: Entries, is_init: Tensor) -> dict[str, Any]:
-        """One step."""
+        """Take one step."""
         return self._step(observation, state, is_init)
 
 
 class OnnxRunner:
-    """An ONNX file in onnxruntime, on the CPU.
+    """Runner of an ONNX file by onnxruntime, on the CPU.
 
     Args:
-        file: its content.
+        file: content of the file.
 
     Raises:
         UnavailableError: if onnxruntime is missing.
-        ExportError: if it does not run the file.
+        ExportError: if onnxruntime cannot run the file.
     """
 
     def __init__(self, file: bytes) -> None:
@@ -64,13 +64,13 @@ class OnnxRunner:
         options.intra_op_num_threads = torch.get_num_threads()
         try:
             self._session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # of many kinds
+        except Exception as error:  # onnxruntime raises many kinds
             raise ExportError(f"onnxruntime does not run it: {' '.join(str(error).split())[:300]}") from error
         self._outputs = [output.name for output in self._session.get_outputs()]
         self.description = json.loads(self._session.get_modelmeta().custom_metadata_map[METADATA])
 
     def __call__(self, observation: Entries, state: Entries, is_init: Tensor) -> dict[str, Any]:
-        """One step."""
+        """Take one step."""
         inputs = observation | {f"state.{name}": value for name, value in state.items()} | {"is_init": is_init}
         arrays = self._session.run(None, {name: value.numpy(force=True) for name, value in inputs.items()})
         results = {name: torch.from_numpy(array) for name, array in zip(self._outputs, arrays, strict=True)}

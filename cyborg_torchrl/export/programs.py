@@ -1,4 +1,4 @@
-"""A streaming step as a program of torch's own operations, and as the files that hold it."""
+"""Programs of torch operations from a streaming step, and their files."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ EXTRA = "pip install 'cyborg-torchrl[export]'"
 
 
 class ExportError(RuntimeError):
-    """An agent that cannot be exported, or whose exported program does not do what it does; one line."""
+    """An agent that cannot be exported, or whose program differs from it; the message is one line."""
 
 
 def build_program(step: StreamingStep, env: EnvBase, batch: int | None = None) -> ExportedProgram:
-    """Traces a step.
+    """Trace a step.
 
     Args:
         step: the step, on the CPU.
-        env: its environment, without normalisation: says what observations look like.
+        env: environment without normalisation, which gives the shapes of observations.
         batch: rows of every input; None: any number.
 
     Raises:
         ExportError: if torch cannot trace it.
     """
-    rows = 2 if batch is None else batch  # 1 would be taken for a constant
+    rows = 2 if batch is None else batch  # torch would treat 1 as a constant
     dims = len(env.batch_size)
     shown = {name: env.observation_spec[key] for name, key in step.observation_keys.items()}
     observation = {name: torch.zeros(rows, *spec.shape[dims:], dtype=spec.dtype) for name, spec in shown.items()}
@@ -47,26 +47,26 @@ def build_program(step: StreamingStep, env: EnvBase, batch: int | None = None) -
     try:
         with torch.no_grad():
             return torch.export.export(step, (observation, state, is_init), dynamic_shapes=shapes, strict=False)
-    except Exception as error:  # a core of somebody's own may do anything
+    except Exception as error:  # a third-party core may raise anything
         raise ExportError(f"the agent cannot be exported: {_first_line(error)}") from error
 
 
 def torch_file(program: ExportedProgram, description: dict[str, Any]) -> bytes:
-    """The file that `torch.export.load` reads, with the description as an extra file."""
+    """Return the file for `torch.export.load`, with the description as an extra file."""
     file = io.BytesIO()
     torch.export.save(program, file, extra_files={f"{METADATA}.json": json.dumps(description)})
     return file.getvalue()
 
 
 def onnx_file(program: ExportedProgram, description: dict[str, Any]) -> bytes:
-    """The ONNX file, with the description in its metadata.
+    """Return the ONNX file, with the description in its metadata.
 
     Inputs: the observations by their names, "state.NAME" for each tensor of the state, "is_init". Outputs: "action",
     the distribution's parameters by their names, "next_state.NAME".
 
     Raises:
         UnavailableError: if onnx or onnxscript is missing.
-        ExportError: if there is an operation that ONNX has not.
+        ExportError: if ONNX lacks an operation.
     """
     try:
         import onnx  # noqa: F401
@@ -78,16 +78,16 @@ def onnx_file(program: ExportedProgram, description: dict[str, Any]) -> bytes:
     results = ["action", *description["parameters"], *(f"next_state.{name}" for name in state)]
     logger = logging.getLogger("torch.onnx")
     level = logger.level
-    logger.setLevel(logging.ERROR)  # it says of each operation of torchvision that it is not there
+    logger.setLevel(logging.ERROR)  # it reports each missing operation of torchvision
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the exporter to its own authors
+            warnings.simplefilter("ignore")  # warnings for the exporter's authors
             made = torch.onnx.export(
                 program.run_decompositions(ACCURATE),
                 dynamo=True,
                 input_names=names,
                 output_names=results,
-                optimize=False,  # its rewriting takes an epsilon of 1e-12 for zero, and leaves it out
+                optimize=False,  # the optimiser would drop an epsilon of 1e-12
                 verbose=False,
             )
             assert made is not None
@@ -103,7 +103,7 @@ def onnx_file(program: ExportedProgram, description: dict[str, Any]) -> bytes:
 
 
 def example_inputs(description: dict[str, Any], rows: int = 1) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
-    """Zeros for everything, and an episode that begins."""
+    """Return zeros for all inputs, and flags of a first step."""
     observation, state = (
         {name: torch.zeros(rows, *each["shape"], dtype=getattr(torch, each["dtype"])) for name, each in entries.items()}
         for entries in (description["observation"], description["state"])

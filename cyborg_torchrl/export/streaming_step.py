@@ -1,4 +1,4 @@
-"""One step of an agent on plain tensors, from what the environment shows."""
+"""One step of an agent on plain tensors."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ Entries = dict[str, Tensor]
 
 
 class StreamingStep(nn.Module):
-    """What an agent does in one step: the likeliest action, from observations as they are before normalisation.
+    """One step of an agent: the likeliest action, from unnormalised observations.
 
-    Its state is a plain dictionary; where an episode begins it is replaced by the agent's initial state, so that zeros
-    do for the first step. Parameters are shared with the agent.
+    The state is a plain dictionary. Where an episode begins, it is replaced by the agent's initial state, so zeros are
+    right for the first step. Parameters are shared with the agent.
 
     Args:
         agent: the agent.
-        normalized: from names of observations to what normalises them, [*shape] (see `normalizers_of`).
+        normalized: normalisers by names of observations (see `normalizers_of`).
     """
 
     def __init__(self, agent: PPOAgent, normalized: Mapping[str, nn.Module] | None = None) -> None:
@@ -42,12 +42,12 @@ class StreamingStep(nn.Module):
         self.sizes: Sequence[int] = (agent.sampler.distribution_kwargs or {}).get("sizes", ())
 
     def forward(self, observation: Entries, state: State, is_init: Bool[Tensor, " B"]) -> dict[str, Any]:
-        """One step.
+        """Take one step.
 
         Args:
             observation: {name: [B, *shape]}, in the order of `observation_keys`.
             state: memory before the step, {name: [B, *shape]}, in the order of the core's `state_shapes`.
-            is_init: where an episode begins.
+            is_init: true where an episode begins.
 
         Returns:
             "action" [B, ...]; the parameters of its distribution: "logits", or "loc" and "scale"; and "state".
@@ -65,9 +65,9 @@ class StreamingStep(nn.Module):
         return self.normalizers[_safe(name)](seen) if _safe(name) in self.normalizers else seen
 
     def _likeliest(self, parameters: Mapping[str, Tensor]) -> Tensor:
-        """The mode of the distribution: an index, indices, a one-hot vector of integers, or numbers."""
+        """Return the mode of the distribution: an index, indices, a one-hot vector of integers, or numbers."""
         if "loc" in parameters:
-            return parameters["loc"].clone()  # an output of its own
+            return parameters["loc"].clone()  # two outputs must not share memory
         logits = parameters["logits"]
         if self.distribution is MultiDiscrete:
             return torch.stack([part.argmax(-1) for part in logits.split(list(self.sizes), -1)], -1)
@@ -76,7 +76,7 @@ class StreamingStep(nn.Module):
 
 
 def leave_autocast(agent: PPOAgent) -> bool:
-    """Lets an agent's encoder compute in float32. Returns whether it did in another precision."""
+    """Let an agent's encoder compute in float32. Return whether it used another precision."""
     if not isinstance(agent.encoder.module, Autocast):
         return False
     agent.encoder.module = agent.encoder.module.network
@@ -84,12 +84,12 @@ def leave_autocast(agent: PPOAgent) -> bool:
 
 
 class Normalizer(nn.Module):
-    """As `NormalizeObservation` with its statistics as they are, for one observation.
+    """Normaliser of one observation with fixed statistics, equal to `NormalizeObservation`.
 
     Args:
-        mean: [*shape], in double precision, in which it computes.
-        std: [*shape].
-        limit: where the result is clipped.
+        mean: [*shape], in double precision.
+        std: [*shape], in double precision.
+        limit: largest absolute value of the result.
     """
 
     def __init__(self, mean: Tensor, std: Tensor, limit: float) -> None:
@@ -101,23 +101,23 @@ class Normalizer(nn.Module):
         self.limit = limit
 
     def forward(self, seen: Tensor) -> Tensor:
-        """Normalises [B, *shape]."""
+        """Normalise observations [B, *shape]."""
         return ((seen - self.mean) / self.std).clamp(-self.limit, self.limit).to(seen.dtype)
 
 
 def normalizers_of(agent: PPOAgent, env: EnvBase) -> dict[str, Normalizer]:
-    """What normalises an agent's observations, by their names; {} where nothing does.
+    """Return the normalisers of an agent's observations by name; {} if they are not normalised.
 
     Args:
-        agent: has the statistics.
-        env: as it was trained in; says which observations they are of, and how many frames are stacked.
+        agent: the agent with the statistics.
+        env: the training environment, which gives the normalised observations and the number of stacked frames.
     """
     batch_dims = len(env.batch_size)
     found: dict[str, Normalizer] = {}
     for transform in transforms_of(env):
         if isinstance(transform, NormalizeObservation):
             for key, moments in zip(transform.in_keys, agent.env_statistics["observation"], strict=True):
-                shape = env.observation_spec[key].shape[batch_dims:]  # of all frames, which are normalised alike
+                shape = env.observation_spec[key].shape[batch_dims:]  # all frames share the statistics of one
                 frames = [size // own for size, own in zip(shape, moments.mean.shape, strict=True)]
                 mean, std = (each.repeat(*frames) if frames else each for each in (moments.mean, moments.std))
                 found[dotted(key)] = Normalizer(mean, std, transform.limit)
@@ -125,11 +125,11 @@ def normalizers_of(agent: PPOAgent, env: EnvBase) -> dict[str, Normalizer]:
 
 
 def dotted(key: NestedKey) -> str:
-    """A key as one name: "observation", "camera.left"."""
+    """Return a key as one name, such as "camera.left"."""
     key = unravel_key(key)
     return key if isinstance(key, str) else ".".join(key)
 
 
 def _safe(name: str) -> str:
-    """Names of modules have no dots."""
+    """Return a name without dots, as names of modules must be."""
     return name.replace(".", "/")
