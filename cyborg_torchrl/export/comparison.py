@@ -88,8 +88,8 @@ def _acted(
 ) -> Iterator[tuple[TensorDictBase, dict[str, Tensor], Tensor]]:
     """Yield for each step the agent's tensordict, the unnormalised observations, and the memory resets [rows].
 
-    With normalised observations there are two environments with the same seed and the same actions: the agent's, and one
-    without normalisation.
+    With normalised observations there are two environments with the same seed and the same actions: the agent's, and
+    one without normalisation.
     """
     options = {"num_envs": rows, "seed": cfg.train.seed, "workers": 0 if "workers" in cfg.env else None}
     env = build_acting_env(cfg, agent, **options)
