@@ -1,4 +1,4 @@
-"""Gymnasium environments side by side, in this process or in several, as one TorchRL environment."""
+"""A batch of gymnasium environments, in one or several processes, as one TorchRL environment."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from torchrl.envs.libs.gym import _gym_to_torchrl_spec_transform
 from cyborg_torchrl import keys
 
 LENGTHS = ("max_episode_steps", "max_episode_length", "episode_length", "max_steps")
-"""What packages call the longest an episode can last."""
+"""Attributes of environments that hold the longest episode, in different packages."""
 
 MakeOne = Callable[[], Any]
-"""Makes one gymnasium environment; picklable."""
+"""Builder of one gymnasium environment; picklable."""
 
 
 class GymnasiumEnv(GymWrapper):
-    """TorchRL's wrapper around a `EpisodeVectorEnv`.
+    """TorchRL's wrapper around an `EpisodeVectorEnv`.
 
-    Differs from it in three things. It resets what it is told to on any device. Seeding waits for the next reset;
-    TorchRL's resets all environments at once, behind the back of whoever holds their observations. Specs are made from
-    the space of one environment: gymnasium turns a batch of multi-discrete spaces into a box, without the sizes.
+    There are three differences. Partial resets work on any device. A seed takes effect at the next reset, while TorchRL
+    resets all environments at once, although the caller still has their observations. Specs are made from the space of
+    one environment, since gymnasium turns a batch of multi-discrete spaces into a box without the sizes.
     """
 
     def _make_specs(self, env: Any, batch_size: Any = None) -> None:
@@ -36,7 +36,7 @@ class GymnasiumEnv(GymWrapper):
         for name in ("observation", "action"):
             space = getattr(env, f"single_{name}_space")
             spec = _gym_to_torchrl_spec_transform(space, device=self.device, categorical_action_encoding=True)
-            if hasattr(space, "nvec"):  # choices of equal size are made one categorical of several entries
+            if hasattr(space, "nvec"):  # TorchRL would merge choices of equal size
                 spec = MultiCategorical(space.nvec, device=self.device)
             setattr(self, f"{name}_spec", spec.expand(*self.batch_size, *spec.shape))
 
@@ -51,16 +51,16 @@ class GymnasiumEnv(GymWrapper):
             self._env.reseed(seed)
 
     def get_state(self) -> dict[str, Any]:
-        """What the environments are in the middle of (see `EpisodeVectorEnv.get_state`)."""
+        """Return the present episodes (see `EpisodeVectorEnv.get_state`)."""
         return self._env.get_state()
 
     def set_state(self, state: dict[str, Any]) -> Tensor:
-        """Goes back there. Returns which environments could not, [N] bool."""
+        """Restore the episodes. Return the environments that failed, [N] bool."""
         return self._env.set_state(state)
 
 
 class SuccessReader(BaseInfoDictReader):
-    """Writes `info["success"]` of a vector of environments as "success", [N, 1] bool.
+    """Reader that writes `info["success"]` of a vector of environments as "success", [N, 1] bool.
 
     Args:
         num_envs: N.
@@ -70,7 +70,7 @@ class SuccessReader(BaseInfoDictReader):
         self.num_envs = num_envs
 
     def __call__(self, info_dict: dict[str, Any], tensordict: TensorDictBase) -> TensorDictBase:
-        """Reads; what was not reported is no success."""
+        """Write the entry; a missing report counts as no success."""
         success = torch.zeros(self.num_envs, 1, dtype=torch.bool)
         if "success" in info_dict:
             success[:, 0] = torch.as_tensor(info_dict["success"].astype(bool))
@@ -78,7 +78,7 @@ class SuccessReader(BaseInfoDictReader):
 
     @property
     def info_spec(self) -> dict[str, Any]:
-        """What is written."""
+        """The spec of the entry."""
         return {keys.SUCCESS: Binary(1, (self.num_envs, 1), dtype=torch.bool)}
 
 
@@ -92,18 +92,18 @@ def batch(
     device: torch.device | str | None = None,
     seed: int | None = None,
 ) -> EnvBase:
-    """Puts gymnasium environments side by side as one TorchRL environment of batch size [num_envs].
+    """Build one TorchRL environment of batch size [num_envs] from gymnasium environments.
 
-    Its attribute `max_episode_steps` is the longest that an episode can last, None if that is unknown.
+    Its attribute `max_episode_steps` is the length of the longest possible episode; None if unknown.
 
     Args:
-        make: makes one, with its wrappers; or one callable for each.
+        make: builder of one environment with its wrappers, or one builder for each environment.
         num_envs: N.
-        workers: processes that the environments are split over, replaced when they die; 0: all in this process.
-        max_episode_steps: the longest that an episode can last; None: one is made, and asked.
-        reports_success: there is an `info["success"]`, read as "success".
-        device: where tensors are put.
-        seed: seed of all environments, each gets its own from it; None: whatever.
+        workers: number of worker processes, which are replaced when they die; 0: all environments in this process.
+        max_episode_steps: steps of the longest possible episode; None: read it from one environment.
+        reports_success: read `info["success"]` as "success".
+        device: device of all tensors.
+        seed: seed from which each environment gets its seed; None: random seeds.
 
     Raises:
         ValueError: if workers does not divide num_envs.
@@ -126,17 +126,17 @@ def batch(
 
 
 def longest_episode(make: MakeOne) -> int | None:
-    """The most steps that an episode can last, in steps of the outermost wrapper; None if that is unknown.
+    """Return the steps of the longest possible episode, in steps of the outermost wrapper; None if unknown.
 
     Args:
-        make: makes one gymnasium environment, which is closed again.
+        make: builder of one gymnasium environment, which is closed afterwards.
 
     Raises:
-        ValueError: if it cannot be made.
+        ValueError: if it cannot be built.
     """
     env = make()
     try:
-        env.reset(seed=0)  # some know their length only then
+        env.reset(seed=0)  # some environments set their length only here
         own = [getattr(env.unwrapped, name, None) for name in LENGTHS]
         limits = [
             limit for limit in (env.spec and env.spec.max_episode_steps, *own) if isinstance(limit, int) and limit > 0

@@ -1,4 +1,4 @@
-"""`gymnasium`: any registered gymnasium environment by its id, and what the other adapters share."""
+"""`gymnasium`: any registered gymnasium environment by its id; shared parts of the other adapters."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cyborg_torchrl.registry import UnavailableError, did_you_mean, register_env
 
 
 def import_package(name: str, *, command: str | None = None) -> ModuleType:
-    """Imports an optional package.
+    """Import an optional package.
 
     Raises:
         UnavailableError: if it is not installed, with the command that installs it.
@@ -31,16 +31,15 @@ def import_package(name: str, *, command: str | None = None) -> ModuleType:
 
 
 def wrap(env: Any, *, frame_skip: int = 1, **reported: Any) -> Any:
-    """Puts the usual wrappers around one gymnasium environment.
+    """Add the usual wrappers to one gymnasium environment.
 
     Args:
         env: the environment.
-        frame_skip: steps of it for each action.
-        reported: how it reports success and its time limit, and its reset options, for `Reported`.
+        frame_skip: environment steps for each action.
+        **reported: arguments of `Reported`: success, time limit and reset options.
 
     Raises:
-        ValueError: if frame_skip is below 1, nothing of the observations can be read, or there is no policy for such
-            actions.
+        ValueError: if frame_skip is below 1, no part of the observation can be read, or no policy has such actions.
     """
     from gymnasium import spaces
 
@@ -59,10 +58,10 @@ def wrap(env: Any, *, frame_skip: int = 1, **reported: Any) -> Any:
 
 
 def make_registered(env_id: str, max_episode_steps: int | None = None, options: dict[str, Any] | None = None) -> Any:
-    """`gymnasium.make` with errors in one line.
+    """Call `gymnasium.make`, with errors in one line.
 
     Raises:
-        ValueError: if there is no such id, the environment refuses its options, or a package that it needs is missing.
+        ValueError: if the id is unknown, the environment rejects its options, or a package is missing.
     """
     gymnasium = import_package("gymnasium")
     if max_episode_steps is not None and max_episode_steps < 1:
@@ -70,7 +69,7 @@ def make_registered(env_id: str, max_episode_steps: int | None = None, options: 
     try:
         with one_line_errors(env_id, options, gymnasium.error.Error, TypeError, ImportError):
             env = gymnasium.make(env_id, max_episode_steps=max_episode_steps, disable_env_checker=True, **options or {})
-            if options:  # some are looked at in the first episode
+            if options:  # some options are read only in the first episode
                 env.reset()
             return env
     except gymnasium.error.NamespaceNotFound:
@@ -85,10 +84,10 @@ def make_registered(env_id: str, max_episode_steps: int | None = None, options: 
 
 @contextmanager
 def one_line_errors(env_id: str, options: dict[str, Any] | None, *expected: type[Exception]) -> Generator[None]:
-    """Around the making of an environment: what it raises becomes a ValueError in one line.
+    """Turn errors of an environment's constructor into a ValueError with one line.
 
-    That is any error where there are options, which environments refuse in many ways, and those expected otherwise. An
-    id that does not exist is left to the caller.
+    With options, any error counts, since environments reject them in many ways. Without options, only the expected
+    errors count. The caller handles an unknown id.
     """
     unregistered = import_package("gymnasium").error.UnregisteredEnv
     refusals = (Exception,) if options else expected
@@ -97,9 +96,9 @@ def one_line_errors(env_id: str, options: dict[str, Any] | None, *expected: type
     except unregistered:
         raise
     except refusals as error:
-        given = f" with options {options}" if options else ""
-        said = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"'{env_id}'{given}: {said}") from None
+        with_options = f" with options {options}" if options else ""
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"'{env_id}'{with_options}: {reason}") from None
 
 
 def _make(env_id: str, frame_skip: int, max_episode_steps: int | None, options: dict[str, Any] | None) -> Any:
@@ -118,20 +117,20 @@ def build_gymnasium(
     device: torch.device | str | None = None,
     seed: int | None = None,
 ) -> EnvBase:
-    """Any registered gymnasium environment.
+    """Build a batch of any registered gymnasium environment.
 
     Args:
-        id: its id, "module:Name-v0" to import a module first.
-        num_envs: environments side by side.
-        frame_skip: steps of it for each action; rewards are summed.
-        max_episode_steps: truncates after so many of its own steps; None: as it was registered.
-        workers: processes that the environments are split over; 0: all in this process.
+        id: id of the environment; "module:Name-v0" imports a module first.
+        num_envs: number of environments.
+        frame_skip: environment steps for each action; rewards are summed.
+        max_episode_steps: environment steps after which episodes are truncated; None: as registered.
+        workers: number of worker processes; 0: all environments in this process.
         options: keyword arguments of `gymnasium.make`.
-        device: where tensors are put.
-        seed: environment i gets its own seed from this one.
+        device: device of all tensors.
+        seed: seed from which each environment gets its seed.
 
     Raises:
-        ValueError: in one line, if the id does not exist or an option cannot be used.
+        ValueError: if the id is unknown or an option cannot be used, in one line.
     """
     make = partial(_make, id, frame_skip, max_episode_steps, options)
     return batch(make, num_envs, workers=workers, device=device, seed=seed)

@@ -1,4 +1,4 @@
-"""What an episode of a gymnasium environment follows from."""
+"""The seed and the actions of a gymnasium episode, from which it can be replayed."""
 
 from __future__ import annotations
 
@@ -12,44 +12,44 @@ import numpy as np
 
 @dataclass
 class Episode:
-    """All that an environment's present episode follows from, and what it has come to.
+    """The present episode of an environment: its seed, its actions and its last observation.
 
-    Its seed is the stream's own number for the first episode of the stream, and drawn from that and the episode's
-    number for those that follow.
+    The first episode of a stream has the stream's number as its seed. The seeds of later episodes are drawn from the
+    stream and the number of the episode.
     """
 
     stream: int
     number: int = -1
     actions: list[Any] = field(default_factory=list)
     observation: Any = None
-    """The last one; None before the first reset."""
+    """The last observation; None before the first reset."""
 
     @property
     def seed(self) -> int:
-        """What the environment is reset with."""
+        """The seed of the reset."""
         if self.number == 0:
             return self.stream
         return int(np.random.SeedSequence([self.stream, self.number]).generate_state(1)[0])
 
     @property
     def has_begun(self) -> bool:
-        """There was a reset."""
+        """True after the first reset."""
         return self.number >= 0
 
     @property
     def fingerprint(self) -> str:
-        """A digest of the last observation."""
+        """The digest of the last observation."""
         return fingerprint(self.observation)
 
     def begin(self, stream: int | None) -> None:
-        """Turns to the next episode, or to the first of another stream."""
+        """Begin the next episode, or the first one of another stream."""
         self.number = self.number + 1 if stream is None else 0
         self.stream = self.stream if stream is None else stream
         self.actions = []
 
 
 def fingerprint(observation: Any) -> str:
-    """A digest of an observation: arrays and numbers, in any nest of mappings and sequences."""
+    """Return a digest of an observation: arrays and numbers in nested mappings and sequences."""
     digest = hashlib.sha256()
 
     def add(part: Any) -> None:

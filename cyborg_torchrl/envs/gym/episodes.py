@@ -1,4 +1,4 @@
-"""Gymnasium environments side by side whose episodes can be played again: after a crash, or in another process."""
+"""A batch of gymnasium environments whose episodes can be replayed after a crash or in another process."""
 
 from __future__ import annotations
 
@@ -19,17 +19,16 @@ Info = dict[str, Any]
 
 
 class EpisodeVectorEnv(VectorEnv):
-    """Environments stepped together, each reset when asked and only then, every episode from a seed of its own.
+    """Environments stepped together; each is reset only on request, and each episode has its seed.
 
-    A seed given by `reseed` is used at each environment's next reset, not before: whoever holds an observation may
-    still act on it. One that an episode has just begun with, given again before its first step (as by a collector after
-    its first reset), is not used a second time: no episode is played twice. Seeds of environments that stand in one
-    vector, or in vectors of different seeds, are unrelated (gymnasium's own `seed + i` would let two vectors with
-    neighbouring seeds share most of theirs).
+    A seed given by `reseed` takes effect at each environment's next reset, so the caller may still act on the present
+    observations. A collector may give the same seed again after its first reset. Then the seed is not used a second
+    time, and no episode is played twice. The seeds of all environments are
+    unrelated. With gymnasium's `seed + i`, two vectors with neighbouring seeds would share most episodes.
 
     Args:
         makers: one callable for each environment.
-        workers: processes that they are split over, which are replaced when they die; 0: all in this one.
+        workers: number of worker processes, which are replaced when they die; 0: all environments in this process.
     """
 
     def __init__(self, makers: Sequence[Callable[[], gymnasium.Env]], workers: int = 0) -> None:
@@ -47,15 +46,15 @@ class EpisodeVectorEnv(VectorEnv):
 
     @property
     def envs(self) -> list[gymnasium.Env]:
-        """The environments, where they are in this process; none otherwise."""
+        """The environments in this process; empty with worker processes."""
         return self.runner.envs
 
     def reseed(self, seed: int) -> None:
-        """Seeds each environment at its next reset."""
+        """Seed each environment at its next reset."""
         self._next = [int(word) for word in np.random.SeedSequence(seed).generate_state(self.num_envs)]
 
     def reset(self, *, seed: int | None = None, options: Info | None = None) -> tuple[Any, Info]:
-        """Resets all environments, or those that `options["reset_mask"]` names."""
+        """Reset all environments, or those in `options["reset_mask"]`."""
         if seed is not None:
             self.reseed(seed)
         rest = dict(options or {})
@@ -72,7 +71,7 @@ class EpisodeVectorEnv(VectorEnv):
         return self._observed(), infos
 
     def step(self, actions: Any) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, Info]:
-        """Takes a step in each environment."""
+        """Take a step in each environment."""
         each = list(iterate(self.action_space, actions))
         rewards = np.zeros(self.num_envs)
         terminated, truncated = np.zeros(self.num_envs, dtype=bool), np.zeros(self.num_envs, dtype=bool)
@@ -81,14 +80,14 @@ class EpisodeVectorEnv(VectorEnv):
             observation, rewards[i], terminated[i], truncated[i], info = step
             episode = self.episodes[i]
             if not episode.actions and episode.number == 0 and self._next[i] == episode.stream:
-                self._next[i] = None  # this is the episode that the seed is of
+                self._next[i] = None  # this episode already used the seed
             episode.observation = observation
             episode.actions.append(each[i])
             infos = self._add_info(infos, info, i)
         return self._observed(), rewards, terminated, truncated, infos
 
     def get_state(self) -> dict[str, Any]:
-        """What the environments are in the middle of, as tensors, numbers and texts."""
+        """Return the present episodes as tensors, numbers and texts."""
         return {
             "streams": [episode.stream for episode in self.episodes],
             "numbers": [episode.number for episode in self.episodes],
@@ -98,16 +97,16 @@ class EpisodeVectorEnv(VectorEnv):
         }
 
     def set_state(self, state: Mapping[str, Any]) -> Tensor:
-        """Plays the episodes of a state again up to where they were.
+        """Replay the episodes of a state up to their last step.
 
         Returns:
-            [N] bool, which environments came out elsewhere, as those do that are not decided by seed and actions.
+            [N] bool, true for environments that reached another observation: seed and actions do not determine them.
 
         Raises:
-            ValueError: if the state is that of another number of environments.
+            ValueError: if the state has another number of environments.
         """
         if len(state["streams"]) != self.num_envs:
-            raise ValueError(f"the state is that of {len(state['streams'])} environments; here are {self.num_envs}.")
+            raise ValueError(f"the state is for {len(state['streams'])} environments; this vector has {self.num_envs}.")
         for i, episode in enumerate(self.episodes):
             episode.stream, episode.number = state["streams"][i], state["numbers"][i]
             episode.actions = [] if state["actions"][i] is None else list(state["actions"][i].numpy())
@@ -121,7 +120,7 @@ class EpisodeVectorEnv(VectorEnv):
         return lost
 
     def close_extras(self, **kwargs: Any) -> None:
-        """Closes the environments."""
+        """Close the environments."""
         self.runner.close()
 
     def _observed(self) -> Any:

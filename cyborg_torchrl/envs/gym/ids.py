@@ -1,13 +1,13 @@
-"""The memory tasks as gymnasium environments, for code that knows gymnasium and not TorchRL.
+"""The memory tasks as gymnasium environments, for code that does not use TorchRL.
 
-Importing this module registers `CyborgMemory/DelayedCue-v0` and an id for each other task; gymnasium imports it by
-itself where it is named before the id:
+Importing this module registers `CyborgMemory/DelayedCue-v0` and an id for each other task. Gymnasium imports it
+automatically if it comes before the id:
 
     gymnasium.make("cyborg_torchrl.envs.gym.ids:CyborgMemory/DelayedCue-v0", horizon=20)
     gymnasium.make_vec("CyborgMemory/DelayedCue-v0", num_envs=8, horizon=20)
 
-Options are those of the task's class; observations, actions and rewards are numpy's. `info["success"]` is there where
-an episode ends.
+The options are those of the task's class. Observations, actions and rewards are numpy arrays. `info["success"]` exists
+at the last step of an episode.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ NAMESPACE = "CyborgMemory"
 
 
 def task_ids() -> dict[str, type[MemoryTask]]:
-    """Every id with its task."""
+    """Return every id with its task."""
     classes = (getattr(envs, name) for name in envs.__all__ if name.endswith("Env"))
     tasks = [c for c in classes if isinstance(c, type) and issubclass(c, MemoryTask)]
     return {f"{NAMESPACE}/{task.__name__.removesuffix('Env')}-v0": task for task in tasks}
@@ -45,10 +45,10 @@ class MemoryTaskEnv(gymnasium.Env[np.ndarray, np.int64]):
 
     Args:
         task: name of the task's class.
-        options: of the task.
+        **options: options of the task.
 
     Raises:
-        ValueError: if the task refuses them.
+        ValueError: if the task rejects an option.
     """
 
     metadata = {"render_modes": []}
@@ -60,17 +60,17 @@ class MemoryTaskEnv(gymnasium.Env[np.ndarray, np.int64]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        """Begins an episode; a seed makes it and those that follow the same each time."""
+        """Begin an episode. A seed fixes this episode and all later ones."""
         super().reset(seed=seed)
         if seed is not None:
             self.torch_env.set_seed(seed)
         return _observation(self.torch_env.reset())[0], {}
 
     def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        """Takes one step.
+        """Take one step.
 
         Raises:
-            ValueError: for an action that is not one of the task's.
+            ValueError: if the action is out of range.
         """
         after = _step(self.torch_env, np.asarray([action]))
         success, done, terminated, truncated = (
@@ -81,17 +81,17 @@ class MemoryTaskEnv(gymnasium.Env[np.ndarray, np.int64]):
 
 
 class MemoryTaskVectorEnv(gymnasium.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
-    """A memory task as environments side by side, stepped at once.
+    """A memory task as a vector of environments.
 
-    The step after an episode's end begins the next episode, whatever the action (autoreset mode NEXT_STEP).
+    The step after an episode's end begins the next episode and ignores the action (autoreset mode NEXT_STEP).
 
     Args:
         task: name of the task's class.
         num_envs: N.
-        options: of the task.
+        **options: options of the task.
 
     Raises:
-        ValueError: if the task refuses them.
+        ValueError: if the task rejects an option.
     """
 
     metadata = {"render_modes": [], "autoreset_mode": gymnasium.vector.AutoresetMode.NEXT_STEP}
@@ -107,14 +107,14 @@ class MemoryTaskVectorEnv(gymnasium.vector.VectorEnv[np.ndarray, np.ndarray, np.
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        """Begins an episode in every environment.
+        """Begin an episode in every environment.
 
         Args:
-            seed: one for all together.
-            options: none are known.
+            seed: one seed for all environments.
+            options: not used.
 
         Raises:
-            ValueError: if there is a seed for each environment: they share one generator.
+            ValueError: if there is a list of seeds: the environments share one generator.
         """
         if seed is not None and not isinstance(seed, (int, np.integer)):
             raise ValueError(f"the environments share one generator: give one seed, not {len(seed)}.")
@@ -125,16 +125,16 @@ class MemoryTaskVectorEnv(gymnasium.vector.VectorEnv[np.ndarray, np.ndarray, np.
         return _observation(self.torch_env.reset()), {}
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        """Takes one step in each environment, or begins the next episode where the last one ended the step before.
+        """Take one step in each environment, or begin the next episode where the last step ended one.
 
         Raises:
             gymnasium.error.ResetNeeded: before the first reset.
-            ValueError: for an action that is not one of the task's.
+            ValueError: if an action is out of range.
         """
         if self._is_over is None:
             raise gymnasium.error.ResetNeeded("call reset before the first step.")
         is_new = self._is_over
-        if is_new.all():  # a step would draw random numbers for episodes that are over
+        if is_new.all():  # no step, since it would draw random numbers for ended episodes
             zeros, is_over = np.zeros(self.num_envs), np.zeros(self.num_envs, dtype=np.bool_)
             self._is_over = is_over
             return _observation(self.torch_env.reset()), zeros, is_over.copy(), is_over.copy(), {}
@@ -179,7 +179,7 @@ def _step(env: MemoryTask, actions: np.ndarray) -> TensorDictBase:
 
 
 def register() -> None:
-    """Registers every id that is not there yet."""
+    """Register every id that is not registered yet."""
     for name, task in task_ids().items():
         if name not in gymnasium.registry:
             gymnasium.register(

@@ -1,6 +1,6 @@
-"""`popgym`, `bsuite`, `minigrid`, `memory_gym`: public benchmarks by the ids that their packages give them.
+"""`popgym`, `bsuite`, `minigrid`, `memory_gym`: public benchmarks by the ids of their packages.
 
-Each package is optional and imported when it is asked for.
+Each package is optional and is imported at first use.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ MEMORY_GYM = (
     "pip install --no-deps memory-gym && pip install pygame-ce (it pins an old gymnasium that it does not need)"
 )
 BSUITE_LENGTHS = (("_memory_length", 1), ("_chain_length", 0), ("_episode_len", 0), ("_max_steps", 0))
-"""Attributes that tell how long an episode of some bsuite experiments can last, and what to add."""
+"""Attributes of bsuite experiments with the length of an episode, and a number to add."""
 
 
 def _check_id(env_id: str, package: str, what: str, starts: tuple[str, ...] = ()) -> None:
-    """Refuses ids of other packages: the one asked for has registered its own under its module's name or a prefix."""
+    """Check that an id belongs to a package: its entry point is in the package, or it has a prefix."""
     registry = import_package("gymnasium").registry
     by_module = {name: str(spec.entry_point).partition(".")[0] == package for name, spec in registry.items()}
     own = [name for name, is_own in by_module.items() if is_own or name.startswith(starts)]
@@ -36,7 +36,7 @@ def _make_popgym(env_id: str, frame_skip: int, max_episode_steps: int | None, op
     import_package("popgym")
     _check_id(env_id, "popgym", "popgym id", ("popgym-",))
     env = make_registered(env_id, max_episode_steps, options)
-    if "HigherLower" in env_id:  # the one that does not tell its length: it ends with the deck
+    if "HigherLower" in env_id:  # its length is that of the deck; it has no attribute
         env.unwrapped.max_episode_length = env.unwrapped.deck.num_cards - 1
     return wrap(env, frame_skip=frame_skip)
 
@@ -53,22 +53,22 @@ def build_popgym(
     device: torch.device | str | None = None,
     seed: int | None = None,
 ) -> EnvBase:
-    """POPGym (Morad et al. 2023). Returns of most tasks lie in [-1, 1]; there is no notion of success.
+    """Build POPGym environments (Morad et al. 2023). Most returns are in [-1, 1]; success is not defined.
 
-    Card games end by termination; control tasks and searches are truncated at their own `max_episode_length`.
+    Card games terminate. Control tasks and searches are truncated at their `max_episode_length`.
 
     Args:
-        id: popgym's, as "popgym-RepeatPreviousHard-v0".
-        num_envs: environments side by side.
-        frame_skip: steps of it for each action; rewards are summed.
-        max_episode_steps: truncates after so many of its own steps; None: popgym's own end.
-        workers: processes that the environments are split over; 0: all in this process.
+        id: popgym id, such as "popgym-RepeatPreviousHard-v0".
+        num_envs: number of environments.
+        frame_skip: environment steps for each action; rewards are summed.
+        max_episode_steps: environment steps after which episodes are truncated; None: popgym's end.
+        workers: number of worker processes; 0: all environments in this process.
         options: keyword arguments of the environment.
-        device: where tensors are put.
-        seed: environment i gets its own seed from this one.
+        device: device of all tensors.
+        seed: seed from which each environment gets its seed.
 
     Raises:
-        ValueError: in one line, if popgym is missing, the id does not exist or an option cannot be used.
+        ValueError: if popgym is missing, the id is unknown or an option cannot be used, in one line.
     """
     make = partial(_make_popgym, id, frame_skip, max_episode_steps, options)
     return batch(make, num_envs, workers=workers, device=device, seed=seed)
@@ -83,7 +83,7 @@ def _make_bsuite(env_id: str, frame_skip: int, max_episode_steps: int | None, op
     settings = {**sweep.SETTINGS[env_id], **(options or {})}
     with one_line_errors(env_id, options):
         inner = loader.load(experiment, settings)
-        if options:  # some are only noticed in a step, which one that is thrown away takes
+        if options:  # some options fail only in a step, so try one in a copy
             tried = loader.load(experiment, settings)
             tried.reset()
             tried.step(tried.action_spec().generate_value())
@@ -108,22 +108,22 @@ def build_bsuite(
     device: torch.device | str | None = None,
     seed: int | None = None,
 ) -> EnvBase:
-    """The behaviour suite, bsuite (Osband et al. 2020), through shimmy. There is no notion of success.
+    """Build bsuite environments (Osband et al. 2020) through shimmy; success is not defined.
 
-    All of its own ends are terminations, as bsuite has it: the time limits of its control tasks too.
+    All ends of bsuite are terminations, including the time limits of its control tasks.
 
     Args:
-        id: bsuite's, as "memory_len/10": the experiment and the number of its setting.
-        num_envs: environments side by side.
-        frame_skip: steps of it for each action; rewards are summed.
-        max_episode_steps: truncates after so many of its own steps; None: bsuite's own end.
-        workers: processes that the environments are split over; 0: all in this process.
-        options: settings in place of the id's, as {memory_length: 30}.
-        device: where tensors are put.
-        seed: environment i gets its own seed from this one.
+        id: bsuite id, such as "memory_len/10": the experiment and the number of its setting.
+        num_envs: number of environments.
+        frame_skip: environment steps for each action; rewards are summed.
+        max_episode_steps: environment steps after which episodes are truncated; None: bsuite's end.
+        workers: number of worker processes; 0: all environments in this process.
+        options: settings that replace those of the id, such as {memory_length: 30}.
+        device: device of all tensors.
+        seed: seed from which each environment gets its seed.
 
     Raises:
-        ValueError: in one line, if a package is missing, the id does not exist or an option cannot be used.
+        ValueError: if a package is missing, the id is unknown or an option cannot be used, in one line.
     """
     make = partial(_make_bsuite, id, frame_skip, max_episode_steps, options)
     return batch(make, num_envs, workers=workers, device=device, seed=seed)
@@ -166,26 +166,26 @@ def build_minigrid(
     device: torch.device | str | None = None,
     seed: int | None = None,
 ) -> EnvBase:
-    """MiniGrid and BabyAI (Chevalier-Boisvert et al. 2023).
+    """Build MiniGrid and BabyAI environments (Chevalier-Boisvert et al. 2023).
 
-    What is observed is the image of object numbers and the direction; the text of the mission is left out, so tasks
-    whose mission changes from episode to episode cannot be solved. Success is an episode that terminates with a
-    reward: MiniGrid pays for the mission alone. Its step limit is a truncation.
+    Observations are the image of object numbers and the direction. The text of the mission is dropped, so tasks whose
+    mission changes between episodes cannot be solved. An episode succeeds if it terminates with a reward, which
+    MiniGrid gives only for the mission. The step limit is a truncation.
 
     Args:
-        id: MiniGrid's, as "MiniGrid-MemoryS13-v0".
-        num_envs: environments side by side.
-        frame_skip: steps of it for each action; rewards are summed.
-        max_episode_steps: truncates after so many of its own steps; None: MiniGrid's own limit.
-        workers: processes that the environments are split over; 0: all in this process.
+        id: MiniGrid id, such as "MiniGrid-MemoryS13-v0".
+        num_envs: number of environments.
+        frame_skip: environment steps for each action; rewards are summed.
+        max_episode_steps: environment steps after which episodes are truncated; None: MiniGrid's limit.
+        workers: number of worker processes; 0: all environments in this process.
         fully_observable: show the whole grid instead of the 7 x 7 cells before the agent.
         rgb: show rendered pixels instead of object numbers and direction.
-        options: keyword arguments of the environment, as {agent_view_size: 5}.
-        device: where tensors are put.
-        seed: environment i gets its own seed from this one.
+        options: keyword arguments of the environment, such as {agent_view_size: 5}.
+        device: device of all tensors.
+        seed: seed from which each environment gets its seed.
 
     Raises:
-        ValueError: in one line, if minigrid is missing, the id does not exist or an option cannot be used.
+        ValueError: if minigrid is missing, the id is unknown or an option cannot be used, in one line.
     """
     make = partial(_make_minigrid, id, frame_skip, max_episode_steps, options, fully_observable, rgb)
     return batch(make, num_envs, workers=workers, reports_success=True, device=device, seed=seed)
@@ -203,7 +203,7 @@ def _is_out_of_time(env: Any, info: dict[str, Any]) -> bool:
 def _make_memory_gym(
     env_id: str, frame_skip: int, max_episode_steps: int | None, options: dict[str, Any] | None
 ) -> Any:
-    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # draws into memory
+    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame then draws without a display
     os.environ.setdefault("SDL_AUDIODRIVER", "dummy")
     import_package("memory_gym", command=MEMORY_GYM)
     _check_id(env_id, "memory_gym", "memory-gym id")
@@ -219,7 +219,7 @@ def _make_memory_gym(
 
 
 def _keep_display() -> None:
-    """All of a process draw on pygame's one display; the package's own `close` would take it from the others."""
+    """Do nothing: all environments of a process share pygame's display, and `close` would close it for all."""
 
 
 @register_environment("memory_gym")
@@ -234,23 +234,23 @@ def build_memory_gym(
     device: torch.device | str | None = None,
     seed: int | None = None,
 ) -> EnvBase:
-    """Memory Gym (Pleines et al. 2023): 84 x 84 pixels.
+    """Build Memory Gym environments (Pleines et al. 2023) with 84 x 84 pixels.
 
-    Success is what the package reports (not in its endless tasks); in Mortar Mayhem it reports success too where only
-    the last command was failed. An end by its own step limit, which it calls a termination, is a truncation here.
+    Success is reported by the package, except for its endless tasks. In Mortar Mayhem it also reports success if only
+    the last command failed. Its step limit is a truncation here, although the package calls it a termination.
 
     Args:
-        id: memory-gym's, as "MortarMayhem-Grid-v0", "MysteryPath-Grid-v0", "SearingSpotlights-v0".
-        num_envs: environments side by side.
-        frame_skip: steps of it for each action; rewards are summed.
-        max_episode_steps: truncates after so many of its own steps; None: its own limit.
-        workers: processes that the environments are split over; 0: all in this process.
-        options: its reset parameters, as {command_count: [3]}.
-        device: where tensors are put.
-        seed: environment i gets its own seed from this one.
+        id: memory-gym id: "MortarMayhem-Grid-v0", "MysteryPath-Grid-v0", "SearingSpotlights-v0", ...
+        num_envs: number of environments.
+        frame_skip: environment steps for each action; rewards are summed.
+        max_episode_steps: environment steps after which episodes are truncated; None: the package's limit.
+        workers: number of worker processes; 0: all environments in this process.
+        options: reset parameters, such as {command_count: [3]}.
+        device: device of all tensors.
+        seed: seed from which each environment gets its seed.
 
     Raises:
-        ValueError: in one line, if the package is missing, the id does not exist or an option cannot be used.
+        ValueError: if the package is missing, the id is unknown or an option cannot be used, in one line.
     """
     make = partial(_make_memory_gym, id, frame_skip, max_episode_steps, options)
     reports_success = not id.startswith("Endless")

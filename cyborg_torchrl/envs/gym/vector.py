@@ -1,4 +1,4 @@
-"""The wrappers around each gymnasium environment. Needs gymnasium."""
+"""Wrappers of one gymnasium environment. Needs gymnasium."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ Stepped = tuple[Any, float, bool, bool, Info]
 
 
 class FrameSkip(gymnasium.Wrapper):
-    """Repeats each action: rewards are summed, and nothing is repeated after the episode's end.
+    """Repetition of each action until the episode ends; rewards are summed.
 
     Args:
-        env: what is wrapped.
-        frames: steps of it for one step of this.
+        env: the environment.
+        frames: environment steps for each action.
     """
 
     def __init__(self, env: gymnasium.Env, frames: int) -> None:
@@ -28,7 +28,7 @@ class FrameSkip(gymnasium.Wrapper):
         self.frames = frames
 
     def step(self, action: Any) -> Stepped:
-        """Takes up to `frames` steps with one action."""
+        """Take up to `frames` steps with one action."""
         total = 0.0
         for _ in range(self.frames):
             observation, reward, terminated, truncated, info = self.env.step(action)
@@ -39,10 +39,10 @@ class FrameSkip(gymnasium.Wrapper):
 
 
 class PlainActions(gymnasium.ActionWrapper):
-    """Actions in spaces that there are policies for; discrete ones start at 0.
+    """Action spaces that have a policy; discrete actions start at 0.
 
     Raises:
-        ValueError: if there is no policy for such actions.
+        ValueError: if no policy has such actions.
     """
 
     def __init__(self, env: gymnasium.Env) -> None:
@@ -59,26 +59,26 @@ class PlainActions(gymnasium.ActionWrapper):
             )
 
     def action(self, action: Any) -> Any:
-        """The environment's own number of an action."""
+        """Return the number that the environment uses for an action."""
         return action + self.start if isinstance(self.action_space, (spaces.Discrete, spaces.MultiDiscrete)) else action
 
 
 class ClipToBounds(gymnasium.ActionWrapper):
-    """Clips continuous actions to their bounds, which stay known; gymnasium's `ClipAction` makes them infinite."""
+    """Clip of continuous actions to their bounds. Gymnasium's `ClipAction` would make the bounds infinite."""
 
     def action(self, action: Any) -> Any:
-        """Clips an action."""
+        """Clip an action."""
         return np.clip(action, self.action_space.low, self.action_space.high)
 
 
 class Reported(gymnasium.Wrapper):
-    """Ends as they are meant, and `info["success"]` at every step of environments with a notion of it.
+    """Correct ends of episodes, and `info["success"]` at every step of environments that define success.
 
     Args:
-        env: what is wrapped.
-        is_success: from reward, terminated and info to whether the episode ended in success.
-        is_time_limit: from the environment and info to whether an end that it calls a termination was its time limit.
-        options: given to each reset.
+        env: the environment.
+        is_success: returns whether the episode ended in success, from reward, terminated and info.
+        is_time_limit: returns whether a termination was really the time limit, from the environment and info.
+        options: options of each reset.
     """
 
     def __init__(
@@ -93,12 +93,12 @@ class Reported(gymnasium.Wrapper):
         self.is_success, self.is_time_limit, self.options = is_success, is_time_limit, options
 
     def reset(self, *, seed: int | None = None, options: Info | None = None) -> tuple[Any, Info]:
-        """Resets with the options of the constructor."""
+        """Reset with the options of the constructor."""
         observation, _ = self.env.reset(seed=seed, options=self.options)
         return observation, self._info(False)
 
     def step(self, action: Any) -> Stepped:
-        """Takes a step."""
+        """Take a step."""
         observation, reward, terminated, truncated, info = self.env.step(action)
         is_success = self.is_success is not None and self.is_success(float(reward), terminated, info)
         if terminated and self.is_time_limit is not None and self.is_time_limit(self.unwrapped, info):
@@ -110,10 +110,10 @@ class Reported(gymnasium.Wrapper):
 
 
 class Plain(gymnasium.ObservationWrapper):
-    """Observations in spaces that every reader knows.
+    """Observation spaces that every encoder can read.
 
-    Tuples become dictionaries ("0", "1", ...), texts are left out, discrete spaces start at 0. What is left of a
-    tuple or dictionary stands under "observation"; a single picture under "pixels".
+    Tuples become dictionaries ("0", "1", ...), texts are dropped, discrete spaces start at 0. The result has the key
+    "pixels" if it is one picture, else "observation".
     """
 
     def __init__(self, env: gymnasium.Env) -> None:
@@ -127,7 +127,7 @@ class Plain(gymnasium.ObservationWrapper):
         self.observation_space = spaces.Dict({self.key: space})
 
     def observation(self, observation: Any) -> Info:
-        """Converts an observation."""
+        """Convert an observation."""
         return {self.key: _plain_value(self.inner, observation)}
 
 

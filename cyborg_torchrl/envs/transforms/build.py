@@ -1,4 +1,4 @@
-"""What is put between any environment and the agent: previous action and reward, frame stack, normalisation."""
+"""Transforms between environment and agent: previous action and reward, frame stack, normalisation."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from cyborg_torchrl.modules.encoders.images import image_layout, is_picture
 
 
 class PreviousAction(Transform):
-    """Shows the action that led to the present observation: "previous_action" [N, A] float, zero where none did.
+    """The previous action as the entry "previous_action", [N, A] float; zero at an episode's first step.
 
-    Categories as one-hot vectors; bounded continuous actions clipped and scaled to [-1, 1].
+    Categories become one-hot vectors. Bounded continuous actions are clipped and scaled to [-1, 1].
 
     Args:
-        action_spec: the environment's.
-        batch_dims: number of batch dimensions that its shape begins with.
+        action_spec: action spec of the environment.
+        batch_dims: number of leading batch dimensions in its shape.
     """
 
     def __init__(self, action_spec: TensorSpec, batch_dims: int = 1) -> None:
@@ -45,7 +45,7 @@ class PreviousAction(Transform):
         self.width = sum(self.sizes) if self.sizes else event.numel()
 
     def transform_observation_spec(self, observation_spec: Composite) -> Composite:
-        """Adds the entry."""
+        """Add the entry."""
         shape = (*self.batch, self.width)
         observation_spec[keys.PREVIOUS_ACTION] = Unbounded(shape, device=observation_spec.device)
         return observation_spec
@@ -58,7 +58,7 @@ class PreviousAction(Transform):
         return next_tensordict.set(keys.PREVIOUS_ACTION, self.encode(tensordict.get(keys.ACTION)))
 
     def encode(self, action: Tensor) -> Tensor:
-        """Actions [*B, ...] as vectors [*B, A]."""
+        """Return actions [*B, ...] as vectors [*B, A]."""
         if self.sizes is not None:
             choices = action.reshape(*self.batch, len(self.sizes)).unbind(-1)
             parts = [F.one_hot(choice, size) for choice, size in zip(choices, self.sizes, strict=True)]
@@ -69,10 +69,10 @@ class PreviousAction(Transform):
 
 
 class PreviousReward(Transform):
-    """Shows the reward that came with the present observation: "previous_reward" [N, 1] float, zero where none did.
+    """The previous reward as the entry "previous_reward", [N, 1] float; zero at an episode's first step.
 
     Args:
-        reward_spec: the environment's.
+        reward_spec: reward spec of the environment.
     """
 
     def __init__(self, reward_spec: TensorSpec) -> None:
@@ -80,7 +80,7 @@ class PreviousReward(Transform):
         self.shape = reward_spec.shape
 
     def transform_observation_spec(self, observation_spec: Composite) -> Composite:
-        """Adds the entry."""
+        """Add the entry."""
         observation_spec[keys.PREVIOUS_REWARD] = Unbounded(self.shape, device=observation_spec.device)
         return observation_spec
 
@@ -102,20 +102,19 @@ def build_transforms(
     normalize_reward: bool = False,
     clip_reward: float | None = None,
 ) -> list[Transform]:
-    """Builds what is asked for, in the order in which it has to stand behind an environment.
+    """Build the requested transforms, in the right order.
 
-    Observations are normalised, then stacked; the previous reward is the raw one; rewards are normalised, then
-    clipped.
+    Observations are normalised, then stacked. The previous reward is the raw one. Rewards are normalised, then clipped.
 
     Args:
-        env: what they are for.
-        gamma: discount of the return that rewards are normalised by.
+        env: the environment.
+        gamma: discount of the return, by whose deviation rewards are normalised.
         previous_action: show the previous action.
         previous_reward: show the previous reward.
-        frame_stack: observations of the last so many steps side by side; the first of an episode is repeated.
-        normalize_observation: float observations by their running mean and standard deviation.
-        normalize_reward: rewards by the running standard deviation of their discounted sum.
-        clip_reward: rewards to [-clip_reward, clip_reward]; None: not.
+        frame_stack: number of last observations to concatenate; the first one of an episode is repeated.
+        normalize_observation: normalise float observations by their running mean and standard deviation.
+        normalize_reward: divide rewards by the running standard deviation of their discounted sum.
+        clip_reward: clip rewards to [-clip_reward, clip_reward]; None: no clipping.
 
     Raises:
         ValueError: if there is nothing to normalise or to stack, or a number is out of range.

@@ -1,4 +1,4 @@
-"""Observations and rewards normalised by running statistics, which are learned like parameters and kept with them."""
+"""Normalisation of observations and rewards by running statistics, which are saved with the agent."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ EPSILON = 1e-8
 
 
 class RunningMoments(nn.Module):
-    """Mean and variance of all that was ever seen, each item with the same weight.
+    """Running mean and variance of all items, each with the same weight, in double precision.
 
-    Starts as if a hundredth of a percent of an item of mean 0 and variance 1 had been seen. In double precision.
+    The initial moments, mean 0 and variance 1, count as 1e-4 of an item.
 
     Args:
         shape: shape of one item.
@@ -36,11 +36,11 @@ class RunningMoments(nn.Module):
         self.register_buffer("count", torch.tensor(1e-4, dtype=torch.float64))
         self.register_buffer("mean", torch.zeros(tuple(shape), dtype=torch.float64))
         self.register_buffer("var", torch.ones(tuple(shape), dtype=torch.float64))
-        self._known_to_all = self._values()
+        self._merged = self._values()
 
     @torch.no_grad()
     def update(self, items: Tensor) -> None:
-        """Takes items [B, *shape] in; in place, for whoever shares the buffers."""
+        """Add items [B, *shape], in place, since other modules share the buffers."""
         if not len(items):
             return
         items = items.double()
@@ -53,28 +53,30 @@ class RunningMoments(nn.Module):
 
     @torch.no_grad()
     def merge(self, sum_over_all: Callable[[Tensor], Tensor]) -> None:
-        """Takes in what other processes, which began with the same moments, have seen since the last time; in place.
+        """Add the items that other processes have seen since the last merge, in place.
+
+        All processes must begin with the same moments.
 
         Args:
-            sum_over_all: adds up the tensors that all of the processes give it.
+            sum_over_all: returns the sum of a tensor over all processes.
         """
-        count, mean, var = (value.to(self.mean.device) for value in self._known_to_all)
+        count, mean, var = (value.to(self.mean.device) for value in self._merged)
         off = self.mean - mean
-        square = (self.var + off.square()) * self.count - var * count  # about the mean that all know
+        square = (self.var + off.square()) * self.count - var * count  # about the mean of the last merge
         news = torch.stack([off * self.count, square]).reshape(-1)
         news = sum_over_all(torch.cat([(self.count - count).reshape(1), news]))
         total, (off, square) = count + news[0], news[1:].view(2, *mean.shape)
         self.count.copy_(total)
         self.mean.copy_(mean + off / total)
         self.var.copy_((var * count + square) / total - (off / total).square())
-        self._known_to_all = self._values()
+        self._merged = self._values()
 
     def _values(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.count.clone(), self.mean.clone(), self.var.clone()
 
     def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
         super()._load_from_state_dict(*args, **options)
-        self._known_to_all = self._values()
+        self._merged = self._values()
 
     @property
     def std(self) -> Tensor:
@@ -83,17 +85,17 @@ class RunningMoments(nn.Module):
 
 
 class NormalizeObservation(Transform):
-    """Observations with mean 0 and standard deviation 1, by running moments of all that was shown, clipped.
+    """Observations with mean 0 and standard deviation 1 by running moments, then clipped.
 
-    Every observation is counted once: those of a reset where there was one, the others when they are stepped to.
-    (TorchRL's `VecNormV2` takes the whole batch in again whenever one environment is reset, and forgets exponentially.)
-    What a step shows is what the agent acts on and what is stored: it is not normalised again later.
+    Every observation counts once. (TorchRL's `VecNormV2` adds the whole batch again whenever one environment is reset,
+    and forgets exponentially.) The agent acts on the normalised observation, and the same values are stored, so nothing
+    is normalised again later.
 
     Args:
-        observation_spec: the environment's.
+        observation_spec: observation spec of the environment.
         in_keys: float observations.
-        batch_dims: number of batch dimensions that the specs' shapes begin with.
-        limit: where normalised observations are clipped.
+        batch_dims: number of leading batch dimensions in the shapes of the specs.
+        limit: largest absolute value of a normalised observation.
     """
 
     def __init__(
@@ -105,7 +107,7 @@ class NormalizeObservation(Transform):
         self.events, self.limit, self.is_frozen = events, limit, False
 
     def transform_observation_spec(self, observation_spec: Composite) -> Composite:
-        """Bounds become those of the clipping."""
+        """Set the bounds to those of the clipping."""
         for key in self.in_keys:
             spec = observation_spec[key]
             observation_spec[key] = Bounded(-self.limit, self.limit, spec.shape, device=spec.device, dtype=spec.dtype)
@@ -130,12 +132,12 @@ class NormalizeObservation(Transform):
 
 
 class NormalizeReward(Transform):
-    """Rewards divided by the running standard deviation of the discounted return; never centred.
+    """Rewards divided by the running standard deviation of the discounted return; not centred.
 
         R_t = gamma R_{t-1} + r_t within an episode,   r_t <- r_t / std of all R so far
 
     Args:
-        reward_spec: the environment's.
+        reward_spec: reward spec of the environment.
         gamma: discount.
 
     Source: Engstrom et al. (2020), "Implementation matters in deep policy gradients", section 2.
@@ -148,7 +150,7 @@ class NormalizeReward(Transform):
         self.register_buffer("_returns", torch.zeros(reward_spec.shape, device=reward_spec.device))
 
     def transform_reward_spec(self, reward_spec: Composite) -> Composite:
-        """Bounds no longer hold."""
+        """Remove the bounds, which no longer hold."""
         spec = reward_spec[keys.REWARD]
         reward_spec[keys.REWARD] = Unbounded(spec.shape, device=spec.device, dtype=spec.dtype)
         return reward_spec
@@ -168,7 +170,7 @@ class NormalizeReward(Transform):
 
 
 def statistics_of(env: EnvBase) -> nn.ModuleDict | None:
-    """The running moments of an environment's transforms, shared and not copied; None if there are none."""
+    """Return the running moments of an environment's transforms, shared and not copied; None without any."""
     found = {}
     for transform in transforms_of(env):
         if isinstance(transform, NormalizeObservation):
@@ -179,10 +181,10 @@ def statistics_of(env: EnvBase) -> nn.ModuleDict | None:
 
 
 def freeze_statistics(env: EnvBase, statistics: nn.Module | None) -> None:
-    """Gives an environment's transforms these moments, and keeps them as they are.
+    """Load moments into an environment's transforms, and freeze them.
 
     Raises:
-        ValueError: if they are not those that its transforms need.
+        ValueError: if the moments do not fit the transforms.
     """
     own = statistics_of(env)
     if own is None:
@@ -196,7 +198,7 @@ def freeze_statistics(env: EnvBase, statistics: nn.Module | None) -> None:
 
 
 def transforms_of(env: EnvBase | None) -> Iterator[Transform]:
-    """All transforms around an environment, the outermost environment's first."""
+    """Yield all transforms around an environment, outermost first."""
     while isinstance(env, TransformedEnv):
         yield from env.transform if isinstance(env.transform, Compose) else [env.transform]
         env = env.base_env

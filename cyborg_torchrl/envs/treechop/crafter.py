@@ -1,4 +1,4 @@
-"""Crafter as a gymnasium environment whose reward is wood: "Crafter collect-wood", which is not MineRL Treechop."""
+"""Crafter with wood as its reward, "Crafter collect-wood", as a gymnasium environment. It is not MineRL Treechop."""
 
 from __future__ import annotations
 
@@ -13,27 +13,26 @@ from cyborg_torchrl.registry import UnavailableError, did_you_mean
 
 SIZE = 64
 TABLES = {"all": None, "chop": ("noop", "move_left", "move_right", "move_up", "move_down", "do")}
-"""Actions by Crafter's names; None: all 17. `chop` leaves out sleeping, placing and making, which collect no wood."""
+"""Tables of actions by Crafter's names; None: all 17. `chop` drops sleeping, placing and making."""
 VITALS = ("health", "food", "drink", "energy")
 
 
 class CrafterWood(gymnasium.Env[Any, Any]):
-    """Crafter (2-D, 17 actions), rewarded with 1 for each wood that is collected and with nothing else.
+    """Crafter (2-D, 17 actions) with a reward of 1 for each collected wood and no other reward.
 
-    Wood is counted by Crafter's achievement `collect_wood`, since the inventory holds 9 at most. A felled tree becomes
-    grass: a world has some 200. Health at zero terminates; `max_episode_steps` truncates.
+    Wood is counted by Crafter's achievement `collect_wood`, since the inventory holds at most 9. A felled tree becomes
+    grass, and a world has about 200 trees. Health at zero terminates; `max_episode_steps` truncates.
 
     - Observation: {"pixels": [64, 64, 3] uint8}, the map around the player and the inventory.
     - Action: a row of the table; "do" fells the tree that the player faces.
 
     Args:
         actions: name of a table of actions.
-        max_episode_steps: steps of an episode (Crafter's own: 10,000).
-        mortal: Crafter's rules. False: health, food, drink and energy are filled up before each step and nothing
-            terminates, so that every episode lasts `max_episode_steps`. This is not Crafter any more, whose
-            players starve after some 200 to 400 steps unless they eat and drink.
-        regrow: steps after which a felled tree stands again, as soon as nobody stands there; None: Crafter's rules,
-            under which it never does.
+        max_episode_steps: steps of an episode (Crafter's limit is 10,000).
+        mortal: True for Crafter's rules. False: health, food, drink and energy are refilled before each step, so every
+            episode lasts `max_episode_steps`. In Crafter, players starve after about 200 to 400 steps unless they eat
+            and drink.
+        regrow: steps after which a felled tree grows again, as soon as its place is free; None: never, as in Crafter.
 
     Raises:
         ValueError: if there is no such table.
@@ -61,7 +60,7 @@ class CrafterWood(gymnasium.Env[Any, Any]):
         self._steps = self._wood = 0
 
     def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """Begins an episode in a new world; a seed starts Crafter's stream of worlds anew."""
+        """Begin an episode in a new world. A seed restarts Crafter's stream of worlds."""
         super().reset(seed=seed, options=options)
         if seed is not None:
             self._game = make_game(seed)
@@ -70,7 +69,7 @@ class CrafterWood(gymnasium.Env[Any, Any]):
         return _observed(self._game.reset()), {}
 
     def step(self, action: SupportsInt) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
-        """Takes a step. Returns observation, wood, whether the player died, whether time is up, nothing."""
+        """Take a step. Return the observation, the wood, whether the player died, whether time is up, and no info."""
         if not self.mortal:
             self._game._player.inventory.update(dict.fromkeys(VITALS, 9))
         if self._stumps and self._stumps[0][0] <= self._steps:
@@ -88,19 +87,19 @@ class CrafterWood(gymnasium.Env[Any, Any]):
         return _observed(pixels), float(wood - before), is_dead, is_cut, {}
 
     def _grow(self, stump: tuple[int, int]) -> None:
-        """Lets a tree stand again, or tries once more later where somebody stands."""
-        material, somebody = self._game._world[stump]
-        if somebody is not None:
+        """Regrow a tree, or try again later if its place is occupied."""
+        material, occupant = self._game._world[stump]
+        if occupant is not None:
             self._stumps.append((self._steps + (self.regrow or 0), stump))
-        elif material == "grass":  # nothing was built there
+        elif material == "grass":  # otherwise something was built there
             self._game._world[stump] = "tree"
 
 
 def make_game(seed: int | None = None) -> Any:
-    """Crafter itself, without a time limit of its own.
+    """Build Crafter without its time limit.
 
     Raises:
-        UnavailableError: if it is missing.
+        UnavailableError: if crafter is missing.
     """
     try:
         import crafter

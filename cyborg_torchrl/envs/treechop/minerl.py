@@ -1,4 +1,4 @@
-"""MineRL 0.4.4 Treechop as a gymnasium environment with discrete actions, which outlives its Minecraft."""
+"""MineRL 0.4.4 Treechop as a gymnasium environment with discrete actions, which restarts a dead Minecraft."""
 
 from __future__ import annotations
 
@@ -22,42 +22,42 @@ from cyborg_torchrl.registry import UnavailableError
 
 LOGGER = logging.getLogger(__name__)
 EPISODE = 8000
-"""Steps of MineRL's own time limit."""
+"""Steps of MineRL's time limit."""
 NO_MINERL = (
     "backend=minerl needs minerl 0.4.4, gym 0.19.0 and shimmy, installed in order: make minerl (docs/treechop.md)"
 )
 NO_MINECRAFT = (
     "Minecraft did not start: MineRL builds it with gradle at its first start, which needs a Java 8 JDK, a network and "
-    "a display (xvfb-run); docs/treechop.md says how."
+    "a display (xvfb-run); see docs/treechop.md."
 )
 MAX_WAIT = 60.0
-"""Seconds between two attempts to restart Minecraft, at most."""
+"""Longest time between two attempts to restart Minecraft, in seconds."""
 
 
 class MineRLTreechop(gymnasium.Env[Any, Any]):
-    """MineRL Treechop: +1 for each log; ends when 64 are possessed, or cut off at `max_episode_steps`.
+    """MineRL Treechop: +1 for each log; terminates with 64 logs, truncated at `max_episode_steps`.
 
-    - Observation: {"pixels": [64, 64, 3] uint8}, what the player sees.
+    - Observation: {"pixels": [64, 64, 3] uint8}, the view of the player.
     - Action: a row of an `ActionTable`.
 
-    Minecraft may die or hang. MineRL then ends the episode with an observation drawn at random. Here the episode is cut
-    off (truncated, never terminated) with the last observation that was seen and no reward, and info["error"] says why.
-    The next reset starts Minecraft anew, waiting twice as long before each further attempt.
+    Minecraft may die or hang. MineRL then ends the episode with a random observation. Here the episode is truncated,
+    with the last real observation, no reward, and info["error"] with the reason. The next reset restarts Minecraft and
+    doubles the waiting time before each further attempt.
 
     Args:
         actions: name of an action table.
-        max_episode_steps: steps of an episode, 8000 at most.
-        make: makes the old-API environment; default: `make_treechop`.
-        attempts: how often a reset tries to get Minecraft running again.
+        max_episode_steps: steps of an episode, at most 8000.
+        make: builder of the old-API environment; default: `make_treechop`.
+        attempts: number of attempts of a reset to start Minecraft.
         wait: seconds before the second attempt; doubled at each further one, up to a minute.
 
     Raises:
-        ValueError: if there is no such table, or the episode is to be longer than MineRL's.
-        UnavailableError: if minerl is missing; by `reset`, if Minecraft is, or could not be restarted.
+        ValueError: if the table is unknown, or the episode is longer than MineRL's.
+        UnavailableError: if minerl is missing; from `reset`, if Minecraft is missing or cannot be restarted.
     """
 
     is_reproducible = False
-    """Minecraft goes on by its own clock."""
+    """Minecraft runs in real time."""
     observation_space = gymnasium.spaces.Dict({keys.PIXELS: gymnasium.spaces.Box(0, 255, (64, 64, 3), np.uint8)})
 
     def __init__(
@@ -84,11 +84,11 @@ class MineRLTreechop(gymnasium.Env[Any, Any]):
         import_minerl()
 
     def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """Begins an episode in a world drawn from the seed's stream, with a running Minecraft."""
+        """Begin an episode in a random world from the seed's stream; start Minecraft if needed."""
         super().reset(seed=seed, options=options)
         if seed is not None:
             self._seeds = np.random.default_rng(seed)
-        world = int(self._seeds.integers(2**31))  # for every episode: MineRL forgets its seed at each reset
+        world = int(self._seeds.integers(2**31))  # at every reset, since MineRL forgets its seed
         self._steps = 0
         for attempt in range(self.attempts):
             if attempt:
@@ -97,12 +97,12 @@ class MineRLTreechop(gymnasium.Env[Any, Any]):
                 env = self._running()
                 with _old_packages():
                     observation, _ = env.reset(seed=world)
-            except (EOFError, FileNotFoundError, PermissionError) as error:  # of the launch script and of gradle
+            except (EOFError, FileNotFoundError, PermissionError) as error:  # raised by the launch script and by gradle
                 self._discard()
                 if not self._has_run:
-                    raise UnavailableError(f"{NO_MINECRAFT} It said: {_cause(error)}") from error
+                    raise UnavailableError(f"{NO_MINECRAFT} Its message: {_cause(error)}") from error
                 LOGGER.warning("MineRL: Minecraft did not start (attempt %d of %d)", attempt + 1, self.attempts)
-            except Exception as error:  # whatever the client raises when the other end is gone
+            except Exception as error:  # the client raises many kinds when Minecraft is gone
                 self._discard()
                 LOGGER.warning("MineRL: no episode (attempt %d of %d): %r", attempt + 1, self.attempts, error)
             else:
@@ -111,7 +111,7 @@ class MineRLTreechop(gymnasium.Env[Any, Any]):
         raise UnavailableError(f"Minecraft could not be restarted in {self.attempts} attempts; see the log above.")
 
     def step(self, action: SupportsInt) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
-        """Takes a step. Returns observation, logs, whether 64 are possessed, whether it was cut off, info."""
+        """Take a step. Return the observation, the new logs, terminated (64 logs), truncated, and info."""
         self._steps += 1
         is_time_up = self._steps >= self.max_episode_steps
         try:
@@ -119,25 +119,25 @@ class MineRLTreechop(gymnasium.Env[Any, Any]):
                 raise ConnectionError("Minecraft is not running; reset first")
             observation, reward, terminated, truncated, info = self._env.step(self._commands[int(action)])
             error = info.get("error")
-        except Exception as failure:  # as in reset
+        except Exception as failure:  # many kinds, as in reset
             observation, reward, terminated, truncated, error = None, 0.0, False, False, repr(failure)
         if error:
-            LOGGER.warning("MineRL: Minecraft was lost at step %d, the episode is cut off: %s", self._steps, error)
+            LOGGER.warning("MineRL: Minecraft was lost at step %d, the episode is truncated: %s", self._steps, error)
             self._discard()
             return {keys.PIXELS: self._last.copy()}, 0.0, False, True, {"error": str(error)}
-        # on the limit step MineRL's own end by time looks like a success
+        # MineRL reports its time limit as a termination, which would look like a success.
         is_over = bool(terminated) and not is_time_up
         is_cut = (is_time_up or bool(truncated)) and not is_over
         return self._observed(observation), float(reward), is_over, is_cut, {"TimeLimit.truncated": is_cut}
 
     def close(self) -> None:
-        """Closes Minecraft."""
+        """Close Minecraft."""
         self._discard()
 
     def _running(self) -> gymnasium.Env[Any, Any]:
-        """MineRL's environment, made anew if there is none or its Minecraft does not answer.
+        """Return MineRL's environment; rebuild it if its Minecraft does not answer.
 
-        MineRL's own answer to a dead Minecraft is to start another one that it then forgets.
+        MineRL itself would start another Minecraft and lose track of it.
         """
         if self._env is not None and not all(map(_is_listening, self._env.unwrapped.gym_env.unwrapped.instances)):
             self._discard()
@@ -153,22 +153,22 @@ class MineRLTreechop(gymnasium.Env[Any, Any]):
         if env is not None:
             try:
                 env.close()
-            except Exception as error:  # it is dead already
+            except Exception as error:  # Minecraft may be dead already
                 LOGGER.debug("MineRL: closing failed: %r", error)
 
     def _observed(self, observation: Any) -> dict[str, np.ndarray]:
-        self._last = np.ascontiguousarray(observation["pov"])  # MineRL's is a view with negative strides
+        self._last = np.ascontiguousarray(observation["pov"])  # a copy, since MineRL's array has negative strides
         return {keys.PIXELS: self._last.copy()}
 
 
 def make_treechop(port: int | None = None) -> Any:
-    """MineRL's old-API environment; Minecraft is started at its first reset.
+    """Build MineRL's old-API environment, which starts Minecraft at its first reset.
 
     Args:
-        port: of a Minecraft that runs already with MineRL's mod; None: one is started.
+        port: port of a running Minecraft with MineRL's mod; None: start one.
 
     Raises:
-        ConnectionError: if nothing listens on that port.
+        ConnectionError: if no process listens on that port.
     """
     gym = import_minerl()
     if port is None:
@@ -177,13 +177,13 @@ def make_treechop(port: int | None = None) -> Any:
 
     instance = MinecraftInstance(port, existing=True)
     instance.had_to_clean = False
-    if not _is_listening(instance):  # MineRL would start a Minecraft of its own
+    if not _is_listening(instance):  # otherwise MineRL would start another Minecraft
         raise ConnectionError(f"no Minecraft listens on port {port}")
     return gym.make("MineRLTreechop-v0", instances=[instance])
 
 
 def import_minerl() -> Any:
-    """Gym, with MineRL's environments registered.
+    """Return gym, with MineRL's environments registered.
 
     Raises:
         UnavailableError: if one of the packages is missing.
@@ -200,7 +200,7 @@ def import_minerl() -> Any:
 
 
 def check_minecraft() -> None:
-    """Looks for what Minecraft cannot start without.
+    """Check the requirements of Minecraft.
 
     Raises:
         UnavailableError: if there is no Java 8.
@@ -209,16 +209,16 @@ def check_minecraft() -> None:
     home = os.environ.get("JAVA_HOME")
     java = str(Path(home) / "bin" / "java") if home else "java"  # as gradle looks for it
     try:
-        said = subprocess.run([java, "-version"], capture_output=True, text=True, check=False, timeout=60).stderr
+        version = subprocess.run([java, "-version"], capture_output=True, text=True, check=False, timeout=60).stderr
     except OSError:
         raise UnavailableError(f"{NO_MINECRAFT} There is no '{java}'.") from None
-    if '"1.8.' not in said:
-        raise UnavailableError(f"{NO_MINECRAFT} '{java}' is {(said.splitlines() or ['of an unknown version'])[0]}.")
+    if '"1.8.' not in version:
+        raise UnavailableError(f"{NO_MINECRAFT} '{java}' is {(version.splitlines() or ['of an unknown version'])[0]}.")
 
 
 @contextmanager
 def _old_packages() -> Generator[None]:
-    """Silences what gym and MineRL, no longer maintained, warn of at every turn."""
+    """Silence the warnings of gym and MineRL, which are no longer maintained."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -238,7 +238,7 @@ def _is_listening(instance: Any) -> bool:
 
 
 def _cause(error: BaseException) -> str:
-    """The line of a start's output that says most: the first exception, or else the last line."""
+    """Return the most useful line of an error: the first exception, or else the last line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     named = [line for line in lines if "Exception" in line or "rror:" in line]
     return (named or lines[-1:] or [type(error).__name__])[0]

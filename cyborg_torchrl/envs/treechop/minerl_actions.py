@@ -1,4 +1,4 @@
-"""Tables of discrete actions for MineRL Treechop: what each action presses, and by how much it turns the camera."""
+"""Tables of discrete actions for MineRL Treechop: keys pressed, and degrees of camera movement."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ class Action(NamedTuple):
     pressed: frozenset[str] = frozenset()
     """Keys held down."""
     pitch: float = 0.0
-    """Degrees that the camera turns in each frame; up is negative."""
+    """Degrees of camera movement in each frame; up is negative."""
     yaw: float = 0.0
-    """Degrees that the camera turns in each frame; left is negative."""
+    """Degrees of camera movement in each frame; left is negative."""
 
 
 class ActionTable(NamedTuple):
-    """Discrete actions, with the frame skip and the frame stack that belong to them."""
+    """Discrete actions with their frame skip and frame stack."""
 
     actions: tuple[Action, ...]
     frame_skip: int = 1
@@ -61,14 +61,14 @@ TABLES: Mapping[str, ActionTable] = {
     ),
     "turn_22_5": _seven(22.5),
 }
-"""seven: attack always on. five: attack always on, forward too but in one action. turn_22_5: seven with wide turns."""
+"""seven: always attack. five: always attack, walk forward in all actions except one. turn_22_5: seven, wide turns."""
 
 
 def action_table(name: str) -> ActionTable:
-    """The table of that name.
+    """Return the table of that name.
 
     Raises:
-        ValueError: with the nearest that there is.
+        ValueError: if it is unknown; the message names the nearest one.
     """
     if name not in TABLES:
         raise ValueError(f"unknown actions '{name}': {did_you_mean(name, TABLES)}")

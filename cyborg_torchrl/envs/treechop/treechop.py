@@ -1,7 +1,8 @@
-"""`treechop`: collect wood from pixels, in Crafter (which always runs) or in MineRL (which needs Minecraft)."""
+"""`treechop`: collect wood from pixels in Crafter, or in MineRL, which needs Minecraft."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import partial
 from numbers import Integral
@@ -16,12 +17,12 @@ from cyborg_torchrl.envs.treechop.minerl_actions import ActionTable, action_tabl
 from cyborg_torchrl.registry import UnavailableError, did_you_mean, register_environment
 
 TITLES = {"crafter": "crafter_collect_wood", "minerl": "minerl_treechop"}
-"""What each backend is called in logs and summaries."""
+"""Name of each backend in logs and summaries."""
 DEFAULT_ACTIONS = {"crafter": "chop", "minerl": "seven"}
 
 
 def treechop_title(options: Mapping[str, Any]) -> str:
-    """What the task is called under these options: Crafter is never called MineRL or Treechop."""
+    """Return the name of the task; Crafter is never called MineRL or Treechop."""
     return TITLES.get(options.get("backend", "crafter"), "treechop")
 
 
@@ -41,27 +42,27 @@ def build_treechop(
     device: torch.device | str | None = None,
     seed: int | None = None,
 ) -> EnvBase:
-    """Environments side by side, each with its own seed; an episode's return is the wood collected in it.
+    """Build a batch of environments in which an episode's return is the collected wood.
 
     Args:
         num_envs: N.
         backend: crafter ("Crafter collect-wood", see `CrafterWood`) or minerl (MineRL 0.4.4 Treechop, see
             `MineRLTreechop`).
-        max_episode_steps: frames of an episode, those that are skipped included.
-        actions: name of a table of actions. crafter: chop (None; 6: stand, walk, do) or all (Crafter's own 17). minerl:
-            seven (None), five or turn_22_5, see `minerl_actions`.
-        frame_skip: frames that each action is repeated for; None: the action table's, 1 for crafter.
-        frame_stack: last observations that are shown together, as channels; None: the action table's, 1 for crafter.
-        mortal: crafter: its own rules; False: health is kept up and every episode lasts `max_episode_steps`.
-        regrow: crafter: steps after which a felled tree stands again; None: its own rules, never.
-        port: minerl: environment i plays on the Minecraft that listens on port + i; None: each starts its own.
-        workers: processes that the environments are split over; 0: all in this process.
-        device: where observations are put.
-        seed: seed that those of the environments are derived from; None draws one.
+        max_episode_steps: frames of an episode, skipped frames included.
+        actions: name of a table of actions. crafter: chop (default; 6 actions) or all (17 actions). minerl: seven
+            (default), five or turn_22_5, see `minerl_actions`.
+        frame_skip: frames for each action; None: that of the action table, 1 for crafter.
+        frame_stack: number of last observations, as channels; None: that of the action table, 1 for crafter.
+        mortal: crafter only. False: health is refilled, and every episode lasts `max_episode_steps`.
+        regrow: crafter only: steps after which a felled tree grows again; None: never.
+        port: minerl only: environment i uses the Minecraft on port + i; None: each starts one.
+        workers: number of worker processes; 0: all environments in this process.
+        device: device of all tensors.
+        seed: seed from which each environment gets its seed; None draws one.
 
     Returns:
         Observation "pixels", [N, 64, 64, 3 * frame_stack] uint8; one action, [N] integer; reward [N, 1], the wood of
-        the step. `max_episode_steps` of it counts actions.
+        the step. Its `max_episode_steps` counts actions.
 
     Raises:
         ValueError: if an option is impossible, or belongs to the other backend.
@@ -75,10 +76,7 @@ def build_treechop(
     table = ActionTable(()) if backend == "crafter" else action_table(actions)
     frame_skip = table.frame_skip if frame_skip is None else frame_skip
     frame_stack = table.frame_stack if frame_stack is None else frame_stack
-    counts = {"num_envs": num_envs, "max_episode_steps": max_episode_steps, "regrow": 1 if regrow is None else regrow}
-    for name, value in (counts | {"frame_skip": frame_skip, "frame_stack": frame_stack}).items():
-        if not isinstance(value, Integral) or value < 1:
-            raise ValueError(f"{name} must be an integer >= 1; got {value!r}.")
+    _check_counts(num_envs, max_episode_steps, regrow, frame_skip, frame_stack)
     if backend == "crafter":
         _check_crafter(actions)
         makers = [partial(_make_crafter, actions, max_episode_steps, mortal, regrow, frame_skip)] * num_envs
@@ -86,11 +84,24 @@ def build_treechop(
         _check_minerl(port)
         ports = [None if port is None else port + i for i in range(num_envs)]
         makers = [partial(_make_minerl, actions, max_episode_steps, frame_skip, port) for port in ports]
-    longest = -(-max_episode_steps // frame_skip)
+    longest = math.ceil(max_episode_steps / frame_skip)
     env = batch(makers, num_envs, workers=workers, max_episode_steps=longest, device=device, seed=seed)
     if frame_stack == 1:
         return env
     return TransformedEnv(env, CatFrames(frame_stack, -1, in_keys=[keys.PIXELS]))
+
+
+def _check_counts(num_envs: int, max_episode_steps: int, regrow: int | None, frame_skip: int, frame_stack: int) -> None:
+    counts = {
+        "num_envs": num_envs,
+        "max_episode_steps": max_episode_steps,
+        "regrow": 1 if regrow is None else regrow,
+        "frame_skip": frame_skip,
+        "frame_stack": frame_stack,
+    }
+    for name, value in counts.items():
+        if not isinstance(value, Integral) or value < 1:
+            raise ValueError(f"{name} must be an integer >= 1; got {value!r}.")
 
 
 def _make_crafter(actions: str, max_episode_steps: int, mortal: bool, regrow: int | None, frame_skip: int) -> Any:

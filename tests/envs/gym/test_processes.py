@@ -103,7 +103,7 @@ def test_after_a_death_the_episodes_go_on_where_they_were(acting, caplog) -> Non
             for key in ("observation", "reward", "terminated", "truncated"):
                 assert torch.equal(played["next", key], same["next", key])
             assert torch.equal(carried["observation"], expected["observation"])
-    assert sum("another takes its place" in record.message for record in caplog.records) == 5
+    assert sum("a new one replaces it" in record.message for record in caplog.records) == 5
 
 
 def test_what_seed_and_actions_do_not_decide_is_cut_off(acting) -> None:
