@@ -326,12 +326,12 @@ def test_our_collector_yields_the_same_with_and_without(options: list[str]) -> N
             is_fused=is_fused,
             compiled_step=False,
         )
-        assert (made._track is not None) == is_fused
+        assert (made._stepper is not None) == is_fused
         made.set_seed(3)
         torch.manual_seed(5)
         rollouts.append(list(made))
     for ours, theirs in zip(*rollouts, strict=True):
-        assert ours.at == theirs.at
+        assert ours.state_steps == theirs.state_steps
         for a, b in ((ours.steps, theirs.steps), (ours.stored_states, theirs.stored_states)):
             assert {str(key) for key in a.keys(True, True)} == {str(key) for key in b.keys(True, True)}
             for key in b.keys(True, True):
@@ -392,7 +392,7 @@ def test_what_is_no_tensor_is_left_to_torchrl() -> None:
         total_frames=6,
         value_operator=agent.get_value_operator(),
     )
-    assert made._track is None
+    assert made._stepper is None
     assert made.rollout().steps["observation"].shape == (3, 2, 6)
 
 
