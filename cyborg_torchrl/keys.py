@@ -38,3 +38,5 @@ TRAIN_MASK: Final = ("collector", "mask")
 """Steps that are trained; the key that TorchRL's losses read by themselves."""
 BURN_IN: Final = ("collector", "burn_in")
 """Steps that are replayed without gradient before those that are trained."""
+LOCATION: Final = ("collector", "location")
+"""Environment and step of each step of a rollout, [N, T, 2] int32. It names the place of a number that is not finite."""

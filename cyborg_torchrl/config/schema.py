@@ -1,7 +1,7 @@
-"""The dataclasses that own the defaults, and those that are made of registered builders' signatures.
+"""The dataclasses that own the defaults, the limits and the descriptions of all options.
 
-The options of a backbone or an environment are the keyword parameters of its registered builder; their typed nodes
-are made from its signature.
+The options of a backbone or an environment are the keyword parameters of its registered builder. Their dataclasses are
+made from its signature.
 """
 
 from __future__ import annotations
@@ -15,180 +15,190 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from cyborg_torchrl.registry import (
-    backbones,
-    environments,
-    memories,
-    options_of,
-    signature_owner,
-)
+from cyborg_torchrl.registry import backbones, environments, memories, options_of, signature_owner
 
-RECURRENT_MODES = ("none", "burn_in", "tbptt", "episode")
-STATE_DTYPES = ("float32", "bfloat16", "float16")
-STORAGES = ("ram", "memmap", "device")
 BACKENDS = ("wandb", "mlflow")
+
+
+def option(default: Any, **limits: Any) -> Any:
+    """Return a field with limits, which `validate` checks.
+
+    Args:
+        default: the default value. None is always allowed if it is the default.
+        **limits: `above` and `minimum` (numbers), `interval` (two numbers, both included), `choices` (texts), or
+            `belongs_to` (the modes or collectors that use the option; with all others only the default is allowed).
+    """
+    return field(default=default, metadata=limits)
 
 
 @dataclass
 class EncoderConfig:
-    """From observations to features."""
+    """The encoder: from observations to features."""
 
-    features: int = 64
-    """Width of the embedding."""
-    hidden_sizes: list[int] = field(default_factory=list)
-    """Layers before it."""
+    features: int = option(64, above=0)
+    """Size of the features."""
+    hidden_sizes: list[int] = field(default_factory=list, metadata={"above": 0})
+    """Sizes of the layers before the features."""
     observation_keys: list[str] | None = None
-    """What to read, nested keys with dots; null: "pixels" if there are any, else "observation", else everything.
-    "previous_action" and "previous_reward" are read in any case where they are there."""
-    convolutions: str = "impala"
-    """Network of pictures: impala (15 convolutions) or nature (3: faster)."""
-    discrete: str = "one_hot"
-    """How categories are read: one_hot or embedding (learned)."""
-    embedding_size: int = 16
-    """Width of the embedding of a category, or of a number in a grid such as MiniGrid's."""
+    """Observations to read; nested keys with dots. null: "pixels" if there are any, else "observation", else all.
+    "previous_action" and "previous_reward" are always read if they exist."""
+    convolutions: str = option("impala", choices=("impala", "nature"))
+    """Network for pictures: impala (15 convolutions) or nature (3, faster)."""
+    discrete: str = option("one_hot", choices=("one_hot", "embedding"))
+    """Encoding of categories: one_hot, or embedding (learned)."""
+    embedding_size: int = option(16, above=0)
+    """Size of the embedding of a category, or of a number in a grid such as MiniGrid's."""
     autocast: str | None = None
-    """bfloat16 or float16: the encoder computes in it, acting and training; its features and all that remembers stay
-    float32. Worth it for pictures. null: float32."""
+    """bfloat16 or float16: the encoder computes in this precision, both when acting and when training. Its features
+    and all memory stay float32. Useful for pictures. null: float32."""
 
 
 @dataclass
 class FusionConfig:
-    """Where the present meets what memory reads."""
+    """How features of the present and of memory are combined."""
 
     gate: bool = False
-    """Let the present gate the past, so that a question can choose among what is remembered."""
+    """Let the present gate memory, so that a question can select what to recall."""
 
 
 @dataclass
 class TrainConfig:
     """PPO."""
 
-    total_timesteps: int = 200_000
-    """Environment steps in all; whole rollouts that fit into it are collected, and at least one."""
-    n_steps: int | None = None
-    """Steps of each environment in a rollout; null: one full episode, where the environment knows its length, else
-    128."""
-    recurrent_mode: str = "none"
-    """none: no memory, the control. burn_in: chunks of seq_len from stored states, after burn_in replayed steps.
+    total_timesteps: int = option(200_000, above=0)
+    """Environment steps in total. As many whole rollouts are collected as fit, and at least one."""
+    n_steps: int | None = option(None, above=0)
+    """Steps of each environment in a rollout. null: one full episode if the environment knows its length, else 128."""
+    recurrent_mode: str = option("none", choices=("none", "burn_in", "tbptt", "episode"))
+    """none: no memory, for comparison. burn_in: chunks of seq_len from stored states, after burn_in replayed steps.
     tbptt: the same without replay. episode: whole episodes."""
-    burn_in: int = 0
+    burn_in: int = option(0, minimum=0, belongs_to=("burn_in",))
     """Steps replayed without gradient before each chunk (mode burn_in)."""
-    seq_len: int | None = None
-    """Steps in a chunk (modes burn_in and tbptt), and the reach of the gradient; null: the whole rollout."""
-    state_stride: int | None = None
-    """Steps for each stored state, a multiple of seq_len (modes burn_in and tbptt); null: seq_len."""
-    state_dtype: str = "float32"
+    seq_len: int | None = option(None, above=0, belongs_to=("burn_in", "tbptt"))
+    """Steps in a chunk, and the reach of the gradient (modes burn_in and tbptt). null: the whole rollout."""
+    state_stride: int | None = option(None, above=0, belongs_to=("burn_in", "tbptt"))
+    """Steps for each stored state, a multiple of seq_len (modes burn_in and tbptt). null: seq_len."""
+    state_dtype: str = option("float32", choices=("float32", "bfloat16", "float16"), belongs_to=("burn_in", "tbptt"))
     """Precision of stored states: float32, bfloat16 or float16."""
-    start_state: str = "stored"
-    """What a chunk begins with: stored, or initial (as most libraries have it: wrong, and here for comparison)."""
-    refresh_states: bool = False
-    """Recompute the stored states with the present parameters before each epoch but the first."""
-    storage: str = "ram"
-    """Where the rollout is kept: ram, memmap (files in a temporary folder), or device (that of train.device)."""
-    n_epochs: int = 15
+    start_state: str = option("stored", choices=("stored", "initial"), belongs_to=("burn_in", "tbptt"))
+    """State that a chunk starts from: stored, or initial. initial is wrong, but common; it is here for comparison."""
+    refresh_states: bool = option(False, belongs_to=("burn_in", "tbptt"))
+    """Recompute the stored states with the current parameters before each epoch except the first."""
+    storage: str = option("ram", choices=("ram", "memmap", "device"))
+    """Storage of the rollout: ram, memmap (files in a temporary folder), or device (the one of train.device)."""
+    n_epochs: int = option(15, above=0)
     """Passes over each rollout."""
-    num_minibatches: int = 8
-    """Minibatches in a pass; they split environments or chunks, never the order of time."""
-    micro_batch_steps: int | None = 32_768
-    """Steps of a minibatch that go through the network at once; larger minibatches in parts, whose gradients add up to
-    the same (not with normalize_advantage=minibatch, nor with a core that has a loss of its own). null: no limit."""
-    learning_rate: float = 3e-3
-    lr_schedule: str = "linear"
-    """linear (to zero over the run; a solved task stays solved) or constant."""
-    adam_eps: float = 1e-5
-    gamma: float = 0.999
-    gae_lambda: float = 0.95
-    clip_range: float = 0.2
-    clip_range_vf: float | None = None
-    """Clip of the value's change; null: none."""
-    vf_coef: float = 0.5
-    """Weight of the critic's loss; 0: no critic, values are zero (with gae_lambda=1 and normalize_advantage=step the
-    baseline of a return is its mean over the environments at that step)."""
-    ent_coef: float = 0.0
-    max_grad_norm: float = 0.5
-    target_kl: float | None = None
-    """An update stops early when an epoch's KL exceeds 1.5 times this; null: never."""
-    normalize_advantage: str = "rollout"
-    """Over what advantages get mean 0 and standard deviation 1: rollout, minibatch, none (not at all), or step: the
-    mean over the environments at each step is taken off first, a baseline that knows the time, for tasks whose episodes
-    begin together."""
-    seed: int = 0
+    num_minibatches: int = option(8, above=0)
+    """Minibatches in a pass. They split environments or chunks, never the order of time."""
+    micro_batch_steps: int | None = option(32_768, above=0)
+    """Steps of a minibatch that pass through the network at once. The gradients of larger minibatches are added up from
+    parts, except with normalize_advantage=minibatch or a core that has its own loss. null: no limit."""
+    learning_rate: float = option(3e-3, above=0)
+    """Step size of Adam."""
+    lr_schedule: str = option("linear", choices=("constant", "linear"))
+    """linear (to zero over the run, so that a solved task stays solved) or constant."""
+    adam_eps: float = option(1e-5, above=0)
+    """Epsilon of Adam."""
+    gamma: float = option(0.999, interval=(0, 1))
+    """Discount factor."""
+    gae_lambda: float = option(0.95, interval=(0, 1))
+    """Lambda of generalised advantage estimation."""
+    clip_range: float = option(0.2, above=0)
+    """Clip range of the probability ratio."""
+    clip_range_vf: float | None = option(None, above=0)
+    """Clip range of the change of the value. null: no clipping."""
+    vf_coef: float = option(0.5, minimum=0)
+    """Weight of the critic's loss. 0: no critic, and all values are zero. The baseline of a return is then its mean
+    over the environments at that step, if gae_lambda=1 and normalize_advantage=step."""
+    ent_coef: float = option(0.0, minimum=0)
+    """Weight of the entropy bonus."""
+    max_grad_norm: float = option(0.5, above=0)
+    """Largest norm of the gradient; larger gradients are scaled down."""
+    target_kl: float | None = option(None, above=0)
+    """An update stops early when an epoch's KL exceeds 1.5 times this value. null: never."""
+    normalize_advantage: str = option("rollout", choices=("rollout", "step", "minibatch", "none"))
+    """Set of advantages that get mean 0 and standard deviation 1: rollout, minibatch, or none. step: first subtract the
+    mean over the environments at each step. This baseline knows the time, for tasks whose episodes start together."""
+    seed: int = option(0, minimum=0, below=2**63)
+    """Seed of parameters, actions and environments."""
     device: str = "cpu"
-    """cpu, cuda, cuda:N, or auto: CUDA where it is."""
-    num_threads: int = 1
-    """CPU threads of torch; small networks are fastest with one."""
+    """cpu, cuda, cuda:N, or auto: CUDA if it is available."""
+    num_threads: int = option(1, above=0)
+    """CPU threads of torch. Small networks are fastest with one."""
 
 
 @dataclass
 class TransformsConfig:
-    """What stands between the environment and the agent; all off by default."""
+    """Transforms between the environment and the agent; all off by default."""
 
     previous_action: bool = False
     """Show the previous action as "previous_action": one-hot, or scaled to [-1, 1]; zero at an episode's first step."""
     previous_reward: bool = False
-    """Show the previous reward as "previous_reward", as the environment gave it; zero at an episode's first step."""
-    frame_stack: int = 1
-    """Observations of so many steps side by side; 1: only the present one."""
+    """Show the previous reward as "previous_reward", unscaled; zero at an episode's first step."""
+    frame_stack: int = option(1, above=0)
+    """Number of consecutive observations that are concatenated. 1: only the current one."""
     normalize_observation: bool = False
-    """Float observations by their running mean and standard deviation, clipped to [-10, 10]; kept with the agent."""
+    """Normalise float observations by their running mean and standard deviation, clipped to [-10, 10]. The statistics
+    are saved with the agent."""
     normalize_reward: bool = False
-    """Rewards by the running standard deviation of the discounted return; mean_reward stays raw."""
-    clip_reward: float | None = None
-    """Rewards to [-clip_reward, clip_reward], after normalisation; null: not."""
+    """Divide rewards by the running standard deviation of the discounted return. mean_reward stays raw."""
+    clip_reward: float | None = option(None, above=0)
+    """Clip rewards to [-clip_reward, clip_reward], after normalisation. null: no clipping."""
 
 
 @dataclass
 class CollectorConfig:
     """How rollouts are collected."""
 
-    name: str = "rollout"
-    """rollout: in this process, without a memory state for every step. single: TorchRL's in this process. fused: the
+    name: str = option("rollout", choices=("rollout", "fused", "single", "multi_sync", "ray"))
+    """rollout: in this process, without a memory state for every step. single: TorchRL's, in this process. fused: the
     same, stepped on tensors. multi_sync: env.num_envs split over worker processes. ray: env.num_envs split over
-    workers on a Ray cluster; those that die are replaced."""
-    num_workers: int = 2
+    workers on a Ray cluster; lost workers are replaced."""
+    num_workers: int = option(2, above=0)
     """Processes of multi_sync, workers of ray."""
-    cudagraph: bool = False
-    """fused replays the policy's step as a CUDA graph: the same batches, in less than half the time; environment and
-    networks on train.device=cuda."""
-    address: str | None = None
-    """The cluster of ray: auto (the one that runs on this machine) or ip:port; null: one of this run's own, here."""
-    num_cpus: float = 1.0
-    """CPUs, or a share of one, that each worker of ray asks for; it computes with as many threads."""
-    num_gpus: float = 0.0
-    """GPUs, or a share of one, that each worker of ray asks for; 0: it computes on the CPU."""
+    cudagraph: bool = option(False, belongs_to=("fused",))
+    """Replay the policy's step as a CUDA graph (fused): the same batches in less than half the time. Environment and
+    networks must be on train.device=cuda."""
+    address: str | None = option(None, belongs_to=("ray",))
+    """Ray cluster: auto (the one that runs on this machine) or ip:port. null: a new one, on this machine."""
+    num_cpus: float = option(1.0, minimum=0)
+    """CPUs, or a share of one, that each worker of ray requests. It uses the same number of threads."""
+    num_gpus: float = option(0.0, minimum=0)
+    """GPUs, or a share of one, that each worker of ray requests. 0: it computes on the CPU."""
 
 
 @dataclass
 class LoggerConfig:
-    """What a run leaves behind."""
+    """The files of a run, its metrics and its evaluation."""
 
     base_dir: str = "runs"
     """Folder of all runs."""
     run_name: str | None = None
-    """Folder of this run; null: task, backbone, seed and time."""
+    """Folder of this run. null: task, backbone, seed and time."""
     resume: str | None = None
-    """Go on with a run that was cut short. auto: the one of run_name, or else the newest of this configuration that is
-    not done; a new one if there is none. A path: that run's folder, with its configuration, or one of its checkpoints,
-    which begins a new run. resume=... is short for logger.resume=..."""
-    keep_checkpoints: int = 3
-    """How many of the last checkpoints are kept, beside the best."""
-    checkpoint_every: int = 1
+    """Run to continue. auto: the run of run_name, or else the newest unfinished run of this configuration; a new run if
+    there is none. A run's folder: that run, with its configuration. A checkpoint: a new run that starts from it.
+    resume=... is short for logger.resume=..."""
+    keep_checkpoints: int = option(3, above=0)
+    """How many of the last checkpoints are kept, in addition to the best."""
+    checkpoint_every: int = option(1, above=0)
     """Updates between two checkpoints."""
     tensorboard: bool = True
-    backends: list[str] = field(default_factory=list)
-    """Where metrics go as well: wandb, mlflow."""
+    """Write TensorBoard files into the run's folder."""
+    backends: list[str] = field(default_factory=list, metadata={"choices": BACKENDS})
+    """More loggers of metrics: wandb, mlflow."""
     project: str = "cyborg_torchrl"
     """Project of W&B, experiment of MLflow."""
     offline: bool = False
-    """W&B writes into the run's folder alone; `wandb sync` uploads it later."""
+    """W&B writes only into the run's folder; `wandb sync` uploads it later."""
     tracking_uri: str | None = None
-    """Server of MLflow, database (sqlite:///FILE), or folder of one; null: base_dir."""
+    """Server of MLflow, database (sqlite:///FILE), or a database's folder. null: base_dir."""
     progress: bool = True
     """Show a progress bar on stderr."""
-    eval_episodes: int = 1000
-    """Fresh episodes after training; 0: none."""
-    eval_actions: str = "greedy"
-    """What is done in them: greedy, or sampled as while training (a greedy walker can run against a wall for ever)."""
+    eval_episodes: int = option(1000, minimum=0)
+    """Fresh episodes after training. 0: none."""
+    eval_actions: str = option("greedy", choices=("greedy", "sampled"))
+    """Actions of the evaluation: greedy, or sampled as in training. A greedy walker can run against a wall for ever."""
 
 
 GROUPS = {"backbone": backbones, "memory": memories, "env": environments}
@@ -202,7 +212,7 @@ NODES = {
     "logger": LoggerConfig,
 }
 SHORT_KEYS = {"id": "env.id", "resume": "logger.resume"}
-"""Overrides that may be written short."""
+"""Overrides that have a short form."""
 
 
 @dataclass
@@ -222,17 +232,16 @@ class Config:
 
 
 def config_class_of(name: str, builder: Callable[..., Any]) -> type:
-    """Makes the dataclass of a registered builder's options, with the field `name` first."""
+    """Return the dataclass of a registered builder's options, with the field `name` first."""
     hints = typing.get_type_hints(signature_owner(builder))
-    options = options_of(builder).items()
-    fields = [(key, _node_type(hints.get(key, Any)), _node_default(default)) for key, default in options]
-    return dataclasses.make_dataclass(
-        f"{name.title().replace('_', '')}Config", [("name", str, field(default=name)), *fields]
-    )
+    fields: list[tuple[str, Any, Any]] = [("name", str, field(default=name))]
+    for key, default in options_of(builder).items():
+        fields.append((key, _node_type(hints.get(key, Any)), _node_default(default)))
+    return dataclasses.make_dataclass(f"{name.title().replace('_', '')}Config", fields)
 
 
 def _node_type(hint: Any) -> Any:
-    """The annotation that OmegaConf knows: sequences are lists; null or a mapping is anything, to be filled later."""
+    """Return an annotation that OmegaConf supports: sequences become lists, mappings become Any."""
     origin = typing.get_origin(hint)
     if any(typing.get_origin(part) is dict for part in typing.get_args(hint)):
         return Any  # Hydra cannot merge keys into a typed mapping

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
@@ -72,26 +71,3 @@ def check_finite(steps: TensorDictBase, entries: Sequence[NestedKey], *, is_roll
 def _is_finite(value: Tensor) -> bool:
     """Return whether all numbers are finite. Their sum answers fast; only if it overflows each number is tested."""
     return bool(value.sum().isfinite()) or bool(value.isfinite().all())
-
-
-def environment_of(rows: Tensor, rollout: Tensor) -> list[tuple[int, int]]:
-    """Where sequences were cut out of a rollout.
-
-    Args:
-        rows: [B, L] figures of steps, no two of which are equal, such as log-probs.
-        rollout: [N, T], the same.
-
-    Returns:
-        For each row the environment and the step that it begins with.
-    """
-    places: list[tuple[int, int]] = []
-    for row in rows:
-        matches = (rollout == row[0]).nonzero()
-        best = max(matches.tolist(), key=lambda place: _agreement(row, rollout[place[0], place[1] :]))
-        places.append((best[0], best[1]))
-    return places
-
-
-def _agreement(row: Tensor, steps: Tensor) -> int:
-    length = min(len(row), len(steps))
-    return int(torch.cumprod((row[:length] == steps[:length]).long(), 0).sum())

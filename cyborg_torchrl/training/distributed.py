@@ -1,4 +1,4 @@
-"""Processes that train one agent together: what they add up, and what they agree on."""
+"""Training of one agent by several processes: collective operations, and joining a launcher's processes."""
 
 from __future__ import annotations
 
@@ -12,29 +12,28 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""What torchrun, and other launchers of torch.distributed, tell each process."""
+"""Environment variables that torchrun, and other launchers of torch.distributed, set for each process."""
 
 
 class LaunchError(ValueError):
-    """Processes that cannot train together; the message is one line that says why."""
+    """Processes that cannot train together; the message is one line with the reason."""
 
 
 class PeerLostError(RuntimeError):
-    """Another of the processes has ended, so that nothing can be added up any more."""
+    """Another process of this run has ended, so collective operations fail."""
 
 
 class Ranks:
-    """The processes that train one agent, each on environments of its own; one alone by default.
+    """The processes that train one agent together, each with its environments; by default this process alone.
 
-    Its methods are collectives: all ranks call them, in the same order and with tensors of the same shapes, and get
-    the same result, which is on the device of what they gave.
+    The methods are collective operations: all ranks call them, in the same order and with tensors of the same shapes,
+    and get the same result. The result is on the device of the argument. All methods raise PeerLostError if another
+    process has ended.
 
     Args:
-        rank: which of them this one is.
-        size: how many there are; torch.distributed's default group is theirs.
-        device: where tensors lie on their way: a CUDA device for nccl, the CPU for gloo.
-
-    Raises (all methods): PeerLostError: if another process has ended.
+        rank: number of this process.
+        size: number of processes; they form torch.distributed's default group.
+        device: device for communication: a CUDA device for nccl, the CPU for gloo.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, device: torch.device | str = "cpu") -> None:
@@ -42,34 +41,37 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
-        """Whether it is this process that writes, prints and evaluates."""
+        """True for the process that writes, prints and evaluates."""
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum over all ranks."""
-        return self._reduced(values, dist.ReduceOp.SUM)
+        """Return the sum over all ranks."""
+        return self._reduce(values, dist.ReduceOp.SUM)
 
     def mean(self, values: Tensor) -> Tensor:
-        """The mean over all ranks, each with the same weight."""
+        """Return the mean over all ranks, each with the same weight."""
         return self.sum(values) / self.size
 
     def maximum(self, values: Tensor) -> Tensor:
-        """The largest over all ranks."""
-        return self._reduced(values, dist.ReduceOp.MAX)
+        """Return the maximum over all ranks."""
+        return self._reduce(values, dist.ReduceOp.MAX)
 
-    def averaged(self, tensors: Sequence[Tensor], weight: float) -> list[Tensor] | None:
-        """The means of some tensors over all ranks, each with its weight; None if nobody has any. One message."""
-        own = torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
-        total = self.sum(torch.cat([own * weight, own.new_tensor([weight])]))
+    def weighted_means(self, tensors: Sequence[Tensor], weight: float) -> list[Tensor] | None:
+        """Return the means of tensors over all ranks, each with its weight; None if all weights are zero.
+
+        Sends one message.
+        """
+        flat = torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
+        total = self.sum(torch.cat([flat * weight, flat.new_tensor([weight])]))
         if not total[-1]:
             return None
         parts = (total[:-1] / total[-1]).split([tensor.numel() for tensor in tensors])
         return [part.view_as(tensor).to(tensor.dtype) for part, tensor in zip(parts, tensors, strict=True)]
 
     def moments(self, items: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Number, mean and variance (divided by number - 1) of all ranks' items, of which each may have another number.
+        """Return the number, mean and variance (divided by number - 1) of the items of all ranks, in float64.
 
-        In double precision; mean and variance of nothing are not a number.
+        Ranks may have different numbers of items. Without items, mean and variance are NaN.
         """
         items = items.detach().double().reshape(-1)
         number, total = self.sum(torch.stack([items.new_tensor(items.numel()), items.sum()]))
@@ -77,76 +79,77 @@ class Ranks:
         return number, mean, self.sum((items - mean).square().sum()) / (number - 1)
 
     def standardized(self, x: Tensor, mask: Tensor | None = None, min_std: float = 1e-6) -> Tensor:
-        """`x` with mean 0 and standard deviation 1 over all ranks' entries where the mask is true (all, if None)."""
+        """Return `x` with mean 0 and standard deviation 1 over the entries of all ranks where the mask is true."""
         number, mean, variance = self.moments(x if mask is None else x[mask])
         if number < 2:
             return x
         return ((x - mean) / variance.sqrt().clamp_min(min_std)).to(x.dtype)
 
-    def give_to_all(self, tensors: Iterable[Tensor]) -> None:
-        """Writes the first rank's values into the tensors of all others."""
+    def broadcast_tensors(self, tensors: Iterable[Tensor]) -> None:
+        """Copy the first rank's values into the tensors of all other ranks."""
         if self.size == 1:
             return
-        with _peers(), torch.no_grad():
+        with _peer_errors(), torch.no_grad():
             for tensor in tensors:
                 sent = tensor.detach().to(self.device, copy=True).contiguous()
                 dist.broadcast(sent, src=0)
                 tensor.copy_(sent)
 
-    def of_first(self, content: Any) -> Any:
-        """The first rank's object, which has to be one that can be pickled."""
+    def broadcast_object(self, content: Any) -> Any:
+        """Return the first rank's object, which is sent as a pickle."""
         if self.size == 1:
             return content
         contents = [content]
-        with _peers():
+        with _peer_errors():
             dist.broadcast_object_list(contents, src=0, device=self.device)
         return contents[0]
 
-    def of_all(self, content: Any) -> list[Any]:
-        """The objects of all ranks, in their order; at the first rank alone, nothing elsewhere."""
+    def gather_objects(self, content: Any) -> list[Any]:
+        """Return the objects of all ranks, in their order, to the first rank; [] to all others."""
         if self.size == 1:
             return [content]
         contents: list[Any] | None = [None] * self.size if self.is_first else None
-        with _peers():
+        with _peer_errors():
             dist.gather_object(content, contents)
         return contents or []
 
-    def _reduced(self, values: Tensor, operation: Any) -> Tensor:
+    def _reduce(self, values: Tensor, operation: Any) -> Tensor:
         if self.size == 1:
             return values
         total = values.detach().to(self.device, copy=True).contiguous()
-        with _peers():
+        with _peer_errors():
             dist.all_reduce(total, operation)
         return total.to(values.device)
 
 
-class JointStep:
-    """An optimiser step of all ranks together: gradients, and figures of the step, become the means over all.
+class GradientMean:
+    """Gradients and metrics of a minibatch as means over all ranks, in one message.
 
     Args:
         ranks: the processes.
-        parameters: what is trained, with gradients of the same dtype; one without a gradient gets zeros.
+        parameters: the trained parameters, of one dtype. A missing gradient counts as zero.
     """
 
     def __init__(self, ranks: Ranks, parameters: Sequence[nn.Parameter]) -> None:
         self.ranks, self.parameters = ranks, parameters
         self._names: list[str] = []
 
-    def averaged(self, figures: Mapping[str, Tensor], weight: float) -> dict[str, Tensor]:
-        """Takes the means, in one message.
+    def __call__(self, metrics: Mapping[str, Tensor], weight: float) -> dict[str, Tensor]:
+        """Replace the gradients by their means, and return the means of the metrics.
 
         Args:
-            figures: of the loss, the same on all ranks, each a mean over the steps that the gradient is a mean over;
-                "ratio_error" stays as it is. None at all for a rank that has nothing to add any more.
-            weight: of this rank: trained steps.
+            metrics: scalars, with the same names on all ranks; {} from a rank without a minibatch. "ratio_error" is
+                left out.
+            weight: number of trained steps of this rank.
 
         Returns:
-            The means of the figures; empty if no rank had anything to add, and gradients are then left alone.
+            The means; {} if no rank had a minibatch. The gradients are then unchanged.
         """
-        self._names = sorted(set(figures) - {"ratio_error"}) or self._names
+        self._names = sorted(set(metrics) - {"ratio_error"}) or self._names
         zero = torch.zeros((), device=self.parameters[0].device)
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
-        means = self.ranks.averaged([*gradients, *(figures.get(name, zero) for name in self._names)], weight)
+        scalars = [metrics.get(name, zero) for name in self._names]
+        means = self.ranks.weighted_means([*gradients, *scalars], weight)
         if means is None:
             return {}
         for parameter, gradient in zip(self.parameters, means, strict=False):
@@ -155,52 +158,56 @@ class JointStep:
 
 
 def is_launched_with_others() -> bool:
-    """Whether a launcher has started this process as one of several that belong together."""
+    """Return whether a launcher has started this process as one of several."""
     return all(name in os.environ for name in VARIABLES) and os.environ["WORLD_SIZE"] != "1"
 
 
 def launched_rank() -> int:
-    """Which of the processes this one is; 0 if it is alone."""
+    """Return the number of this process among those of its launcher; 0 if it is alone."""
     return int(os.environ["RANK"]) if is_launched_with_others() else 0
 
 
 @contextmanager
 def joined_ranks(device: str) -> Generator[Ranks]:
-    """The processes that a launcher has started together; this one alone if it has started no others.
+    """Join the processes of a launcher; without a launcher, this process is alone.
 
-    Over nccl where they train on CUDA devices, each on the one of its number on the machine, else over gloo.
+    On CUDA devices they use nccl, and each process takes the device of its number on the machine. On CPUs they use
+    gloo.
 
     Args:
-        device: "cpu", "cuda" or "auto"; the present CUDA device becomes the one of this process.
+        device: "cpu", "cuda" or "auto". This process's CUDA device becomes the current one.
 
     Raises:
-        LaunchError: if there are more processes than devices, or they do not find each other.
+        LaunchError: if there are more processes than devices, or the processes do not find each other.
     """
     if not is_launched_with_others():
         yield Ranks()
         return
-    kind = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    place = torch.device("cpu") if kind == "cpu" else _own_cuda_device(kind)
-    is_ours = not dist.is_initialized()
-    if is_ours:
+    kind = device
+    if device == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    rank_device = torch.device("cpu") if kind == "cpu" else _cuda_device_of_process(kind)
+    is_new_group = not dist.is_initialized()
+    if is_new_group:
         try:
             dist.init_process_group("gloo" if kind == "cpu" else "nccl")
         except (RuntimeError, ValueError) as error:
             raise LaunchError(f"the processes of this run do not find each other: {_first_line(error)}") from None
     try:
-        yield Ranks(dist.get_rank(), dist.get_world_size(), place)
+        yield Ranks(dist.get_rank(), dist.get_world_size(), rank_device)
     finally:
-        if is_ours:
+        if is_new_group:
             dist.destroy_process_group()
 
 
-def _own_cuda_device(kind: str) -> torch.device:
-    size, index = int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
+def _cuda_device_of_process(kind: str) -> torch.device:
+    size = int(os.environ["WORLD_SIZE"])
+    index = int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
     if kind != "cuda":
         raise LaunchError(f"train.device={kind} is one device, for {size} processes; use train.device=cuda, one each.")
     if index >= torch.cuda.device_count():
         raise LaunchError(
-            f"process {index} of this machine has no CUDA device of its own: there are {torch.cuda.device_count()}; "
+            f"process {index} of this machine has no CUDA device: there are {torch.cuda.device_count()}; "
             "start as many processes as there are devices, or use train.device=cpu."
         )
     torch.cuda.set_device(index)
@@ -208,8 +215,8 @@ def _own_cuda_device(kind: str) -> torch.device:
 
 
 @contextmanager
-def _peers() -> Generator[None]:
-    """Says in one line that another process has ended."""
+def _peer_errors() -> Generator[None]:
+    """Raise PeerLostError, with one line, for an error of a collective operation."""
     try:
         yield
     except RuntimeError as error:

@@ -71,7 +71,7 @@ def run_experiment(cfg: DictConfig) -> dict[str, Any]:
 def _run(cfg: DictConfig, ranks: Ranks) -> dict[str, Any]:
     started = time.perf_counter()
     progress = Progress(is_shown=cfg.logger.progress and ranks.is_first)
-    resumption = ranks.of_first(find_run(cfg) if ranks.is_first else None)
+    resumption = ranks.broadcast_object(find_run(cfg) if ranks.is_first else None)
     if resumption is not None and is_done(resumption, cfg):
         progress.console.print(f"{resumption.folder} is done already.")
         return {**(resumption.summary or {}), "run_dir": str(resumption.folder)}
@@ -168,7 +168,7 @@ def _begin(
         for note in notes if is_first else []:
             print(f"warning: {note}", file=sys.stderr)
     path = folder or Path(cfg.logger.base_dir) / (cfg.logger.run_name or default_run_name(cfg))
-    path = training.trainer.ranks.of_first(path)
+    path = training.trainer.ranks.broadcast_object(path)
     if not is_first:
         return NoDirectory(path, cfg), 0.0
     try:

@@ -180,7 +180,7 @@ def _flat(content: Any, prefix: str = "") -> dict[str, Any]:
 def training_state(training: Training) -> Content:
     """All that a run needs to go on bit by bit; all ranks have to ask, and the first one gets it."""
     trainer = training.trainer
-    ranks = trainer.ranks.of_all({"collector": collector_state(trainer.collector), "rng": random_state()})
+    ranks = trainer.ranks.gather_objects({"collector": collector_state(trainer.collector), "rng": random_state()})
     first, others = (ranks[0], ranks[1:]) if ranks else ({}, [])
     return {"agent": training.agent.state_dict(), "trainer": trainer.state_dict(), **first, "other_ranks": others}
 

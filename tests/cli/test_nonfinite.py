@@ -15,7 +15,7 @@ from cyborg_torchrl.config import load_config
 from cyborg_torchrl.envs import DelayedCueEnv
 from cyborg_torchrl.envs.memory.task import Transition
 from cyborg_torchrl.modules import PPOAgent
-from cyborg_torchrl.modules.nan_check import NonFiniteError, environment_of
+from cyborg_torchrl.modules.nan_check import NonFiniteError
 from cyborg_torchrl.training import trainer as trainer_module
 from cyborg_torchrl.training.builders import build_trainer
 from cyborg_torchrl.training.checkpoint import load_checkpoint
@@ -113,10 +113,3 @@ def test_a_dump_is_no_checkpoint_and_the_other_way_round(tmp_path, monkeypatch, 
         assert main(arguments) == 2
         (line,) = capsys.readouterr().err.strip().splitlines()
         assert said in line
-
-
-def test_where_a_sequence_was_cut_out() -> None:
-    torch.manual_seed(0)
-    rollout = torch.randn(3, 10)
-    rows = torch.stack([rollout[1, 4:8], rollout[2, 0:4], rollout[0, 6:10]])
-    assert environment_of(rows, rollout) == [(1, 4), (2, 0), (0, 6)]

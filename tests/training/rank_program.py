@@ -172,8 +172,8 @@ def run_all(ranks: Ranks) -> dict[str, Any]:
         **{name: run(name, ranks) for name in CASES},
         "unequal": {f"float{bits}": run_unequal(ranks, is_double=bits == 64) for bits in (32, 64)},
         "moments": run_moments(ranks),
-        "of_first": ranks.of_first({"rank": ranks.rank}),
-        "of_all": ranks.of_all(ranks.rank),
+        "broadcast_object": ranks.broadcast_object({"rank": ranks.rank}),
+        "gather_objects": ranks.gather_objects(ranks.rank),
     }
 
 

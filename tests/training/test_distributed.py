@@ -101,8 +101,8 @@ def test_moments_are_those_of_all_that_was_seen(results: tuple[Any, Any, Any]) -
 
 
 def test_objects_go_from_the_first_and_to_the_first(results: tuple[Any, Any, Any]) -> None:
-    assert [result["of_first"] for result in results] == [{"rank": 0}] * 3
-    assert [result["of_all"] for result in results] == [[0], [0, 1], []]
+    assert [result["broadcast_object"] for result in results] == [{"rank": 0}] * 3
+    assert [result["gather_objects"] for result in results] == [[0], [0, 1], []]
 
 
 def test_a_rank_has_its_share_of_the_run() -> None:
@@ -127,7 +127,7 @@ def test_one_device_for_several_processes_is_refused(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(LaunchError, match=r"use train.device=cuda"), joined_ranks("cuda:0"):
         pass
-    with pytest.raises(LaunchError, match=r"no CUDA device of its own: there are 1"), joined_ranks("cuda"):
+    with pytest.raises(LaunchError, match=r"no CUDA device: there are 1"), joined_ranks("cuda"):
         pass
 
 
