@@ -6,7 +6,7 @@ import torch
 from tensordict.utils import unravel_key
 
 from cyborg_torchrl import keys
-from cyborg_torchrl.collectors.flat_dict import Entries
+from cyborg_torchrl.collectors.flat_dict import FlatDict
 from cyborg_torchrl.cores import State, restart
 from cyborg_torchrl.modules import Backbone
 
@@ -29,20 +29,20 @@ class BackboneStep:
         self.dtype = next((p.dtype for p in self.backbone.core.parameters()), torch.get_default_dtype())
         self.initial = self.backbone.core.initial_state(num_envs)
 
-    def __call__(self, entries: Entries) -> None:
+    def __call__(self, entries: FlatDict) -> None:
         """Read the features and the state; write the memory features and the next state."""
         backbone = self.backbone
         entries[backbone.out_key], state = backbone.core.step(entries[backbone.in_key], self.before(entries))
         self.write(entries, state)
 
-    def before(self, entries: Entries) -> State:
+    def before(self, entries: FlatDict) -> State:
         """Return the state before the step: the initial state where an episode begins."""
         state = {name: entries[key].to(self.dtype) for name, key in self.backbone.state_keys.items()}
         if self.may_begin:
             state = restart(state, self.initial, entries[self.backbone.is_init_key].squeeze(-1))
         return state
 
-    def write(self, entries: Entries, state: State) -> None:
+    def write(self, entries: FlatDict, state: State) -> None:
         """Write the state after the step."""
         for name, key in self.after.items():
             entries[key] = state[name]

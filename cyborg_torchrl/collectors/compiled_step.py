@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from cyborg_torchrl.collectors.backbone_step import BackboneStep
-from cyborg_torchrl.collectors.flat_dict import Entries
+from cyborg_torchrl.collectors.flat_dict import FlatDict
 from cyborg_torchrl.cores import LayeredCore, LRULayer, LSTMLayer, RecurrentLayer, TimescaleNorm
 from cyborg_torchrl.cores.kernels.native import DTYPES, IS_BUILT, function, integers, pointers
 from cyborg_torchrl.modules import Backbone
@@ -60,7 +60,7 @@ class CompiledStep:
         self._policy_key = unravel_key(networks.policy_head.out_keys[0])
         self._value_key = unravel_key(networks.value_head.out_keys[0])
 
-    def __call__(self, entries: Entries) -> None:
+    def __call__(self, entries: FlatDict) -> None:
         """Read the observation and the state; write the outputs of the heads and the next state.
 
         Raises:
@@ -114,10 +114,10 @@ def compile_step(networks: Networks, backbone: BackboneStep, num_envs: int) -> C
 
 
 def is_supported(networks: Networks) -> bool:
-    """Tell whether the C++ call computes what these networks do.
+    """Return whether there is a C++ call for these networks.
 
-    It does for an `lru` or `lstm` of one layer with a time-scale norm, behind an encoder of one vector by one linear
-    map, with a plain fusion of equal widths and linear heads, without hooks.
+    There is one for an `lru` or `lstm` of one layer with a time-scale norm. The encoder must be one linear map of one
+    vector, the fusion a sum of equal widths, and the heads linear. No module may have hooks.
     """
     encoder, backbone, fusion, policy_head, value_head = networks
     wrappers = encoder, fusion, policy_head, value_head

@@ -1,4 +1,4 @@
-"""A policy's step as a CUDA graph: one launch in place of dozens."""
+"""A policy's step as a CUDA graph: one launch instead of dozens."""
 
 from __future__ import annotations
 
@@ -6,67 +6,66 @@ from collections.abc import Callable
 
 import torch
 
-from cyborg_torchrl.collectors.flat_dict import Entries
+from cyborg_torchrl.collectors.flat_dict import FlatDict
 from cyborg_torchrl.collectors.fused_policy import FusedPolicy
 
-Run = Callable[[], Entries]
-"""Computes, from tensors that stay where they are to others that do."""
+Run = Callable[[], FlatDict]
+"""A computation whose input and output tensors have fixed addresses."""
 Capture = Callable[[Run], Callable[[], None]]
-"""Makes of such a computation what repeats it, in the same tensors."""
+"""A function that returns the replay of such a computation."""
 WARM_UPS = 3
 
 
 class GraphedPolicy:
     """A `FusedPolicy` whose step is captured once a rollout and replayed at each step.
 
-    A graph reads and writes the same memory each time: what a step reads is copied there, and what it writes is copied
-    out, before the next step overwrites it. It is captured anew for each rollout, since what is computed from the
-    parameters beforehand (`FusedPolicy.begin`) lies elsewhere after an update. Random numbers are those that the policy
-    would draw without it: warming up gives back what it drew.
+    A graph always reads and writes the same memory. So the inputs of a step are copied in, and its outputs are copied
+    out before the next step overwrites them. The graph is captured once for each rollout, since `FusedPolicy.begin`
+    computes new tensors from the parameters. The random numbers are those of a policy without a graph, since the
+    generator is restored after the warm-up.
 
     Args:
-        policy: on a CUDA device.
-        capture: how; None: `captured_on_cuda`.
+        policy: a policy on a CUDA device.
+        capture: captures the computation; None: `captured_on_cuda`.
     """
 
     def __init__(self, policy: FusedPolicy, capture: Capture | None = None) -> None:
         self.policy, self._capture = policy, captured_on_cuda if capture is None else capture
-        self._inputs: Entries = {}
-        self._outputs: Entries = {}
+        self._inputs: FlatDict = {}
+        self._outputs: FlatDict = {}
         self._replay: Callable[[], None] | None = None
 
     def begin(self, num_envs: int) -> None:
-        """Called before a rollout."""
+        """Prepare a rollout."""
         self.policy.begin(num_envs)
         self._replay = None
 
-    def check(self, steps: Entries) -> None:
-        """As the policy does."""
+    def check(self, steps: FlatDict) -> None:
+        """Check a rollout as the policy does."""
         self.policy.check(steps)
 
-    def __call__(self, carried: Entries, *, may_begin: bool = True) -> Entries:
-        """What the policy writes, for the entries before a step; a graph takes no notice of `may_begin`."""
+    def __call__(self, carried: FlatDict, *, may_begin: bool = True) -> FlatDict:
+        """Return the entries that the policy writes; a graph ignores `may_begin`."""
         del may_begin
         if self._replay is None:
             self._inputs = {key: value.clone() for key, value in carried.items()}
             self._replay = self._capture(self._run)
         else:
             for key, value in self._inputs.items():
-                if key in carried:  # what a rollout begins with may hold what the policy wrote, and never reads
+                if key in carried:  # the first step may have entries that the policy never reads
                     value.copy_(carried[key])
         self._replay()
         return {key: value.clone() for key, value in self._outputs.items()}
 
-    def _run(self) -> Entries:
+    def _run(self) -> FlatDict:
         self._outputs = self.policy(self._inputs)
         return self._outputs
 
 
 def captured_on_cuda(run: Run) -> Callable[[], None]:
-    """Captures a computation on the present CUDA device.
+    """Capture a computation on the present CUDA device.
 
-    Source: the recipe of PyTorch's "CUDA semantics", section "CUDA Graphs": warm up on a stream of its own, then
-    capture.
+    Source: PyTorch's "CUDA semantics", section "CUDA Graphs": warm up on another stream, then capture.
     """
     random_state = torch.cuda.get_rng_state()
     stream = torch.cuda.Stream()

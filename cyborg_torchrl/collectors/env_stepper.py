@@ -1,4 +1,4 @@
-"""A batch of environments on its way through a rollout, on flat entries."""
+"""A batch of environments that takes the steps of a rollout, on flat dictionaries."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from torch import Tensor
 from torchrl.envs import EnvBase
 
 from cyborg_torchrl import keys
-from cyborg_torchrl.collectors.flat_dict import Columns, Entries, flat
+from cyborg_torchrl.collectors.flat_dict import FlatDict, RolloutWriter, flat
 from cyborg_torchrl.collectors.fused_env import env_step
 from cyborg_torchrl.collectors.fused_policy import PolicyStep
 from cyborg_torchrl.modules.nan_check import check_finite
 from cyborg_torchrl.objectives import value_after
 
 
-class Track:
-    """Environments that step together, what they carry from one step to the next, and what is kept of a rollout.
+class EnvStepper:
+    """Steps a batch of environments, carries entries from step to step, and records the rollout.
 
     Args:
-        env: with all its transforms, the policy's primers among them.
+        env: the environment with all its transforms, including the policy's primers.
         policy: chooses the actions.
         value_operator: from an observation and a memory state to "state_value".
-        state_keys: entries that are memory states; kept before the steps `at` alone.
-        at: those steps.
-        excluded: other entries that are not kept, ("next", key) for those after a step.
+        state_keys: entries that are memory states.
+        state_steps: the steps before which memory states are stored.
+        excluded: other entries that are not stored; ("next", key) for those after a step.
 
     Raises:
-        NotFusable: if the environment cannot be stepped like this.
-        NonFiniteError: by `end`, if something that the update reads is not finite.
+        NotFusable: if the environment cannot be stepped on flat dictionaries.
+        NonFiniteError: from `end`, if an entry that the update reads is not finite.
     """
 
     def __init__(
@@ -41,34 +41,34 @@ class Track:
         policy: PolicyStep,
         value_operator: TensorDictModuleBase,
         state_keys: Sequence[NestedKey],
-        at: Collection[int],
+        state_steps: Collection[int],
         excluded: Collection[NestedKey] = (),
     ) -> None:
         self.env, self.policy, self.value_operator = env, policy, value_operator
         self._step, _ = env_step(env)
-        self.state_keys, self._at = state_keys, set(at)
+        self.state_keys, self._state_steps = state_keys, set(state_steps)
         self._dropped = {*state_keys, *(unravel_key((keys.NEXT, key)) for key in state_keys), *excluded}
         self._dropped_after = {unravel_key(key[1:]) for key in self._dropped if key[0] == keys.NEXT and len(key) > 1}
         self._checked = [*policy.in_keys, keys.VALUE, keys.ACTION_LOG_PROB, (keys.NEXT, keys.REWARD)]
-        self.carried: Entries = {}
+        self.carried: FlatDict = {}
         self.states: list[TensorDictBase] = []
         self._may_begin = True
 
     def begin(self, carried: TensorDictBase, steps: int) -> None:
-        """Begins a rollout of so many steps where the one before ended."""
+        """Begin a rollout of `steps` steps where the last one ended."""
         self.carried, self._may_begin = flat(carried), True
-        self.states, self._columns, self._steps = [], Columns(steps), steps
+        self.states, self._writer, self._steps = [], RolloutWriter(steps), steps
         self._time, self._cut = 0, list[tuple[int, Tensor, Tensor]]()
 
     def step(self) -> None:
-        """Act, step the environments, and keep the results."""
-        if self._time in self._at:
-            # not copied: a step makes new tensors, and leaves those before as they are
+        """Act, step the environments, and record the results."""
+        if self._time in self._state_steps:
+            # No copy is needed: a step makes new tensors and never writes into these.
             self.states.append(TensorDict({key: self.carried[key] for key in self.state_keys}, self.env.batch_size))
         written = self.policy(self.carried, may_begin=self._may_begin)
         after, begins, is_over = self._step.step(self.carried, written)
         before = {**self.carried, **written}
-        self._columns.append(
+        self._writer.append(
             [(key, value) for key, value in before.items() if key not in self._dropped],
             [(key, value) for key, value in after.items() if key not in self._dropped_after],
         )
@@ -79,21 +79,21 @@ class Track:
         self._time += 1
 
     def end(self) -> tuple[TensorDict, TensorDict]:
-        """The steps [N, T], and what the next rollout begins with."""
-        columns = self._columns.tensors
-        del self._columns  # whoever takes the rollout has it alone
-        steps = TensorDict(columns, [*self.env.batch_size, self._steps])
+        """Return the steps [N, T], and the entries with which the next rollout begins."""
+        tensors = self._writer.tensors
+        del self._writer  # the caller may then free the rollout
+        steps = TensorDict(tensors, [*self.env.batch_size, self._steps])
         if steps.ndim == 2:
             check_finite(steps, self._checked)
-        self.policy.check(columns)
+        self.policy.check(tensors)
         value = torch.zeros_like(steps.get(keys.VALUE))
-        for time, is_cut, found in self._cut:
-            value[is_cut, time] = found
+        for time, is_cut, last_value in self._cut:
+            value[is_cut, time] = last_value
         steps.set((keys.NEXT, keys.VALUE), value)
         return steps, TensorDict(self.carried, self.env.batch_size, device=self.env.device)
 
-    def _value_where_cut(self, after: Entries, is_last: bool) -> None:
-        """Values of observations that no step is taken from."""
+    def _value_where_cut(self, after: FlatDict, is_last: bool) -> None:
+        """Compute the values of last observations while their memory states are known."""
         is_cut = ~after[keys.TERMINATED] if is_last else after[keys.DONE] & ~after[keys.TERMINATED]
         if bool(is_cut.any()):
             is_cut = is_cut.squeeze(-1)

@@ -15,7 +15,7 @@ from torchrl.envs.utils import ExplorationType
 
 from cyborg_torchrl import keys
 from cyborg_torchrl.collectors.cudagraph import GraphedPolicy
-from cyborg_torchrl.collectors.flat_dict import Columns, Entries, NotFusable, flat
+from cyborg_torchrl.collectors.flat_dict import FlatDict, NotFusable, RolloutWriter, flat
 from cyborg_torchrl.collectors.fused_env import EnvStep, env_step
 from cyborg_torchrl.collectors.fused_policy import FusedPolicy
 from cyborg_torchrl.collectors.runtime import rare_garbage_collection
@@ -46,7 +46,7 @@ class FusedCollector(Collector):
         **kwargs: as for `Collector`.
 
     Raises:
-        ValueError: if a graph is asked for where the policy is not fused, or not on a CUDA device.
+        ValueError: if `cudagraph` is set but the policy is not fused, or is not on a CUDA device.
     """
 
     def __init__(
@@ -58,24 +58,24 @@ class FusedCollector(Collector):
         **kwargs: Any,
     ) -> None:
         self._fused: tuple[FusedPolicy | GraphedPolicy, EnvStep] | None = None
-        self._columns: Entries | None = None
+        self._tensors: FlatDict | None = None
         self.compiled_step, self.cudagraph = compiled_step, cudagraph
         super().__init__(*args, auto_register_policy_transforms=auto_register_policy_transforms, **kwargs)
         self.why_not_fused = self._fuse()
-        """Why the environment is stepped, or all is done, as TorchRL does it; empty if neither is."""
+        """Reason why TorchRL steps the environment or collects; "" if it does neither."""
         if cudagraph and (self._fused is None or {device.type for device in self._devices()} != {"cuda"}):
             raise ValueError(
                 "cudagraph needs a policy that can be fused, and all of it, the environment too, on one CUDA device; "
                 f"{self.why_not_fused or 'here are ' + ', '.join(sorted(map(str, self._devices())))}."
             )
         if self.why_not_fused:
-            what = "the environment is stepped" if self._fused else "collected"
-            LOGGER.warning("%s without fusion, as TorchRL does it: %s.", what, self.why_not_fused)
+            part = "the environment is stepped" if self._fused else "collected"
+            LOGGER.warning("%s without fusion, as TorchRL does it: %s.", part, self.why_not_fused)
 
     @torch.no_grad()
     @rare_garbage_collection()
     def rollout(self) -> TensorDictBase:
-        """A rollout [*N, T], as `Collector` yields it."""
+        """Return a rollout [*N, T], as `Collector` yields it."""
         if self._fused is None or self._should_use_random_frames():
             return super().rollout()
         if self.pre_collect_hook is not None:
@@ -84,10 +84,10 @@ class FusedCollector(Collector):
             self._carrier.update(self.env.reset())
             self._start_new_trajectories()
         policy, env = self._fused
-        columns = Columns(self.frames_per_batch, self._columns)
+        writer = RolloutWriter(self.frames_per_batch, self._tensors)
         carried = flat(self._carrier)
         policy.begin(self.n_env)
-        before: Entries = {}
+        before: FlatDict = {}
         now: list[NestedKey] = []
         may_begin = True
         for _ in range(self.frames_per_batch):
@@ -96,30 +96,30 @@ class FusedCollector(Collector):
             if not now:
                 now = [key for key in written if not _is_next(key)]
             before = {**carried, **{key: written[key] for key in now}}
-            columns.append(before.items(), after.items())
+            writer.append(before.items(), after.items())
             if self.track_traj_ids:
                 begins[TRAJ_IDS] = self._next_traj_ids(carried[TRAJ_IDS], is_over)
             carried, may_begin = begins, is_over is not None
-        rollout = TensorDict(columns.tensors, self._final_rollout.batch_size, names=self._final_rollout.names)
+        rollout = TensorDict(writer.tensors, self._final_rollout.batch_size, names=self._final_rollout.names)
         if rollout.ndim == 2:
             read = getattr(self._orig_policy, "in_keys", ())
             check_finite(rollout, [*read, keys.VALUE, keys.ACTION_LOG_PROB, (keys.NEXT, keys.REWARD)])
-        policy.check(columns.tensors)
+        policy.check(writer.tensors)
         for key, value in {**before, **carried}.items():
             self._carrier.set(key, value)
         if self.return_same_td:
-            self._columns, self._final_rollout = columns.tensors, rollout
+            self._tensors, self._final_rollout = writer.tensors, rollout
         return self._maybe_set_truncated(rollout)
 
     def iterator(self) -> Iterator[TensorDictBase]:
-        """As TorchRL's, without its copy of each rollout where the rollout has tensors of its own."""
+        """Yield rollouts as TorchRL does, without its copy of rollouts that share no tensors."""
         if self._fused is None or self.return_same_td or self.replay_buffer is not None:
             yield from super().iterator()
             return
         while self._frames < self.total_frames:
             self._iter += 1
             rollout = self.rollout()
-            if rollout is self._final_rollout:  # of random actions, as TorchRL takes them
+            if rollout is self._final_rollout:  # TorchRL collects random actions into this tensordict
                 rollout = rollout.clone()
             self._increment_frames(rollout.numel())
             rollout = self._postproc(rollout)
@@ -128,9 +128,9 @@ class FusedCollector(Collector):
             yield rollout
 
     def _fuse(self) -> str:
-        """Prepares what runs on tensors; returns why there is none."""
+        """Prepare the fused step; return the reason if there is none."""
         reasons = {
-            "it is asked for other than sampled actions": self.exploration_type is not ExplorationType.RANDOM,
+            "actions are not sampled": self.exploration_type is not ExplorationType.RANDOM,
             "there are no buffers to collect into (use_buffers)": not self._use_buffers,
             "the replay buffer takes single steps (extend_buffer)": self.replay_buffer is not None
             and not self.extend_buffer,

@@ -13,11 +13,11 @@ from torchrl.data import Composite, NonTensor
 from torchrl.envs import EnvBase, InitTracker, RewardClipping, RewardSum, TensorDictPrimer, Transform, TransformedEnv
 
 from cyborg_torchrl import keys
-from cyborg_torchrl.collectors.flat_dict import Entries, NotFusable, flat
+from cyborg_torchrl.collectors.flat_dict import FlatDict, NotFusable, flat
 from cyborg_torchrl.envs.memory.task import MemoryTask
 
-Step = tuple[Entries, Entries, Tensor | None]
-"""What was there after a step, what the next begins with, and where episodes begin there; None: nowhere."""
+Step = tuple[FlatDict, FlatDict, Tensor | None]
+"""FlatDict after a step, entries before the next step, and a mask of beginning episodes; None: none begins."""
 
 
 class FusedEnv:
@@ -27,7 +27,7 @@ class FusedEnv:
         env: a `MemoryTask` behind any of TorchRL's InitTracker, RewardSum, RewardClipping and TensorDictPrimer.
 
     Raises:
-        NotFusable: if it is anything else.
+        NotFusable: if the environment or a transform is another one.
     """
 
     def __init__(self, env: EnvBase) -> None:
@@ -37,10 +37,10 @@ class FusedEnv:
         self.task = task
         self.is_ever_cut = False
         self.never = torch.zeros(task.num_envs, 1, dtype=torch.bool, device=task.device)
-        self.defaults: Entries = {}
-        """What entries are where an episode begins: sums of rewards, memory states."""
+        self.defaults: FlatDict = {}
+        """Values of entries at an episode's first step: sums of rewards, memory states."""
         self.has_is_init = False
-        self._then: list[Callable[[Entries, Entries], None]] = []
+        self._then: list[Callable[[FlatDict, FlatDict], None]] = []
         for transform in transforms:
             if type(transform) is InitTracker:
                 self.has_is_init = True
@@ -53,19 +53,19 @@ class FusedEnv:
             else:
                 raise NotFusable(f"the environment has a {type(transform).__name__}")
 
-    def step(self, carried: Entries, written: Entries) -> Step:
-        """Takes a step.
+    def step(self, carried: FlatDict, written: FlatDict) -> Step:
+        """Take a step.
 
         Args:
-            carried: the entries before it.
-            written: what the policy made of them.
+            carried: the entries before the step.
+            written: the entries of the policy.
 
         Returns:
-            The entries after the step (under "next" in a tensordict), those that the next step begins with, and where
-            episodes begin there, [N, 1].
+            The entries after the step ("next" in a tensordict), the entries before the next step, and a mask of
+            episodes that begin there, [N, 1].
         """
         observation, success, reward, terminated = self.task.advance(written[keys.ACTION])
-        after: Entries = {
+        after: FlatDict = {
             keys.OBSERVATION: observation,
             keys.SUCCESS: success,
             keys.REWARD: reward,
@@ -93,19 +93,19 @@ class FusedEnv:
             begins[key] = torch.where(is_over, default, after[key])
         return after, begins, terminated
 
-    def _sum(self, key: NestedKey) -> Callable[[Entries, Entries], None]:
+    def _sum(self, key: NestedKey) -> Callable[[FlatDict, FlatDict], None]:
         self.defaults[key] = torch.zeros(self.never.shape, device=self.never.device)
 
-        def then(after: Entries, carried: Entries) -> None:
+        def then(after: FlatDict, carried: FlatDict) -> None:
             after[key] = carried[key] + after[keys.REWARD]
 
         return then
 
 
-def _clip(transform: RewardClipping) -> Callable[[Entries, Entries], None]:
+def _clip(transform: RewardClipping) -> Callable[[FlatDict, FlatDict], None]:
     low, high = transform.clamp_min, transform.clamp_max
 
-    def then(after: Entries, _: Entries) -> None:
+    def then(after: FlatDict, _: FlatDict) -> None:
         after[keys.REWARD] = after[keys.REWARD].clamp(low, high)
 
     return then
@@ -116,7 +116,7 @@ def _parts(key: NestedKey) -> tuple[Any, ...]:
 
 
 def _unwrapped(env: EnvBase) -> tuple[list[Transform], EnvBase]:
-    """The transforms around an environment, the innermost first, and what they are around."""
+    """Return the transforms around an environment, innermost first, and the environment itself."""
     transforms: list[Transform] = []
     while isinstance(env, TransformedEnv):
         transform = env.transform
@@ -126,26 +126,26 @@ def _unwrapped(env: EnvBase) -> tuple[list[Transform], EnvBase]:
     return transforms, env
 
 
-def _defaults(primer: TensorDictPrimer, task: MemoryTask) -> Entries:
+def _defaults(primer: TensorDictPrimer, task: MemoryTask) -> FlatDict:
     values, primers = primer.default_value, cast("Composite", primer.primers)
-    found: Entries = {}
+    found: FlatDict = {}
     for key, spec in primers.items(True, True):
         key = unravel_key(key)
         value = values.get(key, None) if isinstance(values, Mapping) else values
         if not isinstance(value, (int, float)) or spec.shape[:1] != (task.num_envs,):
-            raise NotFusable("the environment's primer has values of its own")
+            raise NotFusable("the environment's primer has other values than numbers")
         found[key] = torch.full(spec.shape, value, dtype=spec.dtype, device=task.device)
     return found
 
 
 class OpaqueEnv:
-    """Any other environment of one batch dimension: a step is TorchRL's own, between flat entries.
+    """Any other environment with one batch dimension; its step is TorchRL's, between flat dictionaries.
 
     Args:
-        env: with all its transforms.
+        env: the environment with all its transforms.
 
     Raises:
-        NotFusable: if it has another number of batch dimensions, or entries that are no tensors.
+        NotFusable: if it has another number of batch dimensions, or entries that are not tensors.
     """
 
     def __init__(self, env: EnvBase) -> None:
@@ -156,8 +156,8 @@ class OpaqueEnv:
         self.env = env
         self.is_ever_cut = True
 
-    def step(self, carried: Entries, written: Entries) -> Step:
-        """Takes a step, as `FusedEnv.step` does."""
+    def step(self, carried: FlatDict, written: FlatDict) -> Step:
+        """Take a step, as `FusedEnv.step` does."""
         played = TensorDict({**carried, **written}, self.env.batch_size, device=self.env.device)
         played, begins = self.env.step_and_maybe_reset(played)
         after = flat(played.get(keys.NEXT))
@@ -166,14 +166,14 @@ class OpaqueEnv:
 
 
 EnvStep = FusedEnv | OpaqueEnv
-"""Both take the same steps."""
+"""Both have the same interface."""
 
 
 def env_step(env: EnvBase) -> tuple[EnvStep, str]:
-    """What steps an environment on entries, and why TorchRL has to do it; empty if it has not.
+    """Return the stepper of an environment, and the reason if TorchRL steps it, else "".
 
     Raises:
-        NotFusable: if neither can.
+        NotFusable: if neither stepper fits.
     """
     try:
         return FusedEnv(env), ""

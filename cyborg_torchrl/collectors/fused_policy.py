@@ -1,4 +1,4 @@
-"""One step of a policy on tensors: what its TensorDict modules compute, without them.
+"""One step of a policy on tensors, without its TensorDict modules.
 
 A policy becomes a list of calls. Each reads entries of a flat dictionary and writes others, with the same operations in
 the same order as its TensorDict form. Results are equal bit by bit, random numbers included. A compiled step is the
@@ -26,7 +26,7 @@ from torchrl.modules import SafeProbabilisticModule, SafeProbabilisticTensorDict
 
 from cyborg_torchrl.collectors.backbone_step import BackboneStep
 from cyborg_torchrl.collectors.compiled_step import Networks, compile_step
-from cyborg_torchrl.collectors.flat_dict import Call, Entries, NotFusable, flat
+from cyborg_torchrl.collectors.flat_dict import Call, FlatDict, NotFusable, flat
 from cyborg_torchrl.modules import Backbone, PPOAgent
 
 SEQUENTIAL = (
@@ -35,7 +35,7 @@ SEQUENTIAL = (
     SafeSequential,
     SafeProbabilisticTensorDictSequential,
 )
-"""Sequences that call their parts and do nothing else."""
+"""Sequences that only call their parts."""
 
 
 class FusedPolicy:
@@ -78,8 +78,8 @@ class FusedPolicy:
         compiled = None if self._networks is None else compile_step(self._networks, self._backbones[0], num_envs)
         self._rollout_calls = self.calls if compiled is None else [compiled, self.calls[-1]]
 
-    def check(self, steps: Entries) -> None:
-        """Refuses a rollout of what was no probability, which torch's own sampler looks for at every step.
+    def check(self, steps: FlatDict) -> None:
+        """Check a rollout for invalid probabilities, which torch's sampler would check at every step.
 
         Raises:
             RuntimeError: if a log-probability is NaN.
@@ -93,12 +93,12 @@ class FusedPolicy:
                     f"{step} of the rollout, and maybe elsewhere. Has training diverged?"
                 )
 
-    def __call__(self, carried: Entries, *, may_begin: bool = True) -> Entries:
-        """What the policy writes, for the entries before a step.
+    def __call__(self, carried: FlatDict, *, may_begin: bool = True) -> FlatDict:
+        """Return the entries that the policy writes.
 
         Args:
             carried: the entries before the step.
-            may_begin: an episode may begin at this step; without it `is_init` is not looked at.
+            may_begin: True if an episode may begin at this step. If not, `is_init` is not read.
         """
         entries = dict(carried)
         for step in self._backbones:
@@ -138,7 +138,7 @@ class FusedPolicy:
 
 
 def _check_plain(module: nn.Module, *kinds: type[nn.Module]) -> None:
-    """That calling a module is calling its parts: no method of its own, no hooks."""
+    """Check that a module only calls its parts: no overridden methods, no hooks."""
     kind = type(module)
     for name in ("forward", "get_dist", "get_dist_params"):
         own = getattr(kind, name, None)
@@ -149,7 +149,7 @@ def _check_plain(module: nn.Module, *kinds: type[nn.Module]) -> None:
 
 
 def _function(module: nn.Module) -> Callable[..., Tensor | tuple[Tensor, ...]]:
-    """A linear layer without the module around it; its parameters are looked up at each call, as they are replaced."""
+    """Return a linear layer without its module; parameters are looked up at each call, since they may be replaced."""
     if type(module) is not nn.Linear or module._forward_hooks or module._forward_pre_hooks:
         return module
     parameters = module._parameters
@@ -162,7 +162,7 @@ def _module_call(module: TensorDictModule) -> Call:
     network = _function(module.module)
     reads, writes = [unravel_key(key) for key in module.in_keys], [unravel_key(key) for key in module.out_keys]
 
-    def call(entries: Entries) -> None:
+    def call(entries: FlatDict) -> None:
         result = network(*(entries[key] for key in reads))
         if isinstance(result, Mapping):
             result = tuple(result[key] for key in module.out_keys)
@@ -182,7 +182,7 @@ def _sampler(module: ProbabilisticTensorDictModule, *, is_greedy: bool) -> Call:
     log_prob_key = unravel_key(module.log_prob_key) if module.return_log_prob else None
     if module.distribution_class is distributions.Categorical and names == ["logits"] and not options:
 
-        def call(entries: Entries) -> None:
+        def call(entries: FlatDict) -> None:
             logits = entries[reads[0]]
             logits = logits - _logsumexp(logits)
             probs = torch.softmax(logits, -1)
@@ -194,13 +194,13 @@ def _sampler(module: ProbabilisticTensorDictModule, *, is_greedy: bool) -> Call:
                 entries[log_prob_key] = logits.gather(-1, action.unsqueeze(-1)).squeeze(-1)
 
     else:
-        is_drawn_at_once = isinstance(module, SafeProbabilisticModule)  # with its log-probability, in ways of its own
+        is_drawn_at_once = isinstance(module, SafeProbabilisticModule)  # it draws action and log-prob together
         if is_drawn_at_once or len(module.dist_sample_keys) != 1:
             raise NotFusable(f"the policy draws from a {module.distribution_class.__name__}")
         if is_greedy and not hasattr(module.distribution_class, "deterministic_sample"):
             raise NotFusable(f"a {module.distribution_class.__name__} has no deterministic sample")
 
-        def call(entries: Entries) -> None:
+        def call(entries: FlatDict) -> None:
             dist = module.distribution_class(
                 **{name: entries[key] for name, key in zip(names, reads, strict=True)}, **options
             )
@@ -218,17 +218,17 @@ def _action(dist: distributions.Distribution, *, is_greedy: bool) -> Tensor:
 
 
 def _logsumexp(logits: Tensor) -> Tensor:
-    """As `torch.logsumexp` over the last dimension, in half the time: for rows with a finite greatest entry."""
+    """Return `torch.logsumexp` over the last dimension in half the time, for rows with a finite maximum."""
     greatest = logits.amax(-1, keepdim=True)
     return (logits - greatest).exp_().sum(-1, keepdim=True).log_().add_(greatest)
 
 
 class OpaquePolicy:
-    """Any other policy: called as it is, between flat entries.
+    """Any other policy, called between flat dictionaries.
 
     Args:
         policy: a TensorDictModule.
-        env: what it acts in.
+        env: the environment in which it acts.
     """
 
     def __init__(self, policy: TensorDictModuleBase, env: EnvBase) -> None:
@@ -236,20 +236,20 @@ class OpaquePolicy:
         self.in_keys: list[NestedKey] = [unravel_key(key) for key in policy.in_keys]
 
     def begin(self, num_envs: int) -> None:
-        """Nothing is computed beforehand."""
+        """Prepare nothing."""
 
-    def check(self, steps: Entries) -> None:
-        """Nothing: the policy looked for itself."""
+    def check(self, steps: FlatDict) -> None:
+        """Check nothing, since the policy has its checks."""
 
-    def __call__(self, carried: Entries, *, may_begin: bool = True) -> Entries:
-        """What the policy writes."""
+    def __call__(self, carried: FlatDict, *, may_begin: bool = True) -> FlatDict:
+        """Return the entries that the policy writes."""
         del may_begin
         entries = flat(self.policy(TensorDict(dict(carried), self.batch_size, device=self.device)))
         return {key: value for key, value in entries.items() if value is not carried.get(key)}
 
 
 PolicyStep = FusedPolicy | OpaquePolicy
-"""Both write the same."""
+"""Both have the same interface."""
 
 
 def policy_step(

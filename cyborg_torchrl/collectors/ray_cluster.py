@@ -1,4 +1,4 @@
-"""A Ray cluster, quietly."""
+"""Connection to a Ray cluster, without its log output."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from typing import Any
 
 from cyborg_torchrl.registry import UnavailableError
 
-KNOCKING = 5.0
-"""Seconds in which a cluster has to answer."""
+CONNECT_TIMEOUT = 5.0
+"""Seconds in which a cluster must answer."""
 
 
 class ClusterError(ValueError):
-    """A cluster that cannot be used; the message is one line that says why and what would be right."""
+    """A cluster that cannot be used; the message is one line with the reason and a cure."""
 
 
 class RayCluster:
-    """A cluster that is there already, or one of its own on this machine that ends with it.
+    """A running cluster, or a new local one that ends with this object.
 
-    Nothing that Ray logs comes to the terminal (it is in /tmp/ray), no dashboard is started, no usage is reported.
-    A program that is connected to Ray already stays so, and `address` has no effect.
+    Ray's logs are in /tmp/ray and not on the terminal. No dashboard is started and no usage is reported. If the program
+    is already connected to Ray, it stays connected and `address` has no effect.
 
     Args:
-        address: "auto" for the cluster that runs on this machine, "ip:port" for any; None: one of its own.
-        num_workers: how many workers there will be.
-        num_cpus: CPUs that each of them asks for, or a share of one; it computes with as many threads.
-        num_gpus: GPUs that each of them asks for, or a share of one.
+        address: "auto" for the cluster on this machine, "ip:port" for any cluster; None: a new local one.
+        num_workers: number of workers.
+        num_cpus: CPUs for each worker, or a share of one; it uses as many threads.
+        num_gpus: GPUs for each worker, or a share of one.
 
     Raises:
         UnavailableError: if Ray is not installed.
-        ClusterError: if there is no such cluster, or it is too small.
+        ClusterError: if the cluster does not exist or is too small.
     """
 
     def __init__(
@@ -51,15 +51,15 @@ class RayCluster:
         self._ray = ray
         self._shares = {"num_cpus": num_cpus, "num_gpus": num_gpus}
         self.num_threads = max(1, int(num_cpus))
-        """CPU threads that a worker may use."""
+        """CPU threads of a worker."""
         errors: Any = ray.exceptions
         self.deaths: tuple[type[BaseException], ...] = (
             errors.RayActorError, errors.WorkerCrashedError, errors.NodeDiedError, errors.ObjectLostError,
             errors.OutOfMemoryError,
         )  # fmt: skip
-        """What is raised in place of a result when who was to give it is gone."""
+        """Errors raised if the process that computes a result has died."""
         self.faults: tuple[type[BaseException], ...] = (errors.RayError,)
-        """What is raised when anything else went wrong; caught after `deaths`."""
+        """All other errors of Ray; catch them after `deaths`."""
         self.is_ours = not ray.is_initialized()
         if self.is_ours:
             self._connect(address, num_workers)
@@ -70,20 +70,20 @@ class RayCluster:
             raise
 
     def actor_class(self, plain: type) -> Any:
-        """The class whose objects live on the cluster, each in a process of its own."""
+        """Return a class whose objects run on the cluster, each in another process."""
         return self._ray.remote(plain)
 
     def share_of_worker(self, *, is_replacement: bool) -> dict[str, Any]:
-        """Options of a worker: what it asks for. Replacements ask for no CPU, so that they find a place at once."""
+        """Return the resources of a worker. Replacements request no CPU, so that they start at once."""
         shares = {**self._shares, "num_cpus": 0} if is_replacement else self._shares
         return {**shares, "scheduling_strategy": "SPREAD"}
 
     def put(self, content: Any) -> Any:
-        """Gives the cluster an object. Returns a reference to it, which actors get as the object itself."""
+        """Store an object on the cluster, and return a reference, which actors receive as the object."""
         return self._ray.put(content)
 
     def get(self, reference: Any) -> Any:
-        """The object, or list of objects, of a reference, or of a list of them.
+        """Return the object of a reference, or the objects of a list of references.
 
         Raises:
             One of `deaths` or `faults`.
@@ -91,20 +91,20 @@ class RayCluster:
         return self._ray.get(reference)
 
     def first_done(self, references: Sequence[Any], seconds: float) -> Any:
-        """The first of the references behind which there is something, or an error; None if there is none in time."""
+        """Return the first reference with a result or an error; None if time is up."""
         done, _ = self._ray.wait(list(references), timeout=seconds)
         return done[0] if done else None
 
     def wait_for_all(self, references: Sequence[Any], seconds: float) -> None:
-        """Waits until there is something behind all of the references, or time is up."""
+        """Wait until all references have a result, or time is up."""
         self._ray.wait(list(references), num_returns=len(references), timeout=seconds)
 
     def end(self, actor: Any) -> None:
-        """Ends an actor's process, whatever it is at."""
+        """Kill an actor's process."""
         self._ray.kill(actor)
 
     def shutdown(self) -> None:
-        """Leaves the cluster, if it was not joined before; one that was started here ends. Nothing more is asked."""
+        """Disconnect from the cluster, unless the program was connected before; end a local one."""
         if self.is_ours:
             self._ray.shutdown()
             self._ray._private.worker._worker_logs_enabled = True
@@ -113,7 +113,7 @@ class RayCluster:
     def _connect(self, address: str | None, num_workers: int) -> None:
         if address:
             _check_reachable(os.environ.get("RAY_ADDRESS", "auto") if address == "auto" else address)
-        # what nodes say of dead workers would go to stdout, whatever is logged: Ray's debugger silences it like this
+        # Messages about dead workers ignore the log settings and go to stdout. Ray's debugger silences them like this.
         self._ray._private.worker._worker_logs_enabled = False
         local = {"num_cpus": max(1, math.ceil(num_workers * self._shares["num_cpus"])), "include_dashboard": False}
         try:
@@ -139,29 +139,29 @@ class RayCluster:
 
 
 def _check_reachable(address: str) -> None:
-    """Ray itself knocks for eight minutes."""
+    """Check quickly that a cluster answers; Ray itself would wait for eight minutes."""
     if address == "auto":
         return
     host, colon, port = address.rpartition(":")
     if not (colon and port.isdigit()) or "/" in host:
         raise ClusterError(f"the address of a Ray cluster is auto or ip:port, as in 10.0.0.1:6379; got '{address}'.")
     try:
-        socket.create_connection((host, int(port)), KNOCKING).close()
+        socket.create_connection((host, int(port)), CONNECT_TIMEOUT).close()
     except OSError as error:
         raise _no_cluster(address, error) from None
 
 
 def _no_cluster(address: str, error: BaseException) -> ClusterError:
-    said = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+    reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
     return ClusterError(
-        f"no Ray cluster at '{address}' ({said}): start one with 'ray start --head', or leave the address out for one "
-        "of this run's own."
+        f"no Ray cluster at '{address}' ({reason}): start one with 'ray start --head', or leave the address out to "
+        "start a local one."
     )
 
 
 @contextmanager
 def _sigterm_kept() -> Generator[None]:
-    """Ray puts its own handler of SIGTERM in the place of the one that is there."""
+    """Keep the handler of SIGTERM, which Ray would replace."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

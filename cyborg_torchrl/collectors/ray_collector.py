@@ -1,4 +1,4 @@
-"""Collects rollouts on a Ray cluster."""
+"""A collector on a Ray cluster."""
 
 from __future__ import annotations
 
@@ -18,44 +18,44 @@ from cyborg_torchrl.collectors.rollout_collector import rollout_steps
 from cyborg_torchrl.data import Rollout
 
 LOGGER = logging.getLogger(__name__)
-PATIENCE = 60.0
-"""Seconds without news after which it is said what is waited for."""
-CLOSING = 3.0
+WAIT_MESSAGE_TIMEOUT = 60.0
+"""Seconds without a result before a warning names the workers that are waited for."""
+CLOSE_TIMEOUT = 3.0
 """Seconds that environments have to close."""
-MOST_DEATHS = 5
+MAX_DEATHS = 5
 """How often a worker may die before it has finished a rollout."""
 
 
 class WorkerError(RuntimeError):
-    """A worker that cannot go on; the message is one line that says why."""
+    """A worker that cannot continue; the message is one line with the reason."""
 
 
 class RayRolloutCollector:
-    """As `RolloutCollector`, over workers on a Ray cluster, each with environments and memory states of its own.
+    """A `RolloutCollector` over workers on a Ray cluster; each worker has its environments and memory states.
 
-    All workers play each rollout, with the parameters that were set last, and the learner gets it whole: [N, T], the
-    environments of one worker below those of the other. What a worker plays depends on its seed alone, not on timing.
+    All workers play each rollout with the latest parameters. The learner gets one rollout [N, T] with the environments
+    of all workers. The result of a worker depends only on its seed, not on timing.
 
-    A worker that dies, with its node or alone, is replaced: its unfinished batch is lost, and another one is played by
-    a new worker in environments with another seed, from the initial memory states.
+    A worker that dies is replaced. Its unfinished batch is lost. The new worker plays another batch, in environments
+    with another seed, from the initial memory states.
 
     Args:
-        makers: for each worker a function from a seed to its environments; as many everywhere. They travel by value
-            if they are defined in the script that is run, by name otherwise: what they import has to be there on every
-            node.
-        policy: acts; a copy of it on the CPU goes to the workers, and to their environments' device there.
-        frames_per_batch: steps of a rollout, all workers together.
-        total_frames: steps in all; whole rollouts.
-        value_operator: as for `RolloutCollector`, in which it goes to the workers with the policy.
-        cluster: where the workers live; it is shut down with the collector.
-        seed: worker i begins with seed + i; each replacement has a seed of its own.
-        device: where rollouts go.
+        makers: for each worker a function from a seed to its environments, all of the same number. Functions of the
+            script that runs are sent by value, others by name. Their imports must exist on every node.
+        policy: chooses the actions; a copy goes to the workers, onto the device of their environments.
+        frames_per_batch: steps of a rollout, over all workers.
+        total_frames: steps in total; a multiple of `frames_per_batch`.
+        value_operator: as for `RolloutCollector`; it goes to the workers with the policy.
+        cluster: the cluster of the workers; it is shut down with the collector.
+        seed: worker i begins with seed + i; each replacement has another seed.
+        device: device of the rollouts.
         **options: those of `RolloutCollector`: state_steps, exclude_keys, is_fused.
 
     Raises:
-        ValueError: if frames_per_batch is not a multiple of the number of workers, or total_frames of it.
+        ValueError: if `frames_per_batch` is not a multiple of the number of workers, or `total_frames` of
+            `frames_per_batch`.
         NonFiniteError: while collecting, as `RolloutCollector` does.
-        WorkerError: while collecting, if an environment or the policy fails, or a worker dies over and over.
+        WorkerError: while collecting, if an environment or the policy fails, or a worker dies repeatedly.
     """
 
     def __init__(
@@ -85,20 +85,20 @@ class RayRolloutCollector:
         self._workers = [self._started(index) for index in range(len(makers))]
 
     def __iter__(self) -> Iterator[Rollout]:
-        """Yields rollouts until `total_frames` steps have been taken."""
+        """Yield rollouts until `total_frames` steps have been taken."""
         while self.frames < self.total_frames:
             rollout = self.rollout()
             self.frames += self.frames_per_batch
             yield rollout
-            del rollout  # before there is another one
+            del rollout  # so that two rollouts never exist at once
 
     def rollout(self) -> Rollout:
-        """A rollout of all workers; episodes go on where the last one ended."""
+        """Collect one rollout of all workers; episodes continue from the last one."""
         parts: list[Rollout | None] = [None] * len(self._workers)
         deaths = [0] * len(self._workers)
         running = {self._ask(index): index for index in range(len(self._workers))}
         while running:
-            reference = self._cluster.first_done(list(running), PATIENCE)
+            reference = self._cluster.first_done(list(running), WAIT_MESSAGE_TIMEOUT)
             if reference is None:
                 LOGGER.warning("still waiting for workers %s.", sorted(running.values()))
                 continue
@@ -111,14 +111,14 @@ class RayRolloutCollector:
                 self._replace(index, deaths[index], error)
                 running[self._ask(index)] = index
             except self._cluster.faults as error:
-                raise WorkerError(f"worker {index} failed: {_said(error)}") from error
+                raise WorkerError(f"worker {index} failed: {_last_line(error)}") from error
         return _joined([part for part in parts if part is not None], self.device)
 
     def update_policy_weights_(self, policy: TensorDictModuleBase | None = None) -> None:
-        """Lets the next rollout be played with the policy's present parameters.
+        """Send the policy's present parameters to the workers, for the next rollout.
 
         Args:
-            policy: one with the same parameters, whose values are taken over first; None: as they are.
+            policy: a policy whose parameter values are copied first; None: no copy.
         """
         if policy is not None and policy is not self._modules[0]:
             self._modules[0].load_state_dict(policy.state_dict())
@@ -127,14 +127,14 @@ class RayRolloutCollector:
         )
 
     def set_seed(self, seed: int) -> int:
-        """Seeds the workers, each by its own seed. Returns a seed for the next collector."""
+        """Seed the workers, each with another seed, and return a seed for the next collector."""
         self._seed = seed
         for index, worker in enumerate(self._workers):
             worker.set_seed.remote(self._seed_of(index))
         return seed + len(self._workers)
 
     def state_dict(self) -> dict[str, Any] | None:
-        """Where the workers stand between two rollouts; None if one of them cannot tell, or is gone."""
+        """Return the state of the workers between two rollouts; None if one has no state or is dead."""
         try:
             states = self._cluster.get([worker.state_dict.remote() for worker in self._workers])
         except self._cluster.deaths:  # the next rollout replaces it
@@ -144,39 +144,40 @@ class RayRolloutCollector:
         return {"workers": states, "starts": list(self._starts), "frames": self.frames}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> int:
-        """Goes back to a state of `state_dict`. Returns how many environments begin new episodes instead.
+        """Restore a state of `state_dict`, and return how many environments begin new episodes instead.
 
         Raises:
-            ValueError: if it is the state of another collector.
+            ValueError: if the state belongs to another collector.
         """
         if len(state["workers"]) != len(self._workers):
-            raise ValueError(f"the state is that of {len(state['workers'])} workers; here are {len(self._workers)}.")
+            saved = len(state["workers"])
+            raise ValueError(f"the state is for {saved} workers; this collector has {len(self._workers)}.")
         pairs = zip(self._workers, state["workers"], strict=True)
         try:
             lost = self._cluster.get([worker.load_state_dict.remote(own) for worker, own in pairs])
         except (*self._cluster.deaths, *self._cluster.faults) as error:
-            raise ValueError(f"a worker could not go back there: {_said(error)}") from error
+            raise ValueError(f"a worker could not be restored: {_last_line(error)}") from error
         self._starts, self.frames = list(state["starts"]), state["frames"]
         return sum(lost)
 
     def shutdown(self) -> None:
-        """Closes the environments and ends the workers; the cluster too, if it was started for them."""
+        """Close the environments and end the workers, and the cluster if it was started for them."""
         workers, self._workers = self._workers, []
         if workers:
-            self._cluster.wait_for_all([worker.close.remote() for worker in workers], CLOSING)
+            self._cluster.wait_for_all([worker.close.remote() for worker in workers], CLOSE_TIMEOUT)
         for worker in workers:
             self._cluster.end(worker)
         self._cluster.shutdown()
 
     def _started(self, index: int) -> Any:
-        """A new worker; it begins while we go on."""
+        """Start a worker without waiting for it."""
         worker = self._worker.options(**self._cluster.share_of_worker(is_replacement=self._starts[index] > 0))
         return worker.remote(
             self._makers[index], self._seed_of(index), self._copy, self._options, self._cluster.num_threads
         )
 
     def _seed_of(self, index: int) -> int:
-        """Workers that begin have seeds one after the other; those that replace them go on from there."""
+        """Return the seed of a worker; replacements continue the sequence of seeds."""
         return self._seed + index + len(self._makers) * self._starts[index]
 
     def _ask(self, index: int) -> Any:
@@ -184,14 +185,14 @@ class RayRolloutCollector:
 
     def _replace(self, index: int, deaths: int, error: BaseException) -> None:
         if getattr(error, "actor_init_failed", False):
-            raise WorkerError(f"worker {index} failed as it began: {_said(error)}") from error
-        if deaths > MOST_DEATHS:
+            raise WorkerError(f"worker {index} failed as it began: {_last_line(error)}") from error
+        if deaths > MAX_DEATHS:
             raise WorkerError(
-                f"worker {index} died {deaths} times before it had finished a rollout: {_said(error)} Is there memory "
-                "enough where it runs?"
+                f"worker {index} died {deaths} times before it had finished a rollout: {_last_line(error)} Is there "
+                "memory enough where it runs?"
             ) from error
         self.deaths += 1
-        LOGGER.warning("worker %d died; its unfinished batch is lost, and another one takes its place.", index)
+        LOGGER.warning("worker %d died; its unfinished batch is lost, and a new worker replaces it.", index)
         self._cluster.end(self._workers[index])
         self._starts[index] += 1
         self._workers[index] = self._started(index)
@@ -199,10 +200,10 @@ class RayRolloutCollector:
 
 def _joined(parts: Sequence[Rollout], device: torch.device) -> Rollout:
     steps, stored_states = torch.cat([part.steps for part in parts]), torch.cat([part.stored_states for part in parts])
-    return Rollout(steps.to(device), stored_states.to(device), parts[0].at)
+    return Rollout(steps.to(device), stored_states.to(device), parts[0].state_steps)
 
 
-def _said(error: BaseException) -> str:
-    """The last line of an error that came over the network, which is what was said where it was raised."""
+def _last_line(error: BaseException) -> str:
+    """Return the last line of an error from another process, which is its original message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1][:300] if lines else type(error).__name__

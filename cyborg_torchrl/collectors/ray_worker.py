@@ -1,4 +1,4 @@
-"""What runs on the nodes of a Ray cluster."""
+"""Workers on the nodes of a Ray cluster."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cyborg_torchrl.modules.nan_check import NonFiniteError
 
 
 class NonFinite(NamedTuple):
-    """What a `NonFiniteError` says, as it travels, and of how many environments."""
+    """Content of a `NonFiniteError` for the network, with the worker's number of environments."""
 
     key: NestedKey
     value: float
@@ -29,13 +29,13 @@ class NonFinite(NamedTuple):
     record: dict[str, Any]
 
     def refuse(self, index: int) -> NoReturn:
-        """Raises it where the environments of all workers are counted."""
+        """Raise the error with the number that the environment has among those of all workers."""
         environment = None if self.environment is None else self.environment + index * self.num_envs
         raise NonFiniteError(self.key, self.value, environment, self.step, self.record)
 
 
 class RayWorker:
-    """What an actor of Ray holds: some environments and a copy of the policy."""
+    """A Ray actor with some environments and a copy of the policy."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class RayWorker:
         self.set_seed(seed)
 
     def rollout(self, parameters: Mapping[str, Tensor]) -> Rollout | NonFinite:
-        """Plays a rollout with these parameters."""
+        """Collect a rollout with these parameters."""
         with torch.no_grad():
             for name, value in named_tensors(self.modules).items():
                 value.copy_(parameters[name])
@@ -65,27 +65,27 @@ class RayWorker:
         return Rollout(rollout.steps.cpu().contiguous(), rollout.stored_states.cpu().contiguous(), rollout.state_steps)
 
     def set_seed(self, seed: int) -> None:
-        """Seeds actions and episodes."""
+        """Seed actions and episodes."""
         torch.manual_seed(seed)
         self.collector.set_seed(seed)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the environments and the generators of random numbers stand; on the CPU, as the learner's may be."""
+        """Return the states of environments and random generators, with all tensors on the CPU."""
         state = {"collector": self.collector.state_dict(), "rng": random_state()}
         return tree_map(lambda value: value.cpu() if isinstance(value, Tensor) else value, state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> int:
-        """Goes back there. Returns how many environments begin new episodes instead."""
+        """Restore a state, and return how many environments begin new episodes instead."""
         lost = self.collector.load_state_dict(state["collector"])
         set_random_state(state["rng"])
         return lost
 
     def close(self) -> None:
-        """Closes the environments."""
+        """Close the environments."""
         self.collector.shutdown()
 
 
 def named_tensors(modules: nn.Module) -> dict[str, Tensor]:
-    """All parameters and buffers, those that several modules share once."""
+    """Return all parameters and buffers by name; shared ones occur once."""
     named = [*modules.named_parameters(), *modules.named_buffers()]
     return {name: value.detach() for name, value in named}

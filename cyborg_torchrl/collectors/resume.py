@@ -1,4 +1,4 @@
-"""Where collectors stand: what environments are in the middle of, and what they carry to the next step."""
+"""State of collectors between two rollouts: that of their environments, and the entries carried to the next step."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from torchrl.envs import EnvBase
 from cyborg_torchrl.envs.state import environment_state, set_environment_state
 
 
-def track_state(env: EnvBase, carried: TensorDictBase) -> dict[str, Any] | None:
-    """What an environment is in the middle of, memory states with it; None if it cannot tell."""
+def stepper_state(env: EnvBase, carried: TensorDictBase) -> dict[str, Any] | None:
+    """Return the state of an environment and its carried entries; None if the environment has no state."""
     state = environment_state(env)
     return None if state is None else {"env": state, "carried": carried.detach().clone().to_dict()}
 
 
-def resumed_track(env: EnvBase, state: Mapping[str, Any]) -> tuple[TensorDictBase, int]:
-    """Goes back to a state of `track_state`.
+def restore_stepper(env: EnvBase, state: Mapping[str, Any]) -> tuple[TensorDictBase, int]:
+    """Restore a state of `stepper_state`.
 
     Returns:
-        What is carried to the next step, and how many environments could not go back: these begin new episodes.
+        The carried entries, and the number of environments that could not be restored and begin new episodes.
 
     Raises:
-        ValueError: if it is the state of another environment.
+        ValueError: if the state belongs to another environment.
     """
     carried: TensorDictBase = TensorDict(state["carried"], env.batch_size, device=env.device)
     lost = set_environment_state(env, state["env"])
@@ -36,27 +36,27 @@ def resumed_track(env: EnvBase, state: Mapping[str, Any]) -> tuple[TensorDictBas
 
 
 def collector_state(collector: Any) -> dict[str, Any] | None:
-    """Where a collector stands; None if it cannot tell."""
+    """Return the state of a collector; None if it has none."""
     if type(collector).__module__.startswith("cyborg_torchrl") and not isinstance(collector, Collector):
         return collector.state_dict()
     if not isinstance(collector, Collector):
         return None
-    track = track_state(collector.env, collector._carrier)
-    if track is None:
+    stepper = stepper_state(collector.env, collector._carrier)
+    if stepper is None:
         return None
     pool = collector._traj_pool.state_dict() if collector.track_traj_ids else None
-    return {"tracks": [track], "frames": collector._frames, "iter": collector._iter, "traj_pool": pool}
+    return {"tracks": [stepper], "frames": collector._frames, "iter": collector._iter, "traj_pool": pool}
 
 
 def resume_collector(collector: Any, state: Mapping[str, Any]) -> int:
-    """Goes back to a state of `collector_state`. Returns how many environments begin new episodes instead.
+    """Restore a state of `collector_state`, and return how many environments begin new episodes instead.
 
     Raises:
-        ValueError: if it is the state of another collector.
+        ValueError: if the state belongs to another collector.
     """
     if not isinstance(collector, Collector):
         return collector.load_state_dict(state)
-    carried, lost = resumed_track(collector.env, state["tracks"][0])
+    carried, lost = restore_stepper(collector.env, state["tracks"][0])
     for key, value in carried.items(True, True):
         collector._carrier.set(key, value)
     if state["traj_pool"] is not None:

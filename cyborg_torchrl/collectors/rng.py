@@ -1,4 +1,4 @@
-"""The state of the random number generators of a process."""
+"""The states of the random number generators of a process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 def random_state() -> dict[str, Any]:
-    """The states of torch's, NumPy's and Python's generators, as tensors and numbers."""
+    """Return the states of torch's, NumPy's and Python's generators as tensors and numbers."""
     name, words, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002 -- environments may use it
     version, numbers, gauss_next = random.getstate()
     return {
@@ -23,7 +23,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: Mapping[str, Any]) -> None:
-    """Goes back to a state of `random_state`; generators that it does not tell of stay as they are."""
+    """Restore a state of `random_state`; generators that are not in it do not change."""
     if "torch" in state:
         torch.set_rng_state(state["torch"])
     if state.get("cuda") and len(state["cuda"]) == torch.cuda.device_count():

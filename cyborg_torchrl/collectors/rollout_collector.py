@@ -1,4 +1,4 @@
-"""Collects rollouts without holding a memory state for every step."""
+"""The default collector, which does not hold a memory state for every step."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from torchrl.modules import set_recurrent_mode
 from torchrl.modules.utils.utils import _maybe_append_env_transforms_from_module as append_transforms
 
 from cyborg_torchrl import keys
-from cyborg_torchrl.collectors.env_stepper import Track
+from cyborg_torchrl.collectors.env_stepper import EnvStepper
 from cyborg_torchrl.collectors.flat_dict import NotFusable
 from cyborg_torchrl.collectors.fused_policy import policy_step
-from cyborg_torchrl.collectors.resume import resumed_track, track_state
+from cyborg_torchrl.collectors.resume import restore_stepper, stepper_state
 from cyborg_torchrl.collectors.runtime import rare_garbage_collection
 from cyborg_torchrl.data import Rollout
 from cyborg_torchrl.modules.replay import memory_state_keys
@@ -29,33 +29,33 @@ from cyborg_torchrl.registry import did_you_mean
 
 
 class RolloutCollector:
-    """Steps an environment in this process, and keeps memory states before some steps only.
+    """Collects rollouts in this process, and stores memory states before some steps only.
 
-    TorchRL's collectors hold two states for every step, the one before and the one after, which for a Mamba block is
-    thousands of times what the step itself takes. Here states only pass through; those before `state_steps` are
-    kept. All other entries equal those of TorchRL's `Collector` with the same seed, bit by bit with
-    `compiled_step=False`. Where an episode is cut off, the value of its last observation is taken at once, while the
-    state that belongs to it is there: ("next", "state_value").
+    TorchRL's collectors hold two states for every step, one before and one after it. For a Mamba block that is
+    thousands of times the size of the step itself. Here only the states before `state_steps` are stored. All other
+    entries equal those of TorchRL's `Collector` with the same seed, bit by bit with `compiled_step=False`. Where an
+    episode is truncated, the value of its last observation is computed at once, with its memory state:
+    ("next", "state_value").
 
-    Policies are run, and native environments stepped, on tensors alone (see `FusedCollector`), with the same results.
+    Policies and native environments step on tensors without tensordicts (see `FusedCollector`).
 
     Args:
-        env: batched, or not; `InitTracker` and the policy's primers are added if they are missing.
-        policy: acts; its memory states are found by their names under "next".
-        frames_per_batch: steps of a rollout, all environments together.
-        total_frames: steps in all; whole rollouts.
-        value_operator: from an observation and a memory state to "state_value"; also asked at every step if the policy
+        env: the environment, batched or not; `InitTracker` and the policy's primers are added if they are missing.
+        policy: chooses the actions; its memory states are found by their names under "next".
+        frames_per_batch: steps of a rollout, over all environments.
+        total_frames: steps in total; a multiple of `frames_per_batch`.
+        value_operator: from an observation and a memory state to "state_value"; also called at every step if the policy
             does not write it.
-        state_steps: from T to the steps before which states are kept; None: before the first.
-        exclude_keys: entries that are not kept either, ("next", key) for those after a step: observations, for
-            instance, which stand there a second time.
-        is_fused: step on tensors alone where that is possible.
+        state_steps: from T to the steps before which states are stored; None: before the first.
+        exclude_keys: other entries that are not stored; ("next", key) for those after a step, such as observations,
+            which are also stored as those of the next step.
+        is_fused: step on tensors if possible.
         compiled_step: compute the agent's networks by one C++ call a step, if there is one (`compile_step`). Its
             results differ from those of torch in the last digits.
 
     Raises:
-        ValueError: if frames_per_batch is not a multiple of the number of environments, or total_frames of it; or if an
-            entry that is to be excluded is needed, or not there.
+        ValueError: if `frames_per_batch` is not a multiple of the number of environments, or `total_frames` of
+            `frames_per_batch`; or if an excluded entry is needed or does not exist.
     """
 
     def __init__(
@@ -73,84 +73,84 @@ class RolloutCollector:
     ) -> None:
         num_envs = env.batch_size.numel()
         self.steps = rollout_steps(frames_per_batch, total_frames, num_envs)
-        self.env = append_transforms(env, policy)  # as TorchRL's collectors do it
+        self.env = append_transforms(env, policy)  # as TorchRL's collectors do
         self.policy, self.value_operator = policy, value_operator
         self.frames_per_batch, self.total_frames, self.frames = frames_per_batch, total_frames, 0
-        self.at = tuple(state_steps(self.steps)) if state_steps else (0,)
+        self.state_steps = tuple(state_steps(self.steps)) if state_steps else (0,)
         self.state_keys = memory_state_keys(policy)
         excluded = excluded_keys(exclude_keys, self.env, policy)
         self._dropped = [*self.state_keys, *(unravel_key((keys.NEXT, key)) for key in self.state_keys), *excluded]
-        with torch.no_grad():  # here, as TorchRL's collectors do, so that both take the same random numbers
+        with torch.no_grad():  # a reset here, as in TorchRL's collectors, so that both draw the same random numbers
             self._carried = self.env.reset()
-        self._track: Track | None = None
+        self._stepper: EnvStepper | None = None
         if is_fused and keys.VALUE in policy.out_keys:
             with contextlib.suppress(NotFusable):
                 acts, _ = policy_step(policy, self.env, compiled_step=compiled_step)
-                self._track = Track(self.env, acts, value_operator, self.state_keys, self.at, excluded)
+                self._stepper = EnvStepper(self.env, acts, value_operator, self.state_keys, self.state_steps, excluded)
 
     def __iter__(self) -> Iterator[Rollout]:
-        """Yields rollouts until `total_frames` steps have been taken."""
+        """Yield rollouts until `total_frames` steps have been taken."""
         while self.frames < self.total_frames:
             rollout = self.rollout()
             self.frames += self.frames_per_batch
             yield rollout
-            del rollout  # before there is another one
+            del rollout  # so that two rollouts never exist at once
 
     @torch.no_grad()
     @rare_garbage_collection()
     def rollout(self) -> Rollout:
-        """Takes the steps of one rollout; episodes go on where the last one ended."""
+        """Collect one rollout; episodes continue from the last one."""
         with set_exploration_type(ExplorationType.RANDOM), set_recurrent_mode(False):
-            steps, states = self._rollout_on_tensors(self._track) if self._track else self._rollout()
+            steps, states = self._rollout_on_tensors(self._stepper) if self._stepper else self._rollout()
         stored_states = stacked_states(states, self.state_keys, self.env)
         if len(self.env.batch_size) == 0:
             steps, stored_states = steps.unsqueeze(0), stored_states.unsqueeze(0)
-        return Rollout(steps.filter_empty_(), stored_states, self.at)
+        return Rollout(steps.filter_empty_(), stored_states, self.state_steps)
 
     def _rollout(self) -> tuple[TensorDictBase, list[TensorDictBase]]:
-        """Steps [*N, T], and the tensordicts with the states before the steps of `at`."""
+        """Return the steps [*N, T], and the states before the steps `state_steps`."""
         rows: list[TensorDictBase] = []
         states: list[TensorDictBase] = []
-        wanted = set(self.at)
+        state_steps = set(self.state_steps)
         for t in range(self.steps):
-            if t in wanted:
-                # not copied: a step makes new tensors, and leaves those before as they are
+            if t in state_steps:
+                # No copy is needed: a step makes new tensors and never writes into these.
                 states.append(self._carried.select(*self.state_keys))
             played, self._carried = self.env.step_and_maybe_reset(self.policy(self._carried))
             rows.append(self._recorded(played, is_last=t == self.steps - 1))
         return cast("TensorDictBase", torch.stack(rows, len(self.env.batch_size))), states
 
-    def _rollout_on_tensors(self, track: Track) -> tuple[TensorDictBase, list[TensorDictBase]]:
-        """The same on flat entries."""
-        track.begin(self._carried, self.steps)
-        track.policy.begin(self.env.batch_size.numel())
+    def _rollout_on_tensors(self, stepper: EnvStepper) -> tuple[TensorDictBase, list[TensorDictBase]]:
+        """Do the same on flat dictionaries."""
+        stepper.begin(self._carried, self.steps)
+        stepper.policy.begin(self.env.batch_size.numel())
         for _ in range(self.steps):
-            track.step()
-        steps, self._carried = track.end()
-        return steps, track.states
+            stepper.step()
+        steps, self._carried = stepper.end()
+        return steps, stepper.states
 
     def state_dict(self) -> dict[str, Any] | None:
-        """Where the collector stands between two rollouts; None if its environment cannot tell."""
-        track = track_state(self.env, self._carried)
-        return None if track is None else {"tracks": [track], "frames": self.frames}
+        """Return the state between two rollouts; None if the environment has no state."""
+        stepper = stepper_state(self.env, self._carried)
+        return None if stepper is None else {"tracks": [stepper], "frames": self.frames}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> int:
-        """Goes back to a state of `state_dict`. Returns how many environments begin new episodes instead."""
-        self._carried, lost = resumed_track(self.env, state["tracks"][0])
+        """Restore a state of `state_dict`, and return how many environments begin new episodes instead."""
+        self._carried, lost = restore_stepper(self.env, state["tracks"][0])
         self.frames = state["frames"]
         return lost
 
     def set_seed(self, seed: int) -> int | None:
-        """Seeds the environment. Returns a seed for the next one, as TorchRL does."""
+        """Seed the environment, and return a seed for the next one, as TorchRL does."""
         return self.env.set_seed(seed)
 
     def shutdown(self) -> None:
-        """Closes the environment."""
+        """Close the environment."""
         if not self.env.is_closed:
             self.env.close()
 
     def _recorded(self, played: TensorDictBase, *, is_last: bool) -> TensorDictBase:
-        """A step as it is kept: without states, with the value of an observation that nothing follows."""
+        """Return a step without its states, and with the value of a truncated episode's last observation."""
         following, record = played.get(keys.NEXT), played.exclude(*self._dropped)
         if record.get(keys.VALUE, None) is None:
             read = played.select(*self.value_operator.in_keys, strict=False)
@@ -166,10 +166,11 @@ class RolloutCollector:
 
 
 def rollout_steps(frames_per_batch: int, total_frames: int, num_envs: int) -> int:
-    """Steps T of each environment in a rollout.
+    """Return the steps T of each environment in a rollout.
 
     Raises:
-        ValueError: if frames_per_batch is not a multiple of the number of environments, or total_frames of it.
+        ValueError: if `frames_per_batch` is not a multiple of the number of environments, or `total_frames` of
+            `frames_per_batch`.
     """
     if frames_per_batch < 1 or frames_per_batch % num_envs:
         raise ValueError(f"frames_per_batch must be a multiple of the {num_envs} environments; got {frames_per_batch}.")
@@ -181,7 +182,7 @@ def rollout_steps(frames_per_batch: int, total_frames: int, num_envs: int) -> in
 
 
 NEEDED = (keys.ACTION, keys.VALUE, keys.IS_INIT, *((keys.NEXT, k) for k in (keys.REWARD, keys.DONE, keys.TERMINATED)))
-"""Entries that no update does without."""
+"""FlatDict that no update does without."""
 
 
 def excluded_keys(exclude_keys: Sequence[NestedKey], env: EnvBase, policy: TensorDictModuleBase) -> list[NestedKey]:
@@ -206,7 +207,7 @@ def excluded_keys(exclude_keys: Sequence[NestedKey], env: EnvBase, policy: Tenso
 
 
 def stacked_states(states: Sequence[TensorDictBase], state_keys: Sequence[NestedKey], env: EnvBase) -> TensorDict:
-    """Memory states [*N] of some steps as stored_states [*N, steps]."""
+    """Return memory states [*N] of several steps as one tensordict [*N, steps]."""
     dim = len(env.batch_size)
     entries = _whole_entries(states[0], state_keys) if states else []
     kept = {entry: _stack([state.get(entry) for state in states], dim) for entry in entries}
@@ -214,7 +215,7 @@ def stacked_states(states: Sequence[TensorDictBase], state_keys: Sequence[Nested
 
 
 def _whole_entries(tensordict: TensorDictBase, state_keys: Sequence[NestedKey]) -> list[NestedKey]:
-    """The state keys, and in place of those that fill a nested tensordict that tensordict: one look-up a step."""
+    """Return the state keys; keys that fill a nested tensordict become its key, for fewer look-ups."""
     entries: dict[NestedKey, None] = {}
     for key in state_keys:
         parent = key[:-1] if isinstance(key, tuple) else ()
@@ -224,7 +225,7 @@ def _whole_entries(tensordict: TensorDictBase, state_keys: Sequence[NestedKey]) 
 
 
 def _stack(values: Sequence[TensorDictBase | Tensor], dim: int) -> TensorDictBase | Tensor:
-    """Tensordicts side by side without a copy, which is made by whoever stores them; tensors copied."""
+    """Stack tensors by a copy, and tensordicts lazily, since the buffer copies them anyway."""
     if isinstance(values[0], Tensor):
         return torch.stack(values, dim)
     return lazy_stack([value.clear_device_() for value in values], dim)

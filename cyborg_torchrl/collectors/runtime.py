@@ -37,9 +37,9 @@ def keep_freed_memory() -> None:
 
 @contextmanager
 def rare_garbage_collection() -> Generator[None]:
-    """Looks for cycles of garbage a hundred times more rarely: steps make many short-lived objects, and no cycles.
+    """Search for cyclic garbage a hundred times less often inside the block.
 
-    Looking took 5 % of a rollout's time.
+    Steps make many short-lived objects and no cycles. The search took 5 % of a rollout's time.
     """
     threshold = gc.get_threshold()
     gc.set_threshold(100 * threshold[0], *threshold[1:])

@@ -13,7 +13,7 @@ from cyborg_torchrl.export.description import METADATA
 from cyborg_torchrl.export.programs import EXTRA, ExportError
 from cyborg_torchrl.registry import UnavailableError
 
-Entries = dict[str, Tensor]
+FlatDict = dict[str, Tensor]
 
 
 @runtime_checkable
@@ -22,7 +22,7 @@ class Runner(Protocol):
 
     description: dict[str, Any]
 
-    def __call__(self, observation: Entries, state: Entries, is_init: Tensor) -> dict[str, Any]:
+    def __call__(self, observation: FlatDict, state: FlatDict, is_init: Tensor) -> dict[str, Any]:
         """Take one step; inputs and outputs are those of `StreamingStep`."""
         ...
 
@@ -39,7 +39,7 @@ class TorchRunner:
         self._step = torch.export.load(io.BytesIO(file), extra_files=extra).module()
         self.description = json.loads(extra[f"{METADATA}.json"])
 
-    def __call__(self, observation: Entries, state: Entries, is_init: Tensor) -> dict[str, Any]:
+    def __call__(self, observation: FlatDict, state: FlatDict, is_init: Tensor) -> dict[str, Any]:
         """Take one step."""
         return self._step(observation, state, is_init)
 
@@ -69,7 +69,7 @@ class OnnxRunner:
         self._outputs = [output.name for output in self._session.get_outputs()]
         self.description = json.loads(self._session.get_modelmeta().custom_metadata_map[METADATA])
 
-    def __call__(self, observation: Entries, state: Entries, is_init: Tensor) -> dict[str, Any]:
+    def __call__(self, observation: FlatDict, state: FlatDict, is_init: Tensor) -> dict[str, Any]:
         """Take one step."""
         inputs = observation | {f"state.{name}": value for name, value in state.items()} | {"is_init": is_init}
         arrays = self._session.run(None, {name: value.numpy(force=True) for name, value in inputs.items()})

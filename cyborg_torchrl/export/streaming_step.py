@@ -17,7 +17,7 @@ from cyborg_torchrl.envs.transforms.normalization import NormalizeObservation, t
 from cyborg_torchrl.modules import MultiDiscrete, PPOAgent
 from cyborg_torchrl.modules.encoders.autocast import Autocast
 
-Entries = dict[str, Tensor]
+FlatDict = dict[str, Tensor]
 
 
 class StreamingStep(nn.Module):
@@ -41,7 +41,7 @@ class StreamingStep(nn.Module):
         self.distribution = agent.sampler.distribution_class
         self.sizes: Sequence[int] = (agent.sampler.distribution_kwargs or {}).get("sizes", ())
 
-    def forward(self, observation: Entries, state: State, is_init: Bool[Tensor, " B"]) -> dict[str, Any]:
+    def forward(self, observation: FlatDict, state: State, is_init: Bool[Tensor, " B"]) -> dict[str, Any]:
         """Take one step.
 
         Args:

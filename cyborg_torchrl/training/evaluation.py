@@ -15,7 +15,7 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import set_recurrent_mode
 
 from cyborg_torchrl import keys
-from cyborg_torchrl.collectors.flat_dict import Entries, NotFusable, flat
+from cyborg_torchrl.collectors.flat_dict import FlatDict, NotFusable, flat
 from cyborg_torchrl.collectors.fused_env import EnvStep, env_step
 from cyborg_torchrl.collectors.fused_policy import policy_step
 from cyborg_torchrl.modules.nan_check import check_finite
@@ -126,7 +126,7 @@ def _steps(
 
 def _steps_on_tensors(
     policy: TensorDictModuleBase, env: EnvBase, stepped: EnvStep, *, is_greedy: bool
-) -> Iterator[Entries]:
+) -> Iterator[FlatDict]:
     acts, _ = policy_step(policy, env, is_greedy=is_greedy)
     acts.begin(env.batch_size.numel())
     carried, may_begin = flat(env.reset()), True

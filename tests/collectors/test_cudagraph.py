@@ -7,7 +7,7 @@ import torch
 
 from cyborg_torchrl.collectors import FusedCollector
 from cyborg_torchrl.collectors.cudagraph import GraphedPolicy
-from cyborg_torchrl.collectors.flat_dict import Entries
+from cyborg_torchrl.collectors.flat_dict import FlatDict
 from cyborg_torchrl.collectors.fused_policy import FusedPolicy
 from cyborg_torchrl.config import ConfigError, load_config
 from cyborg_torchrl.training.builders import build_agent, build_env, build_trainer
@@ -25,13 +25,13 @@ class StandIn:
     def __call__(self, run):
         self.captures += 1
         random_state = torch.get_rng_state()  # capturing computes nothing
-        places: Entries = dict(run())
+        places: FlatDict = dict(run())
         torch.set_rng_state(random_state)
 
         return lambda: self._replay(run, places)
 
     @staticmethod
-    def _replay(run, places: Entries) -> None:
+    def _replay(run, places: FlatDict) -> None:
         owner: GraphedPolicy = run.__self__
         for key, value in run().items():
             places[key].copy_(value)

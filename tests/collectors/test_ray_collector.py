@@ -216,7 +216,7 @@ def test_a_worker_that_dies_loses_its_unfinished_batch_alone(
     assert "worker 1 died" in caplog.text
     assert second.steps.shape == (WORKERS * NUM_ENVS, STEPS)
     survivor = expected.rollout()[0]
-    assert_same(Rollout(second.steps[:NUM_ENVS], second.stored_states[:NUM_ENVS], second.at), [survivor])
+    assert_same(Rollout(second.steps[:NUM_ENVS], second.stored_states[:NUM_ENVS], second.state_steps), [survivor])
     new = slice(NUM_ENVS, None)
     assert second.steps["is_init"][new, 0].all()
     assert not second.stored_states["memory_state", "hidden"][new, 0].any()

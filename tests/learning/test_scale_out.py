@@ -83,7 +83,7 @@ class OneAfterTheOther:
             steps, stored_states = (
                 torch.cat([getattr(r, name) for r in rollouts]) for name in ("steps", "stored_states")
             )
-            yield Rollout(steps, stored_states, rollouts[0].at)
+            yield Rollout(steps, stored_states, rollouts[0].state_steps)
 
 
 def test_training_has_the_figures_of_one_process(cluster: Any) -> None:
