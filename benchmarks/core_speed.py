@@ -1,9 +1,9 @@
-"""Times the cores side by side, in one process on one thread: ratios that can be compared between machines.
+"""Time the cores in one process on one thread, as ratios that can be compared between machines.
 
 python -m benchmarks.core_speed --repeats 15
-python -m benchmarks.core_speed --device cuda       # beside cuDNN, and mamba-ssm's kernels
+python -m benchmarks.core_speed --device cuda       # with cuDNN and mamba-ssm's kernels
 
-Each line times two things alternately and prints both medians and the median of the ratios of neighbours.
+Each line times two computations alternately. It prints both medians and the median ratio of neighbouring runs.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from cyborg_torchrl.training.command import positive
 
 Run = Callable[[], object]
 WARM_UP = 3
-"""Pairs before those that count: until then the process asks the system for memory."""
+"""Pairs that do not count: the process still requests memory from the system."""
 
 
 def paired(first: Run, second: Run, repeats: int) -> tuple[float, float, float]:
-    """Medians of both in milliseconds, and the median ratio first / second of neighbouring runs."""
+    """Return both medians in milliseconds, and the median ratio first / second of neighbouring runs."""
     for run in (first, second) * WARM_UP:
         run()
     pairs = [(_milliseconds(first), _milliseconds(second)) for _ in range(repeats)]
@@ -48,7 +48,7 @@ def paired(first: Run, second: Run, repeats: int) -> tuple[float, float, float]:
 
 
 def _milliseconds(run: Run) -> float:
-    finish()  # what was queued before
+    finish()  # wait for earlier work
     start = time.perf_counter()
     run()
     finish()
@@ -56,7 +56,7 @@ def _milliseconds(run: Run) -> float:
 
 
 def training(core: Core, x: Tensor) -> Run:
-    """Forward and backward of a core over a sequence [B, T, F] without resets."""
+    """Build the forward and backward pass of a core over a sequence [B, T, F] without resets."""
     is_init = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
     core.to(x.device)
 
@@ -68,13 +68,13 @@ def training(core: Core, x: Tensor) -> Run:
 
 
 def torch_training(module: nn.GRU | nn.LSTM, x: Tensor) -> Run:
-    """Forward and backward of one of torch's own networks."""
+    """Build the forward and backward pass of one of torch's networks."""
     module.to(x.device)
     return lambda: module(x)[0].sum().backward()
 
 
 def acting(core: Core, x: Tensor, steps: int = 50) -> Run:
-    """Acting steps of a core, each from the state of the one before."""
+    """Build acting steps of a core, each from the last state."""
     core.to(x.device)
 
     @torch.no_grad()
@@ -87,7 +87,7 @@ def acting(core: Core, x: Tensor, steps: int = 50) -> Run:
 
 
 def torch_acting(cell: nn.GRUCell, x: Tensor, steps: int = 50) -> Run:
-    """The same of torch's cell."""
+    """Build acting steps of torch's cell."""
     cell.to(x.device)
 
     @torch.no_grad()
@@ -102,7 +102,7 @@ def torch_acting(cell: nn.GRUCell, x: Tensor, steps: int = 50) -> Run:
 def loop_scan(
     u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, h_0: Tensor
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The selective scan as a loop under autograd, `unbind` instead of indexing: linear, and nothing more."""
+    """Compute the selective scan by a loop under autograd; `unbind` instead of indexing keeps it linear in time."""
     outputs: list[Tensor] = []
     h_t = h_0
     rows = zip(u.unbind(1), delta.unbind(1), b.unbind(1), c.unbind(1), strict=True)
@@ -117,7 +117,7 @@ def scans(
     device: torch.device,
     scan: Callable[..., tuple[Tensor, Tensor]] = selective_scan,
 ) -> tuple[Run, Run]:
-    """Our selective scan, and the loop; sizes are those of batch, time, channels and state."""
+    """Build our selective scan and the loop; sizes are batch, time, channels and state."""
     batch, steps, channels, numbers = sizes
     u, delta = torch.randn(2, batch, steps, channels, device=device)
     delta = delta - 3
@@ -144,7 +144,7 @@ def scans(
 
 
 def comparisons(device: torch.device) -> Iterator[tuple[str, str, str, Run, Run]]:
-    """What is timed, against what, the bar (of a CPU), and both."""
+    """Return for each comparison the two names, the target on a CPU, and the two computations."""
     x = torch.randn(64, 128, 64, device=device)
     for name, core in {
         "mamba2 block, d_model 64": Mamba2Block(64),
@@ -207,7 +207,7 @@ def comparisons(device: torch.device) -> Iterator[tuple[str, str, str, Run, Run]
 def lengths(
     only: str, repeats: int, device: torch.device, short: int = 128, long: int = 8192
 ) -> Iterator[tuple[str, float, float, float]]:
-    """Milliseconds a step of a short and a long sequence, and their ratio: 1 where the cost is linear."""
+    """Return the milliseconds of a step in a short and a long sequence, and their ratio: 1 if the cost is linear."""
     for name, core in {
         "mamba2 block, d_model 64": Mamba2Block(64),
         "mamba block, d_model 64": MambaBlock(64),
@@ -222,7 +222,7 @@ def lengths(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the tables. Returns 0, or 2 if there is nothing to time."""
+    """Print the tables. Return 0, or 2 if there is nothing to time."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=positive, default=15, help="pairs of runs a line (%(default)s)")
     parser.add_argument("--only", default="", help="lines whose name has this in it (all)")
@@ -245,7 +245,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             continue
         a, b, ratio = paired(first, second, arguments.repeats)
         table.add_row(name, against, f"{a:.2f}", f"{b:.2f}", f"{ratio:.2f}", bar)
-        print(f"timed: {name}: {a:.2f} ms, {against} {b:.2f} ms, {ratio:.2f}", file=sys.stderr)  # in case it is stopped
+        print(f"timed: {name}: {a:.2f} ms, {against} {b:.2f} ms, {ratio:.2f}", file=sys.stderr)  # saved at each row
     if not table.row_count:
         print(f"error: no line's name has '{arguments.only}' in it; try lru, gru, mamba or scan", file=sys.stderr)
         return 2

@@ -11,22 +11,22 @@ from cyborg_torchrl.config.checks import resolve_device
 
 
 def device_here(text: str) -> torch.device:
-    """Type of an argument: cpu, cuda, cuda:N or auto, if it is there; a GPU becomes the present one."""
+    """Parse an argument: cpu, cuda, cuda:N or auto. A GPU becomes the current device."""
     try:
         device = resolve_device(text)
     except ConfigError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
-    if device.type == "cuda" and ":" in str(device):  # without a number it is the present one
+    if device.type == "cuda" and ":" in str(device):  # the current one if there is no number
         torch.cuda.set_device(device)
     return device
 
 
 def device_name(device: torch.device) -> str:
-    """What figures were measured on."""
+    """Return the name of a device, for tables."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
 def finish() -> None:
-    """Waits for what a GPU still has to do: a call returns before it is done."""
+    """Wait until a GPU has finished, since calls return before that."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()

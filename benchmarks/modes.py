@@ -1,9 +1,9 @@
-r"""Compares the recurrent modes on a delay that is longer than a chunk: success, drift of the states, time.
+r"""Compare the recurrent modes on a delay that is longer than a chunk: success, state drift, time.
 
 python -m benchmarks.modes --backbones lru gru --seeds 5 --jobs 2 --plot modes.png
 
-The task is delayed cue with 94 blank steps, so that an episode is three chunks of 32 steps, and the chunk that is
-rewarded never holds the cue. Finished runs are kept, and skipped when the command is started again.
+The task is delayed cue with 94 blank steps, so an episode is three chunks of 32 steps, and the rewarded chunk
+never holds the cue. The same command started again skips finished runs.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def run_sweep(arguments: argparse.Namespace, arm: str) -> Path:
 
 
 def read_figures(row: Row, folder: Path) -> dict[str, float]:
-    """Of one run: its success and time, and means of its log over all updates (of the ratio's error: the first).
+    """Read a run: its success and time, and the means of its log over all updates (ratio error: the first).
 
     The mean success while training, with sampled actions, is larger the sooner a run learns.
     """
@@ -82,7 +82,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def table(results: dict[tuple[str, str], list[dict[str, float]]]) -> Table:
-    """One line for each backbone and mode."""
+    """Return a table with one line for each backbone and mode."""
     lines = Table(
         "backbone", "start of a chunk", title="delayed cue, 94 blank steps, chunks of 32; mean and 95 % interval"
     )
@@ -96,7 +96,7 @@ def table(results: dict[tuple[str, str], list[dict[str, float]]]) -> Table:
 
 
 def draw(results: dict[tuple[str, str], list[dict[str, float]]], path: Path) -> None:
-    """Success and drift of each mode, every seed a dot, with intervals."""
+    """Draw success and drift of each mode, with a dot for each seed and intervals."""
     from matplotlib import pyplot
 
     backbones = list(dict.fromkeys(backbone for backbone, _ in results))
@@ -127,7 +127,7 @@ def draw(results: dict[tuple[str, str], list[dict[str, float]]], path: Path) -> 
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command's parser."""
+    """Build the command's parser."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbones", nargs="+", default=["lru"], help="memories (%(default)s)")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS), metavar="ARM",
@@ -141,7 +141,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the comparison. Returns 0, 1 if a run failed, 2 for a picture that cannot be drawn, 130 if interrupted."""
+    """Run the comparison. Return 0, 1 if a run failed, 2 if the picture cannot be drawn, 130 if interrupted."""
     arguments = build_parser().parse_args(argv)
     if arguments.plot:
         try:

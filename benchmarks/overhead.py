@@ -1,10 +1,10 @@
-"""What storing memory states costs: with and without, the same network, side by side in one process.
+"""Measure the cost of stored memory states: the same network with and without them, in one process.
 
 python -m benchmarks.overhead --backbones gru mamba_gru --repeats 11
 
-Rollouts are compared with rollouts that keep no state but the first. Updates are compared with updates of chunks of the
-same length from the initial state: same network, nothing stored, gathered or replayed. Bytes are those of the stored
-states for 100,000 steps, from the buffer itself.
+Rollouts are compared with rollouts that store only the first state. Updates are compared with updates of chunks of the
+same length from the initial state, which store, gather and replay nothing. Bytes are those of the stored states of
+100,000 steps, as the buffer reports them.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ FRAMES = NUM_ENVS * STEPS
 
 
 class Mode(NamedTuple):
-    """A way through time, and the buffer that it needs."""
+    """A recurrent mode and its buffer."""
 
     name: str
     seq_len: int
@@ -61,7 +61,7 @@ MODES = (
 
 
 def build_agent(backbone: str, hidden_size: int, env: EnvBase) -> PPOAgent:
-    """An agent as the experiments have it."""
+    """Build an agent as experiments do."""
     torch.manual_seed(0)
     encoder = build_encoder(env.observation_spec, batch_dims=1, features=64)
     core = backbones.get(backbone)(64, hidden_size=hidden_size)
@@ -71,7 +71,7 @@ def build_agent(backbone: str, hidden_size: int, env: EnvBase) -> PPOAgent:
 def collector_of(
     agent: PPOAgent, at: Callable[[int], Sequence[int]] | None, num_envs: int = NUM_ENVS, steps: int = STEPS
 ) -> RolloutCollector:
-    """Collects delayed cue; episodes are as long as rollouts."""
+    """Build a collector of delayed cue; episodes are as long as rollouts."""
     env = TransformedEnv(DelayedCueEnv(num_envs, horizon=steps - 2, seed=0), InitTracker())
     return RolloutCollector(
         env,
@@ -84,7 +84,7 @@ def collector_of(
 
 
 def without_states(rollout: Rollout, seq_len: int) -> Rollout:
-    """The same steps, each chunk a fresh start: nothing is stored, and nothing has to be."""
+    """Return the same steps with an episode start at each chunk, so that no state is stored."""
     steps = rollout.steps.clone()
     is_init = steps.get(keys.IS_INIT)
     is_init[:, ::seq_len] = True
@@ -93,7 +93,7 @@ def without_states(rollout: Rollout, seq_len: int) -> Rollout:
 
 
 def sparse_states(agent: PPOAgent, num_envs: int = 8, seq_len: int = 250) -> tuple[float, float]:
-    """Megabytes for 100,000 steps of states kept every `STRIDE` steps, and the largest |log ratio| after replay."""
+    """Return MB for 100,000 steps with a state every `STRIDE` steps, and the largest |log ratio| after replay."""
     frames = 2 * STRIDE * num_envs
     buffer = RecurrentRolloutBuffer(frames, seq_len, num_envs * 4, num_envs=num_envs, state_stride=STRIDE)
     collector = collector_of(agent, buffer.state_steps, num_envs, 2 * STRIDE)
@@ -107,7 +107,7 @@ def sparse_states(agent: PPOAgent, num_envs: int = 8, seq_len: int = 250) -> tup
 
 
 def epoch(agent: PPOAgent, buffer: Buffer) -> Callable[[], None]:
-    """One pass over a buffer with its optimiser steps, at a learning rate that changes nothing."""
+    """Take one pass over a buffer with optimiser steps, at a learning rate of zero."""
     loss = RecurrentClipPPOLoss(agent, entropy_bonus=False)
     optimizer = torch.optim.Adam(loss.parameters(), lr=1e-9)
 
@@ -122,7 +122,7 @@ def epoch(agent: PPOAgent, buffer: Buffer) -> Callable[[], None]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the tables. Returns 0."""
+    """Print the tables. Return 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbones", nargs="+", default=["gru", "mamba_gru"], choices=backbones.names(),
                         metavar="NAME", help="memories (%(default)s)")  # fmt: skip

@@ -1,4 +1,4 @@
-"""Draws learning curves from the metrics of runs, one line for each group of runs.
+"""Draw learning curves from the metrics of runs, one line for each group of runs.
 
 python -m benchmarks.plot --output curve.png lru=runs/lru-* control=runs/none-*
 """
@@ -15,14 +15,14 @@ EXTRA = "plots need matplotlib: pip install 'cyborg-torchrl[report]'"
 
 
 def read_curve(run: Path, column: str) -> tuple[list[float], list[float]]:
-    """Steps and the figures of a column of a run's metrics.csv, where there are any."""
+    """Return the steps and the values of a column of a run's metrics.csv."""
     with (run / "logs" / "metrics.csv").open(newline="") as file:
         rows = [(float(row["steps"]), float(row[column])) for row in csv.DictReader(file) if row[column]]
     return [steps for steps, _ in rows], [value for _, value in rows]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Draws the curves. Returns 0, or 2 for bad input."""
+    """Draw the curves. Return 0, or 2 for bad input."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="label=run", help="run folders, each with the label of its group")
     parser.add_argument("--column", default="success_rate", help="column of metrics.csv (%(default)s)")

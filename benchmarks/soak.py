@@ -1,15 +1,18 @@
-"""Trains for a long time, and looks at what the run holds and leaves behind.
+"""Train for a long time, and check memory, files, threads and processes.
 
 python -m benchmarks.soak --minutes 30 --output soak.json
 python -m benchmarks.soak --config public_benchmark env=gymnasium id=CartPole-v1 env.workers=2
 
-A run in a process of its own is sampled from its first update on, and interrupted at the end. Exit code 0 if, after a
-tenth of the time, its own memory never was 5 % above the median of the first half, and it had no more open files,
-threads or processes than before, and if nothing was left afterwards: no process, no shared memory that a sample saw it
-hold, no temporary file; 1 if not. A process's own memory is what is resident less the pages of files, which the system
-takes away and brings back as it likes. It may fall for a moment: protobuf, which TensorBoard's files are written with,
-has glibc give all freed memory back every now and then. With glibc before 2.38 it may rise again by a quarter, which
-is the allocator's doing and not a leak: then soak with LD_PRELOAD=libjemalloc.so.2.
+The program samples another process from its first update on, and interrupts it at the end. The first tenth of the time
+is a warm-up. After it, the exit code is 0 if all of this holds:
+
+- Own memory was never 5 % above the median of the first half.
+- The run had no more open files, threads or processes than before.
+- Nothing was left afterwards: no process, no shared memory that a sample saw, no temporary file.
+
+Own memory is resident memory without the pages of files, which the system may drop and reload. It may fall for a
+moment, since protobuf, which writes TensorBoard's files, lets glibc return all freed memory. With glibc before 2.38 it
+may rise again by a quarter. That is the allocator and no leak: then use LD_PRELOAD=libjemalloc.so.2.
 """
 
 from __future__ import annotations
@@ -35,12 +38,15 @@ from rich.table import Table
 
 from cyborg_torchrl.training.command import EXIT_BAD_INPUT, EXIT_INTERRUPTED, positive, writable
 
-PROGRAM = "import sys; from cyborg_torchrl.training.command import run_command as run; sys.exit(run(sys.argv[1], sys.argv[2:]))"
+PROGRAM = (
+    "import sys; from cyborg_torchrl.training.command import run_command; "
+    "sys.exit(run_command(sys.argv[1], sys.argv[2:]))"
+)
 MARKER = "CYBORG_TORCHRL_SOAK"
 WARM_UP = 0.1
-"""Share of the time in which a run may still grow: buffers fill, threads and workers begin."""
+"""Share of the time in which a run may grow: buffers fill, threads and workers start."""
 TOLERANCE = 0.05
-"""Of own memory: by how much its largest value may exceed the median of the first half."""
+"""Share by which own memory may exceed the median of its first half."""
 SHARED_MEMORY = Path("/dev/shm")
 Inode = tuple[int, int]
 """Device and number of a file."""
@@ -49,21 +55,21 @@ SECONDS_TO_END = 60.0
 
 
 class Sample(NamedTuple):
-    """What a run and the processes under it hold."""
+    """Resources of a run and its child processes."""
 
     seconds: float
     rss_mb: float
-    """Resident."""
+    """Resident memory."""
     own_mb: float
-    """Resident, less what belongs to files."""
+    """Resident memory without the pages of files."""
     files: int
-    """Open, sockets and pipes among them."""
+    """Open files, including sockets and pipes."""
     threads: int
     processes: int
 
 
 def sample_of(process: Any, began: float) -> Sample | None:
-    """A sample of a `psutil.Process` and those under it; None if one of them ended meanwhile."""
+    """Return a sample of a `psutil.Process` and its children; None if one of them ended meanwhile."""
     import psutil
 
     try:
@@ -77,15 +83,15 @@ def sample_of(process: Any, began: float) -> Sample | None:
 
 
 def findings(samples: Sequence[Sample], minutes: float) -> dict[str, Any]:
-    """What samples show after the warm-up.
+    """Summarise the samples after the warm-up.
 
     Args:
-        samples: in order of time.
-        minutes: how long there were to be samples.
+        samples: samples in order of time.
+        minutes: planned duration.
 
     Returns:
-        Of each figure but the time: the smallest, the largest, the first and the last; whether memory was flat; and
-        whether anything else has grown for good, which is if it is never again what it once was.
+        For each resource the smallest, the largest, the first and the last value. Whether memory was flat. Whether any
+        other resource has grown, which means that it never returns to an earlier value.
     """
     settled = [sample for sample in samples if sample.seconds > WARM_UP * minutes * 60]
     if len(settled) < 2:
@@ -108,7 +114,7 @@ def findings(samples: Sequence[Sample], minutes: float) -> dict[str, Any]:
 
 
 def left_behind(marker: str) -> list[str]:
-    """Command lines of the processes that a run has started and that are still there."""
+    """Return the command lines of processes of a run that still exist."""
     import psutil
 
     left = []
@@ -122,14 +128,14 @@ def left_behind(marker: str) -> list[str]:
 
 
 def names_in(*folders: Path) -> set[str]:
-    """Paths of what lies in folders."""
+    """Return the paths in folders."""
     return {str(path) for folder in folders if folder.is_dir() for path in folder.iterdir()}
 
 
 def held_by(*pids: int) -> set[Inode]:
-    """What processes have open or mapped.
+    """Return the files that processes have open or mapped.
 
-    By inode: a semaphore is mapped while it has another name than the one that it gets.
+    Files are identified by inode, since a semaphore is mapped before it gets its final name.
     """
     found: set[Inode] = set()
     for process in (Path("/proc") / str(pid) for pid in pids):
@@ -146,7 +152,7 @@ def held_by(*pids: int) -> set[Inode]:
 
 
 def still_there(folder: Path, held: Set[Inode]) -> list[str]:
-    """Paths in a folder of what was held."""
+    """Return the paths in a folder whose files were open or mapped."""
     left = []
     for path in folder.iterdir():
         with suppress(OSError):
@@ -156,27 +162,27 @@ def still_there(folder: Path, held: Set[Inode]) -> list[str]:
 
 
 def _has_rows(metrics: Path) -> bool:
-    """Whether a run has come to its first update."""
+    """Return whether a run has finished its first update."""
     return metrics.exists() and metrics.stat().st_size > 0
 
 
 def _heed_interrupts() -> None:
-    """What a shell has started with & ignores SIGINT, and so does what that starts."""
+    """Restore the default SIGINT, which processes started by a shell with & ignore."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def soak(config: str, overrides: Sequence[str], minutes: float, every: float, base_dir: Path) -> dict[str, Any]:
-    """Trains for so long.
+    """Train for some minutes, and take samples.
 
     Args:
-        config: as for `python -m cyborg_torchrl.train`.
-        overrides: changes to it.
-        minutes: how long, from the first update on: importing and building takes as long as a machine is busy.
+        config: as for `cyborg-torchrl train --config`.
+        overrides: overrides of the configuration.
+        minutes: duration from the first update on, since imports take long on a busy machine.
         every: seconds between samples.
-        base_dir: where the run's folder goes.
+        base_dir: folder of the run's folder.
 
     Returns:
-        The findings, the samples, what was left behind, and what the run said of itself.
+        The findings, the samples, the resources left behind, and the run's summary.
     """
     import psutil
 
@@ -219,7 +225,7 @@ def soak(config: str, overrides: Sequence[str], minutes: float, every: float, ba
                 os.killpg(running.pid, signal.SIGKILL)
                 output, said = running.communicate()
         end = time.monotonic() + 10
-        # a helper of multiprocessing ends, and takes semaphores with it, a moment later
+        # a helper of multiprocessing removes semaphores a moment later
         while (left_behind(marker) or still_there(SHARED_MEMORY, held)) and time.monotonic() < end:
             time.sleep(0.2)
         result = findings(samples, minutes)
@@ -233,14 +239,14 @@ def soak(config: str, overrides: Sequence[str], minutes: float, every: float, ba
 
 
 def is_sound(result: dict[str, Any]) -> bool:
-    """Whether a run held what it had, and left nothing."""
+    """Return whether all checks of a run passed."""
     left = ("processes_left", "shared_memory_left", "temporary_files_left", "grown")
     is_told = result["summary"] is not None and result["summary"]["is_interrupted"]
     return result["is_flat"] and is_told and not result["ended_early"] and not any(result[name] for name in left)
 
 
 def table_of(result: dict[str, Any]) -> Table:
-    """The findings as a table."""
+    """Return the findings as a table."""
     table = Table("", "smallest", "largest", "first", "last", title="after the warm-up")
     for name in Sample._fields[1:]:
         if name in result:
@@ -250,7 +256,7 @@ def table_of(result: dict[str, Any]) -> Table:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Soaks. Returns the exit code."""
+    """Run the soak. Return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="memory_delayed_cue_recurrent", help="shipped, or a file (%(default)s)")
     parser.add_argument("--minutes", type=positive, default=30, help="how long (%(default)s)")

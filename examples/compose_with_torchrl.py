@@ -1,4 +1,4 @@
-"""The parts in a plain TorchRL script: Collector, our agent, buffer and loss, a loop of one's own.
+"""Train with TorchRL's Collector and our agent, buffer and loss in a plain script.
 
 python examples/compose_with_torchrl.py
 """

@@ -66,4 +66,4 @@ collector.shutdown()
 
 fresh = build_acting_env(cfg, agent, num_envs=250, seed=cfg.train.seed + 1)  # other cues than those of training
 result = evaluate(agent, fresh, episodes=1000)  # greedy
-print(json.dumps({"success_rate": result.success_rate, "total_timesteps": update * buffer.num_steps}))
+print(json.dumps({"success_rate": result.success_rate, "total_timesteps": collector.total_frames}))

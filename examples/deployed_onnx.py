@@ -1,4 +1,4 @@
-"""An exported agent acts, with onnxruntime and numpy alone: python examples/deployed_onnx.py agent.onnx."""
+"""Run an exported agent with onnxruntime and numpy only: python examples/deployed_onnx.py agent.onnx."""
 
 import json
 import sys
@@ -11,7 +11,7 @@ about = json.loads(session.get_modelmeta().custom_metadata_map["cyborg_torchrl"]
 outputs = [output.name for output in session.get_outputs()]
 state = {f"state.{name}": np.zeros((1, *each["shape"]), each["dtype"]) for name, each in about["state"].items()}
 random = np.random.default_rng(0)
-for step in range(8):  # random numbers in the place of an environment
+for step in range(8):  # random numbers instead of an environment
     seen = {
         name: random.random((1, *each["shape"])).astype(each["dtype"]) for name, each in about["observation"].items()
     }

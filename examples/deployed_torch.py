@@ -1,4 +1,4 @@
-"""An exported agent acts, with torch alone: python examples/deployed_torch.py agent.pt2."""
+"""Run an exported agent with torch only: python examples/deployed_torch.py agent.pt2."""
 
 import json
 import sys
@@ -12,7 +12,7 @@ state = {
     name: torch.zeros(1, *each["shape"], dtype=getattr(torch, each["dtype"])) for name, each in about["state"].items()
 }
 random = torch.Generator().manual_seed(0)
-for step in range(8):  # random numbers in the place of an environment
+for step in range(8):  # random numbers instead of an environment
     shapes = {name: ((1, *each["shape"]), getattr(torch, each["dtype"])) for name, each in about["observation"].items()}
     seen = {name: torch.rand(shape, generator=random).to(dtype) for name, (shape, dtype) in shapes.items()}
     results = agent(seen, state, torch.tensor([step == 0]))

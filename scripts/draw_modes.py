@@ -1,6 +1,6 @@
-"""Draws which steps each recurrent mode stores, replays and trains: scripts/draw_modes.py docs/modes.png.
+"""Draw the steps that each recurrent mode stores, replays and trains: scripts/draw_modes.py docs/modes.png.
 
-The strips come from the functions that the buffers themselves use.
+The strips are computed by the functions of the buffers.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from cyborg_torchrl.data.chunks import pack_episodes, window_starts, windows
 
 STEPS = 24
 EPISODES = (0, 9, 20)
-"""First steps of the episodes of the environment that is shown; its first one was carried over."""
+"""First steps of the episodes; the first episode continues from the rollout before."""
 TRAINED, REPLAYED, PADDING = "#4c78a8", "#f2cf7a", "#dddddd"
 
 
 def strip(axes, y: float, steps: list[int], colors: list[str], at: list[float] | None = None) -> None:
-    """A row of squares, each with the number of its step; a bar where an episode begins."""
+    """Draw a row of squares with step numbers, and a bar where an episode begins."""
     for place, step, color in zip(at or steps, steps, colors, strict=True):
         axes.add_patch(Rectangle((place, y), 0.92, 0.8, color=color))
         axes.text(place + 0.46, y + 0.4, str(step), ha="center", va="center", fontsize=6.5)
@@ -29,12 +29,12 @@ def strip(axes, y: float, steps: list[int], colors: list[str], at: list[float] |
 
 
 def star(axes, x: float, y: float) -> None:
-    """A stored state."""
+    """Draw a stored state."""
     axes.plot(x - 0.04, y + 0.4, marker="*", markersize=11, color="black", zorder=3)
 
 
 def chunked(axes, y: float, seq_len: int, burn_in: int = 0, stride: int | None = None) -> float:
-    """Chunks one below the other, each where its steps are."""
+    """Draw chunks below each other, each at the position of its steps."""
     chunks = -(-STEPS // seq_len)
     got = windows(torch.arange(chunks), chunks, seq_len, burn_in, STEPS)
     stored = window_starts(STEPS, burn_in, stride or seq_len)
@@ -42,7 +42,7 @@ def chunked(axes, y: float, seq_len: int, burn_in: int = 0, stride: int | None =
         position = got.position[chunk].tolist()
         kinds = zip(position, got.is_burn_in[chunk].tolist(), got.is_trained[chunk].tolist(), strict=True)
         kept = [(step, REPLAYED if replayed else TRAINED) for step, replayed, trained in kinds if replayed or trained]
-        if stride and (chunk * seq_len) % stride:  # the state is had by replay from the one stored before
+        if stride and (chunk * seq_len) % stride:  # the state is recomputed from the stored one before
             first = chunk * seq_len // stride * stride
             kept = [(step, REPLAYED) for step in range(first, kept[0][0])] + kept
         strip(axes, y, [step for step, _ in kept], [color for _, color in kept])
@@ -53,7 +53,7 @@ def chunked(axes, y: float, seq_len: int, burn_in: int = 0, stride: int | None =
 
 
 def packed(axes, y: float, row_length: int) -> float:
-    """Rows of whole episodes."""
+    """Draw rows of whole episodes."""
     is_init = torch.zeros(1, STEPS, dtype=torch.bool)
     is_init[0, list(EPISODES[1:])] = True
     packing = pack_episodes(is_init, row_length)
@@ -67,7 +67,7 @@ def packed(axes, y: float, row_length: int) -> float:
 
 
 def main(path: str) -> None:
-    """Draws all modes and saves the picture."""
+    """Draw all modes and save the picture."""
     modes = {
         "tbptt, seq_len 7": lambda y: chunked(axes, y, 7),
         "burn_in 3, seq_len 7": lambda y: chunked(axes, y, 7, burn_in=3),

@@ -1,4 +1,4 @@
-"""What the site needs beside docs/: the changelog as a page, and no links to files that are not part of it."""
+"""Hooks of the site: the changelog as a page, and no links to files outside the site."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LINK = re.compile(r"(?<!!)\[([^\]]*)\]\(((?:\.\./)+[^)\s#]*)[^)]*\)")
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Leaves pages that are not written yet out of the navigation; a page that is not in it stays a warning."""
+    """Remove missing pages from the navigation; a page that is not in it is still a warning."""
 
     def written(entry: Any) -> Any:
         if isinstance(entry, str):
@@ -30,14 +30,14 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:
-    """Adds the changelog."""
+    """Add the changelog."""
     text = (ROOT / "CHANGELOG.md").read_text().replace("](docs/", "](")
     files.append(File.generated(config, CHANGELOG, content=text))
     return files
 
 
 def on_page_markdown(markdown: str, *, page: Page, **_: Any) -> str:
-    """Leaves the text of links that lead out of docs/, into the repository."""
+    """Replace links that lead out of docs/ by their text."""
     depth = len(PurePosixPath(page.file.src_uri).parts) - 1
 
     def stay(link: re.Match[str]) -> str:

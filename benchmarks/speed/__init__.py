@@ -1,1 +1,1 @@
-"""How fast: our collection and training beside others', in one run."""
+"""Speed of collection and training, compared with other libraries in one run."""

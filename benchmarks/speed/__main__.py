@@ -1,13 +1,13 @@
-"""How fast we collect and train, beside others, in one run on one thread.
+"""Measure the speed of collection and training, ours and others', in one run on one thread.
 
 python -m benchmarks.speed --output speed.json --plot speed.png
 python -m benchmarks.speed --parts collection update --device cuda
 
 collection: FusedCollector, TorchRL's Collector and a raw PyTorch loop, with the same networks and the same task.
 processes: RolloutCollector and TorchRL's Collector on 16 Crafter worlds in two processes.
-update: one rollout, learned again and again. end_to_end: collection and update beside other libraries, with the same
-steps, epochs and minibatches. truncated: the same beside PufferLib, one epoch of 64-step BPTT. horizons: ours alone,
-time per step and memory per stored step from 40 steps to 10,000.
+update: repeated updates from one rollout. end_to_end: collection and update, compared with other libraries that use
+the same steps, epochs and minibatches. truncated: the same for PufferLib, with one epoch of 64-step BPTT. horizons: our
+time per step and memory per stored step, from 40 steps to 10,000.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ from cyborg_torchrl.training.command import picture, positive, writable
 PARTS = ("collection", "processes", "update", "end_to_end", "truncated", "horizons")
 PACKAGES = ("torch", "torchrl", "tensordict", "sb3-contrib", "numpy")
 SHORT = 64
-"""Steps of a sequence in truncated BPTT: PufferLib's own default."""
+"""Steps of a sequence in truncated BPTT, the default of PufferLib."""
 ON_ANY_DEVICE = ("collection", "update")
 Row = dict[str, Any]
 
 
 def comparisons(arguments: argparse.Namespace) -> list[tuple[Row, Callable[[], list[Subject]]]]:
-    """What is compared: what each row says about it, and what builds its subjects."""
+    """The comparisons: the entries of each row, and the builder of its subjects."""
     found: list[tuple[Row, Callable[[], list[Subject]]]] = []
 
     def add(part: str, case: Case, build: Callable[[], list[Subject]]) -> None:
@@ -96,7 +96,7 @@ def _beside_pufferlib(cases: list[Case], python: str | None) -> list[Subject]:
 
 
 def memory_of(case: Case) -> float:
-    """Peak memory in MiB of a process of its own that trains on one rollout."""
+    """Return the peak memory in MiB of another process that trains on one rollout."""
     code = (
         "from cyborg_torchrl.training.experiment import peak_rss_mb; "
         "from cyborg_torchrl.collectors.runtime import prepare_cpu; "
@@ -108,7 +108,7 @@ def memory_of(case: Case) -> float:
 
 
 def machine() -> Row:
-    """What the figures depend on."""
+    """Describe machine and versions."""
     versions = {}
     for package in PACKAGES:
         try:
@@ -126,7 +126,7 @@ def machine() -> Row:
 
 
 def table_of(rows: list[Row]) -> Table:
-    """The rows as a table."""
+    """Return the rows as a table."""
     table = Table(title="in turns in one process; ratios are medians over neighbouring runs")
     for name in ("part", "subject", "backbone", "envs", "horizon", "steps/s", "µs/step", "cpu µs/step", "first is x"):
         table.add_column(name, justify="left" if name in ("part", "subject", "backbone") else "right")
@@ -140,7 +140,7 @@ def table_of(rows: list[Row]) -> Table:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measures, prints a table and writes it. Returns the exit status."""
+    """Measure, print a table and write it. Return the exit status."""
     parser = argparse.ArgumentParser(
         prog="speed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -179,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 found[0]["peak_memory_mb"] = memory_of(case)
             rows += found
             progress.advance(bar)
-            if arguments.output:  # nothing is lost if it is stopped
+            if arguments.output:  # keep finished rows if the program is stopped
                 _write(arguments.output, rows)
     Console(width=160).print(table_of(rows))
     if arguments.plot:

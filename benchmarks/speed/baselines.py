@@ -25,19 +25,19 @@ LEARNING_RATE, CLIP, ENTROPY, VALUE, GAMMA, LAMBDA = 2.5e-4, 0.2, 0.01, 0.5, 0.9
 
 
 class MissingPackage(Exception):
-    """A library that is not installed."""
+    """A library is not installed."""
 
 
 class LoopPPO:
-    """Recurrent PPO in the manner of CleanRL's single files.
+    """Recurrent PPO in the style of CleanRL's single files.
 
-    nn.LSTM is stepped in a Python loop that zeroes its state where episodes begin; sequences are whole rollouts, and
-    minibatches are of environments. Written for this benchmark after the description of the method.
+    A Python loop steps nn.LSTM and resets its state where episodes begin. Sequences are whole rollouts, and minibatches
+    consist of environments. It was written for this benchmark from the description of the method.
 
     Source: the method of Huang et al. (2022), "CleanRL".
 
     Args:
-        case: sizes.
+        case: sizes of the comparison.
     """
 
     def __init__(self, case: Case) -> None:
@@ -56,7 +56,7 @@ class LoopPPO:
         self.state, self.begins = (zero, zero.clone()), torch.ones(case.num_envs)
 
     def __call__(self) -> int:
-        """One rollout and its update; returns its steps."""
+        """Run one rollout and its update. Return its steps."""
         steps, envs = self.case.steps, self.case.num_envs
         first = tuple(part.clone() for part in self.state)
         shown = torch.zeros(steps, envs, self.shown.shape[-1])
@@ -117,17 +117,17 @@ class LoopPPO:
 
 
 def cleanrl_style(case: Case) -> Subject:
-    """The loop above."""
+    """Build the CleanRL-style subject."""
     return "CleanRL-style LSTM", LoopPPO(case)
 
 
 def sb3(case: Case, *, is_shared: bool = False) -> Subject:
-    """sb3-contrib's RecurrentPPO with LSTMs of the same width.
+    """Build sb3-contrib's RecurrentPPO with LSTMs of the same width.
 
     Args:
-        case: sizes.
-        is_shared: one LSTM for actor and critic and no more layers, as ours; otherwise as it comes: one for each, and
-            two layers of 64 units behind each.
+        case: sizes of the comparison.
+        is_shared: one LSTM for actor and critic without further layers, as ours. False: its defaults, two LSTMs with
+            two layers of 64 units each.
 
     Raises:
         MissingPackage: without sb3-contrib.
@@ -157,7 +157,7 @@ def sb3(case: Case, *, is_shared: bool = False) -> Subject:
 
 
 def _vec_env(case: Case):
-    """The task as one of sb3's vector environments: the same tensors, without a copy for each environment."""
+    """Build the task as one of sb3's vector environments, with one call for all environments."""
     import gymnasium
     from stable_baselines3.common.vec_env import VecEnv
 
@@ -208,14 +208,14 @@ BASELINES: dict[str, Callable[[Case], Subject]] = {
 
 
 def pufferlib(case: Case, python: str | None) -> Subject:
-    """PufferLib's PPO with its LSTM, in a process of its own that is told when to run.
+    """Build PufferLib's PPO with its LSTM, in another process.
 
     Args:
-        case: sizes; `seq_len` is its `bptt_horizon`.
-        python: the interpreter of an environment that has PufferLib.
+        case: sizes of the comparison; `seq_len` is its `bptt_horizon`.
+        python: interpreter of a virtual environment with PufferLib.
 
     Raises:
-        MissingPackage: if there is no such interpreter, or no PufferLib in it.
+        MissingPackage: if there is no such interpreter, or it has no PufferLib.
     """
     if python is None:
         raise MissingPackage("name the interpreter of an environment that has it: --pufferlib-python")
@@ -234,7 +234,7 @@ def pufferlib(case: Case, python: str | None) -> Subject:
     if ready[:1] != ["ready"]:
         last = (complaints.read().strip().splitlines() or ["it ended"])[-1]
         raise MissingPackage(f"{python} does not run it: {last}")
-    threading.Thread(target=complaints.read, daemon=True).start()  # or it would wait, once the pipe is full
+    threading.Thread(target=complaints.read, daemon=True).start()  # so that the pipe never fills
 
     def run() -> int:
         asked.write("\n")

@@ -1,4 +1,4 @@
-"""Times subjects in turns, so that whatever else the machine does falls on all of them alike."""
+"""Time subjects in turns, so that other load of the machine affects all of them equally."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from typing import Any, NamedTuple
 from benchmarks.device import finish
 
 Subject = tuple[str, Callable[[], int]]
-"""A name, and what runs it once and returns the environment steps that it took."""
+"""A name, and a function that runs once and returns its environment steps."""
 
 
 WARM_UP = 3
-"""Turns before those that count: until then the process asks the system for memory, as it does once in a training."""
+"""Turns that do not count: the process still requests memory from the system."""
 
 
 class Timing(NamedTuple):
-    """One run."""
+    """Timing of one run."""
 
     wall: float
     """Seconds."""
     cpu: float
-    """Seconds of this process, all threads together."""
+    """CPU seconds of this process, over all threads."""
     steps: int
 
 
 def time_once(run: Callable[[], int]) -> Timing:
-    """Runs and times it."""
-    finish()  # what was queued before
+    """Run a subject once, and time it."""
+    finish()  # wait for earlier work
     wall, cpu = time.perf_counter(), time.process_time()
     steps = run()
     finish()
@@ -37,7 +37,7 @@ def time_once(run: Callable[[], int]) -> Timing:
 
 
 def take_turns(subjects: Sequence[Subject], repeats: int) -> dict[str, list[Timing]]:
-    """Runs all in turns, `WARM_UP` times more often than is counted."""
+    """Run all subjects in turns, after `WARM_UP` turns that do not count."""
     timings: dict[str, list[Timing]] = {name: [] for name, _ in subjects}
     for repeat in range(WARM_UP + repeats):
         for name, run in subjects:
@@ -48,7 +48,7 @@ def take_turns(subjects: Sequence[Subject], repeats: int) -> dict[str, list[Timi
 
 
 def rows_of(timings: dict[str, list[Timing]], about: dict[str, Any]) -> list[dict[str, Any]]:
-    """One row for each subject: medians, and how many times as fast as it the first subject is (by neighbours)."""
+    """Return a row for each subject: medians, and the median speed ratio of the first subject to it."""
     first = next(iter(timings.values()))
     rows = []
     for name, runs in timings.items():

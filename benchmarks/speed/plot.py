@@ -1,4 +1,4 @@
-"""The comparisons as a picture."""
+"""Plot of the comparisons."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Bars of steps per second, a panel for each comparison.
+    """Draw bars of steps per second, one panel for each comparison.
 
     Raises:
         ImportError: without matplotlib.

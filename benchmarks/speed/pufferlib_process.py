@@ -1,7 +1,7 @@
-"""PufferLib's PPO with an LSTM on delayed cue, in a process of its own: its packages do not go together with ours.
+"""Program that trains PufferLib's PPO with an LSTM on delayed cue; its packages conflict with ours.
 
-Run by `pufferlib` in `baselines`, in an environment that has PufferLib and not this package: it imports neither. Takes
-the sizes as JSON, says "ready", then trains on one rollout for each line that it reads and answers with its steps.
+`baselines.pufferlib` runs it in a virtual environment with PufferLib and without this package. It takes the sizes as
+JSON and prints "ready". For each line that it reads, it trains on one rollout and prints the number of steps.
 """
 
 import argparse
@@ -18,7 +18,7 @@ ANSWERS = sys.stdout
 
 
 def make_task(num_envs: int, horizon: int, cues: int = 4):
-    """Delayed cue in NumPy, as PufferLib's native environments are written: all at once, into its buffers."""
+    """Build delayed cue in NumPy, in the style of PufferLib's native environments, which write into its buffers."""
     import gymnasium
     import pufferlib
 
@@ -28,7 +28,7 @@ def make_task(num_envs: int, horizon: int, cues: int = 4):
             self.single_action_space = gymnasium.spaces.Discrete(cues)
             self.num_agents = self.agents_per_batch = num_envs
             super().__init__()
-            # one row for each kind of step: each cue, blank, query
+            # one row for each kind of step: the cues, a blank step, the query
             self._shown = np.eye(cues + 2, dtype=np.float32)
             self._shown[:cues, -2] = 1.0
             self._shown[cues] = 0.0
@@ -61,7 +61,7 @@ def make_task(num_envs: int, horizon: int, cues: int = 4):
 
 
 def make_trainer(sizes: dict):
-    """PufferLib's own trainer and networks: `models.Default` in its `LSTMWrapper`, Adam, no dashboard."""
+    """Build PufferLib's trainer and networks: `models.Default` in its `LSTMWrapper`, Adam, no dashboard."""
     import pufferlib.models
     import pufferlib.pufferl
 
@@ -87,7 +87,7 @@ def make_trainer(sizes: dict):
 
 
 def main() -> None:
-    """Trains on one rollout for each line read."""
+    """Train on one rollout for each line read."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sizes", type=json.loads, help="JSON: num_envs, horizon, steps, width, seq_len, ...")
     sizes = parser.parse_args().sizes
@@ -101,7 +101,7 @@ def main() -> None:
             trainer.evaluate()
             trainer.train()
             print(trainer.global_step - before, file=ANSWERS, flush=True)
-        trainer.utilization.stop()  # a thread that would go on
+        trainer.utilization.stop()  # otherwise a thread would keep running
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What is timed of our own, TorchRL's collector beside it, and the raw loop that both are measured by."""
+"""Subjects of the comparisons: our collectors and trainer, TorchRL's collector, and a raw PyTorch loop."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from cyborg_torchrl.training.builders import build_agent, build_env, build_train
 
 
 class Case(NamedTuple):
-    """What all subjects of a comparison share."""
+    """Sizes that all subjects of a comparison share."""
 
     backbone: str
     num_envs: int
@@ -33,17 +33,17 @@ class Case(NamedTuple):
     n_epochs: int = 4
     num_minibatches: int = 4
     seq_len: int | None = None
-    """Truncated BPTT in sequences of so many steps; None: whole episodes."""
+    """Steps of a sequence in truncated BPTT; None: whole episodes."""
     device: str = "cpu"
-    """Of environments and networks."""
+    """Seed of environments and networks."""
 
     @property
     def steps(self) -> int:
-        """Steps of a rollout."""
+        """The steps of a rollout."""
         return self.n_steps or self.horizon + 2
 
     def load(self) -> DictConfig:
-        """The configuration."""
+        """Load the configuration."""
         mode = [] if self.seq_len is None else ["train=tbptt", f"train.seq_len={self.seq_len}"]
         return load_config(
             overrides=[
@@ -63,7 +63,7 @@ class Case(NamedTuple):
 
 
 def collection(case: Case) -> list[Subject]:
-    """Our collector (on a GPU as a graph and without), TorchRL's with the same policy and environment, a raw loop."""
+    """Return our collector (on a GPU also as a graph), TorchRL's with the same policy, and a raw loop."""
     frames = case.num_envs * case.steps
     subjects: list[Subject] = []
     kinds: list[tuple[str, Callable]] = [("ours (FusedCollector)", FusedCollector), ("torchrl Collector", Collector)]
@@ -93,7 +93,7 @@ def in_processes(case: Case) -> list[Subject]:
 
 
 def training(case: Case, name: str = "ours") -> Subject:
-    """Collection and update together."""
+    """Return a subject that collects and updates."""
     trainer = build_trainer(case.load()).trainer
     rollouts = iter(trainer.collector)
 
@@ -106,13 +106,13 @@ def training(case: Case, name: str = "ours") -> Subject:
 
 
 def updating(case: Case, name: str = "ours") -> Subject:
-    """The update of one rollout, again and again."""
+    """Return a subject that repeats the update from one rollout."""
     trainer = build_trainer(case.load()).trainer
     rollout = next(iter(trainer.collector))
 
     def run() -> int:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it is no longer the policy that acted, which is said
+            warnings.simplefilter("ignore")  # the trainer warns that the policy has changed since the rollout
             trainer.update(rollout)
         return case.num_envs * case.steps
 
@@ -120,14 +120,14 @@ def updating(case: Case, name: str = "ours") -> Subject:
 
 
 class RawLoop:
-    """The same networks and the same task without TorchRL: what an expert would write for this case alone.
+    """Raw loop with the same networks and task, without TorchRL, as an expert would write it for this case only.
 
-    Keeps what PPO needs and nothing else; no states but the first, nothing under "next" but reward and end.
+    It stores only the entries that PPO needs: the first state, and rewards and ends under "next".
 
     Args:
         task: the environment.
         agent: the networks.
-        steps: T.
+        steps: T, steps of a rollout.
     """
 
     def __init__(self, task: DelayedCueEnv, agent: PPOAgent, steps: int) -> None:
@@ -146,7 +146,7 @@ class RawLoop:
 
     @torch.no_grad()
     def __call__(self) -> int:
-        """One rollout; returns its steps."""
+        """Collect one rollout. Return its steps."""
         initial = self.core.initial_state(self.task.num_envs)
         self.is_inits.zero_()
         for t in range(self.steps):
