@@ -72,17 +72,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         runner = (OnnxRunner if format_ == "onnx" else TorchRunner)(file)
         with progress_bar("steps compared", arguments.steps) as show:
             rows = arguments.batch or ROWS
-            found = replay(cfg, agent, runner, steps=arguments.steps, rows=rows, on_step=show)
+            differences = replay(cfg, agent, runner, steps=arguments.steps, rows=rows, on_step=show)
     except ExportError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_DIFFERS
     finally:
         env.close()
         plain.close()
-    if found.largest > TOLERANCE:
+    if differences.largest > TOLERANCE:
         print(
-            f"error: the exported program differs from the agent by {found.largest:.1e}, more than {TOLERANCE:.0e}, in "
-            f"{found.steps} steps; nothing was written.",
+            f"error: the exported program differs from the agent by {differences.largest:.1e}, more than {TOLERANCE:.0e}, in "
+            f"{differences.steps} steps; nothing was written.",
             file=sys.stderr,
         )
         return EXIT_DIFFERS
@@ -94,17 +94,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     state = {name: each["shape"] for name, each in description["state"].items()}
     print(f"{output}: {len(file):,} bytes; reads {inputs}, is_init and the state {state}")
     print(
-        f"compared for {found.steps} steps of {rows} with {found.resets} resets: largest difference {found.largest:.1e}"
+        f"compared for {differences.steps} steps of {rows} with {differences.resets} resets: largest difference {differences.largest:.1e}"
     )
-    print(json.dumps({"output": str(output), "format": format_, "bytes": len(file), "rows": rows, **found._asdict()}))
+    print(
+        json.dumps(
+            {"output": str(output), "format": format_, "bytes": len(file), "rows": rows, **differences._asdict()}
+        )
+    )
     return 0
 
 
-def _format(output: Path, asked: str | None) -> str:
+def _format(output: Path, chosen: str | None) -> str:
     by_name = SUFFIXES.get(output.suffix)
-    if by_name is None or asked not in (None, by_name):
-        endings = " or ".join(suffix for suffix, name in SUFFIXES.items() if asked in (None, name))
-        raise UsageError(f"--output must end in {endings}{f' with --format {asked}' if asked else ''}; got '{output}'.")
+    if by_name is None or chosen not in (None, by_name):
+        endings = " or ".join(suffix for suffix, name in SUFFIXES.items() if chosen in (None, name))
+        raise UsageError(
+            f"--output must end in {endings}{f' with --format {chosen}' if chosen else ''}; got '{output}'."
+        )
     return by_name
 
 

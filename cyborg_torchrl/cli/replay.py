@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps({"key": content["key"], "is_reproduced": None}))
         return 0
     row = TensorDict(steps, [len(steps[keys.ACTION])])
-    again = _again(agent, row)
+    again = _log_probs(agent, row)
     _print_steps(row, again, content["step"])
     broken = (~again.isfinite()).nonzero()
     first = int(broken[0]) if len(broken) else None
@@ -54,15 +54,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 @torch.no_grad()
-def _again(agent, row: TensorDictBase) -> Tensor:
-    """Log-probs [T] that the dump's agent gives the steps, from the initial state on."""
+def _log_probs(agent, row: TensorDictBase) -> Tensor:
+    """Return log-probs [T] of the steps by the dump's agent, from the initial state on."""
     observed = row.select(*agent.encoder.in_keys).unsqueeze(0)
     is_init = row.get(keys.IS_INIT).reshape(1, -1)
     obs = observed if len(agent.encoder.in_keys) > 1 else observed.get(agent.encoder.in_keys[0])
     actions = row.get(keys.ACTION).unsqueeze(0)
     try:
         return agent.evaluate_actions(obs, actions, is_init=is_init).log_prob[0]
-    except ValueError:  # torch's distributions refuse what is not finite
+    except ValueError:  # torch's distributions refuse NaN
         return torch.full([len(row)], torch.nan)
 
 

@@ -28,7 +28,7 @@ RATIO_ERROR = 1e-4
 
 @dataclass(frozen=True)
 class TestResult:
-    """Whether a test passed, and the values that it measured."""
+    """The result of a test, with the values that it measured."""
 
     __test__ = False  # no test of pytest's
 

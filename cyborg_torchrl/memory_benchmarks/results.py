@@ -31,7 +31,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Job:
-    """A run of a sweep: what it was given, and how it ended."""
+    """A run of a sweep: its overrides, its configuration, and its error if it has one."""
 
     overrides: dict[str, str]
     config: dict[str, Any]

@@ -60,7 +60,7 @@ class CommandParser(argparse.ArgumentParser):
         raise UsageError(f"{message} (see {self.prog} --help)")
 
     def parse(self, argv: Sequence[str] | None) -> argparse.Namespace:
-        """Parse arguments; overrides may stand between options.
+        """Parse arguments, with overrides before, between or after options.
 
         Raises:
             UsageError: if they cannot be used.

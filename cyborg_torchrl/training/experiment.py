@@ -200,7 +200,7 @@ def _stopped(run: RunDirectory | NoDirectory, training: Training, error: NonFini
     kept = f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint from before"
     return StoppedError(
         f"{error} (update {update}, after {trainer.num_steps:,} steps). What led to it: "
-        f"python -m cyborg_torchrl replay {path}; {kept}"
+        f"cyborg-torchrl replay {path}; {kept}"
     )
 
 

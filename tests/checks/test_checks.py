@@ -164,7 +164,7 @@ def test_a_leak_between_environments(build_policy: Callable, primed_env: Callabl
 
 
 class StepsOnly(Wrapped):
-    """The ancestor's fault: sequences are trained as single steps, each from its own stored state."""
+    """The original fault: sequences are trained as single steps, each from its own stored state."""
 
     def get_dist(self, tensordict: TensorDictBase) -> torch.distributions.Distribution:
         with set_recurrent_mode(False):

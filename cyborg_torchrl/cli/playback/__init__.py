@@ -1,4 +1,4 @@
-"""Episodes of a trained agent to look at: as a film, or as text."""
+"""Episodes of a trained agent, as a film or as text."""
 
 from cyborg_torchrl.cli.playback.episodes import Frame, play
 from cyborg_torchrl.cli.playback.film import FILMS, Film

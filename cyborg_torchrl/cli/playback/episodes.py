@@ -18,22 +18,22 @@ from cyborg_torchrl.modules import PPOAgent
 
 
 class Frame(NamedTuple):
-    """A step: what was seen, what was done, and what came of it."""
+    """A step: the observation, the action and its result."""
 
     episode: int
     step: int
     observation: dict[str, Tensor]
-    """What the agent read, without a batch dimension."""
+    """The agent's input, without a batch dimension."""
     action: str
-    """By its name where it has one; "" where the episode was over."""
+    """Its name, or its value if it has no name; "" after the end of the episode."""
     reward: float
     """Raw."""
     total: float
-    """Sum of rewards up to here."""
+    """Sum of rewards up to this step."""
     end: str
     """"", "terminated", "truncated", or "cut" by the limit of steps."""
     success: float | None
-    """As the environment reports it after the step."""
+    """Reported by the environment after the step."""
     picture: Picture | None
 
 
@@ -41,13 +41,13 @@ class Frame(NamedTuple):
 def play(
     agent: PPOAgent, env: EnvBase, episodes: int, *, is_deterministic: bool = True, max_steps: int | None = None
 ) -> Iterator[Frame]:
-    """Plays episodes; the last frame of each shows what its last action led to.
+    """Play episodes. The last frame of each shows the result of its last action.
 
     Args:
         agent: the agent.
         env: its environment (`build_acting_env`), of one row.
         episodes: how many.
-        is_deterministic: take the likeliest action instead of a sample.
+        is_deterministic: take the likeliest action, not a sample.
         max_steps: steps after which an episode is cut; None: never.
     """
     names = action_names(env)
@@ -62,8 +62,8 @@ def play(
             before, total = total, _total(after, total)
             step += 1
             end = _end(after) or ("cut" if step == max_steps else "")
-            told = after.get(keys.SUCCESS, None)
-            success = None if told is None else float(told)
+            reported = after.get(keys.SUCCESS, None)
+            success = None if reported is None else float(reported)
             action = _written(tensordict[keys.ACTION][0], names)
             yield Frame(episode, step, observation, action, total - before, total, end, success, shown)
             tensordict = env.step_mdp(tensordict)
@@ -77,7 +77,7 @@ def _read(agent: PPOAgent, tensordict: TensorDictBase) -> dict[str, Tensor]:
 
 
 def _total(after: TensorDictBase, before: float) -> float:
-    """The return so far: the environment's own, which is raw."""
+    """Return the sum of raw rewards so far, from the environment if it reports one."""
     raw = after.get(keys.EPISODE_REWARD, None)
     return before + float(after[keys.REWARD]) if raw is None else float(raw)
 

@@ -18,7 +18,7 @@ FONT = 13
 
 
 class Film:
-    """Writes a film, with the number of the step, the action and the rewards below each picture.
+    """A film, with the step, the action and the rewards below each picture.
 
     Args:
         path: ends in .gif or .mp4.
@@ -41,7 +41,7 @@ class Film:
         self._writer = _mp4_writer(path, fps) if path.suffix == ".mp4" else None
 
     def add(self, frame: Frame) -> None:
-        """Adds a picture. Frames without one are left out."""
+        """Add a frame's picture, if it has one."""
         if frame.picture is None:
             return
         image = self._captioned(frame)
@@ -51,7 +51,7 @@ class Film:
             self._pictures.append(image.quantize(128))
 
     def close(self) -> None:
-        """Writes what is not written yet."""
+        """Write the rest of the film."""
         if self._writer is not None:
             self._writer.close()
         elif self._pictures:

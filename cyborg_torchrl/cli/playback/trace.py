@@ -9,12 +9,12 @@ from torch import Tensor
 
 from cyborg_torchrl.cli.playback.episodes import Frame
 
-MOST_NUMBERS = 16
-"""Numbers of an observation that are written out; of larger ones the shape, the mean and the range."""
+MAX_NUMBERS = 16
+"""Larger observations are described by shape, range and mean."""
 
 
 class Trace:
-    """Writes a line for each step; steps that show and bring nothing new are counted instead.
+    """Writes a line for each step, and counts steps with the same observation and no reward.
 
     Args:
         write: takes the text.
@@ -26,7 +26,7 @@ class Trace:
         self._episode, self._last, self._skipped = 0, "", 0
 
     def add(self, frame: Frame) -> None:
-        """Writes a step."""
+        """Write a step."""
         if frame.episode != self._episode:
             self._episode, self._last = frame.episode, ""
             self.write(f"episode {frame.episode}\n  step  observation -> action, reward\n")
@@ -52,7 +52,7 @@ class Trace:
 
 def _described(name: str, value: Tensor) -> str:
     numbers = value.flatten()
-    if numbers.numel() <= MOST_NUMBERS:
+    if numbers.numel() <= MAX_NUMBERS:
         text = " ".join(f"{number:.3g}" for number in numbers.tolist())
         return f"{name} [{text}]" if value.ndim else f"{name} {text}"
     numbers = numbers.to(torch.float64)
