@@ -34,10 +34,10 @@ from cyborg_torchrl.export import (
 from cyborg_torchrl.training.builders import prepare_process
 from cyborg_torchrl.training.checkpoint import write_whole
 from cyborg_torchrl.training.command import CommandParser, UsageError, positive, writable
+from cyborg_torchrl.training.experiment import StoppedError
 from cyborg_torchrl.training.loading import build_single_env, load_agent
 from cyborg_torchrl.training.progress import progress_bar
 
-EXIT_DIFFERS = 1
 TOLERANCE = 1e-5
 SUFFIXES = {".onnx": "onnx", ".pt2": "torch"}
 ROWS = 4
@@ -72,20 +72,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         runner = (OnnxRunner if format_ == "onnx" else TorchRunner)(file)
         with progress_bar("steps compared", arguments.steps) as show:
             rows = arguments.batch or ROWS
-            differences = replay(cfg, agent, runner, steps=arguments.steps, rows=rows, on_step=show)
+            found = replay(cfg, agent, runner, steps=arguments.steps, rows=rows, on_step=show)
     except ExportError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_DIFFERS
+        raise StoppedError(str(error)) from None
     finally:
         env.close()
         plain.close()
-    if differences.largest > TOLERANCE:
-        print(
-            f"error: the exported program differs from the agent by {differences.largest:.1e}, more than {TOLERANCE:.0e}, in "
-            f"{differences.steps} steps; nothing was written.",
-            file=sys.stderr,
+    if found.largest > TOLERANCE:
+        raise StoppedError(
+            f"the exported program differs from the agent by {found.largest:.1e}, more than {TOLERANCE:.0e}, in "
+            f"{found.steps} steps; nothing was written."
         )
-        return EXIT_DIFFERS
     try:
         write_whole(output, file)
     except OSError as error:
@@ -94,13 +91,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     state = {name: each["shape"] for name, each in description["state"].items()}
     print(f"{output}: {len(file):,} bytes; reads {inputs}, is_init and the state {state}")
     print(
-        f"compared for {differences.steps} steps of {rows} with {differences.resets} resets: largest difference {differences.largest:.1e}"
+        f"compared for {found.steps} steps of {rows} with {found.resets} resets: largest difference {found.largest:.1e}"
     )
-    print(
-        json.dumps(
-            {"output": str(output), "format": format_, "bytes": len(file), "rows": rows, **differences._asdict()}
-        )
-    )
+    print(json.dumps({"output": str(output), "format": format_, "bytes": len(file), "rows": rows, **found._asdict()}))
     return 0
 
 

@@ -40,7 +40,7 @@ from cyborg_torchrl.memory_benchmarks.results import Job, Row, folder_name, over
 from cyborg_torchrl.registry import UnavailableError
 from cyborg_torchrl.training.builders import prepare_process
 from cyborg_torchrl.training.command import EXIT_FAILED, EXIT_INTERRUPTED, KNOWN_ERRORS, UsageError, positive, writable
-from cyborg_torchrl.training.experiment import run_experiment, terminations_as_interrupt
+from cyborg_torchrl.training.experiment import StoppedError, run_experiment, terminations_as_interrupt
 from cyborg_torchrl.training.stats import mean_interval
 
 LOKY_WARNING = "ignore:resource_tracker:UserWarning"
@@ -71,8 +71,7 @@ def main(argv: Sequence[str]) -> int:
         with terminations_as_interrupt(), env_override({"PYTHONWARNINGS": LOKY_WARNING}):
             run_hydra(run_job, arguments.config, overrides, ["--multirun"], str(folder))
     except BrokenProcessPool:
-        print(f"error: a process of the sweep was killed (out of memory?); {hint}", file=sys.stderr)
-        return EXIT_FAILED
+        raise StoppedError(f"a process of the sweep was killed (out of memory?); {hint}") from None
     except KeyboardInterrupt:
         print(f"interrupted; {hint}", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -241,7 +240,7 @@ def _interval(scores: Sequence[float], *, is_rate: bool) -> str:
     interval = mean_interval(torch.tensor(scores, dtype=torch.float64))
     if interval is None:
         return "-"
-    low, high = (max(0.0, interval.low), min(1.0, interval.high)) if is_rate else interval
+    low, high = torch.tensor(interval).clamp(0.0, 1.0).tolist() if is_rate else interval
     return f"{low:.3f} to {high:.3f}"
 
 
