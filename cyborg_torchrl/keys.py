@@ -1,6 +1,6 @@
-"""Every tensordict key of the package, once.
+"""All tensordict keys of the package.
 
-TorchRL's own names are used wherever TorchRL has one, so that our parts and its parts read each other's entries.
+Where TorchRL has a name for an entry, we use that name. So TorchRL's components and ours read the same entries.
 """
 
 from typing import Final
@@ -21,22 +21,22 @@ PREVIOUS_ACTION: Final = "previous_action"
 PREVIOUS_REWARD: Final = "previous_reward"
 
 FEATURES: Final = "features"
-"""What the encoder makes of the present observation, [*B, T, F]."""
+"""Output of the encoder for the current observation, [*B, T, F]."""
 MEMORY_FEATURES: Final = "memory_features"
-"""What the backbone reads out of memory, [*B, T, D]."""
+"""Read-out of the backbone's memory, [*B, T, D]."""
 JOINT_FEATURES: Final = "joint_features"
-"""Past and present, normalised apart and added: what the heads read."""
+"""Input of the heads, [*B, T, D]: past and present, normalised separately and added."""
 MEMORY_STATE: Final = "memory_state"
 """The nested TensorDict of memory states, batch first: (MEMORY_STATE, "hidden"), ..."""
 MEMORY_METRICS: Final = "memory_metrics"
-"""Figures of each step that a core reports, [*B, T, 1]: (MEMORY_METRICS, "write_rate"), ..."""
+"""Metrics of each step that a core reports, [*B, T, 1]: (MEMORY_METRICS, "write_rate"), ..."""
 
 VALUE: Final = "state_value"
 ADVANTAGE: Final = "advantage"
 VALUE_TARGET: Final = "value_target"
 TRAIN_MASK: Final = ("collector", "mask")
-"""Steps that are trained; the key that TorchRL's losses read by themselves."""
+"""Mask of the steps that are trained, [N, T] bool. TorchRL's losses read this key."""
 BURN_IN: Final = ("collector", "burn_in")
-"""Steps that are replayed without gradient before those that are trained."""
+"""Mask of the burn-in steps, [N, T] bool: they run without gradient before the trained steps."""
 LOCATION: Final = ("collector", "location")
-"""Environment and step of each step of a rollout, [N, T, 2] int32. It names the place of a number that is not finite."""
+"""Environment and step of each step of a rollout, [N, T, 2] int32. It locates numbers that are not finite."""

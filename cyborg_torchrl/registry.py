@@ -1,7 +1,7 @@
-"""Named components: register them in-process or from an installed package, and find them by name.
+"""Named components, registered in this process or by an installed package, and looked up by name.
 
-A component is a callable. Its keyword parameters, with their defaults, are its configuration: nothing is written
-down a second time.
+A component is a callable. Its keyword parameters and their defaults are its configuration, so options are declared
+once.
 """
 
 from __future__ import annotations
@@ -17,37 +17,37 @@ Title = Callable[[Mapping[str, Any]], str]
 
 
 WIRED = ("self", "in_features", "core", "device", "seed")
-"""Parameters of builders that are passed by the wiring, not by the configuration."""
+"""Parameters that the package passes to builders itself. They are not configuration options."""
 
 
 class UnknownNameError(ValueError):
-    """A name that nothing is registered under; the message names the nearest that is."""
+    """An unknown component name. The message suggests the nearest known name."""
 
 
 class UnavailableError(ValueError):
-    """A component that cannot run here; the message is one line that says what is missing and how to get it."""
+    """A component that cannot run here. The message is one line: the missing part and how to get it."""
 
 
-MOST_NAMED = 20
-"""Names that a message lists at most."""
+MAX_NAMED = 20
+"""Maximum number of names in a message."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Returns what helps whoever mistyped `name`: the nearest name that exists, or what there is if none is near."""
+    """Return a hint for a mistyped `name`: the nearest known name, or a list of known names if none is near."""
     names = sorted(known)
     folded = {other.lower(): other for other in reversed(names)}
     near = difflib.get_close_matches(name.lower(), folded, n=1, cutoff=0.5)
     if near:
         return f"did you mean '{folded[near[0]]}'?"
-    return f"known: {', '.join(names[:MOST_NAMED]) or '(none)'}{', ...' if len(names) > MOST_NAMED else '.'}"
+    return f"known: {', '.join(names[:MAX_NAMED]) or '(none)'}{', ...' if len(names) > MAX_NAMED else '.'}"
 
 
 class Registry:
     """A table of named components of one kind.
 
     Args:
-        kind: what the components are, for messages ("backbone").
-        entry_point_group: group that installed packages use to add theirs, loaded at first need.
+        kind: noun for a component in messages, such as "backbone".
+        entry_point_group: entry point group of installed packages. An entry point is loaded at its first use.
     """
 
     def __init__(self, kind: str, entry_point_group: str) -> None:
@@ -57,14 +57,14 @@ class Registry:
         self._titles: dict[str, Title] = {}
 
     def register(self, name: str, title: Title | None = None) -> Callable[[Component], Component]:
-        """Decorator that registers a component.
+        """Return a decorator that registers a component.
 
         Args:
-            name: what it is chosen by.
-            title: what it is called in logs, from its options; None: its name.
+            name: name in the configuration.
+            title: function from the options to the title in logs. None: the name is the title.
 
         Raises:
-            ValueError: if the name is taken by another component.
+            ValueError: if another component has this name.
         """
 
         def add(component: Component) -> Component:
@@ -79,14 +79,14 @@ class Registry:
         return add
 
     def names(self) -> tuple[str, ...]:
-        """All names, sorted: those registered in this process and those that installed packages offer."""
+        """Return all names, sorted: those of this process and those of installed packages."""
         return tuple(sorted({*self._components, *(e.name for e in self._entry_points())}))
 
     def get(self, name: str) -> Callable[..., Any]:
-        """Returns the component called `name`.
+        """Return the component called `name`.
 
         Raises:
-            UnknownNameError: with the nearest known name.
+            UnknownNameError: if there is none. The message suggests the nearest known name.
         """
         if name not in self._components:
             for entry_point in self._entry_points():
@@ -97,7 +97,7 @@ class Registry:
         return self._components[name]
 
     def title(self, name: str, options: Mapping[str, Any]) -> str:
-        """What the component called `name` is called in logs under these options."""
+        """Return the title of the component `name` in logs, given its options."""
         return self._titles[name](options) if name in self._titles else name
 
     def _entry_points(self) -> Iterable[Any]:
@@ -105,14 +105,14 @@ class Registry:
 
 
 def options_of(builder: Callable[..., Any]) -> dict[str, Any]:
-    """The parameters of a registered builder that a configuration sets, with their defaults."""
+    """Return the configuration options of a registered builder, with their defaults."""
     parameters = inspect.signature(signature_owner(builder)).parameters.values()
     named = (p for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD))
     return {p.name: p.default for p in named if p.name not in WIRED}
 
 
 def signature_owner(builder: Callable[..., Any]) -> Callable[..., Any]:
-    """What carries the signature; a class with a metaclass of its own hides it."""
+    """Return the callable with the signature. For a class this is `__init__`, since a metaclass may hide it."""
     return builder.__init__ if inspect.isclass(builder) else builder
 
 
@@ -122,26 +122,26 @@ environments = Registry("environment", "cyborg_torchrl.environments")
 
 
 def register_backbone(name: str) -> Callable[[Component], Component]:
-    """Registers a builder of cores, `builder(in_features: int, **options) -> Core`, as a backbone.
+    """Register a builder of cores, `builder(in_features: int, **options) -> Core`, as a backbone.
 
-    The options with their defaults become the typed configuration group `backbone=<name>`. An option called
-    `max_horizon` that is left at None is filled with the environment's horizon.
+    The options and their defaults become the typed configuration group `backbone=<name>`. If an option is called
+    `max_horizon` and its value is None, it is set to the environment's horizon.
     """
     return backbones.register(name)
 
 
 def register_memory(name: str) -> Callable[[Component], Component]:
-    """Registers an augmentation, `builder(core: Core, **options) -> Core`, as a choice of `memory=<name>`.
+    """Register an augmentation, `builder(core: Core, **options) -> Core`, as a choice of `memory=<name>`.
 
-    It gets the core of the backbone and returns the core that is used in its place.
+    The builder gets the core of the backbone. The agent uses the core that it returns.
     """
     return memories.register(name)
 
 
 def register_environment(name: str, title: Title | None = None) -> Callable[[Component], Component]:
-    """Registers a builder of TorchRL environments, `builder(num_envs: int, device, seed, **options) -> EnvBase`.
+    """Register a builder of TorchRL environments, `builder(num_envs: int, device, seed, **options) -> EnvBase`.
 
-    An environment whose options make it another task gives a `title`: from its options to what logs and summaries
-    call it.
+    Pass a `title` if options turn the environment into another task. It maps options to the name in logs and
+    summaries.
     """
     return environments.register(name, title)

@@ -1,4 +1,4 @@
-"""What a core is: a recurrent network over plain tensors."""
+"""The interface of a core: a recurrent network over plain tensors."""
 
 from __future__ import annotations
 
@@ -14,15 +14,14 @@ State = dict[str, Tensor]
 
 
 Terms = dict[str, Tensor]
-"""Figures of each step, {name: [B, T]}: diagnostics, and what a core wants to be regularised by."""
+"""Metrics of each step, {name: [B, T]}. Some are only logged, others enter the core's losses."""
 
 
 class Core(nn.Module, ABC):
-    """A recurrent network that knows only tensors. Third parties implement it; nothing else is needed.
+    """A recurrent network over plain tensors. Implement this class to add a memory of your own design.
 
-    Two ways through it must agree to rounding: `forward` over a sequence equals `step` repeated, with the state
-    replaced by the initial state wherever `is_init`; and splitting a sequence anywhere, carrying the state over,
-    changes nothing.
+    Two rules hold up to rounding. First, `forward` over a sequence equals repeated calls of `step`, with the initial
+    state restored wherever `is_init` is true. Second, a sequence can be split at any step if the state is passed on.
     """
 
     in_features: int
@@ -30,41 +29,41 @@ class Core(nn.Module, ABC):
     state_shapes: Mapping[str, tuple[int, ...]]
     """Shape of each named tensor of the state, without the batch dimension."""
     term_names: tuple[str, ...] = ()
-    """Names of the terms that `forward_with_terms` returns; most cores have none."""
+    """Names of the terms that `forward_with_terms` returns. Most cores have none."""
 
     @abstractmethod
     def initial_state(self, batch: int) -> State:
-        """The state before an episode's first step, {name: [batch, *shape]}; zero, or learned."""
+        """Return the state before an episode's first step, {name: [batch, *shape]}. It is zero or learned."""
 
     @abstractmethod
     def step(self, x: Float[Tensor, "B F"], state: State) -> tuple[Float[Tensor, "B D"], State]:
-        """One step. Returns the features and the next state; `state` is left as it was."""
+        """Take one step. Return the features and the next state. Do not modify `state`."""
 
     @abstractmethod
     def forward(
         self, x: Float[Tensor, "B T F"], state: State, is_init: Bool[Tensor, "B T"]
     ) -> tuple[Float[Tensor, "B T D"], State]:
-        """A sequence. Returns the features of each step and the state after the last."""
+        """Run a sequence. Return the features of each step and the state after the last step."""
 
     def forward_with_terms(
         self, x: Float[Tensor, "B T F"], state: State, is_init: Bool[Tensor, "B T"]
     ) -> tuple[Float[Tensor, "B T D"], State, Terms]:
-        """As `forward`, with the figures of each step named in `term_names`, [B, T]."""
+        """Run a sequence. Return the results of `forward` and the terms named in `term_names`, each [B, T]."""
         return *self(x, state, is_init), {}
 
     def regularize(self, terms: Terms) -> dict[str, Tensor]:
-        """From the terms of the trained steps, {name: [M]}, the weighted losses that are added to the objective."""
+        """Return the weighted losses to add to the objective, given the terms of the trained steps, {name: [M]}."""
         del terms
         return {}
 
 
 class InitialState(nn.Module):
-    """The state that memory starts from; call it with a batch size.
+    """The initial state of a memory. Call it with a batch size.
 
     Args:
         shapes: shape of each named tensor, without the batch dimension.
-        is_learned: make the initial state a parameter; otherwise it stays what it is.
-        start: what each tensor is at first; zero where it is not named.
+        is_learned: make the initial state a parameter. Otherwise it is constant.
+        start: initial values by name. Tensors without an entry start at zero.
     """
 
     def __init__(
@@ -85,13 +84,13 @@ class InitialState(nn.Module):
                 self.register_buffer(name, value, persistent=name in start)
 
     def forward(self, batch: int) -> State:
-        """Returns {name: [batch, *shape]}, views of one stored tensor each."""
+        """Return {name: [batch, *shape]}. Each is a view of one stored tensor."""
         values = ((name, getattr(self, name)) for name in self.names)
         return {name: value.expand(batch, *value.shape) for name, value in values}
 
 
 def restart(state: State, initial: State, is_init: Bool[Tensor, " B"]) -> State:
-    """Replaces the state by the initial state in the rows where an episode begins; exactly, whatever was there."""
+    """Return the state, with the exact initial state in rows where an episode begins. NaN does not pass."""
     return {
         name: torch.where(is_init.view(-1, *(1,) * (value.ndim - 1)), initial[name], value)
         for name, value in state.items()
@@ -101,7 +100,7 @@ def restart(state: State, initial: State, is_init: Bool[Tensor, " B"]) -> State:
 def unroll(
     core: Core, x: Float[Tensor, "B T F"], state: State, is_init: Bool[Tensor, "B T"]
 ) -> tuple[Float[Tensor, "B T D"], State]:
-    """Runs `core.step` over a sequence: a `forward` for cores without a faster one, and the reference in tests."""
+    """Run `core.step` over a sequence. It serves as `forward` of simple cores and as reference in tests."""
     initial = core.initial_state(x.shape[0])
     outputs: list[Tensor] = []
     for x_t, is_init_t in zip(x.unbind(1), is_init.unbind(1), strict=True):

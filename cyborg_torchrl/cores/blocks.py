@@ -1,8 +1,8 @@
-"""Sequences cut into blocks of steps small enough for a processor's cache.
+"""Sequences cut into blocks of steps that fit into a processor's cache.
 
-Pointwise mathematics over a long sequence waits for main memory: each operation reads and writes all of it. Block by
-block, all operations but the first find their operands in the cache, and the cost of a step does not grow with the
-length of the sequence.
+Pointwise operations over a long sequence wait for main memory, because each one reads and writes the whole sequence.
+In a block, all operations but the first find their operands in the cache. The cost per step is then independent of
+the sequence length.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ from __future__ import annotations
 from torch import Tensor
 
 BLOCK_NUMEL = 2**17
-"""Numbers in a block of one tensor: a handful of such tensors fit into the cache of one core."""
+"""Numbers in a block of one tensor. About five such tensors fit into the cache of one processor core."""
 
 
 def blocks(x: Tensor, tensors: int = 1) -> list[slice]:
-    """The blocks of a sequence [T, ...], in order; only the last may be shorter.
+    """Return the blocks of a sequence [T, ...], in order. Only the last may be shorter.
 
-    On a GPU, where a kernel's start costs more than the memory that it waits for, all steps are one block.
+    On a GPU all steps are one block, because launching a kernel costs more than waiting for memory.
 
     Args:
         x: the sequence.
-        tensors: how many times the numbers of `x` a step takes.
+        tensors: memory per step, as a multiple of the numbers in a step of `x`.
     """
     if x.device.type != "cpu":
         return [slice(0, x.shape[0])]

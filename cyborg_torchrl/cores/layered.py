@@ -1,4 +1,4 @@
-"""Layers of one kind, one on top of the other, as a core."""
+"""A core made of stacked layers of one kind."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cyborg_torchrl.cores.abstract import Core, InitialState, State
 from cyborg_torchrl.cores.timescale import build_readout
 
 LayerState = tuple[Tensor, ...]
-"""State of one layer: [B, H] tensors."""
+"""State of one layer: tensors [B, H]."""
 
 
 class RecurrentLayer(nn.Module, ABC):
@@ -24,7 +24,7 @@ class RecurrentLayer(nn.Module, ABC):
 
     @abstractmethod
     def step(self, x: Float[Tensor, "B F"], state: LayerState) -> tuple[Tensor, LayerState]:
-        """One step. Returns the output [B, H] and the next state."""
+        """Take one step. Return the output [B, H] and the next state."""
 
     @abstractmethod
     def forward(
@@ -34,14 +34,14 @@ class RecurrentLayer(nn.Module, ABC):
         is_init: Bool[Tensor, "T B"],
         initial: LayerState,
     ) -> tuple[Tensor, LayerState]:
-        """A sequence, time first. Returns the outputs [T, B, H] and the last state."""
+        """Run a sequence, time first. Return the outputs [T, B, H] and the last state."""
 
 
 class LayeredCore(Core):
-    """Stacks layers; each layer's read-out is normalised by time-scale and feeds the next.
+    """A stack of recurrent layers. The read-out of each layer is normalised by time-scale and feeds the next.
 
     Args:
-        layers: layers of one kind, the first of which sees the input.
+        layers: layers of one kind. The first one gets the input.
         in_features: F, features of the input.
         readout: "timescale_norm" or "none", after each layer.
         readout_groups: groups of the time-scale norm.
@@ -71,12 +71,12 @@ class LayeredCore(Core):
         self._initial = InitialState(self.state_shapes, learn_initial_state)
 
     def initial_state(self, batch: int) -> State:
-        """Returns {name: [batch, layers, H]}."""
+        """Return {name: [batch, layers, H]}."""
         return self._initial(batch)
 
     def step(self, x: Float[Tensor, "B F"], state: State) -> tuple[Float[Tensor, "B D"], State]:
-        """One step through all layers."""
-        if len(self.layers) == 1:  # without what several need: its time counts while acting
+        """Take one step through all layers."""
+        if len(self.layers) == 1:  # a short path for the usual case, because acting calls it at every step
             values = tuple(state[name].select(1, 0) for name in self.state_names)
             y, after = self.layers[0].step(x, values)  # pyright: ignore[reportCallIssue]
             return self.readouts[0](y), {n: v.unsqueeze(1) for n, v in zip(self.state_names, after, strict=True)}
@@ -89,7 +89,7 @@ class LayeredCore(Core):
     def forward(
         self, x: Float[Tensor, "B T F"], state: State, is_init: Bool[Tensor, "B T"]
     ) -> tuple[Float[Tensor, "B T D"], State]:
-        """A sequence, layer after layer."""
+        """Run a sequence, layer after layer."""
         is_init = is_init.transpose(0, 1).contiguous()
         initial = self._by_layer(self.initial_state(x.shape[0]))
 
@@ -121,7 +121,7 @@ class LayeredCore(Core):
 
 
 def layered_core_builder(layer: Callable[[int, int, int, bool], RecurrentLayer]) -> Callable[..., LayeredCore]:
-    """Makes the builder of a core from that of its layers: layer(in_features, hidden_size, max_horizon, input_bias)."""
+    """Return a builder of cores, given a builder `layer(in_features, hidden_size, max_horizon, input_bias)`."""
 
     def build(
         in_features: int,
@@ -134,21 +134,21 @@ def layered_core_builder(layer: Callable[[int, int, int, bool], RecurrentLayer])
         readout_groups: int = 16,
         learn_initial_state: bool = False,
     ) -> LayeredCore:
-        """Builds the core.
+        """Build the core.
 
         Args:
             in_features: F, features of the input.
             hidden_size: H, channels of each layer.
             num_layers: number of layers.
-            max_horizon: steps that memory should bridge; its time-scales reach to ten times that. None: 1000, or
-                the environment's own horizon where a configuration names one.
-            input_bias: a bias in what is written into memory. Off, since a blank step should write nothing.
+            max_horizon: steps that memory should bridge. Time-scales reach ten times as far. None: 1000. A configured
+                environment with a horizon sets it.
+            input_bias: add a bias to the values written into memory. Off, so that a blank step writes nothing.
             readout: "timescale_norm" or "none".
             readout_groups: groups of the time-scale norm.
-            learn_initial_state: make the initial state a parameter; otherwise it is zero.
+            learn_initial_state: make the initial state a parameter. Otherwise it is zero.
 
         Raises:
-            ValueError: if a size is below 1, or the readout is unknown.
+            ValueError: if a size is below 1, or the read-out is unknown.
         """
         horizon = 1000 if max_horizon is None else max_horizon
         for name, value in (("hidden_size", hidden_size), ("num_layers", num_layers), ("max_horizon", horizon)):

@@ -1,4 +1,7 @@
-"""Stacks that have a name: `mamba`, `mamba2`, `pseudo_mamba`, `mamba_gru`."""
+"""Named stacks: `mamba`, `mamba2`, `pseudo_mamba`, `mamba_gru`.
+
+The options of each builder are written out, because signatures are the source of the typed configuration.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ def build_mamba(
     learn_initial_state: bool = False,
     kernel: str = "auto",
 ) -> StackCore:
-    """Builds pre-norm residual Mamba-1 blocks; see `MambaBlock` for the options."""
+    """Build a stack of Mamba-1 blocks with pre-norm residuals. `MambaBlock` describes the options."""
     block = {"name": "mamba", "d_state": d_state, "d_conv": d_conv, "expand": expand, "kernel": kernel}
     return build_stack(
         in_features,
@@ -51,7 +54,7 @@ def build_mamba2(
     learn_initial_state: bool = False,
     kernel: str = "auto",
 ) -> StackCore:
-    """Builds pre-norm residual Mamba-2 blocks; see `Mamba2Block` for the options."""
+    """Build a stack of Mamba-2 blocks with pre-norm residuals. `Mamba2Block` describes the options."""
     block = {
         "name": "mamba2",
         "d_state": d_state,
@@ -84,7 +87,7 @@ def build_pseudo_mamba(
     readout_groups: int = 16,
     learn_initial_state: bool = False,
 ) -> StackCore:
-    """Builds pre-norm residual pseudo-Mamba blocks; see `PseudoMambaBlock`."""
+    """Build a stack of pseudo-Mamba blocks with pre-norm residuals. `PseudoMambaBlock` describes the options."""
     return build_stack(
         in_features,
         layers=[{"name": "pseudo_mamba", "expand": expand}],
@@ -111,7 +114,7 @@ def build_mamba_gru(
     learn_initial_state: bool = False,
     kernel: str = "auto",
 ) -> StackCore:
-    """Builds pairs of a Mamba block and a GRU, each with its pre-norm residual.
+    """Build pairs of a Mamba block and a GRU, each with its pre-norm residual.
 
     Args:
         in_features: F, features of the input.
@@ -123,7 +126,7 @@ def build_mamba_gru(
         readout: "timescale_norm" or "none".
         readout_groups: groups of the time-scale norm.
         learn_initial_state: make the initial states parameters.
-        kernel: which scan the Mamba block runs; see `MambaBlock`.
+        kernel: scan of the Mamba block, as in `MambaBlock`.
 
     Raises:
         ValueError: for an unknown block, or a number below 1.

@@ -1,4 +1,4 @@
-"""The control arm: a core whose memory is emptied before every step."""
+"""The memoryless baseline: a core that restarts before every step."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from cyborg_torchrl.cores.abstract import Core, State
 
 
 class MemorylessCore(Core):
-    """Runs another core from its initial state at every step, in acting and in training alike.
+    """A core that runs another core from its initial state at every step, in acting and in training.
 
-    Same parameters, same computation, no memory: `recurrent_mode: none`. It has no state to store.
+    It has the parameters and the computation of the wrapped core, without memory and without a state to store. The
+    setting `recurrent_mode: none` uses it.
 
     Args:
-        core: the core that is wrapped.
+        core: the core to wrap.
     """
 
     def __init__(self, core: Core) -> None:
@@ -26,12 +27,12 @@ class MemorylessCore(Core):
         self.state_shapes: Mapping[str, tuple[int, ...]] = {}
 
     def initial_state(self, batch: int) -> State:
-        """Returns {}: nothing is remembered."""
+        """Return {}, because there is no memory."""
         del batch
         return {}
 
     def step(self, x: Float[Tensor, "B F"], state: State) -> tuple[Float[Tensor, "B D"], State]:
-        """One step from the initial state of the wrapped core."""
+        """Take one step from the initial state of the wrapped core."""
         del state
         y, _ = self.core.step(x, self.core.initial_state(x.shape[0]))
         return y, {}
@@ -39,7 +40,7 @@ class MemorylessCore(Core):
     def forward(
         self, x: Float[Tensor, "B T F"], state: State, is_init: Bool[Tensor, "B T"]
     ) -> tuple[Float[Tensor, "B T D"], State]:
-        """All steps at once: each is a sequence of its own."""
+        """Run all steps in one batch, since each step is independent."""
         del is_init
         y, state = self.step(x.flatten(0, 1), state)
         return y.unflatten(0, x.shape[:2]), state

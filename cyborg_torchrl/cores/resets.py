@@ -1,4 +1,4 @@
-"""Where loops over time have to stop for a reset."""
+"""Steps at which a loop over time has to apply a reset."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from torch import Tensor
 
 
 def reset_steps(is_init: Bool[Tensor, "T B"]) -> list[bool]:
-    """For each step, whether an episode begins in any row: loops over time skip the reset everywhere else."""
+    """Return for each step if an episode begins in any row. Loops over time skip the reset at all other steps."""
     return is_init.any(1).tolist()

@@ -1,4 +1,4 @@
-"""Cores on top of each other: a stack is data, not a class of its own."""
+"""Stacks of cores, described by a list of layers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BLOCKS: dict[str, Callable[..., Core]] = {
     "mamba2": Mamba2Block,
     "pseudo_mamba": PseudoMambaBlock,
 }
-"""Blocks that only a stack makes into a backbone: they want its norms and residuals."""
+"""Blocks that need the norms and residuals of a stack. They are not backbones by themselves."""
 
 
 class StackCore(Core):
@@ -29,20 +29,19 @@ class StackCore(Core):
 
         m_0 = 0;    m_i = m_{i-1} + P_i core_i(RMSNorm(W x + m_{i-1}));    y = m_L
 
-    The input itself is not part of the output: an agent adds the present apart (see `PastPresentFusion`). W and P_i
-    are linear maps where widths differ, and nothing where they agree. Nothing here has a bias, so that a blank input
-    stays blank.
+    The output does not contain the input: an agent adds the present separately (see `PastPresentFusion`). W and P_i
+    are linear maps if widths differ, and identities if they agree. There are no biases, so a blank input stays blank.
 
-    State: the tensors of all layers. A name that several layers use is followed by the number of its layer:
-    `hidden_0`, `hidden_1`. So are terms.
+    State: the tensors of all layers. If several layers use a name, the layer's number is appended: `hidden_0`,
+    `hidden_1`. The same holds for terms.
 
     Args:
-        cores: the layers, each reading `width` features.
+        cores: the layers, each with `width` input features.
         in_features: F, features of the input.
         width: D, features between the layers and of the output.
 
     Raises:
-        ValueError: if there is no layer, or one reads another width.
+        ValueError: if there is no layer, or a layer has another input width.
     """
 
     def __init__(self, cores: Sequence[Core], in_features: int, width: int) -> None:
@@ -67,7 +66,7 @@ class StackCore(Core):
         self.term_names = tuple(unique for names in self.layer_term_names for unique in names.values())
 
     def initial_state(self, batch: int) -> State:
-        """Returns the initial states of all layers."""
+        """Return the initial states of all layers."""
         return {
             names[name]: value
             for core, names in zip(self._layers(), self.state_names, strict=True)
@@ -75,25 +74,25 @@ class StackCore(Core):
         }
 
     def step(self, x: Float[Tensor, "B F"], state: State) -> tuple[Float[Tensor, "B D"], State]:
-        """One step through all layers."""
+        """Take one step through all layers."""
         y, state, _ = self._through_layers(x, state, lambda core, y, state_i: (*core.step(y, state_i), {}))
         return y, state
 
     def forward(
         self, x: Float[Tensor, "B T F"], state: State, is_init: Bool[Tensor, "B T"]
     ) -> tuple[Float[Tensor, "B T D"], State]:
-        """A sequence, layer after layer."""
+        """Run a sequence, layer after layer."""
         y, state, _ = self._through_layers(x, state, lambda core, y, state_i: (*core(y, state_i, is_init), {}))
         return y, state
 
     def forward_with_terms(
         self, x: Float[Tensor, "B T F"], state: State, is_init: Bool[Tensor, "B T"]
     ) -> tuple[Float[Tensor, "B T D"], State, Terms]:
-        """A sequence, with the terms of all layers."""
+        """Run a sequence, and return the terms of all layers too."""
         return self._through_layers(x, state, lambda core, y, state_i: core.forward_with_terms(y, state_i, is_init))
 
     def regularize(self, terms: Terms) -> dict[str, Tensor]:
-        """The losses of all layers."""
+        """Return the losses of all layers."""
         losses: dict[str, Tensor] = {}
         for index, (core, names) in enumerate(zip(self._layers(), self.layer_term_names, strict=True)):
             for name, value in core.regularize({name: terms[unique] for name, unique in names.items()}).items():
@@ -123,12 +122,12 @@ class StackCore(Core):
 
 
 def build_layer(layer: str | Mapping[str, Any], width: int, defaults: Mapping[str, Any]) -> Core:
-    """Builds one layer of a stack.
+    """Build one layer of a stack.
 
     Args:
-        layer: name of a block or of a registered backbone; or a mapping of its `name` and its options.
-        width: features that it reads.
-        defaults: options for all layers; each takes those that it knows.
+        layer: name of a block or of a registered backbone, or a mapping with `name` and options.
+        width: number of input features.
+        defaults: options for all layers. A layer ignores those that it does not have.
 
     Raises:
         ValueError: for an unknown name or option.
@@ -159,17 +158,16 @@ def build_stack(
     readout_groups: int = 16,
     learn_initial_state: bool = False,
 ) -> StackCore:
-    """Builds layers of cores with pre-norm residuals from a list.
+    """Build a stack with pre-norm residuals from a list of layers.
 
     Args:
         in_features: F, features of the input.
-        layers: names of blocks or backbones, each alone or as a mapping of its `name` and options, such as
+        layers: names of blocks or backbones, or mappings with `name` and options, such as
             ["mamba", {"name": "gru", "hidden_size": 128}].
-        depth: how many times the list is repeated.
-        hidden_size: width of the stack, and of each layer that does not say otherwise.
-        max_horizon: steps that memory should bridge; None: 1000, or the environment's own horizon where a
-            configuration names one.
-        readout: "timescale_norm" or "none", for every layer that has one.
+        depth: number of repetitions of the list.
+        hidden_size: width of the stack, and of each layer without another `hidden_size`.
+        max_horizon: steps that memory should bridge. None: 1000. A configured environment with a horizon sets it.
+        readout: "timescale_norm" or "none", for every layer with a read-out.
         readout_groups: groups of the time-scale norm.
         learn_initial_state: make the initial states parameters.
 
@@ -192,7 +190,7 @@ def build_stack(
 
 
 def _unique_names(names: Sequence[tuple[str, ...]]) -> list[dict[str, str]]:
-    """For each layer, from its own names to names that are unique in the stack."""
+    """Return for each layer a map from the layer's names to names that are unique in the stack."""
     count = Counter(name for layer in names for name in layer)
     return [{name: f"{name}_{i}" if count[name] > 1 else name for name in layer} for i, layer in enumerate(names)]
 
