@@ -188,11 +188,11 @@ class Style(NamedTuple):
 
 
 STYLES = {
-    "sb3": Style("sb3-contrib RecurrentPPO (LSTM)", (290_000, 0.36), "#C75200", "s"),
+    "sb3": Style("sb3-contrib RecurrentPPO (LSTM)", (290_000, 0.33), "#C75200", "s"),
     "zero_started": Style(
         "same agent, but chunks of 128 steps\nthat start from zero states", (290_000, 0.08), "#666666", "^"
     ),
-    "ours": Style("cyborg_torchrl (lru): updates see\nthe memory states that acted", (290_000, 0.82), "#0072B2", "o"),
+    "ours": Style("cyborg_torchrl (lru): updates see\nthe memory states that acted", (290_000, 0.5), "#0072B2", "o"),
 }
 
 
@@ -256,7 +256,7 @@ def write_rows(path: Path, rows: Sequence[dict[str, str]]) -> None:
 
 
 def draw(source: Path, output: Path) -> None:
-    """Draw a line per arm, the mean over its seeds, and a band from the lowest to the highest seed."""
+    """Draw a bold line per arm, the mean over its seeds, and a thin line per seed."""
     from matplotlib import pyplot
 
     pyplot.rcParams.update({"font.size": 12, "axes.spines.top": False, "axes.spines.right": False})
@@ -266,16 +266,15 @@ def draw(source: Path, output: Path) -> None:
     axes.text(last * 1.015, 1 / CUES, f"chance, {1 / CUES}", va="center")
     rows = read_rows(source)
     for arm, style in STYLES.items():
-        points: dict[int, list[float]] = defaultdict(list)
+        curves: dict[str, dict[int, float]] = defaultdict(dict)
         for row in rows:
             if row["arm"] == arm:
-                points[int(row["steps"])].append(float(row["success"]))
-        steps = sorted(points)
-        lows = [min(points[step]) for step in steps]
-        highs = [max(points[step]) for step in steps]
-        means = [float(np.mean(points[step])) for step in steps]
-        axes.fill_between(steps, lows, highs, color=style.colour, alpha=0.25, linewidth=0)
-        axes.plot(steps, means, color=style.colour, linewidth=2.5, marker=style.marker, markersize=6)
+                curves[row["seed"]][int(row["steps"])] = float(row["success"])
+        for curve in curves.values():
+            axes.plot(list(curve), list(curve.values()), color=style.colour, linewidth=1, alpha=0.5)
+        steps = sorted(set().union(*curves.values()))
+        means = [float(np.mean([curve[step] for curve in curves.values() if step in curve])) for step in steps]
+        axes.plot(steps, means, color=style.colour, linewidth=2.8, marker=style.marker, markersize=6)
         axes.text(*style.position, style.label, color=style.colour, fontweight="bold", va="center")
     axes.set(xlim=(0, last * 1.01), ylim=(0, 1.03))
     axes.set_xlabel("environment steps")
