@@ -1,4 +1,4 @@
-"""The short causal convolution in front of a state space model, with its history as an explicit state."""
+"""The short causal convolution before a state space model, with its input history as an explicit state."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def causal_conv_step(
     bias: Float[Tensor, " D"] | None,
     history: Float[Tensor, "B D W"],
 ) -> tuple[Float[Tensor, "B D"], Float[Tensor, "B D W"]]:
-    """One step of a depthwise convolution over the last W inputs, and its silu.
+    """Take one step of a depthwise convolution over the last W inputs, followed by silu.
 
-    Returns what it reads, and the next history: the last W inputs, the newest last.
+    Return the output and the next history: the last W inputs, newest last.
     """
     window = torch.cat([history[:, :, 1:].permute(2, 0, 1), x.unsqueeze(0)])
     return _silu_of_sum(window.unbind(0), weight, bias), window.permute(1, 2, 0)
@@ -35,17 +35,17 @@ def causal_conv(
     is_init: Bool[Tensor, "T B"],
     initial: Float[Tensor, "B D W"],
 ) -> tuple[Float[Tensor, "T B D"], Float[Tensor, "B D W"]]:
-    """Depthwise causal convolution over a sequence, restarted where episodes begin, and its silu.
+    """Run a depthwise causal convolution and silu over a sequence, and restart where episodes begin.
 
         y_t = silu(bias + sum_k weight_{W-1-k} x_{t-k}),    x before an episode := its initial history
 
     Args:
         x: inputs.
-        weight: taps, the newest last.
-        bias: added to every output; None: nothing is.
-        history: the last W inputs before the first step, the newest last.
-        is_init: where an episode begins; whatever was before it, NaN too, is forgotten.
-        initial: the history that episodes begin from.
+        weight: taps, newest last.
+        bias: added to every output. None: no bias.
+        history: the last W inputs before the first step, newest last.
+        is_init: true where an episode begins. The state before it is dropped there, NaN included.
+        initial: the history at the start of an episode.
 
     Returns:
         The outputs, and the history after the last step.
@@ -64,7 +64,7 @@ def causal_conv(
 
 
 def _silu_of_sum(window: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> Tensor:
-    """From the oldest input on, as `_Convolution` does, so that both round alike."""
+    """Return silu of the weighted sum. The oldest input comes first, as in `_Convolution`, so both round alike."""
     taps = weight.t().contiguous().unbind(0)
     y = window[0] * taps[0]
     for inputs, tap in zip(window[1:], taps[1:], strict=True):
@@ -73,7 +73,7 @@ def _silu_of_sum(window: Sequence[Tensor], weight: Tensor, bias: Tensor | None) 
 
 
 class _Convolution(torch.autograd.Function):
-    """y_t = silu(bias + sum_k weight_k padded_{t+k}), block by block, without a tensor for each product."""
+    """y_t = silu(bias + sum_k weight_k padded_{t+k}), block by block, without storing each product."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, padded: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -112,7 +112,7 @@ def _weighted_sum(padded: Tensor, span: slice, taps: Tensor, bias: Tensor | None
 
 
 def _steps_since_reset(is_init: Bool[Tensor, "T B"], never: int) -> Tensor:
-    """Steps since the last reset after the first step, [T, B]; at least `never` where there was none."""
+    """Return steps since the last reset after the first step, [T, B]. Without such a reset it is `never` or more."""
     index = torch.arange(is_init.shape[0], device=is_init.device).unsqueeze(1)
     is_later = is_init & (index > 0)
     last = torch.where(is_later, index, -never).cummax(0).values
@@ -120,7 +120,7 @@ def _steps_since_reset(is_init: Bool[Tensor, "T B"], never: int) -> Tensor:
 
 
 def _restart_tap(tap: Tensor, lag: int, age: Tensor, initial: Tensor) -> Tensor:
-    """The inputs `lag` steps ago, where those lie before a reset taken from the initial history."""
+    """Return the inputs `lag` steps ago. Inputs from before a reset come from the initial history."""
     for since in range(lag):
         tap = torch.where((age == since).unsqueeze(-1), initial[:, :, since - lag], tap)
     return tap

@@ -1,4 +1,4 @@
-"""What the Mamba family does with what its memory reads: normalise, add the present, gate."""
+"""The read-out of the Mamba family: normalise the memory's output, add the present, and apply the gate."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cyborg_torchrl.cores.timescale import TimescaleNorm
 
 
 class _GatedReadout(torch.autograd.Function):
-    """out = (norm(y) + skip u) z sigmoid(z), block by block, all but the inputs computed again backward."""
+    """out = (norm(y) + skip u) z sigmoid(z), block by block. The backward pass recomputes all but the inputs."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, y: Tensor, u: Tensor, z: Tensor, skip: Tensor, norm: TimescaleNorm | None) -> Tensor:
@@ -61,23 +61,23 @@ def gated_readout(
     skip: Float[Tensor, " D"],
     readout: nn.Module,
 ) -> Float[Tensor, "T B D"]:
-    """Normalises what memory reads, adds the present past it, and gates both.
+    """Normalise the output of a memory, add the present, and apply the gate.
 
         out_t = (readout(y_t) + skip u_t) * silu(z_t)
 
-    Past and present are normalised apart: under one norm the present would drown the past.
+    The norm does not include the present, which is larger and would hide the past.
 
     Args:
-        y: what was read.
-        u: the present input of the memory.
-        z: before the gate.
+        y: output of the memory.
+        u: current input of the memory.
+        z: input of the gate.
         skip: weight of the present.
-        readout: a `TimescaleNorm`, or any other module, which then runs by itself.
+        readout: a `TimescaleNorm`, or another module, which is called first.
 
     Returns:
-        The output, with gradients to every argument; first derivatives only.
+        The output. Gradients reach every argument. Second derivatives are not supported.
 
-    Cost: O(T B D) time; memory for the gradient: the three inputs.
+    Cost: O(T B D) time. The gradient stores only the three inputs.
     """
     norm = readout if isinstance(readout, TimescaleNorm) else None
     if norm is None:

@@ -17,9 +17,9 @@ from cyborg_torchrl.registry import register_backbone
 
 
 class _GRURecurrence(torch.autograd.Function):
-    """h_t from the input's part of the gates, (r, u, n); u is the update, 1 - z.
+    """The recurrence of h_t, given the input's part of the gates (r, u, n). The update is u = 1 - z.
 
-    One matrix product and seven small operations a step each way.
+    A step needs one matrix product and seven small operations, forward and backward.
     """
 
     @staticmethod
@@ -64,7 +64,7 @@ class _GRURecurrence(torch.autograd.Function):
         weight_hh, previous, reset_update, n, candidate_h, is_init = ctx.saved_tensors
         steps, batch, size = n.shape
         r, u = reset_update.split(size, -1)
-        # d(pre-activations)/d(h_t), for all steps at once; the loop only multiplies
+        # Slopes of the pre-activations with respect to h_t, for all steps at once. The loop only multiplies.
         slope_n = u * (1 - n * n)
         slopes = torch.empty_like(grad_states, memory_format=torch.contiguous_format).new_empty(steps, batch, 3, size)
         torch.mul(slope_n * candidate_h, r * (1 - r), out=slopes[:, :, 0])
@@ -88,7 +88,7 @@ class _GRURecurrence(torch.autograd.Function):
         flat = grad_gates_h.view(steps * batch, 3 * size)
         grad_weight = flat.t() @ previous.view(steps * batch, size)
         grad_bias = flat.sum(0)
-        grad_gates_h[:, :, 2] = grads * slope_n  # from here on: the gradient of the input's part
+        grad_gates_h[:, :, 2] = grads * slope_n  # now it holds the gradient of the input's part
         return flat.view(steps, batch, -1), grad_weight, grad_bias, carry, None, grad_initial
 
 
@@ -100,7 +100,7 @@ def gru_recurrence(
     is_init: Bool[Tensor, "T B"],
     initial: Float[Tensor, "B D"],
 ) -> Float[Tensor, "T B D"]:
-    """The states of a `GRULayer` from its gates on; see `gru_cpp`, which it is the equal of."""
+    """Return the states of a `GRULayer`, given its gates. Arguments and results are those of `gru_cpp`."""
     arguments = (gates_x, weight_hh, bias_hh, h_0, is_init, initial)
     return _GRURecurrence.apply(*arguments)
 
@@ -112,22 +112,24 @@ class GRULayer(RecurrentLayer):
         n_t      = tanh(W_xn x_t + b_xn + r_t * (W_hn h_{t-1} + b_hn))
         h_t      = h_{t-1} + (1 - z_t) (n_t - h_{t-1})
 
-    with 1 - z_t computed as sigmoid(-...). Slow units move by little; (1 - z) n + z h, or 1 - z by subtraction, would
-    round that little away (torch's own cell does: relative errors near 1e-3 in units that keep for 10,000 steps).
+    We compute 1 - z_t as sigmoid(-...). Slow units change little per step. The form (1 - z) n + z h, or 1 - z by
+    subtraction, would round this change away. torch.nn.GRU has relative errors near 1e-3 in units with a time
+    constant of 10,000 steps.
 
-    The bias of the update gate starts at the logarithm of the time constants, spread log-uniformly from 1 step to
-    ten horizons. b_xn and b_hn are held at zero unless `input_bias`: with them each blank step writes the same into
-    the slow units, and a thousand blank steps bury the cue.
+    The bias of the update gate starts at the logarithm of time constants, log-uniform from 1 step to ten horizons.
 
-    Source: Cho et al. (2014); the bias is the "chrono" initialisation of Tallec and Ollivier (2018), spread evenly
-    and ordered instead of drawn at random.
+    b_xn and b_hn stay at zero unless `input_bias` is set. With them each blank step writes the same value into the
+    slow units. After a thousand blank steps the cue is lost.
+
+    Source: Cho et al. (2014). The bias is the "chrono" initialisation of Tallec and Ollivier (2018), but evenly
+    spaced and ordered, not random.
     """
 
     def __init__(self, in_features: int, hidden_size: int, max_horizon: int, input_bias: bool = False) -> None:
         super().__init__()
         self.state_names = ("hidden",)
         self.features = hidden_size
-        bound = hidden_size**-0.5  # torch's own
+        bound = hidden_size**-0.5  # as in torch.nn.GRU
         self.weight_ih = nn.Parameter(torch.empty(3 * hidden_size, in_features).uniform_(-bound, bound))
         self.weight_hh = nn.Parameter(nn.init.orthogonal_(torch.empty(3 * hidden_size, hidden_size)))
         self.bias_ih = nn.Parameter(torch.zeros(3 * hidden_size))
@@ -142,9 +144,9 @@ class GRULayer(RecurrentLayer):
             self.bias_hh[update] = log_spaced_timescales(hidden_size, max_horizon).log()
 
     def step(self, x: Float[Tensor, "B F"], state: LayerState) -> tuple[Tensor, LayerState]:
-        """One step."""
+        """Take one step."""
         size = self.features
-        if is_native(x):  # the same code as over a sequence, so that both round alike
+        if is_native(x):  # the code of `forward`, so both round alike
             is_init = torch.zeros(1, x.shape[0], dtype=torch.bool)
             weight_ih, bias_ih, weight, bias = self._signed()
             gates_x = F.linear(x, weight_ih, bias_ih).unsqueeze(0)
@@ -165,7 +167,7 @@ class GRULayer(RecurrentLayer):
         is_init: Bool[Tensor, "T B"],
         initial: LayerState,
     ) -> tuple[Tensor, LayerState]:
-        """A sequence."""
+        """Run a sequence."""
         recur = gru_cpp if is_native(x) else gru_recurrence
         weight_ih, bias_ih, weight, bias = self._signed()
         gates_x = F.linear(x, weight_ih, bias_ih)
@@ -173,7 +175,7 @@ class GRULayer(RecurrentLayer):
         return hidden, (hidden[-1],)
 
     def _signed(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return weights and biases of input and state with the sign of the update gate turned: u = 1 - z for z."""
+        """Return weights and biases of input and state, negated for the update gate: it becomes u = 1 - z."""
         sign = torch.ones_like(self.bias_ih)
         sign[self.features : 2 * self.features] = -1.0
         rows, biases = sign.unsqueeze(-1), sign * self.bias_mask
@@ -181,4 +183,4 @@ class GRULayer(RecurrentLayer):
 
 
 build_gru = register_backbone("gru")(layered_core_builder(GRULayer))
-"""Builds the core of `backbone=gru`: a `LayeredCore` of `GRULayer`."""
+"""Build the core of `backbone=gru`: a `LayeredCore` of `GRULayer`."""

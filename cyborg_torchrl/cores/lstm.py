@@ -17,7 +17,7 @@ from cyborg_torchrl.registry import register_backbone
 
 
 class _LSTMRecurrence(torch.autograd.Function):
-    """h_t and c_t from the input's part of the gates."""
+    """The recurrence of h_t and c_t, given the input's part of the gates."""
 
     @staticmethod
     def forward(
@@ -103,7 +103,7 @@ def lstm_recurrence(
     initial_h: Float[Tensor, "B D"],
     initial_c: Float[Tensor, "B D"],
 ) -> tuple[Float[Tensor, "T B D"], Float[Tensor, "T B D"]]:
-    """The states of an `LSTMLayer` from its gates on; see `lstm_cpp`, which it is the equal of."""
+    """Return the states of an `LSTMLayer`, given its gates. Arguments and results are those of `lstm_cpp`."""
     arguments = (gates_x, weight_hh, h_0, c_0, is_init, initial_h, initial_c)
     return _LSTMRecurrence.apply(*arguments)
 
@@ -114,20 +114,21 @@ class LSTMLayer(RecurrentLayer):
         i_t, f_t, o_t = sigmoid(W_x x_t + b_x + W_h h_{t-1} + b_h);   g_t = tanh(...)
         c_t = f_t c_{t-1} + i_t g_t;   h_t = o_t tanh(c_t)
 
-    The forget bias starts at b and the input bias at -b, with b the logarithm of time constants spread
-    log-uniformly from 1 step to ten horizons (the forget bias alone does not learn at horizon 1000). The biases of
-    g_t are held at zero unless `input_bias`: with them each blank step writes the same into the slow units, and a
-    thousand blank steps bury the cue.
+    The forget bias starts at b and the input bias at -b. Here b is the logarithm of time constants, log-uniform from
+    1 step to ten horizons. With the forget bias alone, agents do not learn at horizon 1000.
 
-    Source: Hochreiter and Schmidhuber (1997), Gers et al. (2000); biases after Tallec and Ollivier (2018), spread
-    evenly and ordered instead of drawn at random.
+    The biases of g_t stay at zero unless `input_bias` is set. With them each blank step writes the same value into
+    the slow units. After a thousand blank steps the cue is lost.
+
+    Source: Hochreiter and Schmidhuber (1997), Gers et al. (2000). The biases follow Tallec and Ollivier (2018), but
+    are evenly spaced and ordered, not random.
     """
 
     def __init__(self, in_features: int, hidden_size: int, max_horizon: int, input_bias: bool = False) -> None:
         super().__init__()
         self.state_names = ("hidden", "cell")
         self.features = hidden_size
-        bound = hidden_size**-0.5  # torch's own
+        bound = hidden_size**-0.5  # as in torch.nn.LSTM
         self.weight_ih = nn.Parameter(torch.empty(4 * hidden_size, in_features).uniform_(-bound, bound))
         self.weight_hh = nn.Parameter(nn.init.orthogonal_(torch.empty(4 * hidden_size, hidden_size)) * 0.1)
         self.bias_ih = nn.Parameter(torch.zeros(4 * hidden_size))
@@ -142,14 +143,14 @@ class LSTMLayer(RecurrentLayer):
             self.bias_hh[hidden_size : 2 * hidden_size] = log_timescales
 
     def step(self, x: Float[Tensor, "B F"], state: LayerState) -> tuple[Tensor, LayerState]:
-        """One step."""
+        """Take one step."""
         hidden, cell = state
-        if is_native(x):  # the same code as over a sequence, so that both round alike
+        if is_native(x):  # the code of `forward`, so both round alike
             is_init, gates_x = torch.zeros(1, x.shape[0], dtype=torch.bool), self._gates_x(x).unsqueeze(0)
             rows = lstm_cpp(gates_x, self.weight_hh, hidden, cell, is_init, hidden, cell)
             hidden, cell = rows[0].squeeze(0), rows[1].squeeze(0)
             return hidden, (hidden, cell)
-        # the same operations as in a sequence, in the same order: the read-out's norm magnifies rounding
+        # Use the operations of `forward` in the same order, because the read-out's norm amplifies rounding.
         gates = torch.addmm(self._gates_x(x), hidden, self.weight_hh.t())
         i, f, g, o = gates.chunk(4, -1)
         cell = torch.addcmul(torch.sigmoid(f) * cell, torch.sigmoid(i), torch.tanh(g))
@@ -163,7 +164,7 @@ class LSTMLayer(RecurrentLayer):
         is_init: Bool[Tensor, "T B"],
         initial: LayerState,
     ) -> tuple[Tensor, LayerState]:
-        """A sequence."""
+        """Run a sequence."""
         recur = lstm_cpp if is_native(x) else lstm_recurrence
         (h_0, c_0), (initial_h, initial_c) = state, initial
         hidden, cell = recur(self._gates_x(x), self.weight_hh, h_0, c_0, is_init, initial_h, initial_c)
@@ -178,4 +179,4 @@ class LSTMLayer(RecurrentLayer):
 
 
 build_lstm = register_backbone("lstm")(layered_core_builder(LSTMLayer))
-"""Builds the core of `backbone=lstm`: a `LayeredCore` of `LSTMLayer`."""
+"""Build the core of `backbone=lstm`: a `LayeredCore` of `LSTMLayer`."""

@@ -1,4 +1,4 @@
-"""`mamba`: the Mamba-1 block as a core that streams."""
+"""`mamba`: the Mamba-1 block as a core with an explicit state."""
 
 from __future__ import annotations
 
@@ -21,20 +21,22 @@ SCANS = {"torch": selective_scan, "cpp": selective_scan_cpp, "cuda": selective_s
 
 
 class MambaBlock(Core):
-    """Mamba-1 with an explicit state.
+    """The Mamba-1 block with an explicit state.
 
         u_t, z_t = W_in x_t;    u_t := silu(conv(u)_t)
         dt_t, B_t, C_t = W_x u_t;    delta_t = softplus(W_dt dt_t + b_dt)
         h_t = exp(delta_t A) h_{t-1} + delta_t u_t B_t
         y_t = W_out ((readout(C_t h_t) + D u_t) * silu(z_t))
 
-    Parameters have the names and shapes of the official block, so its weights load with `strict=True`; build it with
-    `official=True` to compute what the official block computes. What we change otherwise: dt, B and C are
-    RMS-normalised (as in Jamba and Falcon-Mamba); step sizes are spread log-uniformly from a tenth of the horizon's
-    inverse to .3 and ordered by channel; what is read out is normalised in groups of time-scales, before the skip
-    D u_t, which starts at 0; and the convolution has no bias, so that a blank step writes nothing.
+    Parameters have the names and shapes of the official block, so its weights load with `strict=True`. With
+    `official=True` the block computes the same function. Otherwise it differs as follows:
 
-    State: `mamba_conv` [B, d_inner, d_conv], the last inputs of the convolution; `mamba_ssm` [B, d_inner, d_state].
+    - dt, B and C are RMS-normalised, as in Jamba and Falcon-Mamba.
+    - Step sizes are log-uniform from 0.1 / max_horizon to 0.3, and ordered by channel.
+    - The read-out is normalised in groups of time-scales. The skip D u_t is added after the norm, and D starts at 0.
+    - The convolution has no bias, so a blank step writes nothing.
+
+    State: `mamba_conv` [B, d_inner, d_conv], the last inputs of the convolution, and `mamba_ssm` [B, d_inner, d_state].
 
     Args:
         d_model: width of input and output.
@@ -44,11 +46,11 @@ class MambaBlock(Core):
         max_horizon: steps that memory should bridge.
         readout: "timescale_norm" or "none".
         readout_groups: groups of the time-scale norm.
-        official: compute what the official block computes (no norms, biases trained, D starting at 1).
+        official: compute the same as the official block: no norms, trained biases, D starts at 1.
         learn_initial_state: make the initial state a parameter.
-        kernel: "torch", "cpp" (the C++ scan, on a CPU), "cuda" (mamba-ssm's), or "auto": the fastest that is there.
+        kernel: "torch", "cpp" (the C++ scan, on a CPU), "cuda" (mamba-ssm's kernel) or "auto" (the fastest available).
 
-    Source: Gu and Dao (2023), "Mamba"; norms: Lieber et al. (2024), "Jamba".
+    Source: Gu and Dao (2023), "Mamba". The norms are from Lieber et al. (2024), "Jamba".
     """
 
     def __init__(
@@ -77,7 +79,7 @@ class MambaBlock(Core):
         self.A_log = nn.Parameter(torch.arange(1, d_state + 1).log().repeat(d_inner, 1))
         self.D = nn.Parameter(torch.full((d_inner,), float(official)))
         self.out_proj = nn.Linear(d_inner, d_model, bias=False)
-        # what is written by one step of size 1 is read as the product of B and C, which are N numbers of size 1
+        # a write with step size 1 is read as the product of B and C: a sum of N terms of size 1
         timescales = 1.0 / (d_state * step_sizes(d_inner, max_horizon))
         self.readout = build_readout("none" if official else readout, d_inner, readout_groups, timescales)
         self.initial = InitialState(self.state_shapes, learn_initial_state)
@@ -88,20 +90,20 @@ class MambaBlock(Core):
             self.dt_proj.bias.copy_(step_size_bias(d_inner, max_horizon))
 
     def initial_state(self, batch: int) -> State:
-        """Returns {"mamba_conv": [batch, d_inner, d_conv], "mamba_ssm": [batch, d_inner, d_state]}."""
+        """Return {"mamba_conv": [batch, d_inner, d_conv], "mamba_ssm": [batch, d_inner, d_state]}."""
         return self.initial(batch)
 
     def step(self, x: Float[Tensor, "B F"], state: State) -> tuple[Float[Tensor, "B D"], State]:
-        """One step."""
+        """Take one step."""
         u, z = self.in_proj(x).chunk(2, -1)
         u, conv = causal_conv_step(u, *self._conv_parameters(), state["mamba_conv"])
         delta, b, c = self._select(u)
-        if self.kernel.choose(x.device, x.dtype) == "cpp":  # the same code as over a sequence, so that both round alike
+        if self.kernel.choose(x.device, x.dtype) == "cpp":  # the code of `forward`, so both round alike
             is_init, ssm = torch.zeros(1, x.shape[0], dtype=torch.bool), state["mamba_ssm"]
             u_1, delta_1, b_1, c_1 = (row.unsqueeze(0) for row in (u, delta, b, c))
             y, ssm = selective_scan_cpp(u_1, delta_1, -torch.exp(self.A_log), b_1, c_1, ssm, is_init, ssm)
             return self._emit(y.squeeze(0), u, z), {"mamba_conv": conv, "mamba_ssm": ssm}
-        # [B, N, D] in memory and in the order of the scan, so that both round alike
+        # [B, N, D] in memory, with the operations of the scan in the same order: both round alike.
         decay = torch.exp2(delta.unsqueeze(1) * (-torch.exp(self.A_log).t() * LOG2_E))
         drive = (delta * u).unsqueeze(1) * b.unsqueeze(2)
         ssm = torch.addcmul(drive, decay, state["mamba_ssm"].transpose(1, 2))
@@ -112,10 +114,10 @@ class MambaBlock(Core):
     def forward(
         self, x: Float[Tensor, "B T F"], state: State, is_init: Bool[Tensor, "B T"]
     ) -> tuple[Float[Tensor, "B T D"], State]:
-        """A sequence."""
+        """Run a sequence."""
         x, is_init = x.transpose(0, 1).contiguous(), is_init.transpose(0, 1).contiguous()
         initial = self.initial_state(x.shape[1])
-        # the weight is split, and not what it makes: each part is contiguous, and no gradient is put together
+        # Split the weight, not the product: each part is contiguous, and backward joins no gradients.
         u, z = (F.linear(x, weight) for weight in self.in_proj.weight.chunk(2))
         u, conv = causal_conv(u, *self._conv_parameters(), state["mamba_conv"], is_init, initial["mamba_conv"])
         delta, b, c = self._select(u)
@@ -129,7 +131,7 @@ class MambaBlock(Core):
         return self.conv1d.weight.squeeze(1), self.conv1d.bias
 
     def _select(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """How much, what and where: delta [..., d_inner], B and C [..., N]."""
+        """Return the step sizes delta [..., d_inner], the write vector B and the read vector C [..., N]."""
         dt, b, c = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], -1)
         if not self.official:
             dt, b, c = 2.0 * rms_normalize(dt), rms_normalize(b), rms_normalize(c)

@@ -1,4 +1,4 @@
-"""`mamba2`: the Mamba-2 block as a core that streams."""
+"""`mamba2`: the Mamba-2 block as a core with an explicit state."""
 
 from __future__ import annotations
 
@@ -17,21 +17,24 @@ from cyborg_torchrl.cores.timescale import build_readout, rms_normalize, step_si
 
 
 class Mamba2Block(Core):
-    """Mamba-2 (SSD) with an explicit state.
+    """The Mamba-2 block (SSD) with an explicit state.
 
         z_t, (u_t, B_t, C_t), dt_t = W_in x_t;    u, B, C := silu(conv(u, B, C))
         delta_t = softplus(dt_t + b_dt),  one for each head of P channels
         h_t = exp(delta_t A) h_{t-1} + delta_t u_t B_t^T
         y_t = W_out norm((readout(h_t C_t) + D u_t) * silu(z_t))
 
-    Parameters have the names and shapes of the official block (with one group), so its weights load with
-    `strict=True`; build it with `official=True` to compute what the official block computes. What we change
-    otherwise is what `MambaBlock` changes: B and C are RMS-normalised, step sizes are spread by the horizon and
-    ordered by head, with A = -1, what is read out is normalised in groups of time-scales, D starts at 0, and the
-    convolution has no bias; `norm`, an RMSNorm in the official block, is left out, since the read-out is normalised
-    already. Heads are small, so that there are many time-scales.
+    Parameters have the names and shapes of the official block with one group, so its weights load with `strict=True`.
+    With `official=True` the block computes the same function. Otherwise it differs as `MambaBlock` does:
 
-    State: `mamba_conv` [B, d_inner + 2 d_state, d_conv], the last inputs of the convolution; `mamba_ssm`
+    - B and C are RMS-normalised.
+    - Step sizes are log-uniform over the horizon and ordered by head. A starts at -1.
+    - The read-out is normalised in groups of time-scales. It replaces `norm`, the RMSNorm of the official block.
+    - D starts at 0, and the convolution has no bias.
+
+    Heads are small, so that there are many time-scales.
+
+    State: `mamba_conv` [B, d_inner + 2 d_state, d_conv], the last inputs of the convolution, and `mamba_ssm`
     [B, heads, P, d_state].
 
     Args:
@@ -43,10 +46,10 @@ class Mamba2Block(Core):
         max_horizon: steps that memory should bridge.
         readout: "timescale_norm" or "none".
         readout_groups: groups of the time-scale norm.
-        official: compute what the official block computes (no added norms, biases trained, D starting at 1).
+        official: compute the same as the official block: no added norms, trained biases, D starts at 1.
         learn_initial_state: make the initial state a parameter.
-        kernel: "torch" or "auto", which are the same, or "cuda" (mamba-ssm's, whose products are rounded to TF32: on a
-            GPU sequences were seen to differ by 2e-3 of the largest output from the steps that the agent acts with).
+        kernel: "torch", "auto" (the same), or "cuda" (mamba-ssm's kernel). Products of "cuda" are rounded to TF32: we
+            measured differences between `forward` and `step` of 2e-3 of the largest output.
 
     Source: Dao and Gu (2024), "Transformers are SSMs".
     """
@@ -83,21 +86,21 @@ class Mamba2Block(Core):
         self.conv1d = nn.Conv1d(conv_channels, conv_channels, d_conv, groups=conv_channels, bias=official)
         self.norm = nn.RMSNorm(d_inner, eps=1e-5) if official else nn.Identity()
         self.out_proj = nn.Linear(d_inner, d_model, bias=False)
-        # what is written by one step of size 1 is read as the product of B and C, which are N numbers of size 1
+        # a write with step size 1 is read as the product of B and C: a sum of N terms of size 1
         timescales = (1.0 / (d_state * step_sizes(heads, max_horizon))).repeat_interleave(headdim)
         self.readout = build_readout("none" if official else readout, d_inner, readout_groups, timescales)
         self.initial = InitialState(self.state_shapes, learn_initial_state)
         self.kernel = Kernel(kernel, {"torch": ssd_scan, "cuda": ssd_scan_cuda}, is_cuda_exact=False)
-        # repeats one number a head for all of its channels; broadcasting over rows of 8 is far slower
+        # This matrix repeats a head's number for its channels. Broadcasting over rows of 8 numbers is far slower.
         self.spread: Tensor
         self.register_buffer("spread", torch.eye(heads).repeat_interleave(headdim, 1), persistent=False)
 
     def initial_state(self, batch: int) -> State:
-        """Returns {"mamba_conv": [batch, channels, d_conv], "mamba_ssm": [batch, heads, P, d_state]}."""
+        """Return {"mamba_conv": [batch, channels, d_conv], "mamba_ssm": [batch, heads, P, d_state]}."""
         return self.initial(batch)
 
     def step(self, x: Float[Tensor, "B F"], state: State) -> tuple[Float[Tensor, "B D"], State]:
-        """One step."""
+        """Take one step."""
         z, xbc, dt = self.in_proj(x).split(self.parts, -1)
         xbc, conv = causal_conv_step(xbc, *self._conv_parameters(), state["mamba_conv"])
         u, b, c, delta, a = self._select(xbc, dt)
@@ -109,10 +112,10 @@ class Mamba2Block(Core):
     def forward(
         self, x: Float[Tensor, "B T F"], state: State, is_init: Bool[Tensor, "B T"]
     ) -> tuple[Float[Tensor, "B T D"], State]:
-        """A sequence."""
+        """Run a sequence."""
         x, is_init = x.transpose(0, 1).contiguous(), is_init.transpose(0, 1).contiguous()
         initial = self.initial_state(x.shape[1])
-        # the weight is split, and not what it makes: each part is contiguous, and no gradient is put together
+        # Split the weight, not the product: each part is contiguous, and backward joins no gradients.
         z, xbc, dt = (F.linear(x, weight) for weight in self.in_proj.weight.split(self.parts))
         xbc, conv = causal_conv(xbc, *self._conv_parameters(), state["mamba_conv"], is_init, initial["mamba_conv"])
         u, b, c, delta, a = self._select(xbc, dt)
@@ -125,7 +128,7 @@ class Mamba2Block(Core):
         return self.conv1d.weight.squeeze(1), self.conv1d.bias
 
     def _select(self, xbc: Tensor, dt: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """What [..., H P], B and C [..., N], how much [..., H], and the state matrix A [H]."""
+        """Return the input u [..., H P], B and C [..., N], the step sizes [..., H] and the state matrix A [H]."""
         u, b, c = xbc.split(self.conv_parts, -1)
         if not self.official:
             b, c = rms_normalize(b), rms_normalize(c)

@@ -14,13 +14,13 @@ from cyborg_torchrl.cores.timescale import build_readout, step_size_bias, step_s
 
 
 class PseudoMambaBlock(Core):
-    """What is left of Mamba with one number of state a channel: no convolution, no B and C.
+    """Mamba reduced to one state number per channel, without the convolution, B and C.
 
         u_t, z_t, d_t = W_in x_t;    delta_t = softplus(d_t + b);    a_t = exp(-delta_t)
         h_t = a_t h_{t-1} + (1 - a_t) u_t
         y_t = W_out ((readout(h_t) + D u_t) * silu(z_t))
 
-    Step sizes, time-scales and the read-out are those of `MambaBlock`; D starts at 0.
+    Step sizes, time-scales and the read-out are the same as in `MambaBlock`. D starts at 0.
 
     State: `mamba_ssm` [B, d_inner].
 
@@ -32,8 +32,8 @@ class PseudoMambaBlock(Core):
         readout_groups: groups of the time-scale norm.
         learn_initial_state: make the initial state a parameter.
 
-    Source: the selective decay and zero-order hold of Gu and Dao (2023), theorem 1, where such a cell is shown to be
-    a gated recurrent unit; the output gate and skip of its block.
+    Source: the selective decay and zero-order hold of Gu and Dao (2023). Their theorem 1 shows that such a cell is a
+    gated recurrent unit. The output gate and the skip come from their block.
     """
 
     def __init__(
@@ -58,11 +58,11 @@ class PseudoMambaBlock(Core):
         self.initial = InitialState(self.state_shapes, learn_initial_state)
 
     def initial_state(self, batch: int) -> State:
-        """Returns {"mamba_ssm": [batch, d_inner]}."""
+        """Return {"mamba_ssm": [batch, d_inner]}."""
         return self.initial(batch)
 
     def step(self, x: Float[Tensor, "B F"], state: State) -> tuple[Float[Tensor, "B D"], State]:
-        """One step."""
+        """Take one step."""
         u, z, decay, drive = self._gates(x)
         hidden = torch.addcmul(drive, decay, state["mamba_ssm"])
         return self._emit(hidden, u, z), {"mamba_ssm": hidden}
@@ -70,7 +70,7 @@ class PseudoMambaBlock(Core):
     def forward(
         self, x: Float[Tensor, "B T F"], state: State, is_init: Bool[Tensor, "B T"]
     ) -> tuple[Float[Tensor, "B T D"], State]:
-        """A sequence."""
+        """Run a sequence."""
         u, z, decay, drive = self._gates(x.transpose(0, 1).contiguous())
         initial = self.initial_state(x.shape[0])["mamba_ssm"]
         is_init = is_init.transpose(0, 1).contiguous()

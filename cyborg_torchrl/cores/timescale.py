@@ -1,4 +1,4 @@
-"""Time-scales of a memory: how they are spread over channels, and how their read-out is made equally loud."""
+"""Time-scales of a memory: their spread over channels, and a norm that gives their read-outs equal magnitude."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ READOUTS = ("timescale_norm", "none")
 
 
 def log_spaced_timescales(channels: int, max_horizon: int, reach: float = 10.0) -> Float[Tensor, " D"]:
-    """Time constants in steps, log-uniform from 1 to `reach * max_horizon`, in ascending order, [channels].
+    """Return time constants in steps, log-uniform from 1 to `reach * max_horizon`, ascending, [channels].
 
     Raises:
         ValueError: if channels or max_horizon is below 1.
@@ -52,26 +52,26 @@ class _GroupNorm(torch.autograd.Function):
 
 
 class TimescaleNorm(nn.Module):
-    """RMS-normalises a memory's read-out in groups of neighbouring time-scales, each group by itself.
+    """RMS norm of a memory's read-out, applied separately to groups of neighbouring time-scales.
 
         y_g = x_g / sqrt(mean(x_g^2) + eps)    for each group g of channels
 
-    Slow channels write little at each step. Under one norm over all channels the present drowns the past; here
-    every band of time-scales is equally loud. Channels must be ordered by time-scale. No parameters. A memory that
-    is exactly zero stays zero and gets no gradient there, where the slope would be 1 / sqrt(eps).
+    Slow channels write little at each step. One norm over all channels would let the fast ones hide them. Here every
+    band of time-scales has the same magnitude. Channels must be ordered by time-scale. There are no parameters. A
+    memory that is exactly zero stays zero. It gets no gradient, because the slope would be 1 / sqrt(eps).
 
     Args:
         features: channels of the read-out, D.
-        groups: number of groups; reduced to the largest divisor of D that leaves four channels or more to a group.
-            One channel alone would be normalised to its sign, and two cross zero together so often that rounding
-            would show. 1 is plain RMSNorm.
-        eps: floor of the mean square; small, since slow channels are small.
-        timescales: multiplied to the channels before the norm, [D]. Where one write is a slow channel's step size, this
-            makes writes alike in all bands, so that `eps` can be large enough to leave numbers alone that cancelled
-            to next to nothing, whose digits would be noise. None: channels as they are.
+        groups: number of groups, reduced to the largest divisor of D with at least four channels in a group. A group
+            of one channel would keep only its sign. Two channels cross zero together so often that rounding would
+            show. 1 is plain RMSNorm.
+        eps: floor of the mean square. It is small, because slow channels are small.
+        timescales: factors of the channels before the norm, [D]. Use them if the size of a write is the channel's
+            step size: then writes have the same size in all bands. This allows a larger `eps`, which does not amplify
+            the rounding noise of sums that cancel. None: no factors.
 
-    Source: our own finding, with its ablation in docs/ablations.md; the group form is that of group
-    normalisation (Wu and He, 2018) with the mean kept, as in RMSNorm (Zhang and Sennrich, 2019).
+    Source: our own finding, with an ablation in docs/ablations.md. The groups follow group normalisation (Wu and He,
+    2018). The mean is kept, as in RMSNorm (Zhang and Sennrich, 2019).
     """
 
     def __init__(
@@ -84,8 +84,8 @@ class TimescaleNorm(nn.Module):
         self.eps = eps
         self.timescales: Tensor | None
         self.register_buffer("timescales", timescales, persistent=False)
-        # means over groups, and numbers of groups repeated for their channels, are matrix products: far faster than
-        # reductions over, and broadcasts to, a few numbers at a time
+        # Matrix products compute the means over groups and repeat a group's number for its channels. This is far
+        # faster than reductions and broadcasts over a few numbers at a time.
         group = torch.eye(self.groups).repeat_interleave(features // self.groups, 0)
         self.average: Tensor
         self.register_buffer("average", group * (self.groups / features), persistent=False)
@@ -94,7 +94,7 @@ class TimescaleNorm(nn.Module):
         self.register_buffer("spread", group.t().contiguous() * scales, persistent=False)
 
     def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
-        """Returns the normalised read-out, of the same shape."""
+        """Return the normalised read-out, of the same shape."""
         if is_native(x) and x.dtype == self.average.dtype:
             return group_norm_cpp(x, self.timescales, self.groups, self.eps)
         if torch.is_grad_enabled() and x.requires_grad and x.ndim > 1:
@@ -102,9 +102,9 @@ class TimescaleNorm(nn.Module):
         return x * self.factors(x)
 
     def factors(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
-        """What each channel is multiplied by: its time-scale over its group's root mean square.
+        """Return the factor of each channel: its time-scale divided by the root mean square of its group.
 
-        Zero for a group that is exactly zero.
+        The factor is zero for a group that is exactly zero.
         """
         scaled = x if self.timescales is None else x * self.timescales
         mean_square = torch.matmul(scaled.square(), self.average.to(x.dtype))
@@ -112,21 +112,21 @@ class TimescaleNorm(nn.Module):
         return torch.matmul(scale, self.spread.to(x.dtype))
 
     def backward(self, grad_y: Tensor, y: Tensor, factors: Tensor, out: Tensor) -> Tensor:
-        """Writes the gradient of x, f (g - y mean_g(g y)), to `out`; without a graph."""
+        """Write the gradient of x, f (g - y mean_g(g y)), to `out`, outside of autograd."""
         mean = torch.matmul(torch.mul(grad_y, y), self.average.to(y.dtype))
         share = torch.matmul(mean, (self.average > 0).to(y.dtype).t())
         return torch.addcmul(grad_y, y, share, value=-1.0, out=out).mul_(factors)
 
     def extra_repr(self) -> str:
-        """Shows the options."""
+        """Return the options as text."""
         return f"groups={self.groups}, eps={self.eps}"
 
 
 def build_readout(name: str, features: int, groups: int, timescales: Float[Tensor, " D"] | None = None) -> nn.Module:
-    """Returns the module between a memory and what reads it: "timescale_norm", or "none" for the bare state.
+    """Return the module after a memory: "timescale_norm", or "none" for the bare state.
 
     Raises:
-        ValueError: if there is no such read-out.
+        ValueError: if the name is unknown.
     """
     if name == "timescale_norm":
         return TimescaleNorm(features, groups, 1e-12 if timescales is None else 1e-4, timescales)
@@ -136,20 +136,19 @@ def build_readout(name: str, features: int, groups: int, timescales: Float[Tenso
 
 
 def rms_normalize(x: Float[Tensor, "*B D"], eps: float = 1e-5) -> Float[Tensor, "*B D"]:
-    """Divides by the root mean square over the last dimension; no parameters."""
+    """Divide by the root mean square over the last dimension. There are no parameters."""
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
 
 
 def step_sizes(channels: int, max_horizon: int, dt_max: float = 0.3) -> Float[Tensor, " D"]:
-    """Step sizes from `dt_max` down to .1 / max_horizon, log-uniform, [channels].
+    """Return step sizes from `dt_max` down to 0.1 / max_horizon, log-uniform, [channels].
 
-    Channels are in ascending order of their time-scale 1 / delta, which reaches ten horizons where the state matrix
-    is -1.
+    Channels are in ascending order of their time-scale 1 / delta. With a state matrix of -1 it reaches ten horizons.
     """
     return torch.logspace(math.log10(dt_max), math.log10(0.1 / max_horizon), channels)
 
 
 def step_size_bias(channels: int, max_horizon: int, dt_max: float = 0.3) -> Float[Tensor, " D"]:
-    """Biases b with softplus(b) = `step_sizes`, [channels]."""
+    """Return biases b with softplus(b) = `step_sizes`, [channels]."""
     delta = step_sizes(channels, max_horizon, dt_max)
     return delta + torch.log(-torch.expm1(-delta))
