@@ -38,6 +38,7 @@ class BackboneStep:
     def before(self, entries: FlatDict) -> State:
         """Return the state before the step: the initial state where an episode begins."""
         state = {name: entries[key].to(self.dtype) for name, key in self.backbone.state_keys.items()}
+        # Most steps begin no episode; then the restart, which reads every state, is skipped.
         if self.may_begin:
             state = restart(state, self.initial, entries[self.backbone.is_init_key].squeeze(-1))
         return state

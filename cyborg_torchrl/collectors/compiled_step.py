@@ -71,8 +71,10 @@ class CompiledStep:
         self._check(x, (self.num_envs, self.observed))
         for value in before:
             self._check(value, (self.num_envs, 1, self.channels))
+        # New tensors at each step: the rollout keeps those of the steps before.
         after = [torch.empty_like(value) for value in before]
         policy, value = x.new_empty(self.num_envs, self.actions), x.new_empty(self.num_envs, 1)
+        # Starting a thread costs as much as some rows, so small batches run on one.
         threads = min(torch.get_num_threads(), 1 + self.num_envs // ROWS_PER_THREAD)
         self._run(
             self._sizes, *self._epsilons, self.num_envs, threads, self.parameters.data_ptr(), x.data_ptr(),

@@ -55,6 +55,7 @@ class GraphedPolicy:
                 if key in carried:  # the first step may have entries that the policy never reads
                     value.copy_(carried[key])
         self._replay()
+        # Copies, since the next replay overwrites the outputs.
         return {key: value.clone() for key, value in self._outputs.items()}
 
     def _run(self) -> FlatDict:
@@ -67,6 +68,7 @@ def captured_on_cuda(run: Run) -> Callable[[], None]:
 
     Source: PyTorch's "CUDA semantics", section "CUDA Graphs": warm up on another stream, then capture.
     """
+    # The warm-up draws random numbers. Its generator is restored, so that graph and no graph draw the same ones.
     random_state = torch.cuda.get_rng_state()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

@@ -67,12 +67,14 @@ class EnvStepper:
             self.states.append(TensorDict({key: self.carried[key] for key in self.state_keys}, self.env.batch_size))
         written = self.policy(self.carried, may_begin=self._may_begin)
         after, begins, is_over = self._step.step(self.carried, written)
+        # Entries of the policy win over carried ones with the same name, as in a tensordict.
         before = {**self.carried, **written}
         self._writer.append(
             [(key, value) for key, value in before.items() if key not in self._dropped],
             [(key, value) for key, value in after.items() if key not in self._dropped_after],
         )
         is_last = self._time == self._steps - 1
+        # The value of a truncated episode needs the memory state of its last observation, which exists only now.
         if is_last or (self._step.is_ever_cut and is_over is not None):
             self._value_where_cut(after, is_last)
         self.carried, self._may_begin = begins, is_over is not None
@@ -82,6 +84,7 @@ class EnvStepper:
         """Return the steps [N, T], and the entries with which the next rollout begins."""
         tensors = self._writer.tensors
         del self._writer  # the caller may then free the rollout
+        # One tensordict for the whole rollout; the steps themselves never were tensordicts.
         steps = TensorDict(tensors, [*self.env.batch_size, self._steps])
         if steps.ndim == 2:
             check_finite(steps, self._checked)

@@ -47,6 +47,7 @@ class RolloutWriter:
 
     def append(self, before: Iterable[tuple[NestedKey, Tensor]], after: Iterable[tuple[NestedKey, Tensor]]) -> None:
         """Add one step: the entries before it, including those of the policy, and the entries after it."""
+        # Steps are collected as lists first: one stacked write of many steps is faster than a write for each step.
         for rows, entries in ((self._before, before), (self._after, after)):
             for key, value in entries:
                 rows[key].append(value)

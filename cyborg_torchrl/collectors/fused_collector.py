@@ -89,7 +89,7 @@ class FusedCollector(Collector):
         policy.begin(self.n_env)
         before: FlatDict = {}
         now: list[NestedKey] = []
-        may_begin = True
+        may_begin = True  # at the first step the flags are read, later only after a step that ended an episode
         for _ in range(self.frames_per_batch):
             written = policy(carried, may_begin=may_begin)
             after, begins, is_over = env.step(carried, written)
@@ -129,6 +129,7 @@ class FusedCollector(Collector):
 
     def _fuse(self) -> str:
         """Prepare the fused step; return the reason if there is none."""
+        # Options of TorchRL's collector that this fast path does not support; the first one that is set is reported.
         reasons = {
             "actions are not sampled": self.exploration_type is not ExplorationType.RANDOM,
             "there are no buffers to collect into (use_buffers)": not self._use_buffers,

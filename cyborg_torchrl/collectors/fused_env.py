@@ -41,6 +41,7 @@ class FusedEnv:
         """Values of entries at an episode's first step: sums of rewards, memory states."""
         self.has_is_init = False
         self._then: list[Callable[[FlatDict, FlatDict], None]] = []
+        # Exact types, since a subclass may do something else.
         for transform in transforms:
             if type(transform) is InitTracker:
                 self.has_is_init = True
@@ -77,11 +78,14 @@ class FusedEnv:
             after[keys.IS_INIT] = self.never
         for then in self._then:
             then(after, carried)
+        # Entries that were not written in this step keep their values.
         for key in self.defaults:
             if key not in after:
                 after[key] = written.get((keys.NEXT, *_parts(key)), carried[key])
+        # The next step begins with the same tensors; the reward belongs to "next" only.
         begins = dict(after)
         del begins[keys.REWARD]
+        # Most steps end no episode, so the common case returns here, without a reset.
         if not bool(terminated.any()):
             return after, begins, None
         begins[keys.OBSERVATION], begins[keys.SUCCESS] = self.task.restart(terminated.squeeze(-1))
@@ -158,6 +162,7 @@ class OpaqueEnv:
 
     def step(self, carried: FlatDict, written: FlatDict) -> Step:
         """Take a step, as `FusedEnv.step` does."""
+        # TorchRL steps a tensordict, so the entries are packed here and unpacked below.
         played = TensorDict({**carried, **written}, self.env.batch_size, device=self.env.device)
         played, begins = self.env.step_and_maybe_reset(played)
         after = flat(played.get(keys.NEXT))

@@ -75,6 +75,7 @@ class FusedPolicy:
         """
         for step in self._backbones:
             step.begin(num_envs)
+        # Parameters may have changed since the last rollout, so the compiled step is built anew.
         compiled = None if self._networks is None else compile_step(self._networks, self._backbones[0], num_envs)
         self._rollout_calls = self.calls if compiled is None else [compiled, self.calls[-1]]
 
@@ -100,6 +101,7 @@ class FusedPolicy:
             carried: the entries before the step.
             may_begin: True if an episode may begin at this step. If not, `is_init` is not read.
         """
+        # A shallow copy: calls add and replace entries, and never write into the tensors of the step before.
         entries = dict(carried)
         for step in self._backbones:
             step.may_begin = may_begin

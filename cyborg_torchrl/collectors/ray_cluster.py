@@ -45,6 +45,7 @@ class RayCluster:
     ) -> None:
         if importlib.util.find_spec("ray") is None:
             raise UnavailableError("collecting on Ray needs the package ray: pip install 'cyborg-torchrl[ray]'.")
+        # Before the import, which reads the variable.
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         import ray
 
@@ -128,6 +129,7 @@ class RayCluster:
             raise _no_cluster(address or "local", error) from None
 
     def _check_size(self, num_workers: int) -> None:
+        # Ray would wait without a message for resources that the cluster does not have.
         there = self._ray.cluster_resources()
         for name, key in (("CPU", "num_cpus"), ("GPU", "num_gpus")):
             needed, found = num_workers * self._shares[key], there.get(name, 0.0)

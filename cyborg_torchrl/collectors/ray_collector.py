@@ -79,6 +79,7 @@ class RayRolloutCollector:
         self._options = {"frames_per_batch": batch, "total_frames": batch, **options}
         self._starts = [0] * len(makers)
         self._worker = cluster.actor_class(RayWorker)
+        # The networks are sent once, and later only their parameters, which are sent once for all workers.
         self._copy = cluster.put(copy.deepcopy(self._modules).cpu())
         self._parameters: Any = None
         self.update_policy_weights_()
@@ -94,6 +95,7 @@ class RayRolloutCollector:
 
     def rollout(self) -> Rollout:
         """Collect one rollout of all workers; episodes continue from the last one."""
+        # Results are placed by worker, not by time of arrival, so a rollout does not depend on timing.
         parts: list[Rollout | None] = [None] * len(self._workers)
         deaths = [0] * len(self._workers)
         running = {self._ask(index): index for index in range(len(self._workers))}
@@ -107,6 +109,7 @@ class RayRolloutCollector:
                 part = self._cluster.get(reference)
                 parts[index] = part if isinstance(part, Rollout) else part.refuse(index)
             except self._cluster.deaths as error:
+                # Only this worker is asked again; the results of the others stay.
                 deaths[index] += 1
                 self._replace(index, deaths[index], error)
                 running[self._ask(index)] = index
@@ -194,6 +197,7 @@ class RayRolloutCollector:
         self.deaths += 1
         LOGGER.warning("worker %d died; its unfinished batch is lost, and a new worker replaces it.", index)
         self._cluster.end(self._workers[index])
+        # The replacement has another seed; otherwise it would repeat the episodes of the dead worker.
         self._starts[index] += 1
         self._workers[index] = self._started(index)
 

@@ -45,6 +45,7 @@ class RayWorker:
         options: Mapping[str, Any],
         num_threads: int,
     ) -> None:
+        # A worker is a process of the cluster, so it sets threads and denormals for itself.
         prepare_cpu(num_threads)
         env = make_env(seed)
         torch.manual_seed(seed)
@@ -54,6 +55,7 @@ class RayWorker:
 
     def rollout(self, parameters: Mapping[str, Tensor]) -> Rollout | NonFinite:
         """Collect a rollout with these parameters."""
+        # In place: the collector holds this policy, and perhaps a compiled step over its tensors.
         with torch.no_grad():
             for name, value in named_tensors(self.modules).items():
                 value.copy_(parameters[name])

@@ -29,6 +29,7 @@ def restore_stepper(env: EnvBase, state: Mapping[str, Any]) -> tuple[TensorDictB
     """
     carried: TensorDictBase = TensorDict(state["carried"], env.batch_size, device=env.device)
     lost = set_environment_state(env, state["env"])
+    # Environments that could not be restored begin new episodes; all others continue.
     if lost.any():
         is_reset = lost.to(carried.device).reshape(env.full_done_spec["done"].shape)
         carried = env.reset(carried.set("_reset", is_reset)).exclude("_reset")
@@ -56,6 +57,7 @@ def resume_collector(collector: Any, state: Mapping[str, Any]) -> int:
     """
     if not isinstance(collector, Collector):
         return collector.load_state_dict(state)
+    # TorchRL's collector holds the carried entries in a tensordict of fixed tensors, so copy into it.
     carried, lost = restore_stepper(collector.env, state["tracks"][0])
     for key, value in carried.items(True, True):
         collector._carrier.set(key, value)

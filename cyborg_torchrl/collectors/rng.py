@@ -12,6 +12,7 @@ import torch
 
 def random_state() -> dict[str, Any]:
     """Return the states of torch's, NumPy's and Python's generators as tensors and numbers."""
+    # NumPy's and Python's states become tensors, since checkpoints hold no other arrays.
     name, words, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002 -- environments may use it
     version, numbers, gauss_next = random.getstate()
     return {

@@ -103,6 +103,7 @@ class RolloutCollector:
         with set_exploration_type(ExplorationType.RANDOM), set_recurrent_mode(False):
             steps, states = self._rollout_on_tensors(self._stepper) if self._stepper else self._rollout()
         stored_states = stacked_states(states, self.state_keys, self.env)
+        # Buffers and losses expect a batch of environments, so a single environment becomes a batch of one.
         if len(self.env.batch_size) == 0:
             steps, stored_states = steps.unsqueeze(0), stored_states.unsqueeze(0)
         return Rollout(steps.filter_empty_(), stored_states, self.state_steps)
@@ -152,10 +153,12 @@ class RolloutCollector:
     def _recorded(self, played: TensorDictBase, *, is_last: bool) -> TensorDictBase:
         """Return a step without its states, and with the value of a truncated episode's last observation."""
         following, record = played.get(keys.NEXT), played.exclude(*self._dropped)
+        # A policy without a critic writes no value; it is computed with the state before the step.
         if record.get(keys.VALUE, None) is None:
             read = played.select(*self.value_operator.in_keys, strict=False)
             record.set(keys.VALUE, self.value_operator(read).get(keys.VALUE))
         terminated = following.get(keys.TERMINATED)
+        # Episodes still running at the end of a rollout are bootstrapped like truncated ones.
         is_cut = ~terminated if is_last else following.get(keys.DONE) & ~terminated
         value = torch.zeros_like(record.get(keys.VALUE))
         if bool(is_cut.any()):

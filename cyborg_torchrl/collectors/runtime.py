@@ -20,7 +20,7 @@ def prepare_cpu(num_threads: int = 1) -> None:
     A memory state that decays becomes a denormal number, which a CPU computes ten times slower.
     """
     torch.set_num_threads(num_threads)
-    torch.set_flush_denormal(True)
+    torch.set_flush_denormal(True)  # decayed memory states are denormal numbers
     keep_freed_memory()
 
 

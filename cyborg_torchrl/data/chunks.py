@@ -56,6 +56,8 @@ def windows(row: Int[Tensor, " B"], rows_per_env: int, seq_len: int, burn_in: in
     replayed = start.clamp_max(burn_in)
     length = replayed + (num_steps - start).clamp_max(seq_len)
     offset = torch.arange(burn_in + seq_len, device=row.device)
+    # Sequences of a batch differ in length: at the start of a rollout there is less burn-in to replay, and the last
+    # chunk may be shorter. All get K + L places, and the flags mark the real ones.
     is_inside = offset < length.unsqueeze(1)
     is_burn_in = offset < replayed.unsqueeze(1)
     position = (row * seq_len - replayed).unsqueeze(1) + torch.minimum(offset, (length - 1).unsqueeze(1))
@@ -87,6 +89,8 @@ def pack_episodes(is_init: Bool[Tensor, "N T"], row_length: int) -> Packing:
     Source: best-fit decreasing bin packing (Johnson, 1974): at most 11/9 of the least number of rows, plus one.
     """
     num_envs, steps = is_init.shape
+    # An episode is a stretch from one beginning to the next. The first step of the rollout begins one as well, since an
+    # episode that continues from the rollout before is a stretch of its rows too.
     begins = is_init.clone()
     begins[:, 0] = True
     first = begins.flatten().nonzero().squeeze(1)
@@ -108,6 +112,7 @@ def pack_episodes(is_init: Bool[Tensor, "N T"], row_length: int) -> Packing:
 
 def _best_fit(length: Int[Tensor, " E"], is_continued: Bool[Tensor, " E"], row_length: int) -> list[list[int]]:
     """Return the episodes of each row. Continued episodes come first, since each of them begins a row."""
+    # Longest first: large episodes leave gaps that small ones fill later.
     longest_first = torch.argsort(length, descending=True, stable=True)
     is_continued_too = is_continued[longest_first]
     order = torch.cat([longest_first[is_continued_too], longest_first[~is_continued_too]]).tolist()

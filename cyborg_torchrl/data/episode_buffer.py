@@ -72,6 +72,7 @@ class EpisodeBuffer(SequenceBuffer):
         self._check_rollout(steps)
         packing = pack_episodes(steps.get(keys.IS_INIT).squeeze(-1), self.row_length)
         rows = self._packed_steps(steps, packing)
+        # The first step of a row decides its state: the environment in which that step was taken.
         environment = packing.position[:, 0] // steps.shape[1]
         # A row that begins with a reset starts from the initial state, not from the environment's stored one.
         states = as_primed(rollout.stored_states[:, 0][environment], rows.get(keys.IS_INIT)[:, 0])

@@ -120,7 +120,10 @@ class RecurrentRolloutBuffer(SequenceBuffer):
             )
         if has_states and self.state_stride > self.seq_len:
             if policy is None:
-                raise ValueError("with a state_stride above seq_len, store(rollout, policy) needs the policy that acted.")
+                raise ValueError(
+                    "with a state_stride above seq_len, store(rollout, policy) needs the policy that acted."
+                )
+            # A copy: the optimiser changes the policy between epochs, but states must be those of acting.
             self._behaviour = copy.deepcopy(policy).requires_grad_(False)
         self.steps_per_env = steps.shape[1]
         self._replace_rows(self._to_rows(rollout))
@@ -135,6 +138,7 @@ class RecurrentRolloutBuffer(SequenceBuffer):
         Returns:
             Sequences [C num_envs, burn_in + seq_len], chunk after chunk.
         """
+        # Chunks are numbered over all environments: those of environment 0 first, then those of environment 1, ...
         numbers = (chunk.unsqueeze(1) + self._chunks_per_env * torch.arange(num_envs)).flatten()
         row = (numbers * self.seq_len // self.state_stride).unique()
         sequences, found = self._numbered_sequences(self._storage.get(row), row)
@@ -166,6 +170,7 @@ class RecurrentRolloutBuffer(SequenceBuffer):
         steps = rollout.steps.exclude(keys.NEXT)
         padding = -steps.shape[1] % self.state_stride
         if padding:
+            # Rows have one length. The last step is repeated; the mask of trained steps excludes the copies.
             steps = torch.cat([steps, steps[:, -1:].expand(steps.shape[0], padding)], 1)
         states = self._states_of_rows(rollout)
         self._dtypes = {key: states.get(key).dtype for key in states.keys(True, True)}
@@ -219,6 +224,7 @@ class RecurrentRolloutBuffer(SequenceBuffer):
         # From the first chunk of each stretch, whose state is stored, to the last: each state leads to the next.
         for j in range(chunks_per_row):
             before, chunk = window, row * chunks_per_row + j
+            # Padding at the end of an environment has no chunk j.
             exists = (chunk % self._chunks_per_env) * self.seq_len < self.steps_per_env
             row, chunk, states = row[exists], chunk[exists], states[exists]
             if not len(row):
@@ -240,6 +246,7 @@ class RecurrentRolloutBuffer(SequenceBuffer):
         if self._behaviour is None or states.is_empty():
             return states
         states = states.clone()
+        # Rows of equal length are replayed together; there are few different lengths.
         for length in (end - begin).unique().tolist():
             if length:
                 rows = (end - begin) == length

@@ -36,6 +36,7 @@ class Rollout:
         """
         if steps.ndim != 2:
             raise ValueError(f"a rollout has batch size [N, T]; got {list(steps.batch_size)}.")
+        # A policy without memory has no state keys in its rollout; some without others is a mistake of the collector.
         missing = [key for key in state_keys if steps.get(key, None) is None]
         if missing and len(missing) < len(state_keys):
             raise ValueError(f"the rollout has no memory state {missing}, but has the others of state_keys.")

@@ -49,6 +49,7 @@ class OneRolloutBuffer(ReplayBuffer):
             storage = LazyTensorStorage(rows)
         elif storage.max_size < rows:
             raise ValueError(f"the storage holds {storage.max_size} rows; a rollout has {rows}.")
+        # Without replacement, so that an epoch covers every row exactly once.
         super().__init__(storage=storage, sampler=SamplerWithoutReplacement(), batch_size=batch_size, **options)
         self.num_steps = num_steps
         self.state_keys = [unravel_key(key) for key in state_keys]
@@ -65,6 +66,7 @@ class OneRolloutBuffer(ReplayBuffer):
 
     def _replace_rows(self, rows: TensorDictBase) -> None:
         """Store these rows and drop those of the rollout before."""
+        # The order matters: a prefetched batch must not read rows that are about to change.
         self._end_epoch()
         self.empty()
         self.extend(rows)
