@@ -1,4 +1,4 @@
-"""`lru`: a gated real linear recurrence."""
+"""`lru`: a gated linear recurrence with real numbers."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ from cyborg_torchrl.registry import register_backbone
 
 
 class _Gates(NamedTuple):
-    """What the gates let through, and what it is made of."""
+    """Decay and drive of the recurrence, with the intermediate values that the gradient needs."""
 
     decay: Tensor
     """a_t."""
     drive: Tensor
     """b_t."""
     opening: Tensor
-    """sigmoid of the decay's gate."""
+    """Sigmoid of the decay gate."""
     power: Tensor
     """sqrt(1 - a_t^2)."""
     gate: Tensor
-    """sigmoid of the input's gate."""
+    """Sigmoid of the input gate."""
 
 
 def _gates(decay_gate: Tensor, input_gate: Tensor, x: Tensor, rate: Tensor) -> _Gates:
     opening, gate = torch.sigmoid(decay_gate), torch.sigmoid(input_gate)
-    # a - 1, from which 1 - a^2 is exact for time constants far beyond 1/eps steps
+    # loss = a - 1. It gives 1 - a^2 without cancellation, even for time constants far above 1/eps steps.
     loss = torch.expm1(opening * (-2.0 * rate))
     power = torch.sqrt(-loss * (2.0 + loss))
     return _Gates(1.0 + loss, power * gate * x, opening, power, gate)
 
 
 class _GatedRecurrence(torch.autograd.Function):
-    """The layer from its gates' inputs on, block by block; the gates are computed again backward."""
+    """The recurrence, given the inputs of its gates, block by block. The backward pass recomputes the gates."""
 
     @staticmethod
     def forward(
@@ -78,7 +78,7 @@ class _GatedRecurrence(torch.autograd.Function):
         grad_rate, grad_initial, grad_t = torch.zeros_like(rate), torch.zeros_like(h_0), torch.zeros_like(h_0)
         for span in reversed(blocks(x)):
             gates = _gates(decay_gate[span], input_gate[span], x[span], rate)
-            # grad_drive_t = grad_states_t + a_{t+1} grad_drive_{t+1}; `grad_t` carries the product across blocks
+            # grad_drive_t = grad_states_t + a_{t+1} grad_drive_{t+1}. `grad_t` carries the product across blocks.
             grad_drive = torch.empty_like(gates.drive)
             previous = torch.empty_like(gates.drive)
             previous[0] = states[span.start - 1] if span.start else h_0
@@ -99,12 +99,12 @@ class _GatedRecurrence(torch.autograd.Function):
 def _gates_backward(
     gates: _Gates, x: Tensor, rate: Tensor, grad_drive: Tensor, previous: Tensor, out: list[Tensor]
 ) -> Tensor:
-    """Writes the gradients of the gates' inputs to `out`. Returns that of the rates."""
+    """Write the gradients of the gates' inputs to `out`. Return the gradient of the rates."""
     decay, _, opening, power, gate = gates
     grad_decay_gate, grad_input_gate, grad_x = out
     grad_power = torch.mul(grad_drive, gate)
     torch.mul(grad_power, power, out=grad_x)
-    torch.mul(grad_x, x, out=grad_input_gate).mul_(1.0 - gate)  # d sigmoid = s (1 - s), and s is in it already
+    torch.mul(grad_x, x, out=grad_input_gate).mul_(1.0 - gate)  # sigmoid' = s (1 - s); grad_x has s
     # a d/da (h a + sqrt(1 - a^2) v) = a h - a^2 v / sqrt(1 - a^2)
     slope = torch.mul(decay, grad_power.mul_(x)).div_(power.clamp_min(1e-18))
     grad_log = torch.mul(grad_drive, previous).sub_(slope).mul_(decay).mul_(opening)
@@ -119,7 +119,7 @@ def gated_recurrence(
     is_init: Bool[Tensor, "T B"],
     initial: Float[Tensor, "B D"],
 ) -> Float[Tensor, "T B D"]:
-    """The states of an `LRULayer` from its gates on; see `gated_recurrence_cpp`, which it is the equal of."""
+    """Return the states of an `LRULayer`, given its gates' inputs. It equals `gated_recurrence_cpp`."""
     arguments = (*inputs.chunk(3, -1), rate, h_0, is_init, initial)
     return _GatedRecurrence.apply(*arguments)
 
@@ -131,11 +131,11 @@ class LRULayer(RecurrentLayer):
         b_t     = sqrt(1 - a_t^2) * sigmoid(W_g x_t + c_g) * (W_x x_t)
         h_t     = a_t * h_{t-1} + b_t
 
-    The rates start at one over time constants spread log-uniformly from 1 step to ten horizons. The input has no
-    bias unless `input_bias`, so a blank step writes nothing.
+    The rates start at the inverse of time constants, log-uniform from 1 step to ten horizons. The input has no bias
+    unless `input_bias` is set, so a blank step writes nothing.
 
     Source: De et al. (2024), "Griffin", section 2.4 (RG-LRU), after Orvieto et al. (2023). We differ in the time
-    constants (theirs: a^8 uniform in [.9, .999]) and in the factor 2 (theirs: 8).
+    constants (theirs: a^8 uniform in [0.9, 0.999]) and in the factor 2 (theirs: 8).
     """
 
     def __init__(self, in_features: int, hidden_size: int, max_horizon: int, input_bias: bool = False) -> None:
@@ -152,9 +152,9 @@ class LRULayer(RecurrentLayer):
         self.rate = nn.Parameter(torch.log(torch.expm1(rate)))
 
     def step(self, x: Float[Tensor, "B F"], state: LayerState) -> tuple[Tensor, LayerState]:
-        """One step."""
+        """Take one step."""
         inputs, rate = F.linear(x, *self.joined_maps()), self.decay_rates()
-        if is_native(x):  # the same code as over a sequence, so that both round alike
+        if is_native(x):  # the code of `forward`, so both round alike
             is_init = torch.zeros(1, x.shape[0], dtype=torch.bool)
             hidden = gated_recurrence_cpp(inputs.unsqueeze(0), rate, state[0], is_init, state[0]).squeeze(0)
         else:
@@ -170,16 +170,16 @@ class LRULayer(RecurrentLayer):
         is_init: Bool[Tensor, "T B"],
         initial: LayerState,
     ) -> tuple[Tensor, LayerState]:
-        """A sequence."""
+        """Run a sequence."""
         recur = gated_recurrence_cpp if is_native(x) else gated_recurrence
         inputs = F.linear(x, *self.joined_maps())
         hidden = recur(inputs, self.decay_rates(), state[0], is_init, initial[0])
         return hidden, (hidden[-1],)
 
     def joined_maps(self) -> tuple[Tensor, Tensor]:
-        """Return the three linear maps side by side: weight [3 D, F] and bias [3 D].
+        """Return the three linear maps joined: weight [3 D, F] and bias [3 D].
 
-        One product is faster than three.
+        One matrix product is faster than three.
         """
         maps = (self.decay_gate, self.input_gate, self.input)
         bias = self.input.bias if self.has_input_bias else self.no_bias
@@ -191,4 +191,4 @@ class LRULayer(RecurrentLayer):
 
 
 build_lru = register_backbone("lru")(layered_core_builder(LRULayer))
-"""Builds the core of `backbone=lru`: a `LayeredCore` of `LRULayer`."""
+"""Build the core of `backbone=lru`: a `LayeredCore` of `LRULayer`."""

@@ -16,26 +16,26 @@ from cyborg_torchrl.cores.stack import StackCore
 from cyborg_torchrl.registry import register_backbone, register_memory
 
 EPS = 1e-6
-LEAST_WEIGHT = 1e-4
+MIN_WEIGHT = 1e-4
 
 
 class Addressing(NamedTuple):
-    """Where one step reads and writes."""
+    """The slots that one step reads and writes."""
 
     read: Tensor
-    """[B, R, S], which sum to one over the slots."""
+    """[B, R, S], a distribution over the slots for each read head."""
     write: Tensor
-    """[B, S], the gate included."""
+    """[B, S], multiplied by the gate."""
     gate: Tensor
     """[B, 1], in (0, 1)."""
     error: Tensor | None
-    """Surprise, [B]; None where nothing is predicted."""
+    """Surprise, [B]; None without prediction."""
 
 
 class PMMCore(Core):
-    """Slots of memory with content-based reads, gated writes that erase, and a prediction of what comes next.
+    """Memory slots with content-based reads, gated writes with erasure, and a prediction of the next input.
 
-    With M [S, C] the slots, cos the cosine similarity, and all of k, s, v, e, g, m from the input x_t:
+    M [S, C] are the slots, cos is the cosine similarity, and k, s, v, e, g, m are computed from the input x_t:
 
         read       w_r = softmax_S(s_r cos(k_r, M_{t-1})),  r_t = (w_1 M_{t-1}, ..., w_R M_{t-1})
         surprise   d_t = mean((x_t - p_{t-1})^2),  p_t = W_p (r_t, x_t)
@@ -44,31 +44,31 @@ class PMMCore(Core):
         usage      U_t = (1 - 1 / (10 max_horizon)) (U_{t-1} + w - U_{t-1} w)
         output     y_t = W_o r_t
 
-    alloc(U) puts its weight on the least used slot. The initial memory is random, one vector a slot, so that no two
-    slots are the same to content addressing; learned if wanted. What is predicted is the next input, which is not
-    trained to be predictable: its gradient stops.
+    alloc(U) selects the least used slot. The initial memory has a random vector per slot, so that content addressing
+    can tell slots apart. It can be learned. The prediction target is the next input. It gets no gradient, so inputs
+    are not trained to be predictable.
 
-    Two regularisers, logged with the diagnostics as `terms`: the prediction error, and the squared relative distance
-    of the mean write rate from its target.
+    There are two regularisers: the prediction error, and the squared relative distance of the mean write rate from
+    its target. Both are logged with the other `terms`.
 
-    State: `memory` [B, S, C], `usage` [B, S], and, if predictive, `prediction` [B, F].
+    State: `memory` [B, S, C], `usage` [B, S], and `prediction` [B, F] if predictive.
 
     Args:
         in_features: F, features of the input.
-        hidden_size: D, features of the output; None: F.
-        slots: S.
-        slot_size: C.
-        num_heads: R, read heads.
-        max_horizon: steps that memory should bridge; usage is forgotten over ten times that.
-        predictive: predict the next input; otherwise the write gate sees the input alone.
+        hidden_size: D, features of the output. None: F.
+        slots: S, number of slots.
+        slot_size: C, numbers in a slot.
+        num_heads: R, number of read heads.
+        max_horizon: steps that memory should bridge. Usage decays over ten times as many.
+        predictive: predict the next input. Otherwise the write gate depends on the input alone.
         write_rate: target of the mean write gate.
         write_rate_coef: weight of its regulariser.
         prediction_coef: weight of the prediction error.
         learn_initial_state: train the initial memory.
 
-    Source: content addressing, erase and add: Graves et al. (2014), "Neural Turing Machines"; allocation by usage:
-    Graves et al. (2016), "Hybrid computing using a neural network with dynamic external memory". The surprise at the
-    gate and the write-rate target are ours.
+    Source: content addressing, erase and add are from Graves et al. (2014), "Neural Turing Machines". Allocation by
+    usage is from Graves et al. (2016), "Hybrid computing using a neural network with dynamic external memory". The
+    surprise at the gate and the write-rate target are ours.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class PMMCore(Core):
         memory = {"memory": torch.randn(slots, slot_size) * slot_size**-0.5}
         self.initial_memory = InitialState({"memory": (slots, slot_size)}, learn_initial_state, start=memory)
         self.initial_rest = InitialState({k: v for k, v in self.state_shapes.items() if k != "memory"})
-        # keys and values have no bias: a blank step asks for nothing and writes nothing
+        # Keys and values have no bias, so a blank step reads and writes nothing.
         self.parts = (num_heads * slot_size, slot_size, slot_size)
         self.keys = nn.Linear(in_features, sum(self.parts), bias=False)
         self.gate_parts = (num_heads, 1, 1, 1, slot_size)
@@ -114,7 +114,7 @@ class PMMCore(Core):
             strength, _, write, mix, erase = self.gates.bias.split(self.gate_parts)
             strength.fill_(math.log(math.expm1(4.0)))
             write.fill_(math.log(write_rate / (1.0 - write_rate)))
-            mix.fill_(3.0)  # to unused slots at first: writing by content before it is learned fills a few slots only
+            mix.fill_(3.0)  # write to unused slots at first: untrained content addressing would fill only a few slots
             erase.fill_(2.0)
         if predictive:
             self.predict_from_read = nn.Linear(num_heads * slot_size, in_features, bias=False)
@@ -122,33 +122,33 @@ class PMMCore(Core):
             self.surprise_weight = nn.Parameter(torch.tensor(math.log(math.expm1(1.0))))
 
     def initial_state(self, batch: int) -> State:
-        """Returns {"memory": [batch, S, C], "usage": [batch, S], "prediction": [batch, F]}."""
+        """Return {"memory": [batch, S, C], "usage": [batch, S], "prediction": [batch, F]}."""
         return self.initial_memory(batch) | self.initial_rest(batch)
 
     def step(self, x: Float[Tensor, "B F"], state: State) -> tuple[Float[Tensor, "B D"], State]:
-        """One step."""
+        """Take one step."""
         read, state, _ = self._advance(x, self._project(x), state, has_terms=False)
         return self.output(read), state
 
     def forward(
         self, x: Float[Tensor, "B T F"], state: State, is_init: Bool[Tensor, "B T"]
     ) -> tuple[Float[Tensor, "B T D"], State]:
-        """A sequence."""
+        """Run a sequence."""
         y, state, _ = self._unroll(x, state, is_init, has_terms=False)
         return y, state
 
     def forward_with_terms(
         self, x: Float[Tensor, "B T F"], state: State, is_init: Bool[Tensor, "B T"]
     ) -> tuple[Float[Tensor, "B T D"], State, Terms]:
-        """A sequence, with the diagnostics of each step."""
+        """Run a sequence, and return the terms of each step too."""
         return self._unroll(x, state, is_init, has_terms=True)
 
     def addressing(self, x: Float[Tensor, "B F"], state: State) -> Addressing:
-        """Where `step` would read and write."""
+        """Return the slots that `step` would read and write."""
         return self._address(x, self._project(x), state, state["usage"].clamp(0.0, 1.0))
 
     def regularize(self, terms: Terms) -> dict[str, Tensor]:
-        """Weighted losses of the write rate and the prediction."""
+        """Return the weighted losses of the write rate and the prediction."""
         distance = terms["write_rate"].mean() / self.write_rate - 1.0
         losses = {"write_rate": self.write_rate_coef * distance.square()}
         if self.is_predictive:
@@ -157,7 +157,7 @@ class PMMCore(Core):
 
     def _unroll(self, x: Tensor, state: State, is_init: Tensor, *, has_terms: bool) -> tuple[Tensor, State, Terms]:
         initial = self.initial_state(x.shape[0])
-        # everything that depends on the input alone, for all steps at once
+        # Values that depend on the input alone are computed for all steps at once.
         projected = zip(*(part.unbind(1) for part in self._project(x)), strict=True)
         flags, resets = is_init.unbind(1), reset_steps(is_init.t())
         reads: list[Tensor] = []
@@ -175,9 +175,9 @@ class PMMCore(Core):
         read_keys, write_key, value = self.keys(x).split(self.parts, -1)
         read_strength, write_strength, write, mix, erase = self.gates(x).split(self.gate_parts, -1)
         heads = read_keys.unflatten(-1, (self.num_heads, -1))
-        wanted = torch.cat([heads, write_key.unsqueeze(-2)], -2)
+        keys = torch.cat([heads, write_key.unsqueeze(-2)], -2)
         strength = F.softplus(torch.cat([read_strength, write_strength], -1)).unsqueeze(-1)
-        parts = (strength * _unit(wanted), value, write, torch.sigmoid(mix), torch.sigmoid(erase))
+        parts = (strength * _unit(keys), value, write, torch.sigmoid(mix), torch.sigmoid(erase))
         return (*parts, self.predict_from_input(x)) if self.is_predictive else parts
 
     def _advance(
@@ -187,20 +187,20 @@ class PMMCore(Core):
         memory, usage = state["memory"], state["usage"].clamp(0.0, 1.0)
         read_weights, where, gate, error = self._address(x, projected, state, usage)
         read = torch.matmul(read_weights, memory).flatten(1)
-        following: State = {}
+        next_state: State = {}
         if self.is_predictive:
-            following["prediction"] = self.predict_from_read(read) + prediction_of_input[0]
+            next_state["prediction"] = self.predict_from_read(read) + prediction_of_input[0]
         where_column = where.unsqueeze(-1)
-        kept = torch.addcmul(memory, where_column * memory, erase.unsqueeze(1), value=-1.0)
-        following["memory"] = torch.addcmul(kept, where_column, value.unsqueeze(1))
-        following["usage"] = self.usage_kept * torch.addcmul(usage + where, usage, where, value=-1.0)
+        erased = torch.addcmul(memory, where_column * memory, erase.unsqueeze(1), value=-1.0)
+        next_state["memory"] = torch.addcmul(erased, where_column, value.unsqueeze(1))
+        next_state["usage"] = self.usage_kept * torch.addcmul(usage + where, usage, where, value=-1.0)
         if not has_terms:
-            return read, following, {}
-        return read, following, self._terms(gate, read_weights, following, error)
+            return read, next_state, {}
+        return read, next_state, self._terms(gate, read_weights, next_state, error)
 
     def _address(self, x: Tensor, projected: tuple[Tensor, ...], state: State, usage: Tensor) -> Addressing:
-        wanted, _, write, mix, *_ = projected
-        weights = torch.softmax(torch.matmul(wanted, _unit(state["memory"]).transpose(1, 2)), -1)
+        keys, _, write, mix, *_ = projected
+        weights = torch.softmax(torch.matmul(keys, _unit(state["memory"]).transpose(1, 2)), -1)
         error: Tensor | None = None
         if self.is_predictive:
             error = (x.detach() - state["prediction"]).square().mean(-1)
@@ -221,22 +221,22 @@ class PMMCore(Core):
 
 
 def _unit(x: Tensor) -> Tensor:
-    """Length one, and zero where there is nothing."""
+    """Return vectors of length one. A zero vector stays zero."""
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + EPS)
 
 
 def _allocate(usage: Float[Tensor, "B S"]) -> Float[Tensor, "B S"]:
-    """Weight on the least used slots: 1 - usage, times the usage of all slots that are used less.
+    """Return weights of the least used slots: 1 - usage, times the usage of all less used slots.
 
-    Weights below `LEAST_WEIGHT` are left out, so that slots to which the same has happened stay equal and are taken in
-    their order. Of ten unused slots the weights are 1, 1e-3, 1e-6, ...: rounding would decide which is used next.
+    Weights below `MIN_WEIGHT` become zero. So slots with the same history stay equal and are used in their order.
+    Without this limit, unused slots would have weights 1, 1e-3, 1e-6, ..., and rounding would choose the next slot.
 
     Source: Graves et al. (2016), equation (1) of the methods.
     """
     ascending, order = torch.sort(usage, dim=-1, stable=True)
     used_less = torch.cumprod(F.pad(ascending[:, :-1], (1, 0), value=1.0), -1)
     weight = (1.0 - ascending) * used_less
-    return torch.zeros_like(usage).scatter(-1, order, torch.where(weight < LEAST_WEIGHT, 0.0, weight))
+    return torch.zeros_like(usage).scatter(-1, order, torch.where(weight < MIN_WEIGHT, 0.0, weight))
 
 
 @register_backbone("pmm")
@@ -254,7 +254,7 @@ def build_pmm(
     prediction_coef: float = 0.1,
     learn_initial_state: bool = True,
 ) -> PMMCore:
-    """Builds the external memory alone as a backbone; see `PMMCore`."""
+    """Build a `PMMCore` as a backbone. The class describes the options."""
     return PMMCore(
         in_features,
         hidden_size=hidden_size,
@@ -284,9 +284,9 @@ def augment_with_pmm(
     prediction_coef: float = 0.1,
     learn_initial_state: bool = True,
 ) -> StackCore:
-    """Puts an external memory on top of any core, which becomes its controller; see `PMMCore`.
+    """Stack an external memory on a core, which becomes its controller. `PMMCore` describes the options.
 
-    The core may bind what lies steps apart; the slots keep it. What both read out is added.
+    The core can combine inputs of different steps, and the slots store the result. Both read-outs are added.
     """
     width = core.in_features
     memory = PMMCore(
@@ -306,5 +306,5 @@ def augment_with_pmm(
 
 @register_memory("none")
 def leave_as_it_is(core: Core) -> Core:
-    """No external memory: the backbone alone."""
+    """Return the backbone without an external memory."""
     return core

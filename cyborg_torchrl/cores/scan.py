@@ -1,6 +1,6 @@
-"""The gated linear recurrence and its gradient, written by hand.
+"""The gated linear recurrence, with a gradient written by hand.
 
-Time comes first ([T, B, D]) in this module: one step is one contiguous block, which is what a loop wants.
+Time comes first ([T, B, D]) in this module. So one step is one contiguous block of memory, which makes loops fast.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from cyborg_torchrl.cores.resets import reset_steps
 
 
 class _LinearRecurrence(torch.autograd.Function):
-    """h_t = a_t h_{t-1} + b_t. Indexing inside a loop under autograd would cost O(T^2) backward; this is O(T)."""
+    """h_t = a_t h_{t-1} + b_t. The backward pass costs O(T). Indexing in a loop under autograd would cost O(T^2)."""
 
     @staticmethod
     def forward(
@@ -59,7 +59,7 @@ def gated_linear_scan(
     is_init: Bool[Tensor, "T B"],
     initial: Float[Tensor, "B D"],
 ) -> Float[Tensor, "T B D"]:
-    """Gated linear recurrence over a sequence, restarted where episodes begin.
+    """Run a gated linear recurrence over a sequence, and restart where episodes begin.
 
         h_t = a_t * h_{t-1} + b_t,   h_{t-1} := initial where is_init_t
 
@@ -67,16 +67,16 @@ def gated_linear_scan(
         decay: a_t, in [0, 1].
         drive: b_t.
         h_0: the state before the first step.
-        is_init: where an episode begins; whatever was before it, NaN too, is forgotten.
-        initial: the state that episodes begin from.
+        is_init: true where an episode begins. The state before it is dropped there, NaN included.
+        initial: the state at the start of an episode.
 
     Returns:
-        The states h_t. Gradients reach every float argument, and never cross a restart.
+        The states h_t. Gradients reach every float argument and never cross a restart.
 
     Raises:
         ValueError: if there is no step.
 
-    Cost: O(TBD) time and memory; first derivatives only.
+    Cost: O(T B D) time and memory. Second derivatives are not supported.
     """
     if decay.shape[0] == 0:
         raise ValueError("gated_linear_scan needs at least one step; got T == 0.")

@@ -1,8 +1,8 @@
-"""The selective scan of Mamba-1 and its gradient, written by hand.
+"""The selective scan of Mamba-1, with a gradient written by hand.
 
-Time comes first ([T, B, D]), as in `scan`. The expanded quantities have N numbers for every one of the input: they
-exist for one block of steps at a time, small enough for the cache, and the backward pass computes them again from
-the state that each block began with. So memory for the gradient is O(T B (D + N)), not O(T B D N).
+Time comes first ([T, B, D]), as in `scan`. Expanded quantities have N numbers for each number of the input. They exist
+for one block of steps at a time, small enough for the cache. The backward pass recomputes them from the state at the
+start of each block. So the gradient needs O(T B (D + N)) memory, not O(T B D N).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from cyborg_torchrl.cores.resets import reset_steps
 
 LOG2_E = math.log2(math.e)
 BLOCK_NUMEL = 2**19
-"""Numbers in an expanded block: a few of them fit into a core's cache."""
+"""Numbers in an expanded block. A few such blocks fit into the cache of one processor core."""
 
 
 def _block_length(steps: int, numel_per_step: int) -> int:
@@ -26,9 +26,9 @@ def _block_length(steps: int, numel_per_step: int) -> int:
 
 
 class _Block:
-    """Storage for the expanded quantities of one block of steps, used again for each.
+    """Storage for the expanded quantities of one block of steps, reused for each block.
 
-    `states[0]` is the state before the block, `states[1 + i]` that after its i-th step.
+    `states[0]` is the state before the block. `states[1 + i]` is the state after its i-th step.
     """
 
     def __init__(self, steps: int, like: Tensor) -> None:
@@ -39,7 +39,7 @@ class _Block:
     def recur(
         self, span: slice, h_0: Tensor, inputs: tuple[Tensor, ...], resets: list[bool], is_init: Tensor, initial: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns decays, states and room to work in, for the steps `span`."""
+        """Return decays, states and a work buffer for the steps `span`."""
         u_dt, delta, a, b = inputs
         steps = u_dt[span].shape[0]
         # torch's exp2 is several times faster than its exp on a CPU
@@ -56,7 +56,7 @@ class _Block:
 
 
 class _SelectiveScan(torch.autograd.Function):
-    """h_t = exp(delta_t A) h_{t-1} + delta_t u_t B_t;  y_t = C_t h_t. States are [B, N, D] here: D is the long side."""
+    """h_t = exp(delta_t A) h_{t-1} + delta_t u_t B_t;  y_t = C_t h_t. States are [B, N, D]: the long side is last."""
 
     @staticmethod
     def forward(
@@ -110,7 +110,7 @@ class _SelectiveScan(torch.autograd.Function):
                     mask = is_init[t, :, None, None]
                     grad_initial += carried.masked_fill(~mask, 0.0)
                     carried.masked_fill_(mask, 0.0)
-                    # from here on, this slot is read as the state before step t
+                    # from now on, this slot is the state before step t
                     states[i] = torch.where(mask, initial, states[i])
             torch.sum(torch.mul(grad, b[span].unsqueeze(3), out=work), 2, out=grad_u_dt[span])
             torch.sum(torch.mul(grad, u_dt[span].unsqueeze(2), out=work), 3, out=grad_b[span])
@@ -131,7 +131,7 @@ def selective_scan(
     is_init: Bool[Tensor, "T B"],
     initial: Float[Tensor, "B D N"],
 ) -> tuple[Float[Tensor, "T B D"], Float[Tensor, "B D N"]]:
-    """Selective state space model over a sequence, restarted where episodes begin.
+    """Run a selective state space model over a sequence, and restart where episodes begin.
 
         h_t = exp(delta_t A) * h_{t-1} + (delta_t u_t) B_t,   h_{t-1} := initial where is_init_t
         y_t = sum_n C_t h_t
@@ -140,20 +140,19 @@ def selective_scan(
         u: input.
         delta: step sizes, positive.
         a: diagonal of the state matrix, negative.
-        b: how the input is written.
-        c: how the state is read.
+        b: write vectors.
+        c: read vectors.
         h_0: the state before the first step.
-        is_init: where an episode begins; whatever was before it, NaN too, is forgotten.
-        initial: the state that episodes begin from.
+        is_init: true where an episode begins. The state before it is dropped there, NaN included.
+        initial: the state at the start of an episode.
 
     Returns:
-        What is read at each step, and the last state. Gradients reach every float argument, and never cross a
-        restart.
+        The outputs y_t, and the last state. Gradients reach every float argument and never cross a restart.
 
     Raises:
         ValueError: if there is no step.
 
-    Cost: O(T B D N) time; O(T B (D + N)) memory; first derivatives only.
+    Cost: O(T B D N) time, O(T B (D + N)) memory. Second derivatives are not supported.
 
     Source: Gu and Dao (2023), "Mamba", algorithm 2, with the simplified discretisation of B of the reference code.
     """

@@ -1,7 +1,7 @@
-"""The scan of Mamba-2 (state space duality): matrix products within chunks of steps, a recurrence between them.
+"""The scan of Mamba-2 (state space duality): matrix products within chunks of steps, a recurrence between chunks.
 
-Chunks are computed some at a time, as many as a processor's cache holds; the backward pass computes them again from
-the state that each began with. Within them time comes last, so that a head's channels are one matrix.
+A block of chunks is computed at a time, as many as fit into a processor's cache. The backward pass recomputes them
+from the state at the start of each chunk. Within a chunk time comes last, so that a head's channels form one matrix.
 """
 
 from __future__ import annotations
@@ -19,16 +19,17 @@ from cyborg_torchrl.cores.blocks import blocks
 from cyborg_torchrl.cores.selective_scan import LOG2_E
 
 CHUNK = 16
-"""Steps of a chunk. The work within grows with it, the number of steps of the recurrence between shrinks."""
+"""Steps of a chunk. Longer chunks mean more work within chunks and fewer steps of the recurrence between them."""
 NEVER = -1e4
-"""Logarithm of a decay that is zero: exp(NEVER) is exactly 0 in single and in double precision."""
+"""Logarithm that stands for a decay of zero: exp(NEVER) is exactly 0 in single and double precision."""
 
 
 @lru_cache(maxsize=16)
 def _between(length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[L, L L]: 1 where j < k <= i, for k and (i, j): a product with it sums the steps between j and i.
+    """Return a matrix [L, L L] with 1 where j < k <= i, for row k and column (i, j).
 
-    Sums, and not differences of cumulative sums, which lose digits and cannot leave out a restart.
+    A product with it sums the steps between j and i. Differences of cumulative sums would lose digits, and could not
+    exclude a restart.
     """
     k = torch.arange(length, device=device)
     is_between = (k[None, None, :] < k[:, None, None]) & (k[:, None, None] <= k[None, :, None])
@@ -36,7 +37,7 @@ def _between(length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 class _Chunks(NamedTuple):
-    """Inputs of G chunks, time last, and the gradient's way back out of them."""
+    """Inputs of G chunks, time last."""
 
     u: Tensor
     """[G, B, H, P, L]."""
@@ -45,37 +46,39 @@ class _Chunks(NamedTuple):
     a: Tensor
     """[H]."""
     x: Tensor
-    """delta u, what is written."""
+    """delta u, the values to write."""
     b: Tensor
     """[G, B, N, L]."""
     c: Tensor
     """[G, B, N, L]."""
     is_init: Tensor | None
-    """[G, B, L]; None where no episode begins."""
+    """[G, B, L]; None if no episode begins."""
 
     @staticmethod
-    def of(span: slice, u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, is_init: Tensor | None) -> _Chunks:
-        """Cuts them out of sequences [K, L, B, ...]."""
+    def from_sequences(
+        span: slice, u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, is_init: Tensor | None
+    ) -> _Chunks:
+        """Build the inputs of the chunks `span` from sequences [K, L, B, ...]."""
         u, delta = _time_last(u[span]).unflatten(2, (a.shape[0], -1)), _time_last(delta[span])
         resets = None if is_init is None or not bool(is_init[span].any()) else is_init[span].transpose(1, 2)
         return _Chunks(u, delta, a, u * delta.unsqueeze(3), _time_last(b[span]), _time_last(c[span]), resets)
 
 
 def _time_last(sequences: Tensor) -> Tensor:
-    """[G, L, B, D] -> [G, B, D, L]; two copies of which each is fast take less time than one."""
+    """Return sequences with time last: [G, L, B, D] -> [G, B, D, L]. Two fast copies take less time than one."""
     return sequences.transpose(1, 2).contiguous().transpose(2, 3).contiguous()
 
 
 class _Weights(NamedTuple):
-    """How steps act on each other within a chunk.
+    """Influence of steps on each other within a chunk.
 
-    decay_ij = prod_{j < k <= i} a_k, for j <= i, with a_k = 0 where k restarts: nothing crosses a restart, exactly
+    decay_ij = prod_{j < k <= i} a_k, for j <= i;    a_k = 0 where k restarts, so nothing crosses a restart
     weight_ij = decay_ij (c_i b_j), for j <= i;    to_end_j = decay_{L-1, j}
-    from_start_i = prod_{k <= i} a_k;    since_reset_i = product from the last restart on, 0 where there was none
+    from_start_i = prod_{k <= i} a_k;    since_reset_i = product from the last restart on, 0 without a restart
     """
 
     decay: Tensor
-    """[G, B, H, L, L]; anything above the diagonal."""
+    """[G, B, H, L, L]; values above the diagonal are undefined."""
     weight: Tensor
     """[G, B, H, L, L]."""
     to_end: Tensor
@@ -88,12 +91,11 @@ class _Weights(NamedTuple):
     """[G, B, H, L]."""
 
     @staticmethod
-    def of(chunks: _Chunks) -> _Weights:
-        """Computes them."""
+    def from_chunks(chunks: _Chunks) -> _Weights:
+        """Compute the weights of the chunks."""
         length = chunks.x.shape[-1]
-        log2_decay = chunks.delta * (chunks.a * LOG2_E).unsqueeze(
-            -1
-        )  # torch's exp2 is several times faster than its exp on a CPU
+        # torch's exp2 is several times faster than its exp on a CPU
+        log2_decay = chunks.delta * (chunks.a * LOG2_E).unsqueeze(-1)
         cut = log2_decay if chunks.is_init is None else log2_decay.masked_fill(chunks.is_init.unsqueeze(2), NEVER)
         between = _between(length, cut.dtype, cut.device)
         decay = torch.matmul(cut.flatten(0, -2), between).exp2_().view(*cut.shape, length)
@@ -107,7 +109,7 @@ class _Weights(NamedTuple):
 
 
 def _channels(x: Tensor) -> Tensor:
-    """[G, B, H, P, L] -> [G, B, H P, L]."""
+    """Join heads and their channels: [G, B, H, P, L] -> [G, B, H P, L]."""
     return x.flatten(2, 3)
 
 
@@ -127,17 +129,17 @@ class _SSD(torch.autograd.Function):
         initial: Tensor,
     ) -> tuple[Tensor, Tensor]:
         y = torch.empty_like(u)
-        before = u.new_empty(u.shape[0], *h_0.shape)  # the state that each chunk began with
+        before = u.new_empty(u.shape[0], *h_0.shape)  # the state at the start of each chunk
         h_t = h_0
         for span in blocks(u, 2):
-            chunks = _Chunks.of(span, u, delta, a, b, c, is_init)
-            weights = _Weights.of(chunks)
+            chunks = _Chunks.from_sequences(span, u, delta, a, b, c, is_init)
+            weights = _Weights.from_chunks(chunks)
             added = torch.matmul(_channels(chunks.x * weights.to_end.unsqueeze(3)), chunks.b.transpose(-1, -2))
             h_t = _states(h_t, added, weights, chunks, initial, before[span])
             read = torch.matmul(before[span], chunks.c).view_as(chunks.x)
             y_k = torch.matmul(chunks.x, weights.weight.transpose(-1, -2))
             if weights.since_reset is not None:
-                read.masked_fill_((weights.from_start == 0.0).unsqueeze(3), 0.0)  # and NaN, which times 0 is NaN
+                read.masked_fill_((weights.from_start == 0.0).unsqueeze(3), 0.0)  # NaN times 0 is NaN
                 afresh = torch.matmul(initial, chunks.c).view_as(chunks.x)
                 y_k.addcmul_(afresh, weights.since_reset.unsqueeze(3))
             y_k.addcmul_(read, weights.from_start.unsqueeze(3))
@@ -153,7 +155,7 @@ class _SSD(torch.autograd.Function):
         grad_a, grad_initial = torch.zeros_like(a), torch.zeros_like(initial)
         grad_h = grad_last
         for span in reversed(blocks(u, 2)):
-            chunks = _Chunks.of(span, u, delta, a, b, c, is_init)
+            chunks = _Chunks.from_sequences(span, u, delta, a, b, c, is_init)
             grad_y_k = _time_last(grad_y[span]).view_as(chunks.x)
             grad_x, grad_log, grad_b, grad_c, grad_h = _block_backward(
                 chunks, grad_y_k, grad_h, before[span], initial, grad_initial
@@ -167,7 +169,7 @@ class _SSD(torch.autograd.Function):
 
 
 def _states(h_t: Tensor, added: Tensor, weights: _Weights, chunks: _Chunks, initial: Tensor, before: Tensor) -> Tensor:
-    """The recurrence between chunks: writes the state before each to `before`, returns the last."""
+    """Run the recurrence between chunks: write the state before each chunk to `before`, return the last state."""
     width = chunks.x.shape[3]
     kept = weights.from_start[..., -1].repeat_interleave(width, -1).unsqueeze(-1)
     for k, (added_k, kept_k, before_k) in enumerate(zip(added, kept, before, strict=True)):
@@ -183,14 +185,14 @@ def _states(h_t: Tensor, added: Tensor, weights: _Weights, chunks: _Chunks, init
 def _block_backward(
     chunks: _Chunks, grad_y: Tensor, grad_h: Tensor, before: Tensor, initial: Tensor, grad_initial: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, log decays, b, c, time last, and of the state before the block; adds to `grad_initial`."""
+    """Return gradients of x, log decays, b, c (time last) and of the state before the block. Add to `grad_initial`."""
     x, b, c, is_init = chunks.x, chunks.b, chunks.c, chunks.is_init
-    weights = _Weights.of(chunks)
+    weights = _Weights.from_chunks(chunks)
     decay, weight, to_end, from_start, restarted, since_reset = weights
     heads, width = x.shape[2:4]
-    if is_init is not None:  # what no step of the chunk reads: NaN times 0 is NaN
+    if is_init is not None:  # no step of the chunk reads this state, and NaN times 0 is NaN
         before = before.masked_fill(is_init[..., 0, None, None], 0.0)
-    # what is read of the state before the chunk
+    # reads of the state before the chunk
     grad_read = _channels(grad_y * from_start.unsqueeze(3))
     grad_c = torch.matmul(before.transpose(-1, -2), grad_read)
     grad_before = torch.matmul(grad_read, c.transpose(-1, -2))
@@ -212,17 +214,17 @@ def _block_backward(
     grad_start[..., -1] += (grad_added * before).sum(-1).unflatten(-1, (heads, width)).sum(-1)
     if grad_since is not None:
         grad_since[..., -1] += (grad_added * initial).sum(-1).unflatten(-1, (heads, width)).sum(-1)
-    # what chunks add to the state
+    # contributions of chunks to the state
     grad_scaled = torch.matmul(grad_added, b).view_as(x)
     grad_b = torch.matmul(grad_added.transpose(-1, -2), _channels(x * to_end.unsqueeze(3)))
     grad_end = (grad_scaled * x).sum(3)
-    # what chunks read of their own writes
+    # reads of writes within the same chunk
     grad_x = torch.matmul(grad_y, weight).addcmul_(grad_scaled, to_end.unsqueeze(3))
     grad_weight = torch.matmul(grad_y.transpose(-1, -2), x)
     grad_scores = torch.mul(grad_weight, decay).sum(2).tril_()  # [i, j]
     grad_c += torch.matmul(b, grad_scores.transpose(-1, -2))
     grad_b += torch.matmul(c, grad_scores)
-    # share_ij: gradient of the logarithm of decay_ij, which is a sum of log decays over j < k <= i
+    # share_ij is the gradient of log decay_ij, a sum of log decays over j < k <= i.
     share = grad_weight.mul_(weight)
     share[..., -1, :] += grad_end * to_end
     of_start = grad_start * from_start
@@ -249,7 +251,7 @@ def ssd_scan(
     initial: Float[Tensor, "B H P N"],
     chunk: int = CHUNK,
 ) -> tuple[Float[Tensor, "T B H P"], Float[Tensor, "B H P N"]]:
-    """State space model with one decay a head over a sequence, restarted where episodes begin.
+    """Run a state space model with one decay per head over a sequence, and restart where episodes begin.
 
         h_t = exp(delta_t A) h_{t-1} + delta_t u_t B_t^T,   h_{t-1} := initial where is_init_t
         y_t = h_t C_t
@@ -257,25 +259,24 @@ def ssd_scan(
     Args:
         u: input.
         delta: step sizes, positive.
-        a: the state matrix, a negative number a head.
-        b: how the input is written; the same for all heads.
-        c: how the state is read.
+        a: the state matrix, a negative number per head.
+        b: write vectors, the same for all heads.
+        c: read vectors, the same for all heads.
         h_0: the state before the first step.
-        is_init: where an episode begins; whatever state was before it, NaN too, is forgotten.
-        initial: the state that episodes begin from.
-        chunk: steps that are computed at once, as matrix products.
+        is_init: true where an episode begins. The state before it is dropped there, NaN included.
+        initial: the state at the start of an episode.
+        chunk: steps of a chunk, computed as matrix products.
 
     Returns:
-        What is read at each step, and the last state. Gradients reach every float argument, and never cross a
-        restart.
+        The outputs y_t, and the last state. Gradients reach every float argument and never cross a restart.
 
     Raises:
         ValueError: if there is no step.
 
-    Cost: O(T B H (chunk + P) (P + N)) time; memory for the gradient: the inputs, and one state a chunk. First
-    derivatives only.
+    Cost: O(T B H (chunk + P) (P + N)) time. The gradient stores the inputs and one state per chunk. Second
+    derivatives are not supported.
 
-    Source: Dao and Gu (2024), "Transformers are SSMs", section 6; resets and stored states are ours.
+    Source: Dao and Gu (2024), "Transformers are SSMs", section 6. Resets and stored states are ours.
     """
     steps, _, heads, width = u.shape
     if steps == 0:
@@ -284,7 +285,7 @@ def ssd_scan(
     padding = -steps % chunk
     sequences = [u.flatten(2), delta, b, c]
     resets = is_init if bool(is_init.any()) else None
-    if padding:  # steps of size 0: they keep everything and write nothing
+    if padding:  # steps of size 0 keep the state and write nothing
         sequences = [F.pad(tensor, (0, 0, 0, 0, 0, padding)) for tensor in sequences]
         resets = None if resets is None else F.pad(resets, (0, 0, 0, padding))
     u, delta, b, c = (tensor.unflatten(0, (-1, chunk)) for tensor in sequences)
