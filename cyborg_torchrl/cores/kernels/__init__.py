@@ -1,1 +1,1 @@
-"""Fast kernels in C++ and their loaders. Without a compiler torch does the same work."""
+"""Fast kernels in C++ and their loaders. Without a compiler, torch computes the same results more slowly."""

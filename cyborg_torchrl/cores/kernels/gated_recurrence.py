@@ -1,4 +1,4 @@
-"""The gated recurrence of `lru` in C++ as an operator of torch."""
+"""The gated recurrence of `lru` in C++, as a torch operator."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ def gated_recurrence_cpp(
     is_init: Bool[Tensor, "T B"],
     initial: Float[Tensor, "B D"],
 ) -> Float[Tensor, "T B D"]:
-    """The states of an `LRULayer`, on as many threads as torch uses: the environments are split over them.
+    """Return the states of an `LRULayer`. Environments are split over as many threads as torch uses.
 
         a_t = exp(-2 sigmoid(decay_gate_t) rate)
         h_t = a_t * h_{t-1} + sqrt(1 - a_t^2) * sigmoid(input_gate_t) * x_t,   h_{t-1} := initial where is_init_t
 
     Args:
-        inputs: decay_gate, input_gate and x side by side; I = 3 D.
+        inputs: decay_gate, input_gate and x, joined; I = 3 D.
         rate: positive.
         h_0: the state before the first step.
-        is_init: where an episode begins; whatever was before it, NaN too, is forgotten.
-        initial: the state that episodes begin from.
+        is_init: true where an episode begins. The state before it is dropped there, NaN included.
+        initial: the state at the start of an episode.
 
     Raises:
-        RuntimeError: if it was not built here.
+        RuntimeError: if the C++ kernels were not built.
     """
     tensors = [tensor.contiguous() for tensor in (inputs, rate, h_0, initial, is_init)]
-    # without a gradient, without what an operator costs
+    # Without a gradient, skip the overhead of a torch operator: it counts in steps of small batches.
     return (_forward if needs_operator(tensors) else _run)(*tensors)
 
 
@@ -71,7 +71,9 @@ def _backward(
     is_init: Tensor,
     states: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the float arguments of the forward pass, in their order."""
+    """Return gradients of the float arguments of the forward pass, in their order."""
+    # Each thread sums the gradient of the rates in a separate row. So threads need no locks, and the result does not
+    # depend on their timing.
     threads = max(1, min(torch.get_num_threads(), h_0.shape[0]))
     grad_rate = rate.new_zeros(threads, *rate.shape)
     grad_inputs, grad_h_0, grad_initial = torch.empty_like(inputs), torch.zeros_like(h_0), torch.zeros_like(initial)
@@ -97,6 +99,7 @@ def _fake_backward(grad_states: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    # Only inputs and states are saved. The backward pass recomputes the gates, to save memory.
     ctx.save_for_backward(*inputs, output)
 
 

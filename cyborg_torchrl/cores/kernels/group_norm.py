@@ -1,4 +1,4 @@
-"""The norm in groups of channels in C++ as an operator of torch."""
+"""The norm over groups of channels in C++, as a torch operator."""
 
 from __future__ import annotations
 
@@ -14,35 +14,37 @@ from cyborg_torchrl.cores.kernels.native import function, integers, needs_operat
 def group_norm_cpp(
     x: Float[Tensor, "*B D"], scales: Float[Tensor, " D"] | None, groups: int, eps: float
 ) -> Float[Tensor, "*B D"]:
-    """What `TimescaleNorm` computes, on as many threads as torch uses.
+    """Return the output of `TimescaleNorm`. It runs on as many threads as torch uses.
 
     Args:
         x: rows.
-        scales: what the channels are multiplied by first; None: nothing.
-        groups: number of groups; divides D.
+        scales: factors of the channels before the norm. None: no factors.
+        groups: number of groups, a divisor of D.
         eps: floor of the mean square.
 
     Raises:
-        RuntimeError: if it was not built here.
+        RuntimeError: if the C++ kernels were not built.
     """
     x = x.contiguous()
-    run = _forward if needs_operator([x]) else _run  # without what an operator costs
+    # Without a gradient, skip the overhead of a torch operator: it counts in steps of small batches.
+    run = _forward if needs_operator([x]) else _run
     return run(x, scales, groups, eps)
 
 
 def added_layer_norms_cpp(
     first: Float[Tensor, "B D"], second: Float[Tensor, "B D"], norms: tuple[nn.LayerNorm, nn.LayerNorm]
 ) -> Float[Tensor, "B D"]:
-    """The sum of two layer norms, each of its own input; no gradient.
+    """Return the sum of two layer norms of different inputs, without a gradient.
 
     Args:
-        first: what the first norm is of.
-        second: what the second is of.
-        norms: with weights and biases, and of one eps.
+        first: input of the first norm.
+        second: input of the second norm.
+        norms: two norms with weights and biases, and the same eps.
     """
     first, second = first.contiguous(), second.contiguous()
     total = torch.empty_like(first)
-    one, other = (norm._parameters for norm in norms)  # not by getattr, which takes longer than the norms
+    # `norm.weight` would go through Module.__getattr__, which takes longer than the norms themselves.
+    one, other = (norm._parameters for norm in norms)
     inputs = pointers(first, one["weight"], one["bias"], second, other["weight"], other["bias"])
     rows, size = first.shape
     threads = torch.get_num_threads()
@@ -52,6 +54,7 @@ def added_layer_norms_cpp(
 
 def _arguments(x: Tensor, scales: Tensor | None, groups: int, eps: float) -> tuple[Any, ...]:
     channels = x.shape[-1]
+    # All leading dimensions count as rows: the norm treats steps and environments alike.
     sizes = integers(x.numel() // channels, channels, channels // groups)
     return sizes, torch.get_num_threads(), eps, x.data_ptr(), None if scales is None else scales.data_ptr()
 
@@ -77,6 +80,7 @@ _forward = torch.library.custom_op(
     schema="(Tensor grad_y, Tensor x, Tensor? scales, int groups, float eps) -> Tensor",
 )
 def _backward(grad_y: Tensor, x: Tensor, scales: Tensor | None, groups: int, eps: float) -> Tensor:
+    # C++ recomputes the norm from x, so the forward pass stores nothing more than its input.
     grad_x = torch.empty_like(x)
     function("norm_backward", x.dtype)(*_arguments(x, scales, groups, eps), grad_y.data_ptr(), grad_x.data_ptr())
     return grad_x

@@ -1,4 +1,4 @@
-"""The recurrence of `gru` in C++ as an operator of torch."""
+"""The recurrence of `gru` in C++, as a torch operator."""
 
 from __future__ import annotations
 
@@ -19,31 +19,33 @@ def gru_cpp(
     is_init: Bool[Tensor, "T B"],
     initial: Float[Tensor, "B D"],
 ) -> Float[Tensor, "T B D"]:
-    """The states of a `GRULayer`, on as many threads as torch uses.
+    """Return the states of a `GRULayer`. It runs on as many threads as torch uses.
 
         r, u = sigmoid(x + W h + b);   n = tanh(x + r (W h + b));   h := h + u (n - h)
 
     Args:
-        gates_x: what the input adds to the gates r, u, n, side by side; G = 3 D.
-        weight_hh: what the state adds to them.
-        bias_hh: what is added to that.
+        gates_x: the input's part x of the gates r, u, n, joined; G = 3 D.
+        weight_hh: W, the weight of the state's part.
+        bias_hh: b, the bias of the state's part.
         h_0: the state before the first step.
-        is_init: where an episode begins; whatever was before it, NaN too, is forgotten.
-        initial: the state that episodes begin from.
+        is_init: true where an episode begins. The state before it is dropped there, NaN included.
+        initial: the state at the start of an episode.
 
     Raises:
-        RuntimeError: if it was not built here.
+        RuntimeError: if the C++ kernels were not built.
     """
     tensors = [tensor.contiguous() for tensor in (gates_x, weight_hh, bias_hh, h_0, initial, is_init)]
     if needs_operator(tensors):
         return _forward(*tensors)[0]
     states = gates_x.new_empty(gates_x.shape[0], *h_0.shape)
-    _run(tensors, states, None, None)  # without what an operator costs, and what a gradient needs
+    # Without a gradient: skip the overhead of a torch operator, and store no gates.
+    _run(tensors, states, None, None)
     return states
 
 
 def _run(tensors: Any, states: Tensor, kept: Tensor | None, previous: Tensor | None) -> None:
     gates_x, weight_hh, bias_hh, h_0, initial, is_init = tensors
+    # C++ reads the weight row by row, [D, G], while vectors run over the gates. One copy serves all steps.
     weight = weight_hh.t().contiguous()
     function("gru", gates_x.dtype)(
         integers(*states.shape),
@@ -62,7 +64,7 @@ def _run(tensors: Any, states: Tensor, kept: Tensor | None, previous: Tensor | N
     " -> (Tensor, Tensor, Tensor)",
 )
 def _forward(*tensors: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """The states, the gates with what the state adds to the last, and the state before each step."""
+    """Return the states, the gates r, u, n with the state's part of n, and the state before each step."""
     states, kept, previous = _fake_forward(*tensors)
     _run(tensors, states, kept, previous)
     return states, kept, previous
@@ -78,8 +80,9 @@ def _forward(*tensors: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _backward(
     grad_states: Tensor, weight_hh: Tensor, is_init: Tensor, kept: Tensor, previous: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of gates_x, of what the state adds to the gates, of h_0, and of the initial state."""
+    """Return gradients of gates_x, of the state's part of the gates, of h_0 and of the initial state."""
     grad_gates_x, grad_gates_h, grad_h_0, grad_initial = _fake_backward(grad_states, weight_hh)
+    # C++ adds to these two. It overwrites the others.
     grad_h_0.zero_()
     grad_initial.zero_()
     function("gru_backward", kept.dtype)(
@@ -114,6 +117,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _gradients(ctx: Any, grad_states: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     previous = ctx.saved_tensors[-1].flatten(0, 1)
     grad_gates_x, grad_gates_h, grad_h_0, grad_initial = _backward(grad_states.contiguous(), *ctx.saved_tensors)
+    # One large matrix product for the weight is faster than a small one per step. It also needs no copy per thread.
     rows = grad_gates_h.flatten(0, 1)
     return grad_gates_x, rows.t() @ previous, rows.sum(0), grad_h_0, grad_initial, None
 

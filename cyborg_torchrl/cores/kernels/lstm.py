@@ -1,4 +1,4 @@
-"""The recurrence of `lstm` in C++ as an operator of torch."""
+"""The recurrence of `lstm` in C++, as a torch operator."""
 
 from __future__ import annotations
 
@@ -20,26 +20,27 @@ def lstm_cpp(
     initial_h: Float[Tensor, "B D"],
     initial_c: Float[Tensor, "B D"],
 ) -> tuple[Float[Tensor, "T B D"], Float[Tensor, "T B D"]]:
-    """The hidden and cell states of an `LSTMLayer`, on as many threads as torch uses.
+    """Return the hidden and cell states of an `LSTMLayer`. It runs on as many threads as torch uses.
 
     Args:
-        gates_x: what the input adds to the gates i, f, g, o, side by side; G = 4 D.
-        weight_hh: what the hidden state adds to them.
+        gates_x: the input's part of the gates i, f, g, o, joined; G = 4 D.
+        weight_hh: the weight of the hidden state's part.
         h_0: the hidden state before the first step.
         c_0: the cell state before the first step.
-        is_init: where an episode begins; whatever was before it, NaN too, is forgotten.
-        initial_h: the hidden state that episodes begin from.
-        initial_c: the cell state that episodes begin from.
+        is_init: true where an episode begins. The state before it is dropped there, NaN included.
+        initial_h: the hidden state at the start of an episode.
+        initial_c: the cell state at the start of an episode.
 
     Raises:
-        RuntimeError: if it was not built here.
+        RuntimeError: if the C++ kernels were not built.
     """
     tensors = [tensor.contiguous() for tensor in (gates_x, weight_hh, h_0, c_0, initial_h, initial_c, is_init)]
     if needs_operator(tensors):
         hidden, cell, _, _ = _forward(*tensors)
     else:
+        # Without a gradient: skip the overhead of a torch operator, and store no gates.
         hidden, cell = _states(gates_x, h_0)
-        _run(tensors, hidden, cell, None, None)  # without what an operator costs, and what a gradient needs
+        _run(tensors, hidden, cell, None, None)
     return hidden, cell
 
 
@@ -55,6 +56,7 @@ def _run(
     previous_h: Tensor | None,
 ) -> None:
     gates_x, weight_hh, h_0, c_0, initial_h, initial_c, is_init = tensors
+    # C++ reads the weight row by row, [D, G], while vectors run over the gates. One copy serves all steps.
     weight = weight_hh.t().contiguous()
     function("lstm", gates_x.dtype)(
         integers(*hidden.shape),
@@ -75,7 +77,7 @@ _INPUTS = "Tensor gates_x, Tensor weight_hh, Tensor h_0, Tensor c_0, Tensor init
     schema=f"({_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _forward(*tensors: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Hidden and cell states, the gates, and the hidden state before each step."""
+    """Return hidden and cell states, the gates, and the hidden state before each step."""
     gates_x, h_0 = tensors[0], tensors[2]
     hidden, cell = _states(gates_x, h_0)
     gates, previous_h = torch.empty_like(gates_x), torch.empty_like(hidden)
@@ -100,7 +102,8 @@ def _backward(
     cell: Tensor,
     gates: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of gates_x, h_0, c_0, initial_h and initial_c."""
+    """Return gradients of gates_x, h_0, c_0, initial_h and initial_c."""
+    # C++ carries gradients in the first two states and adds to the others, so all four start at zero.
     grad_gates, states = torch.empty_like(gates), [torch.zeros_like(c_0) for _ in range(4)]
     function("lstm_backward", gates.dtype)(
         integers(*cell.shape),
@@ -124,6 +127,7 @@ def _fake_backward(*tensors: Any) -> tuple[Tensor, ...]:
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, weight_hh, _, c_0, _, initial_c, is_init = inputs
     _, cell, gates, previous_h = output
+    # The cell state before a step is `cell` one step earlier, or c_0 or initial_c. So no copy of it is saved.
     ctx.save_for_backward(weight_hh, c_0, initial_c, is_init, cell, gates, previous_h)
     ctx.mark_non_differentiable(gates, previous_h)
 
@@ -132,6 +136,7 @@ def _gradients(ctx: Any, grad_hidden: Tensor, grad_cell: Tensor, *_: Any) -> tup
     weight_hh, *saved, previous_h = ctx.saved_tensors
     grads = _backward(grad_hidden.contiguous(), grad_cell.contiguous(), weight_hh, *saved)
     grad_gates, grad_h, grad_c, grad_initial_h, grad_initial_c = grads
+    # One large matrix product for the weight is faster than a small one per step.
     grad_weight = grad_gates.flatten(0, 1).t() @ previous_h.flatten(0, 1)
     return grad_gates, grad_weight, grad_h, grad_c, grad_initial_h, grad_initial_c, None
 

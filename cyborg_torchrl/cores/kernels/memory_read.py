@@ -1,4 +1,4 @@
-"""What an agent reads from a memory while it acts."""
+"""Reads from a memory while an agent acts, in double precision."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from cyborg_torchrl.cores.kernels.native import function, integers, is_native, n
 
 
 def read_memory(memory: Float[Tensor, "B D N"], query: Float[Tensor, "B N"]) -> Float[Tensor, "B D"]:
-    """Products of a query with the N numbers of each channel, in double precision on a CPU and in exported steps.
+    """Return the product of a query with the N numbers of each channel.
 
-    What is read is normalised: where a query fits nothing that is remembered, the products cancel, and the norm makes
-    their rounding a hundred times as loud. It was most of what parted an exported `mamba2` from its agent. Where a
-    gradient is needed, and on a GPU, it is torch's product.
+    The sum uses double precision on a CPU and in exported steps. A norm follows the read. If a query matches nothing
+    in memory, the products cancel, and the norm amplifies their rounding about a hundred times. This was the largest
+    difference between an exported `mamba2` and its agent. With a gradient, and on a GPU, torch's product is used.
 
     Args:
-        memory: what is remembered.
-        query: what is asked for, one for all channels.
+        memory: numbers of each channel.
+        query: the read vector, shared by all channels.
     """
     is_exporting = torch.compiler.is_exporting()
     if not is_exporting and (memory.device.type != "cpu" or needs_operator((memory, query))):
         return torch.matmul(memory, query.unsqueeze(-1)).squeeze(-1)
+    # Exported steps run without our library: they contain the same double precision in torch's operations.
     if not is_native(memory) or query.dtype != memory.dtype:
         return torch.matmul(memory.double(), query.double().unsqueeze(-1)).squeeze(-1).to(memory.dtype)
     memory, query = memory.contiguous(), query.contiguous()

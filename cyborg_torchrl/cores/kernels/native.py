@@ -1,7 +1,7 @@
-"""What was built in C++: found, and loaded.
+"""Loading of the C++ library.
 
-It is built when the package is installed, where there is a compiler (`hatch_build.py`), for the instruction sets that
-torch itself distinguishes. Nothing is missing without it but speed.
+`hatch_build.py` builds the library when the package is installed and a compiler is available. There is one library
+for each instruction set that torch distinguishes. Without a library only speed is lost.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from torch import Tensor
 DTYPES = {torch.float32: "float32", torch.float64: "float64"}
 CAPABILITIES = ("avx512", "avx2", "default")
 INTERFACE = 11
-"""Number of the functions' interface; a library of another is as good as none."""
+"""Version of the C interface. A library with another version is not used."""
 FOLDER = Path(__file__).parent
 POINTER, INTEGER = ctypes.c_void_p, ctypes.c_int64
+# ctypes needs the types of arguments: it would pass a Python integer as 32 bits.
 ARGUMENTS = {
     "scan_forward": [POINTER, INTEGER, *[POINTER] * 5],
     "scan_backward": [POINTER, INTEGER, *[POINTER] * 6],
@@ -41,16 +42,18 @@ ARGUMENTS = {
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The C++ functions, built for this processor; None where there are none."""
+    """Return the C++ library for this processor, or None if there is none."""
+    # torch knows the processor's instruction set. Its name is also the first library to try, then older sets.
     capability = torch.backends.cpu.get_cpu_capability().lower()
     usable = CAPABILITIES[CAPABILITIES.index(capability) :] if capability in CAPABILITIES else CAPABILITIES[-1:]
     for name in usable:
         try:
-            found = ctypes.CDLL(os.fspath(FOLDER / f"_native_{name}.so"))
+            loaded = ctypes.CDLL(os.fspath(FOLDER / f"_native_{name}.so"))
         except OSError:  # not built, or built on another system
             continue
-        if found.cyborg_interface() == INTERFACE:
-            return found
+        # An editable installation may have a library that was built before the last change of the interface.
+        if loaded.cyborg_interface() == INTERFACE:
+            return loaded
     return None
 
 
@@ -58,37 +61,38 @@ IS_BUILT = library() is not None
 
 
 def is_native(tensor: Tensor) -> bool:
-    """Whether there are C++ functions for such tensors. What is exported runs where they are not."""
-    is_for_them = IS_BUILT and tensor.device.type == "cpu" and tensor.dtype in DTYPES
-    return is_for_them and not torch.compiler.is_exporting()
+    """Return True if the C++ functions can be used: built, for tensors of this type, and not during an export."""
+    is_supported = IS_BUILT and tensor.device.type == "cpu" and tensor.dtype in DTYPES
+    # An exported policy runs without our library, so it must consist of torch's operations.
+    return is_supported and not torch.compiler.is_exporting()
 
 
 def needs_operator(tensors: Iterable[Tensor]) -> bool:
-    """Whether a C++ function has to be called as torch's operator: for a gradient, or to be compiled."""
+    """Return True if a C++ function must be called as a torch operator: for a gradient, or under torch.compile."""
     is_differentiated = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     return is_differentiated or torch.compiler.is_compiling()
 
 
 @cache
 def function(name: str, dtype: torch.dtype) -> ctypes._NamedFuncPointer:
-    """A C++ function for numbers of a type.
+    """Return a C++ function for tensors of a dtype.
 
     Raises:
-        RuntimeError: if it was not built here.
+        RuntimeError: if the C++ kernels were not built.
     """
-    found = library()
-    if found is None:
+    built = library()
+    if built is None:
         raise RuntimeError("nothing was built in C++ here: install the package where there is a C++ compiler.")
-    run = found[f"cyborg_{name}_{DTYPES[dtype]}"]
+    run = built[f"cyborg_{name}_{DTYPES[dtype]}"]
     run.argtypes, run.restype = ARGUMENTS[name], None
     return run
 
 
 def pointers(*tensors: Tensor | None) -> ctypes.Array[ctypes.c_void_p]:
-    """Where the tensors lie, as C++ takes them; None is nowhere."""
+    """Return the addresses of tensors as a C array. None becomes a null pointer."""
     return (POINTER * len(tensors))(*[None if tensor is None else tensor.data_ptr() for tensor in tensors])
 
 
 def integers(*values: int) -> ctypes.Array[ctypes.c_int64]:
-    """Numbers, as C++ takes them."""
+    """Return integers as a C array."""
     return (INTEGER * len(values))(*values)

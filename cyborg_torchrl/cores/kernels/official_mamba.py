@@ -1,7 +1,7 @@
-"""Which scan runs; and mamba-ssm's CUDA kernels behind our scans' signatures: stored states, resets, initial states.
+"""The choice of a scan, and mamba-ssm's CUDA kernels with the signatures of our scans.
 
-The package's operations are wrapped, not its modules, which expose none of these. Nothing is imported until a kernel
-is asked for.
+Our signatures have stored states, resets and initial states. The modules of mamba-ssm expose none of these, so we
+wrap its operations. The package is imported at the first use of a kernel.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from cyborg_torchrl.registry import did_you_mean
 
 LOGGER = logging.getLogger(__name__)
 TINY_STEP = 1e-9
-"""Step size of the virtual inputs that put a stored state into a kernel that starts from zero."""
+"""Step size of the virtual inputs that load a stored state into a kernel that starts from zero."""
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-"""What mamba-ssm's kernels were built for."""
+"""Types that mamba-ssm's kernels support."""
 FORGET = 110.0
-"""exp(-110) is zero in float32."""
+"""Exponent of a reset: exp(-110) is zero in float32."""
 
 
 class Kernel:
-    """Which scan a Mamba core runs.
+    """The choice of the scan of a Mamba core.
 
     Args:
-        name: "torch"; "cpp", the C++ scan (float32 and float64 on a CPU); "cuda", mamba-ssm's kernels; or "auto": the
-            fastest that is there and exact.
-        scans: the scans by name; "torch" is always there.
-        is_cuda_exact: the CUDA scan rounds as the torch one does; where it does not, "auto" leaves it alone.
+        name: "torch", "cpp" (the C++ scan for float32 and float64 on a CPU), "cuda" (mamba-ssm's kernels), or "auto"
+            (the fastest exact scan that is available).
+        scans: the scans by name. "torch" is required.
+        is_cuda_exact: True if the CUDA scan is as precise as the torch scan. Otherwise "auto" does not use it.
 
     Raises:
-        ValueError: for a name that is not among them.
+        ValueError: for an unknown name.
     """
 
     def __init__(self, name: str, scans: dict[str, Callable[..., Any]], is_cuda_exact: bool = True) -> None:
@@ -46,11 +46,12 @@ class Kernel:
         self.name, self.scans, self.is_cuda_exact = name, scans, is_cuda_exact
 
     def choose(self, device: torch.device, dtype: torch.dtype) -> str:
-        """The name of the scan for sequences on that device. Logs once what a GPU gets.
+        """Return the name of the scan for a device and a dtype. On a GPU the choice is logged once.
 
         Raises:
-            RuntimeError: if another than "auto" was asked for and cannot be had.
+            RuntimeError: if a scan is requested by name and not available.
         """
+        # An exported policy runs without our library and without mamba-ssm.
         if self.name == "torch" or torch.compiler.is_exporting():
             return "torch"
         fast = self.name if self.name != "auto" else ("cuda" if device.type == "cuda" else "cpp")
@@ -66,7 +67,7 @@ class Kernel:
         return "torch" if reason else fast
 
     def scan_for(self, tensor: Tensor) -> Callable[..., Any]:
-        """The scan for sequences like this tensor; see `choose`."""
+        """Return the scan for sequences with the device and dtype of this tensor, as `choose` does."""
         return self.scans[self.choose(tensor.device, tensor.dtype)]
 
 
@@ -81,31 +82,32 @@ def selective_scan_cuda(
     initial: Float[Tensor, "B D N"],
     operation: Callable[..., Any] | None = None,
 ) -> tuple[Float[Tensor, "T B D"], Float[Tensor, "B D N"]]:
-    """`selective_scan` by mamba-ssm's `selective_scan_fn`, whose kernel starts from zero and knows no resets.
+    """Run `selective_scan` with mamba-ssm's `selective_scan_fn`, whose kernel starts from zero and has no resets.
 
-    The stored state goes in as N virtual inputs with a tiny step, the k-th written to the k-th number of state, and
-    the last state comes out the same way. A reset is a step so long that nothing is left, with an input scaled down
-    so that it writes what it would have. Where the initial state is not zero, its part, which decays from each reset
-    on, is added in torch.
+    N virtual inputs with a tiny step load the stored state: input k writes number k of the state. N virtual steps at
+    the end read the last state in the same way. A reset is a step so long that the state decays to zero. Its input is
+    scaled down, so the step writes the right value. An initial state that is not zero decays after each reset. Its
+    contribution is added in torch.
 
     Args:
-        u: and all up to `initial`: as in `selective_scan`.
-        operation: in place of `selective_scan_fn`; the package's pure-torch reference, for tests.
+        u: this and all arguments up to `initial` are those of `selective_scan`.
+        operation: replacement for `selective_scan_fn`. Tests pass the package's reference in torch.
     """
     scan = operation or _operations()["selective_scan_fn"]
     steps, batch, _ = u.shape
     numbers = a.shape[1]
+    # The state of an ended episode may contain NaN, which no decay removes.
     h_0 = torch.where(is_init[0, :, None, None], torch.zeros_like(h_0), h_0)
     long = delta + is_init.unsqueeze(-1) * (FORGET / (-a.detach()).min())
-    # N virtual steps before write the stored state, N after read the last one: the kernel itself gives no gradient
-    # to the state that it returns
+    # N virtual steps before the sequence write the stored state, and N after it read the last state. The kernel can
+    # return its last state, but without a gradient.
     tiny = torch.full_like(h_0, TINY_STEP).movedim(-1, 0)
     u_all = torch.cat([h_0.movedim(-1, 0) / TINY_STEP, u * (delta / long), torch.zeros_like(tiny)])
     delta_all = torch.cat([tiny, long, tiny])
     unit = torch.eye(numbers, dtype=b.dtype, device=b.device).unsqueeze(1).expand(numbers, batch, numbers)
     nothing = torch.zeros_like(unit)
     b_all, c_all = torch.cat([unit, b, nothing]), torch.cat([nothing, c, unit])
-    # the kernel wants [B, channels, T]
+    # the kernel expects [B, channels, T]
     y = scan(*(x.permute(1, 2, 0).contiguous() for x in (u_all, delta_all)), a,
              *(x.permute(1, 2, 0).contiguous() for x in (b_all, c_all)))  # fmt: skip
     y, last = y.permute(2, 0, 1).split([numbers + steps, numbers])
@@ -129,16 +131,17 @@ def ssd_scan_cuda(
     initial: Float[Tensor, "B H P N"],
     operation: Callable[..., Any] | None = None,
 ) -> tuple[Float[Tensor, "T B H P"], Float[Tensor, "B H P N"]]:
-    """`ssd_scan` by mamba-ssm's `mamba_chunk_scan_combined`, which takes stored states and sequence numbers.
+    """Run `ssd_scan` with mamba-ssm's `mamba_chunk_scan_combined`, which accepts stored states and sequence numbers.
 
-    The stored state belongs to sequence 0; a row that begins with a reset begins with sequence 1. Where the initial
-    state is not zero, its part is added in torch.
+    The stored state belongs to sequence 0. A row that begins with a reset begins with sequence 1. The contribution of
+    an initial state that is not zero is added in torch.
 
     Args:
-        u: and all up to `initial`: as in `ssd_scan`.
-        operation: in place of `mamba_chunk_scan_combined`, for tests.
+        u: this and all arguments up to `initial` are those of `ssd_scan`.
+        operation: replacement for `mamba_chunk_scan_combined` in tests.
     """
     scan = operation or _operations()["mamba_chunk_scan_combined"]
+    # The state of an ended episode may contain NaN. Replace it by zero instead of relying on the kernel.
     h_0 = torch.where(is_init[0, :, None, None, None], torch.zeros_like(h_0), h_0)
     y, last = scan(
         u.transpose(0, 1).contiguous(),
@@ -165,7 +168,7 @@ def _is_zero(initial: Tensor) -> bool:
 
 
 def _since_reset(values: Float[Tensor, "T B *C"], is_init: Bool[Tensor, "T B"]) -> tuple[Tensor, Tensor]:
-    """Sums from the last reset up to and with each step, and where there was a reset."""
+    """Return sums from the last reset up to and including each step, and a mask of steps after a reset."""
     total = values.cumsum(0)
     index = torch.arange(values.shape[0], device=values.device).unsqueeze(1)
     last = torch.where(is_init, index, -1).cummax(0).values
@@ -175,7 +178,7 @@ def _since_reset(values: Float[Tensor, "T B *C"], is_init: Bool[Tensor, "T B"]) 
 
 @cache
 def _operations() -> dict[str, Callable[..., Any]]:
-    """mamba-ssm's operations. Raises ImportError where the package is missing, or was built without its kernels."""
+    """Return mamba-ssm's operations. Raise ImportError if the package is missing or was built without kernels."""
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
     from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
@@ -200,7 +203,7 @@ def _why_no_cpp(device: torch.device, dtype: torch.dtype) -> str:
 
 @cache
 def _why_not() -> str:
-    """Why mamba-ssm's kernels cannot be used; empty if they can."""
+    """Return the reason why mamba-ssm's kernels cannot be used, or an empty string if they can."""
     try:
         _operations()
     except ImportError as error:

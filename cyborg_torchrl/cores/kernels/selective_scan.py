@@ -1,4 +1,4 @@
-"""The selective scan in C++ as an operator of torch."""
+"""The selective scan in C++, as a torch operator."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from torch import Tensor
 from cyborg_torchrl.cores.kernels.native import function, integers, needs_operator, pointers
 
 LENGTH = 24
-"""Steps of which one state is kept; the backward pass computes those between again."""
+"""Steps per stored state. The backward pass recomputes the states in between.
+
+Storing every state would need N times the memory of the input. With N = 16, the backward pass needs about 100 kB per
+thread for 24 steps, which fits into the cache of one processor core.
+"""
 
 
 def selective_scan_cpp(
@@ -24,24 +28,26 @@ def selective_scan_cpp(
     is_init: Bool[Tensor, "T B"],
     initial: Float[Tensor, "B D N"],
 ) -> tuple[Float[Tensor, "T B D"], Float[Tensor, "B D N"]]:
-    """`selective_scan` in C++, on as many threads as torch uses: the environments are split over them.
+    """Run `selective_scan` in C++. Environments are split over as many threads as torch uses.
 
     Args:
-        u: and all others: as in `selective_scan`; float32 or float64, on a CPU.
+        u: this and all other arguments are those of `selective_scan`, float32 or float64, on a CPU.
 
     Raises:
         ValueError: if there is no step.
-        RuntimeError: if it was not built here.
+        RuntimeError: if the C++ kernels were not built.
     """
     if u.shape[0] == 0:
         raise ValueError("selective_scan needs at least one step; got T == 0.")
+    # C++ has N before D in states: neighbouring channels fill the lanes of a vector.
     tensors = (u, delta, a.t(), b, c, h_0.transpose(1, 2), initial.transpose(1, 2), is_init)
     arguments: list[Any] = [tensor.contiguous() for tensor in tensors]
     if needs_operator(arguments):
         y, last, _ = _forward(*arguments, LENGTH)
     else:
+        # Without a gradient: skip the overhead of a torch operator, and store no states.
         arguments.append(0)
-        y, last, _ = _run(*arguments)  # without what an operator costs
+        y, last, _ = _run(*arguments)
     return y, last.transpose(1, 2)
 
 
@@ -56,9 +62,9 @@ def _run(
     is_init: Tensor,
     length: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What is read [T, B, D], the last state [B, N, D], and the states before every `length`-th step; 0: none.
+    """Return the outputs [T, B, D], the last state [B, N, D] and the states before every `length`-th step.
 
-    States have N before D here, and all tensors are contiguous.
+    With `length` 0 no states are stored. States have N before D, and all tensors must be contiguous.
     """
     y, last = torch.empty_like(u), torch.empty_like(h_0)
     starts = _starts(u, h_0, length)
@@ -104,7 +110,9 @@ def _backward(
     starts: Tensor,
     length: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the float arguments of the forward pass, in their order."""
+    """Return gradients of the float arguments of the forward pass, in their order."""
+    # Each thread sums the gradient of `a` separately. So threads need no locks, and sums have a fixed order.
+    # No more threads than rows: C++ leaves the sums of idle threads unset.
     threads = min(torch.get_num_threads(), u.shape[1])
     grad_a = a.new_empty(threads, *a.shape)
     grads = [torch.empty_like(tensor) for tensor in (u, delta, b, c, h_0)]
@@ -137,6 +145,7 @@ def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    # The inputs and one state per chunk are enough to recompute all other states.
     *tensors, ctx.length = inputs
     ctx.save_for_backward(*tensors, output[2])
     ctx.mark_non_differentiable(output[2])
