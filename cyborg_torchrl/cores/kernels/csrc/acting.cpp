@@ -1,9 +1,9 @@
 // One step of an agent, from the observation to the heads. See collectors/compiled_step.py.
 //
-//     features = E x;  h = step of the memory;  joint = LayerNorm(groups' norm(h)) + LayerNorm(features)
+//     features = E x;  h = step of the memory;  joint = LayerNorm(group norm(h)) + LayerNorm(features)
 //     policy, value = H joint + b
 //
-// Block by block of rows, so that what lies between x and the heads stays in the cache.
+// Rows are processed in blocks, so that all intermediate values of a block stay in the cache.
 
 #include "gated_recurrence.h"
 #include "lstm.h"
@@ -11,17 +11,20 @@
 
 namespace {
 
+// Rows per block: two passes of the 8-row kernel in multiply.h.
 constexpr int64_t BLOCK = 16;
 
-// mapped: width of what the memory's map is of: x itself (= observed), or the features (= channels)
+// mapped: input width of the memory's linear map. It equals `observed` (input x) or `channels` (input features).
 struct Agent { int64_t observed, mapped, channels, group, actions; double group_eps, layer_eps; };
 
-// A memory: how many times its channels its map has columns, the size of its other parameters, and a step of some rows.
-// inputs: what its map makes of what it sees, bias included, and room from then on; before and after: its states.
+// A memory declares the columns of its map in multiples of its channels, the size of its other parameters, and a step
+// of some rows. `inputs` is the output of the map, bias included. The step may overwrite it. `before` and `after` are
+// the states.
 template <class T> struct LRU {
     static constexpr int64_t maps = 3, states = 1;
     static int64_t others(int64_t D) { return D; }
     static void step(int64_t rows, int64_t D, T* inputs, const T* rate, const T* const* before, T* const* after) {
+        // The caller has already applied resets to the states.
         const uint8_t never[BLOCK] = {};
         const T* const in[] = {inputs, rate, before[0], before[0]};
         recur<T>({1, rows, D}, in, never, after[0], 0, rows);
@@ -38,7 +41,7 @@ template <class T> struct LSTM {
     }
 };
 
-// Where the parameters lie, one after the other.
+// Addresses of the parameters, which are stored one after the other in one array.
 template <class T, template <class> class Memory> struct Parameters {
     const T *encoder, *map, *bias, *others, *past, *past_bias, *present, *present_bias, *heads, *heads_bias;
     Parameters(const Agent& agent, const T* at) {
@@ -51,6 +54,7 @@ template <class T, template <class> class Memory> struct Parameters {
     }
 };
 
+// The heads have few rows, so vectors run along the channels and their lanes are added at the end.
 template <class T> INLINE T dot(const T* a, const T* b, int64_t size) {
     Vec<T> total{};
     for (int64_t d = 0; d < size; d += W<T>) {
@@ -65,6 +69,7 @@ void act(const Agent& agent, const T* parameters, const T* x, const T* const* be
          T* value, int64_t first, int64_t end) {
     const Parameters<T, Memory> p(agent, parameters);
     const int64_t D = agent.channels, A = agent.actions, columns = Memory<T>::maps * D;
+    // One allocation per thread and step holds the intermediate values of a block.
     const Room<T> room(BLOCK * (3 * D + columns));
     T *features = room.data(), *readout = features + BLOCK * D, *joint = readout + BLOCK * D, *inputs = joint + BLOCK * D;
     for (int64_t row = first; row < end; row += BLOCK) {
@@ -73,6 +78,7 @@ void act(const Agent& agent, const T* parameters, const T* x, const T* const* be
         const T* befores[Memory<T>::states];
         T* afters[Memory<T>::states];
         for (int64_t i = 0; i < Memory<T>::states; ++i) befores[i] = before[i] + row * D, afters[i] = after[i] + row * D;
+        // `multiply` adds to its output: start at zero, or at the bias.
         std::fill(features, features + rows * D, T(0));
         multiply<T>(seen, p.encoder, features, rows, agent.observed, D);
         for (int64_t i = 0; i < rows; ++i) std::memcpy(inputs + i * columns, p.bias, columns * sizeof(T));

@@ -2,8 +2,8 @@
 //
 //     a = exp(-2 sigmoid(decay_gate) rate);   h = a h_before + sqrt(1 - a^2) sigmoid(input_gate) x
 //
-// decay_gate, input_gate and x lie side by side: `inputs` is [T, B, 3 D].
-// Steps come one after the other, each over all rows of a thread: memory is read and written in order.
+// decay_gate, input_gate and x are joined: `inputs` is [T, B, 3 D].
+// The outer loop is over steps, the inner loop over the rows of a thread. So memory is read and written in order.
 
 #include "gated_recurrence.h"
 
@@ -13,13 +13,14 @@ template <class T>
 void recur_backward(Sequence s, const T* const* in, const uint8_t* is_init, const T* states, const T* grad_states,
                     T* const* grads, T* grad_rate, int64_t first, int64_t end) {
     const T *inputs = in[0], *rate = in[1], *h_0 = in[2], *initial = in[3];
-    // the carried gradient ends as that of h_0; it and that of the initial state begin at zero
+    // The carried gradient is the gradient of h_0 in the end. The caller sets it and `grad_initial` to zero.
     T *grad_inputs = grads[0], *carry = grads[1], *grad_initial = grads[2];
     const int64_t D = s.channels;
-    std::vector<Vec<T>> of_step((D + W<T> - 1) / W<T>);  // summed by steps first: many small numbers lose less
+    std::vector<Vec<T>> of_step((D + W<T> - 1) / W<T>);  // sums of one step: fewer digits are lost
     for (int64_t t = s.steps - 1; t >= 0; --t) {
         std::fill(of_step.begin(), of_step.end(), Vec<T>{});
         for (int64_t row = first; row < end; ++row) {
+            // Gates are recomputed here, so the forward pass stores only the states.
             const int64_t at = (t * s.batch + row) * D, state = row * D;
             const bool begins = is_init[t * s.batch + row];
             const T* own = inputs + 3 * at;
@@ -34,12 +35,14 @@ void recur_backward(Sequence s, const T* const* in, const uint8_t* is_init, cons
                 store<T>(to + 2 * D + d, to_x, k);
                 store<T>(to + D + d, to_x * input * (T(1) - g.gate), k);
                 // a d/da (h a + sqrt(1 - a^2) v) = a (h - a v / sqrt(1 - a^2))
+                // If a rounds to 1, the power is 0. The floor avoids a division by zero.
                 const Vec<T> safe = g.power < T(1e-18) ? Vec<T>{} + T(1e-18) : g.power;
                 const Vec<T> to_log = (grad * load<T>(before + d, k) - g.decay * through * input / safe) * g.decay *
                                       g.opening;
                 store<T>(to + d, to_log * (T(1) - g.opening) * (rates * T(-2)), k);
                 of_step[d / W<T>] -= T(2) * to_log;
                 const Vec<T> passed = g.decay * grad;
+                // At a reset the gradient goes to the initial state and does not reach the step before.
                 if (begins) {
                     T* sum = grad_initial + state + d;
                     store<T>(sum, load<T>(sum, k) + passed, k);

@@ -1,4 +1,4 @@
-// The gated linear recurrence, forward. Its formula is in gated_recurrence.cpp.
+// The gated linear recurrence, forward pass. The formula is in gated_recurrence.cpp.
 
 #pragma once
 
@@ -9,7 +9,8 @@ namespace {
 struct Sequence { int64_t steps, batch, channels; };
 
 template <class T> struct Gates {
-    Vec<T> loss, decay, opening, gate, power;  // loss = decay - 1
+    // loss = decay - 1. From it 1 - decay^2 = -loss (loss + 2) has no cancellation, even if decay is almost 1.
+    Vec<T> loss, decay, opening, gate, power;
     INLINE Gates(Vec<T> decay_gate, Vec<T> input_gate, Vec<T> rate) {
         opening = sigmoid<T>(decay_gate);
         gate = sigmoid<T>(input_gate);
@@ -27,6 +28,7 @@ void recur(Sequence s, const T* const* in, const uint8_t* is_init, T* states, in
         for (int64_t row = first; row < end; ++row) {
             const int64_t at = (t * s.batch + row) * D;
             const T* own = inputs + 3 * at;
+            // `states` holds the state before this step already, so the recurrence needs no other memory.
             const T* before = is_init[t * s.batch + row] ? initial + row * D
                               : t ? states + at - s.batch * D : h_0 + row * D;
             for (int64_t d = 0; d < D; d += W<T>) {

@@ -1,7 +1,8 @@
 // Norms of rows. See native.py.
 //
-// In groups of neighbouring channels, with its gradient:  y = x s;  y := y / sqrt(mean_group(y^2) + eps), 0 of a group of 0
-// Of two layers, added, while acting:  y = LayerNorm(a) + LayerNorm(b)
+// Norm over groups of neighbouring channels, with gradient:  v = x s;  y = v / sqrt(mean_group(v^2) + eps)
+// A group of zeros gives zeros.
+// Sum of two layer norms, while acting:  y = LayerNorm(a) + LayerNorm(b)
 
 #include "norms.h"
 
@@ -12,6 +13,7 @@ void normalise_backward(Groups s, T eps, const T* x, const T* scales, const T* g
                         int64_t end) {
     for (int64_t at = first * s.channels; at < end * s.channels; at += s.size) {
         const T* own = scales ? scales + at % s.channels : nullptr;
+        // The factor is recomputed, so the forward pass stores nothing but x.
         const T factor = loudness(x + at, own, s.size, eps);
         const T *v = x + at, *g = grad_y + at;
         const auto y = [=](int64_t i) { return v[i] * (own ? factor * own[i] : factor); };

@@ -1,4 +1,4 @@
-// The gated recurrent unit from the input's part of its gates on, and its gradient. See multiply.h and native.py.
+// The gated recurrent unit, given the input's part of its gates, and its gradient. See multiply.h and native.py.
 //
 //     r, u = sigmoid(gates_x + h W + b);   n = tanh(gates_x + r (h W + b));   h := h + u (n - h)
 
@@ -8,7 +8,8 @@ namespace {
 
 struct Shape { int64_t steps, batch, size; };
 
-// kept (r, u, n, and h W + b of n) and previous are what the gradient needs; without them (nullptr) rooms are used again
+// out: states, and for the gradient `kept` (r, u, n, and h W + b of n) and `previous` (the state before each step).
+// Without a gradient the last two are null pointers, and one buffer is reused for all steps.
 template <class T>
 void gru(Shape s, const T* const* in, const uint8_t* is_init, T* const* out, int64_t first, int64_t end) {
     const T *gates_x = in[0], *weight = in[1], *bias = in[2], *h_0 = in[3], *initial = in[4];
@@ -23,6 +24,7 @@ void gru(Shape s, const T* const* in, const uint8_t* is_init, T* const* out, int
             std::memcpy(previous + (row - first) * H, from, H * sizeof(T));
             std::memcpy(gates.data() + (row - first) * 3 * H, bias, 3 * H * sizeof(T));
         }
+        // One product for all rows of the thread: each row of the weight is loaded once for several rows of states.
         multiply<T>(previous, weight, gates.data(), rows, H, 3 * H);
         for (int64_t row = first; row < end; ++row) {
             const T *x = gates_x + (t * s.batch + row) * 3 * H, *own = gates.data() + (row - first) * 3 * H;
@@ -33,6 +35,7 @@ void gru(Shape s, const T* const* in, const uint8_t* is_init, T* const* out, int
                 const Vec<T> u = sigmoid<T>(load<T>(x + H + d, k) + load<T>(own + H + d, k));
                 const Vec<T> from_h = load<T>(own + 2 * H + d, k), h = load<T>(previous + (row - first) * H + d, k);
                 const Vec<T> n = tanh<T>(load<T>(x + 2 * H + d, k) + r * from_h);
+                // This form keeps small changes of slow units, which (1 - u) h + u n would round away.
                 store<T>(states + t * step + row * H + d, h + u * (n - h), k);
                 if (kept) {
                     store<T>(kept + d, r, k);
@@ -45,7 +48,7 @@ void gru(Shape s, const T* const* in, const uint8_t* is_init, T* const* out, int
     }
 }
 
-// carry ends as the gradient of h_0; it and that of the initial state begin at zero
+// In the end `carry` is the gradient of h_0. The caller sets it and `grad_initial` to zero.
 template <class T>
 void gru_backward(Shape s, const T* const* in, const uint8_t* is_init, T* const* out, int64_t first, int64_t end) {
     const T *grad_states = in[0], *weight = in[1], *kept = in[2], *previous = in[3];
@@ -71,6 +74,7 @@ void gru_backward(Shape s, const T* const* in, const uint8_t* is_init, T* const*
                 store<T>(carry + row * H + d, grad * (T(1) - u), k);
             }
         }
+        // `carry` already has the direct part of the gradient. The product adds the part through the gates.
         multiply<T>(grad_gates_h + (t * s.batch + first) * 3 * H, weight, carry + first * H, rows, 3 * H, H);
         for (int64_t row = first; row < end; ++row)
             if (is_init[t * s.batch + row])

@@ -1,4 +1,7 @@
-// Vectors of the processor's width, and the functions of them that the recurrences need.
+// Vectors as wide as the processor's registers, and the functions of vectors that the recurrences need.
+//
+// The C library's exp and tanh work on one number at a time. These work on all lanes at once, and acting and training
+// use the same code, so both round alike.
 
 #pragma once
 
@@ -21,6 +24,8 @@
 
 namespace {
 
+// V and I: vectors of numbers and of integers. mantissa, bias: the format of the exponent.
+// lowest, highest: exponents of normal numbers. rounder: adding and subtracting it rounds to an integer.
 template <class T> struct Lanes;
 
 template <> struct Lanes<float> {
@@ -28,7 +33,7 @@ template <> struct Lanes<float> {
     typedef int32_t I __attribute__((vector_size(BYTES)));
     static constexpr int mantissa = 23, bias = 127;
     static constexpr float lowest = -126.0f, highest = 127.0f, rounder = 12582912.0f;  // 1.5 * 2^23
-    static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;  // high has few digits: products are exact
+    static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;  // few digits: exact products
     static constexpr int degree = 5;
     static constexpr float q[] = {0.69314718802622878f, 0.24022650760568127f,   0.055503571142190779f,
                                   0.009618082557277855f, 0.0013390863364671234f, 0.00015453162945120690f};
@@ -50,7 +55,8 @@ template <> struct Lanes<double> {
 template <class T> using Vec = typename Lanes<T>::V;
 template <class T> constexpr int W = BYTES / sizeof(T);
 
-// 2^x - 1 on [-1/2, 1/2]: x q(x), q interpolated at Chebyshev's nodes: exact at 0, where decays live.
+// 2^x - 1 on [-1/2, 1/2] as x q(x), with q interpolated at Chebyshev nodes. It is precise near 0, the range of slow
+// decays.
 template <class T> INLINE Vec<T> small_exp2m1(Vec<T> x) {
     typedef Lanes<T> L;
     Vec<T> q = Vec<T>{} + L::q[L::degree];
@@ -59,6 +65,7 @@ template <class T> INLINE Vec<T> small_exp2m1(Vec<T> x) {
     return q * x;
 }
 
+// 2^whole for integers: written directly into the exponent bits.
 template <class T> INLINE Vec<T> power_of_2(Vec<T> whole) {
     typedef Lanes<T> L;
     const typename L::I exponent = (__builtin_convertvector(whole, typename L::I) + L::bias) << L::mantissa;
@@ -79,7 +86,7 @@ template <class T> INLINE Vec<T> exp2(Vec<T> x) {
     return (small_exp2m1<T>(x - whole) + T(1)) * power_of_2<T>(whole);
 }
 
-// e^x = (1 + fraction) * scale, with the digits of x that x log2(e) would lose.
+// e^x = (1 + fraction) * scale. ln 2 has a high and a low part, so no digits of x are lost.
 template <class T> INLINE void split_exp(Vec<T> x, Vec<T>& fraction, Vec<T>& scale) {
     typedef Lanes<T> L;
     constexpr T log2e = T(1.4426950408889634074);
@@ -90,7 +97,7 @@ template <class T> INLINE void split_exp(Vec<T> x, Vec<T>& fraction, Vec<T>& sca
     scale = power_of_2<T>(whole);
 }
 
-// e^x - 1, exact near 0.
+// e^x - 1, precise near 0.
 template <class T> INLINE Vec<T> expm1(Vec<T> x) {
     Vec<T> fraction, scale;
     split_exp<T>(x, fraction, scale);
@@ -106,7 +113,7 @@ template <class T> INLINE Vec<T> sigmoid(Vec<T> x) {
 template <class T> INLINE Vec<T> tanh(Vec<T> x) {
     const Vec<T> grown = expm1<T>(x * T(2));
     const Vec<T> quotient = grown / (grown + T(2));
-    return x > T(20) ? Vec<T>{} + T(1) : quotient;  // where the quotient would be of infinities
+    return x > T(20) ? Vec<T>{} + T(1) : quotient;  // avoids infinity / infinity
 }
 
 template <class T> INLINE Vec<T> sqrt(Vec<T> x) {
@@ -114,6 +121,7 @@ template <class T> INLINE Vec<T> sqrt(Vec<T> x) {
     return x;
 }
 
+// `lanes` is below W only at the end of a row. memcpy of a fixed size compiles to one unaligned load.
 template <class T> INLINE Vec<T> load(const T* from, int lanes) {
     Vec<T> v{};
     if (lanes == W<T>) std::memcpy(&v, from, sizeof v);
@@ -131,11 +139,11 @@ template <class T> INLINE T sum(Vec<T> v) {
     for (int i = 0; i < W<T>; ++i) total += v[i];
     return total;
 }
-// Lines that are far from each other in memory, as one step's row from the next one's, come only if they are asked for.
+// A row of the next step is far away in memory, where the processor does not prefetch by itself. AHEAD is in steps.
 constexpr int64_t AHEAD = 8;
 template <class T> INLINE void prefetch(const T* at) { __builtin_prefetch(at); }
 
-// Room for so many numbers, none of them set, from the beginning of a cache line on.
+// Memory for `size` numbers, not initialised, aligned to a cache line. std::vector would first fill it with zeros.
 template <class T> class Room {
   public:
     explicit Room(int64_t size) : at(static_cast<T*>(::operator new(size * sizeof(T), LINE))) {}
@@ -149,7 +157,8 @@ template <class T> class Room {
     T* at;
 };
 
-// Rows [0, rows) split over threads; run(thread, first, end).
+// Split rows [0, rows) over threads and call run(thread, first, end) in each. Rows (environments) are independent,
+// steps are not. The calling thread takes the first part.
 template <class Run> void split(int64_t rows, int64_t threads, Run run) {
     threads = std::max<int64_t>(1, std::min(threads, rows));
     std::vector<std::thread> others;

@@ -1,4 +1,4 @@
-// Long short-term memory from the input's part of its gates on, and its gradient. See multiply.h and native.py.
+// Long short-term memory, given the input's part of its gates, and its gradient. See multiply.h and native.py.
 //
 //     i, f, o = sigmoid(gates_x + h W);   g = tanh(...);   c = f c_before + i g;   h = o tanh(c)
 
@@ -6,7 +6,7 @@
 
 namespace {
 
-// carry_h and carry_c end as the gradients of h_0 and c_0; they and those of the initial states begin at zero
+// In the end carry_h and carry_c are the gradients of h_0 and c_0. The caller sets all four states to zero.
 template <class T>
 void lstm_backward(Hidden s, const T* const* in, const uint8_t* is_init, T* const* out, int64_t first, int64_t end) {
     const T *grad_hidden = in[0], *grad_cell = in[1], *weight = in[2], *gates = in[3], *cell = in[4], *c_0 = in[5],
@@ -21,6 +21,7 @@ void lstm_backward(Hidden s, const T* const* in, const uint8_t* is_init, T* cons
                 const int k = int(std::min<int64_t>(W<T>, H - d));
                 const Vec<T> i = load<T>(gates + gate + d, k), f = load<T>(gates + gate + H + d, k);
                 const Vec<T> g = load<T>(gates + gate + 2 * H + d, k), o = load<T>(gates + gate + 3 * H + d, k);
+                // tanh(c) is recomputed: this needs less memory than a stored copy.
                 const Vec<T> squashed = tanh<T>(load<T>(cell + at + d, k));
                 const Vec<T> grad_h = load<T>(grad_hidden + at + d, k) + load<T>(carry_h + state + d, k);
                 const Vec<T> grad_c = load<T>(grad_cell + at + d, k) + load<T>(carry_c + state + d, k) +
@@ -32,6 +33,7 @@ void lstm_backward(Hidden s, const T* const* in, const uint8_t* is_init, T* cons
                 store<T>(carry_c + state + d, grad_c * f, k);
             }
         }
+        // h reaches earlier steps only through the gates, so the product replaces carry_h.
         T* own = carry_h + first * H;
         std::memset(own, 0, rows * H * sizeof(T));
         multiply<T>(grad_gates + (t * s.batch + first) * 4 * H, weight, own, rows, 4 * H, H);

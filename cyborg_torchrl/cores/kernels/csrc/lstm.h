@@ -1,4 +1,4 @@
-// Long short-term memory, forward; its formula is in lstm.cpp.
+// Long short-term memory, forward pass. The formula is in lstm.cpp.
 
 #pragma once
 
@@ -8,12 +8,14 @@ namespace {
 
 struct Hidden { int64_t steps, batch, size; };
 
+// Address of a row's state before step t: the initial state at a reset, else the state of step t - 1 or the first one.
 template <class T> INLINE const T* before(const T* now, const T* first, const T* initial, bool begins, int64_t t,
                                           int64_t step, int64_t at, int64_t state) {
     return begins ? initial + state : t ? now + at - step : first + state;
 }
 
-// One row: from the sums of its gates, [4 H], and its cell; kept: the gates themselves take the place of their sums.
+// A step of one row, given the sums of its gates [4 H] and its cell. With `kept` the gates overwrite their sums,
+// because the gradient needs them.
 template <class T, bool kept>
 INLINE void cell_step(int64_t H, T* own, const T* before, T* cell, T* hidden) {
     for (int64_t d = 0; d < H; d += W<T>) {
@@ -32,7 +34,8 @@ INLINE void cell_step(int64_t H, T* own, const T* before, T* cell, T* hidden) {
     }
 }
 
-// gates and previous_h are what the gradient needs; without them (nullptr) each step uses the same room again
+// out: hidden, cell, and for the gradient `gates` and `previous_h`. Without a gradient the last two are null pointers,
+// and one buffer is reused for all steps.
 template <class T>
 void lstm(Hidden s, const T* const* in, const uint8_t* is_init, T* const* out, int64_t first, int64_t end) {
     const T *gates_x = in[0], *weight = in[1], *h_0 = in[2], *c_0 = in[3], *initial_h = in[4], *initial_c = in[5];

@@ -1,4 +1,6 @@
-// What is read from a memory: y = sum_n h_n c_n, summed in double precision. See memory_read.py and native.py.
+// A read from a memory: y = sum_n h_n c_n. See memory_read.py and native.py.
+//
+// The sum is in double precision: its terms may cancel, and the norm after it would amplify the rounding.
 
 #include "norms.h"
 
@@ -16,7 +18,7 @@ INLINE void read_rows(int64_t numbers, Memory s, const T* h, const T* c, T* y, i
 }
 
 template <class T> void read(Memory s, const T* h, const T* c, T* y, int64_t first, int64_t end) {
-    // a loop of a length that is known, where it is the usual one
+    // The usual length is a constant, so that the compiler can unroll the loop.
     if (s.numbers == 16) read_rows<T>(16, s, h, c, y, first, end);
     else read_rows<T>(s.numbers, s, h, c, y, first, end);
 }

@@ -1,4 +1,4 @@
-// Norms of rows, forward; what they are of is in group_norm.cpp.
+// Norms of rows, forward pass. The formulas are in group_norm.cpp.
 
 #pragma once
 
@@ -8,7 +8,8 @@ namespace {
 
 struct Groups { int64_t rows, channels, size; };
 
-template <class T, class Term> INLINE T total(int64_t size, Term term) {  // four sums, which do not wait for each other
+// Four independent sums: an addition does not wait for the result of the previous one.
+template <class T, class Term> INLINE T total(int64_t size, Term term) {
     T sums[4] = {0, 0, 0, 0};
     int64_t i = 0;
     for (; i + 4 <= size; i += 4)
@@ -17,6 +18,7 @@ template <class T, class Term> INLINE T total(int64_t size, Term term) {  // fou
     return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
+// The inverse root mean square of a group, and 0 for a group of zeros: there the slope would be 1 / sqrt(eps).
 template <class T> INLINE T loudness(const T* x, const T* scales, int64_t size, T eps) {
     const T mean = scales ? total<T>(size, [=](int64_t i) { const T v = x[i] * scales[i]; return v * v; }) / T(size)
                           : total<T>(size, [=](int64_t i) { return x[i] * x[i]; }) / T(size);
@@ -34,7 +36,7 @@ INLINE void normalise_groups(int64_t size, Groups s, T eps, const T* x, const T*
 
 template <class T>
 void normalise(Groups s, T eps, const T* x, const T* scales, T* y, int64_t first, int64_t end) {
-    // loops of a length that is known, where it is the usual one
+    // The usual lengths are constants, so that the compiler can unroll the loops.
     if (s.size == 8 && !scales) normalise_groups<T>(8, s, eps, x, nullptr, y, first, end);
     else if (s.size == 4 && !scales) normalise_groups<T>(4, s, eps, x, nullptr, y, first, end);
     else normalise_groups<T>(s.size, s, eps, x, scales, y, first, end);
@@ -46,6 +48,7 @@ template <class T> INLINE Vec<T> less_mean(const T* x, int64_t d, int k, T mean)
     return v;
 }
 
+// Mean and inverse standard deviation. Two passes: the mean of squares minus the square of the mean would cancel.
 template <class T> INLINE void moments(const T* x, int64_t size, T eps, T& mean, T& scale) {
     Vec<T> total{}, squares{};
     for (int64_t d = 0; d < size; d += W<T>) total += load<T>(x + d, int(std::min<int64_t>(W<T>, size - d)));
@@ -57,7 +60,7 @@ template <class T> INLINE void moments(const T* x, int64_t size, T eps, T& mean,
     scale = T(1) / std::sqrt(sum<T>(squares) / T(size) + eps);
 }
 
-// in: a, weight and bias of its norm, b, weight and bias of its norm
+// in: a, the weight and bias of its norm, then b, the weight and bias of its norm
 template <class T> void added_norms(int64_t size, T eps, const T* const* in, T* y, int64_t first, int64_t end) {
     for (int64_t row = first; row < end; ++row) {
         const T *a = in[0] + row * size, *b = in[3] + row * size;

@@ -1,9 +1,9 @@
-// The selective scan of Mamba-1 and its gradient for CPUs. Plain C++ behind a C interface: it is built without torch's
-// headers, so it fits every version of torch, and is called with pointers (native.py). It is built once for each
-// instruction set; the one that torch itself uses is loaded.
+// The selective scan of Mamba-1 and its gradient for CPUs. This is plain C++ behind a C interface, called with pointers
+// (native.py). It is built without torch's headers, so it works with every version of torch. There is one build for
+// each instruction set. native.py loads the build for the set that torch uses.
 //
-// Channels lie in the lanes of vectors, one tile of W channels at a time; the numbers of the state are looped over.
-// The forward pass keeps the states before every `length`-th step; the backward pass runs each such chunk again.
+// The lanes of a vector are W neighbouring channels, a tile. Loops run over the numbers of the state.
+// The forward pass stores the states before every `length`-th step. The backward pass recomputes each such chunk.
 
 #include "lanes.h"
 
@@ -18,17 +18,20 @@ template <class T> struct Inputs {
 
 template <class T> struct Gradients {
     const T *y, *last;                             // [T, B, D], [B, N, D]
-    T *u, *delta, *a, *b, *c, *h_0, *initial;      // like the inputs; a is one for each thread
+    T *u, *delta, *a, *b, *c, *h_0, *initial;      // shapes of the inputs; a: one per thread
 };
 
-template <class T> class Aligned {  // room for vectors; std::vector does not align them before C++17's new
+// Memory for vectors. Since C++17 the `new` of std::vector aligns them.
+template <class T> class Aligned {
     std::vector<Vec<T>> room;
   public:
     explicit Aligned(int64_t count) : room(count) {}
     Vec<T>* data() { return room.data(); }
 };
 
-// NS: the number of state numbers where it is known, or 0
+// NS: the number of state numbers if it is a constant, else 0. A constant lets the compiler unroll the loops over n.
+//
+// Rows are the outer loop and time is inside: the state of one tile stays in registers or the first-level cache.
 template <class T, int NS>
 void forward_rows(Sizes<T> s, Inputs<T> in, T* y, T* last, T* starts, int64_t first, int64_t end) {
     const int64_t N = NS ? NS : s.numbers, D = s.channels;
@@ -40,6 +43,7 @@ void forward_rows(Sizes<T> s, Inputs<T> in, T* y, T* last, T* starts, int64_t fi
             const int lanes = int(std::min<int64_t>(W<T>, D - d));
             const T *initial = in.initial + row * N * D + d, *h_0 = in.h_0 + row * N * D + d;
             for (int64_t n = 0; n < N; ++n) {
+                // exp(delta a) = exp2(delta a log2(e)): the factor is applied once, not at every step.
                 a2[n] = load<T>(in.a + n * D + d, lanes) * log2e;
                 h[n] = load<T>(h_0 + n * D, lanes);
             }
@@ -67,13 +71,16 @@ void forward_rows(Sizes<T> s, Inputs<T> in, T* y, T* last, T* starts, int64_t fi
         }
 }
 
+// Chunks run from the last to the first. Each is recomputed forward from its stored state, then run backward. `carry`
+// is the gradient of the state between chunks.
 template <class T, int NS>
 void backward_rows(Sizes<T> s, Inputs<T> in, const T* starts, Gradients<T> g, T* grad_a, int64_t first,
                    int64_t end) {
     const int64_t N = NS ? NS : s.numbers, D = s.channels, L = s.length;
     const int64_t tiles = (D + W<T> - 1) / W<T>, chunks = (s.steps + L - 1) / L;
     constexpr T log2e = T(1.4426950408889634074);
-    // for one chunk: states before each step and after the last, decays; sums over tiles of what B and C get
+    // For one chunk: the states before each step and after the last, the decays, and the gradients of B and C summed
+    // over tiles. All of it must fit into the cache, which limits the length of a chunk.
     Aligned<T> room((L + 1) * N + 3 * L * N + 2 * tiles * N + 2 * N);
     Vec<T>* states = room.data();
     Vec<T>*decay = states + (L + 1) * N, *sum_b = decay + L * N, *sum_c = sum_b + L * N;
@@ -103,7 +110,7 @@ void backward_rows(Sizes<T> s, Inputs<T> in, const T* starts, Gradients<T> g, T*
                     const int64_t at = (begin + i) * s.batch + row, soon = (at + AHEAD * s.batch) * D + d;
                     if (begin + i + AHEAD < s.steps) prefetch(in.delta + soon), prefetch(in.u + soon), prefetch(g.y + soon);
                     Vec<T>*h = states + i * N, *next = h + N, *kept = decay + i * N, *into = sum_c + i * N;
-                    if (in.is_init[at])  // what the step before has read is not needed any more
+                    if (in.is_init[at])  // overwrite the state before a reset: no later code reads it
                         for (int64_t n = 0; n < N; ++n) h[n] = load<T>(initial + n * D, lanes);
                     const Vec<T> delta = load<T>(in.delta + at * D + d, lanes);
                     const Vec<T> written = delta * load<T>(in.u + at * D + d, lanes);
@@ -116,6 +123,7 @@ void backward_rows(Sizes<T> s, Inputs<T> in, const T* starts, Gradients<T> g, T*
                         into[n] += next[n] * grad_y;
                     }
                 }
+                // The backward pass through the same steps, with their states and decays still in the cache.
                 Vec<T>* carried = carry + k * N;
                 for (int64_t i = steps - 1; i >= 0; --i) {
                     const int64_t at = (begin + i) * s.batch + row;
@@ -146,6 +154,7 @@ void backward_rows(Sizes<T> s, Inputs<T> in, const T* starts, Gradients<T> g, T*
                 }
                 for (int64_t n = 0; n < N; ++n) sum_a[k * N + n] += part[n];
             }
+            // B and C are shared by all channels: add the lanes only once per chunk.
             for (int64_t i = 0; i < steps; ++i)
                 for (int64_t n = 0; n < N; ++n) {
                     const int64_t at = ((begin + i) * s.batch + row) * N + n;
@@ -191,7 +200,7 @@ void backward_rows(Sizes<T> s, Inputs<T> in, const T* starts, Gradients<T> g, T*
                             : backward_rows<T, 0>(s, in, starts, g, grad_a, first, end);                              \
         });                                                                                                           \
     }
-// What the caller must have been written for: raised with every change of a function's arguments.
+// Version of this interface. Raise it, and INTERFACE in native.py, with every change of a function's arguments.
 extern "C" int64_t cyborg_interface() { return 11; }
 INTERFACE(float, float32)
 INTERFACE(double, float64)
