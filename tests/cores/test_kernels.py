@@ -1,4 +1,4 @@
-"""mamba-ssm's operations behind our signatures: what can be checked without a GPU, and what needs one."""
+"""mamba-ssm's operations behind our signatures. Some tests need a GPU, the others do not."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def mamba2_arguments(dtype: torch.dtype = torch.float32, steps: int = 9, device:
 
 
 def assert_same(ours, theirs, arguments: list[Tensor], output: float, gradient: float) -> None:
-    """Outputs, last states and all gradients, the latter relative to the largest."""
+    """Assert that outputs, last states and all gradients agree, gradients relative to the largest."""
     wanted = [x for x in arguments if x.requires_grad]
     results = []
     for function in (ours, theirs):
@@ -57,7 +57,7 @@ def assert_same(ours, theirs, arguments: list[Tensor], output: float, gradient: 
 
 
 def test_stored_states_and_resets_through_the_signature_of_mamba_1(mamba_ssm) -> None:
-    """The official reference stands in for the kernel: it starts from zero and knows no resets, as the kernel does."""
+    """The official reference replaces the kernel: like the kernel, it starts from zero and has no resets."""
 
     def wrapped(*arguments: Tensor) -> tuple[Tensor, Tensor]:
         return selective_scan_cuda(*arguments, operation=mamba_ssm.selective_scan_ref)
@@ -66,7 +66,7 @@ def test_stored_states_and_resets_through_the_signature_of_mamba_1(mamba_ssm) ->
 
 
 def test_stored_states_and_resets_through_the_signature_of_mamba_2(mamba_ssm) -> None:
-    """The official listing of SSD, run episode by episode, stands in for the kernel."""
+    """The official listing of SSD, run episode by episode, replaces the kernel."""
 
     def operation(x, dt, a, b, c, chunk_size, initial_states, seq_idx, return_final_states):
         assert chunk_size > 0
@@ -99,7 +99,7 @@ SCANS = {name: lambda: None for name in ("torch", "cpp", "cuda")}
 BUILT = pytest.mark.skipif(native.library() is None, reason="needs the C++ scan")
 
 
-def test_a_cpu_takes_the_torch_path_where_nothing_else_is(monkeypatch) -> None:
+def test_a_cpu_uses_the_torch_scan_if_no_other_is_built(monkeypatch) -> None:
     monkeypatch.setattr(kernels, "library", lambda: None)
     assert Kernel("auto", SCANS).choose(CPU, torch.float32) == "torch"
     with pytest.raises(
@@ -109,7 +109,7 @@ def test_a_cpu_takes_the_torch_path_where_nothing_else_is(monkeypatch) -> None:
 
 
 @BUILT
-def test_a_cpu_takes_the_cpp_scan_where_it_can() -> None:
+def test_a_cpu_uses_the_cpp_scan_if_possible() -> None:
     assert [Kernel("auto", SCANS).choose(CPU, dtype) for dtype in (torch.float32, torch.bfloat16)] == ["cpp", "torch"]
     assert Kernel("torch", SCANS).choose(CPU, torch.float32) == "torch"
     assert Kernel("auto", {"torch": SCANS["torch"]}).choose(CPU, torch.float32) == "torch"
@@ -117,12 +117,12 @@ def test_a_cpu_takes_the_cpp_scan_where_it_can() -> None:
         Kernel("cpp", SCANS).choose(CPU, torch.bfloat16)
 
 
-def test_a_kernel_that_cannot_be_had_is_a_clear_error() -> None:
+def test_an_unavailable_kernel_is_a_clear_error() -> None:
     with pytest.raises(RuntimeError, match="the tensors are on cpu; use kernel 'auto' or 'torch'"):
         Kernel("cuda", SCANS).choose(CPU, torch.float32)
 
 
-def test_auto_leaves_a_kernel_that_rounds_alone(monkeypatch) -> None:
+def test_auto_does_not_use_an_inexact_kernel(monkeypatch) -> None:
     monkeypatch.setattr(kernels, "_why_not", lambda: "")
     assert Kernel("auto", SCANS, is_cuda_exact=False).choose(GPU, torch.float32) == "torch"
     assert Kernel("cuda", SCANS, is_cuda_exact=False).choose(GPU, torch.float32) == "cuda"

@@ -18,7 +18,7 @@ BATCH, STEPS, WIDTH = 3, 21, 32
 
 
 def relative(a: Tensor, b: Tensor) -> float:
-    """Largest difference, in units of the largest entry or of one."""
+    """Return the largest difference, relative to the largest entry or to one."""
     return ((a - b).abs().max() / max(1.0, b.abs().max())).item()
 
 
@@ -33,7 +33,7 @@ def relative_gradient(a: Tensor, b: Tensor) -> float:
 
 
 def official_steps(block, x: Tensor, is_init: Tensor, conv: Tensor, ssm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`step` of the official block, with its caches zeroed by hand where an episode begins."""
+    """Run `step` of the official block, and set its caches to zero where an episode begins."""
     rows = []
     with torch.no_grad():
         for x_t, flags in zip(x.unbind(1), is_init.unbind(1), strict=True):
@@ -128,7 +128,7 @@ def by_steps(core: Core, x: Tensor, state: dict[str, Tensor], is_init: Tensor) -
 
 
 @pytest.mark.parametrize("block", [MambaBlock, Mamba2Block])
-def test_without_official_weights_a_blank_step_writes_and_says_nothing(block: type[Core]) -> None:
+def test_without_official_weights_a_blank_step_writes_and_outputs_nothing(block: type[Core]) -> None:
     core = block(WIDTH)
     blank = torch.zeros(BATCH, WIDTH)
     y, state = core.step(blank, core.initial_state(BATCH))
@@ -141,7 +141,7 @@ def test_without_official_weights_a_blank_step_writes_and_says_nothing(block: ty
 def test_the_triton_kernels_of_mamba_2_equal_our_scan(triton_ssd: Callable) -> None:
     """The official kernels themselves, run by Triton's interpreter, with a stored state and a reset.
 
-    In a process of its own: TRITON_INTERPRET=1 pytest tests/cores/test_mamba_parity.py -m slow -k triton
+    Run it in a separate process: TRITON_INTERPRET=1 pytest tests/cores/test_mamba_parity.py -m slow -k triton
     """
     steps, heads, size, numbers = 70, 2, 16, 16
     u, h_0 = torch.randn(steps, BATCH, heads, size), torch.randn(BATCH, heads, size, numbers)

@@ -1,4 +1,4 @@
-"""What is read from a memory has the digits of double precision, wherever it is computed while acting."""
+"""Reads from a memory while acting have the digits of double precision."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cyborg_torchrl.cores.kernels.native import IS_BUILT
 
 
 def cancelling(numbers: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
-    """A memory and a query whose products nearly cancel, and their exact sum, by fractions."""
+    """Return a memory and a query whose products nearly cancel, and their exact sum, computed with fractions."""
     generator = torch.Generator().manual_seed(0)
     memory = torch.randn(3, 40, numbers, generator=generator).to(dtype)
     query = torch.randn(3, numbers, generator=generator).to(dtype)

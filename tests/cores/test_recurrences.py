@@ -25,7 +25,7 @@ LAYERS = [GRULayer, LSTMLayer, LRULayer]
 
 
 def resets() -> Tensor:
-    """[T, B]: one row without, one from the first step and again later, one at the last step and twice in a row."""
+    """Return resets [T, B]: a row without, a row with the first step, a row with the last and two successive steps."""
     is_init = torch.zeros(STEPS, BATCH, dtype=torch.bool)
     is_init[0, 1] = is_init[3, 1] = is_init[3, 2] = is_init[4, 2] = True
     return is_init
@@ -172,7 +172,7 @@ def test_memories_keep_for_as_long_as_the_horizon(build: Callable, horizon: int)
     with torch.no_grad():
         for parameter in core.parameters():
             if parameter.ndim == 2:
-                parameter.zero_()  # the time-scales sit in the biases and rates
+                parameter.zero_()  # biases and rates hold the time-scales
         for module in core.modules():
             if isinstance(module, nn.Linear) and module.bias is not None:
                 module.bias.zero_()

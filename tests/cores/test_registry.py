@@ -1,4 +1,4 @@
-"""Finding components by name."""
+"""Lookup of components by name."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cyborg_torchrl.registry import Registry, UnknownNameError, backbones, did_y
 
 
 class FakeEntryPoint:
-    """What an installed package would offer."""
+    """An entry point of an imaginary installed package."""
 
     def __init__(self, name: str, component: Callable) -> None:
         self.name, self.component, self.loads = name, component, 0
@@ -24,7 +24,7 @@ class FakeEntryPoint:
 
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[FakeEntryPoint]]:
-    """Entry points by group; tests fill it."""
+    """Return entry points by group, for tests to fill."""
     groups: dict[str, list[FakeEntryPoint]] = {}
     monkeypatch.setattr(registry_module, "entry_points", lambda group: groups.get(group, []))
     return groups
@@ -57,7 +57,7 @@ def test_unknown_names_get_a_suggestion(typo: str, meant: str) -> None:
     assert isinstance(caught.value, ValueError)
 
 
-def test_no_suggestion_where_nothing_is_near() -> None:
+def test_no_suggestion_if_no_name_is_near() -> None:
     message = did_you_mean("xyz", ["lstm", "gru"])
     assert "did you mean" not in message
     assert "gru, lstm" in message
@@ -69,7 +69,7 @@ def test_shipped_backbones_are_registered() -> None:
     assert backbones.get("gru") is build_gru
 
 
-def test_entry_points_are_found_and_loaded_once_at_need(installed: dict) -> None:
+def test_entry_points_are_found_and_loaded_once_at_first_use(installed: dict) -> None:
     other, thing = FakeEntryPoint("other", build_gru), FakeEntryPoint("theirs", build_thing)
     installed["some.group"] = [other, thing]
     installed["another.group"] = [FakeEntryPoint("elsewhere", build_thing)]

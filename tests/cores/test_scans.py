@@ -1,4 +1,4 @@
-"""Every scan: numerical gradients in double precision, with resets and stored states, and a plain loop beside it."""
+"""All scans with resets and stored states, compared with numerical gradients and with a plain loop."""
 
 from __future__ import annotations
 
@@ -230,12 +230,12 @@ def test_the_gated_recurrence_is_a_loop(case, share: float) -> None:
 
 @pytest.mark.parametrize("has_timescales", [False, True])
 @pytest.mark.parametrize(("features", "groups"), [(24, 4), (7, 16), (64, 16), (10, 1)])
-def test_the_norm_in_groups_is_what_it_says(monkeypatch, features: int, groups: int, has_timescales: bool) -> None:
+def test_the_group_norm_equals_its_formula(monkeypatch, features: int, groups: int, has_timescales: bool) -> None:
     timescales = torch.rand(features, dtype=torch.float64) + 0.5 if has_timescales else None
     norm = timescale.TimescaleNorm(features, groups, 1e-4, timescales).double()
     x = double(3, 5, features)
     with torch.no_grad():
-        x[1, 2] = 0.0  # what is exactly zero stays zero, and gets no gradient
+        x[1, 2] = 0.0  # exact zeros stay zero and get no gradient
     scaled = (x if timescales is None else x * timescales).unflatten(-1, (norm.groups, -1))
     mean = scaled.square().mean(-1, keepdim=True)
     y = (scaled * torch.rsqrt(mean + 1e-4)).masked_fill(mean == 0, 0.0).flatten(-2)
@@ -253,7 +253,7 @@ def test_the_norm_in_groups_is_what_it_says(monkeypatch, features: int, groups: 
 
 
 def assert_scans_agree(scans, run, floats: list[Tensor], close: float, threads: int) -> None:
-    """What `run(scan)` returns, and its gradients, agree between scans, without a gradient too."""
+    """Assert that results and gradients of `run(scan)` agree between scans, and results without a gradient too."""
     used, results = torch.get_num_threads(), []
     torch.set_num_threads(threads)
     try:
@@ -299,7 +299,7 @@ def test_the_cpp_scan_equals_the_torch_scan(sizes, dtype, close: float, threads:
 def test_the_cpp_recurrence_equals_torchs(sizes, dtype, close: float, threads: int) -> None:
     steps, batch, channels, _ = sizes
     inputs = torch.randn(steps, batch, 3 * channels, dtype=dtype, requires_grad=True)
-    # time constants from a step to far beyond 1 / eps steps
+    # time constants from one step to far more than 1 / eps steps
     rate = torch.logspace(-9, 0, channels, dtype=dtype).requires_grad_()
     states = [torch.randn(batch, channels, dtype=dtype, requires_grad=True) for _ in range(2)]
     is_init = torch.rand(steps, batch) < 0.1
@@ -340,7 +340,7 @@ def test_the_cpp_lstm_equals_torchs(sizes, dtype, close: float, threads: int) ->
 
 
 @BUILT
-def test_torch_finds_nothing_wrong_with_the_operator() -> None:
+def test_the_operator_passes_torchs_checks() -> None:
     _, (u, delta, a, b, c, h_0), initial = selective_case()
     floats = [x.detach().contiguous().requires_grad_() for x in (u, delta, a.t(), b, c)]
     states = [x.detach().transpose(1, 2).contiguous().requires_grad_() for x in (h_0, initial)]
@@ -359,7 +359,7 @@ def test_torch_finds_nothing_wrong_with_the_operator() -> None:
 
 
 @BUILT
-def test_the_cpp_scan_forgets_what_was_before_a_reset() -> None:
+def test_the_cpp_scan_drops_the_state_before_a_reset() -> None:
     scan, arguments, initial = selective_cpp_case()
     h_0 = torch.full_like(arguments[-1], float("nan")).requires_grad_()
     is_init = torch.zeros(T, B, dtype=torch.bool)
@@ -372,7 +372,7 @@ def test_the_cpp_scan_forgets_what_was_before_a_reset() -> None:
 
 @BUILT
 def test_far_decays_are_exact() -> None:
-    """A step size of 1e-7 must leave 1 - 1e-7, and one of 1000 nothing."""
+    """A step size of 1e-7 must leave 1 - 1e-7, and a step size of 1000 must leave zero."""
     ones = torch.ones(1, 1, 1)
     for size in (1e-7, 1e-3, 1.0, 80.0, 1000.0):
         h_0 = torch.ones(1, 1, 1)

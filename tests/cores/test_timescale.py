@@ -1,4 +1,4 @@
-"""Time-scales and the norm that makes them equally loud."""
+"""Time-scales, and the norm that gives their read-outs equal magnitude."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def test_norm_by_hand() -> None:
     torch.testing.assert_close(norm(x), expected)
 
 
-def test_every_group_is_equally_loud_whatever_its_scale() -> None:
+def test_every_group_has_the_same_magnitude_for_any_scale() -> None:
     norm = TimescaleNorm(32, groups=8)
     x = torch.randn(5, 7, 32) * torch.logspace(0, -3, 8).repeat_interleave(4)
     loudness = norm(x).unflatten(-1, (8, 4)).square().mean(-1)
