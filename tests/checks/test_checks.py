@@ -288,7 +288,7 @@ def test_a_state_outside_of_the_tensordict(build_policy: Callable, primed_env: C
     policy.module[0].module = nn.Sequential(policy.module[0].module, Remembers())
     report = check_recurrent(policy, primed_env(policy), **OPTIONS)
     assert "repeatable" in failed_names(report)
-    assert "state of its own" in report["repeatable"].explanation
+    assert "state outside the tensordict" in report["repeatable"].explanation
 
 
 class Remembers(nn.Module):

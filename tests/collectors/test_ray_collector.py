@@ -18,7 +18,7 @@ from torchrl.envs import EnvBase, Transform
 
 from cyborg_torchrl.collectors import RayRolloutCollector, RolloutCollector
 from cyborg_torchrl.collectors.ray_cluster import ClusterError, RayCluster
-from cyborg_torchrl.collectors.ray_collector import MOST_DEATHS, WorkerError
+from cyborg_torchrl.collectors.ray_collector import MAX_DEATHS, WorkerError
 from cyborg_torchrl.config import load_config
 from cyborg_torchrl.data import Rollout
 from cyborg_torchrl.envs import make_env
@@ -249,7 +249,7 @@ def test_workers_that_die_again_and_again_are_replaced_each_time(
 @pytest.mark.slow
 def test_a_worker_that_dies_over_and_over_ends_the_run(build: Callable[..., RayRolloutCollector]) -> None:
     collector = build(make_dying)
-    with pytest.raises(WorkerError, match=rf"worker \d died {MOST_DEATHS + 1} times before it had finished a rollout"):
+    with pytest.raises(WorkerError, match=rf"worker \d died {MAX_DEATHS + 1} times before it had finished a rollout"):
         collector.rollout()
 
 
