@@ -1,4 +1,4 @@
-"""Write one HTML page about runs: learning curves, results, speed, the memory of one agent, and what was run.
+"""Write one HTML page about runs: learning curves, results, speed, the memory of one agent, and a list of the runs.
 
     cyborg-torchrl report runs/sweep --output report.html
     cyborg-torchrl report runs/a runs/b runs/sweep --xray runs/a
@@ -24,7 +24,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Write the page. Return the exit code."""
     arguments = _parser().parse(argv)
     try:
-        from cyborg_torchrl.memory_benchmarks.report.failures import with_failures
         from cyborg_torchrl.memory_benchmarks.report.page import build_page
         from cyborg_torchrl.memory_benchmarks.report.runs import ReportError, find_runs
         from cyborg_torchrl.memory_benchmarks.report.xray import XRay, look
@@ -33,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     prepare_cpu(1)
     try:
         with Console(stderr=True).status("reading runs") as status:
-            runs = with_failures(find_runs(arguments.runs), arguments.runs)
+            runs = find_runs(arguments.runs)
             xray: XRay | str = "No agent was looked into (--no-xray)."
             if not arguments.no_xray:
                 xray = look(runs, arguments.xray, lambda step: status.update(f"looking into a memory: {step}"))

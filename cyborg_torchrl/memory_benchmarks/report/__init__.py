@@ -1,1 +1,1 @@
-"""One page about many runs: curves, tables, speed, the memory of one agent, and what was run."""
+"""One HTML page about runs: learning curves, results, speed, the memory of one agent, and a list of the runs."""

@@ -1,77 +1,112 @@
-"""The memory of one trained agent, looked into."""
+"""A look into the memory of one trained agent: the findings of the checker, and one episode step by step."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from cyborg_torchrl.checks import Report
-from cyborg_torchrl.memory_benchmarks.report.charts import Chart, Row, Table
-from cyborg_torchrl.memory_benchmarks.report.memory_charts import (
-    drift_charts,
-    horizon_chart,
-    slot_charts,
-    state_charts,
-)
-from cyborg_torchrl.memory_benchmarks.report.recording import Episode, check_agent, record_episode
-from cyborg_torchrl.memory_benchmarks.report.runs import (
-    ReportError,
-    Run,
-    number,
-    read_run,
-    run_folders,
-)
-from cyborg_torchrl.training.loading import load_agent
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from omegaconf import DictConfig
+from torch import Tensor
+from torchrl.envs import EnvBase
+from torchrl.envs.utils import ExplorationType, set_exploration_type
+from torchrl.modules import set_recurrent_mode
+
+from cyborg_torchrl import keys
+from cyborg_torchrl.checks import Report, check_recurrent
+from cyborg_torchrl.cores import PMMCore, State
+from cyborg_torchrl.cores.pmm import Addressing
+from cyborg_torchrl.envs.make import episode_attribute
+from cyborg_torchrl.memory_benchmarks.report.runs import ReportError, Run, read_run, run_folders
+from cyborg_torchrl.modules import PPOAgent
+from cyborg_torchrl.training.experiment import EVALUATION_SEED_OFFSET
+from cyborg_torchrl.training.loading import build_acting_env, load_agent
+
+Array = NDArray[np.float32]
+MAX_STEPS = 2000
+"""Steps of the recorded episode."""
+MAX_CHUNK = 256
+"""Steps over which the gradient horizon is measured."""
+NUM_ENVS = 4
+Note = tuple[Addressing, Tensor]
+"""Where a step of an external memory read and wrote, and the usage of its slots after the step."""
+
+
+class Slots(NamedTuple):
+    """Read and write weights of an external memory."""
+
+    read: Array
+    """Read weights, [T, R, S]. They sum to one over the slots."""
+    write: Array
+    """[T, S]."""
+    usage: Array
+    """After the step, [T, S]."""
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One episode, step by step."""
+
+    states: dict[str, Array]
+    """Each entry of the memory state after each step, [T, *shape]."""
+    reward: Array
+    """[T]."""
+    is_whole: bool
+    """Whether the episode ended within `MAX_STEPS`."""
+    success: float | None
+    slots: list[Slots]
+    """One entry per external memory, from the first layer on."""
 
 
 class XRay(NamedTuple):
-    """What a look into an agent's memory found."""
+    """The look into one agent's memory."""
 
     run: Run
-    sentence: str
-    """What episode was looked at, and what the checks say."""
-    charts: list[Chart]
-    findings: Table | None
-    """What `check_recurrent` found; None for an agent without memory."""
+    report: Report | None
+    """None for an agent without memory."""
+    episode: Episode | None
 
 
 def look(runs: Sequence[Run], path: Path | None, on_progress: Callable[[str], None] = lambda _: None) -> XRay | str:
-    """Looks into the run at the path; without one, into a finished run of the best score.
+    """Look into the run at the path, or else into the finished run with the best score.
 
     Args:
-        runs: to choose from.
-        path: a run's folder, among these or not.
-        on_progress: called with the name of what comes next.
+        runs: runs to choose from.
+        path: a run's folder, among these runs or not.
+        on_progress: called with the name of each step.
 
     Returns:
-        What was found; where nobody asked for a run and the chosen one cannot be used, a sentence that says why.
+        The result. If no path was given and the chosen run cannot be used: a sentence that says why.
 
     Raises:
         ReportError: if the run at the path cannot be used; ConfigError, CheckpointError, UnavailableError: likewise.
     """
     if path is not None:
-        return take(path, on_progress)
-    able = [run for run in runs if run.status == "finished" and (run.path / "checkpoints" / "last.pt").is_file()]
-    if not able:
+        return _take(path, on_progress)
+    candidates = [run for run in runs if run.status == "finished" and (run.path / "checkpoints" / "last.pt").is_file()]
+    if not candidates:
         return "No finished run has a checkpoint to look into."
-    chosen = max(able, key=_worth)
+    best = max(candidates, key=_worth)
     try:
-        return take(chosen.path, on_progress)
-    except ValueError as error:  # of the checkpoint, of its configuration, of what is not installed
-        return f"{chosen.path} could not be looked into: {error}"
+        return _take(best.path, on_progress)
+    except ValueError as error:  # a bad checkpoint or configuration, or a missing package
+        return f"{best.path} could not be looked into: {error}"
 
 
 def _worth(run: Run) -> tuple[bool, bool, float, bool, float]:
-    """What makes a run worth looking into: memory, a success rate, the score, slots, the horizon."""
+    """Return the sort key of the run to look into: memory, a success rate, the score, slots, the horizon."""
     has_memory = run.config.get("train", {}).get("recurrent_mode") != "none"
     has_slots = run.config.get("memory", {}).get("name") == "pmm"
-    horizon = number(run.summary.get("horizon")) or 0.0
-    return has_memory, run.measure == "success", run.score or 0.0, has_slots, horizon
+    return has_memory, run.measure == "success", run.score or 0.0, has_slots, run.figure("horizon") or 0.0
 
 
-def take(path: Path, on_progress: Callable[[str], None]) -> XRay:
-    """Loads a run's last checkpoint, plays an episode and checks the agent.
+def _take(path: Path, on_progress: Callable[[str], None]) -> XRay:
+    """Load a run's last checkpoint, check the agent and record an episode.
 
     Raises:
         ReportError: if the path is no run's folder, or the agent cannot be checked.
@@ -79,39 +114,109 @@ def take(path: Path, on_progress: Callable[[str], None]) -> XRay:
         ConfigError: if its configuration cannot be used here.
         UnavailableError: if its environment is not installed.
     """
-    if not run_folders(path)[:1] == [path]:
+    if run_folders(path)[:1] != [path]:
         raise ReportError(f"--xray: '{path}' is not a run's folder, which holds manifest.json and checkpoints.")
     run = read_run(path)
     cfg, agent, _ = load_agent(path)
-    drift = drift_charts(run.metrics)
     if not agent.backbone.state_keys:
-        said = "This agent has no memory state (train.recurrent_mode=none), so there is nothing to look into."
-        return XRay(run, said, drift, None)
+        return XRay(run, None, None)
     try:
         report = check_agent(cfg, agent, on_progress)
-    except (KeyError, ValueError) as error:  # it says what a policy or its environment lacks
+    except (KeyError, ValueError) as error:  # its message names the missing part of the policy or environment
         raise ReportError(f"{path} cannot be checked: {error.args[0]}") from None
     on_progress("an episode")
-    episode = record_episode(cfg, agent)
-    horizon = [] if report.horizon is None else [horizon_chart(report.horizon)]
-    charts = [*horizon, *state_charts(episode), *slot_charts(episode), *drift]
-    return XRay(run, _sentence(episode, report), charts, findings_table(report))
+    return XRay(run, report, record_episode(cfg, agent))
 
 
-def _sentence(episode: Episode, report: Report) -> str:
-    length = len(episode.reward)
-    whole = "One fresh episode of" if episode.is_whole else "The beginning of an episode,"
-    success = "" if episode.success is None or not episode.is_whole else f", success {episode.success:.2f}"
-    failed = ", ".join(finding.name for finding in report.failed)
-    verdict = f"Failed checks: {failed}." if failed else "All checks passed."
-    return f"{whole} {length:,} steps, return {episode.reward.sum():.2f}{success}. {verdict}"
+def check_agent(cfg: DictConfig, agent: PPOAgent, on_progress: Callable[[str], None]) -> Report:
+    """Run every check of `check_recurrent`. The gradient horizon covers an episode, or `MAX_CHUNK` steps of it.
+
+    Raises:
+        ConfigError: if the environment cannot be built.
+        ValueError: if the policy cannot be checked.
+    """
+    env = _build_env(cfg, agent, NUM_ENVS)
+    chunk = max(4, min(episode_attribute(env, "max_episode_steps") or MAX_CHUNK, MAX_CHUNK))
+    try:
+        return check_recurrent(
+            agent,
+            env,
+            steps=2 * chunk,
+            chunk_lengths=(chunk,),
+            seed=cfg.train.seed,
+            on_progress=lambda name, _: on_progress(name),
+        )
+    finally:
+        env.close()
 
 
-def findings_table(report: Report) -> Table:
-    """What the checker found, one line each."""
-    rows: list[Row] = []
-    for finding in report.findings:
-        figures = ["-" if value is None else f"{value:.3g}" for value in (finding.value, finding.limit)]
-        said = f"{finding.explanation} {finding.cure}".strip()
-        rows.append((finding.name, *figures, finding.verdict.replace("_", " "), said))
-    return Table(("finding", "value", "limit", "verdict", "what it means"), rows, is_folded=True)
+@torch.no_grad()
+def record_episode(cfg: DictConfig, agent: PPOAgent) -> Episode:
+    """Play one episode as the evaluation does.
+
+    Raises:
+        ConfigError: if the environment cannot be built.
+    """
+    env = _build_env(cfg, agent, 1)
+    is_greedy = cfg.logger.eval_actions == "greedy"
+    mode = ExplorationType.DETERMINISTIC if is_greedy else ExplorationType.RANDOM
+    states: dict[str, list[Tensor]] = {name: [] for name in agent.backbone.state_keys}
+    rewards: list[float] = []
+    is_done, success = False, None
+    try:
+        with set_exploration_type(mode), set_recurrent_mode(False), _recorded_slots(agent) as notes:
+            tensordict = env.reset()
+            while not is_done and len(rewards) < MAX_STEPS:
+                played, tensordict = env.step_and_maybe_reset(agent(tensordict))
+                after = played.get(keys.NEXT)
+                for name, key in agent.backbone.state_keys.items():
+                    states[name].append(after.get(key)[0].clone())
+                rewards.append(float(after.get(keys.REWARD).reshape(-1)[0]))
+                is_done = bool(after.get(keys.DONE).reshape(-1)[0])
+                success = after.get(keys.SUCCESS, None)
+    finally:
+        env.close()
+    return Episode(
+        {name: torch.stack(values).float().cpu().numpy() for name, values in states.items()},
+        np.array(rewards, dtype=np.float32),
+        is_done,
+        None if success is None else float(success.reshape(-1)[0]),
+        [_slots(layer) for layer in notes],
+    )
+
+
+def _build_env(cfg: DictConfig, agent: PPOAgent, num_envs: int) -> EnvBase:
+    workers = 0 if "workers" in cfg.env else None
+    seed = cfg.train.seed + EVALUATION_SEED_OFFSET
+    return build_acting_env(cfg, agent, num_envs=num_envs, seed=seed, workers=workers)
+
+
+@contextmanager
+def _recorded_slots(agent: PPOAgent) -> Generator[list[list[Note]]]:
+    """Record each step of the agent's external memories: yields a list of notes for each memory."""
+    cores = [module for module in agent.modules() if isinstance(module, PMMCore)]
+    notes: list[list[Note]] = [[] for _ in cores]
+    for core, notes_of_core in zip(cores, notes, strict=True):
+        core.step = _recording_step(core, notes_of_core)
+    try:
+        yield notes
+    finally:
+        for core in cores:
+            del core.step  # the method of its class is visible again
+
+
+def _recording_step(core: PMMCore, notes: list[Note]) -> Callable[[Tensor, State], tuple[Tensor, State]]:
+    step = core.step
+
+    def recording_step(x: Tensor, state: State) -> tuple[Tensor, State]:
+        y, following = step(x, state)
+        notes.append((core.addressing(x, state), following["usage"]))
+        return y, following
+
+    return recording_step
+
+
+def _slots(notes: list[Note]) -> Slots:
+    """Return the notes of the first environment as arrays."""
+    parts = [[where.read for where, _ in notes], [where.write for where, _ in notes], [usage for _, usage in notes]]
+    return Slots(*(torch.stack([value[0] for value in values]).cpu().numpy() for values in parts))

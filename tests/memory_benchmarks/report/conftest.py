@@ -1,4 +1,4 @@
-"""Folders of runs, written by hand, so that what they hold is known."""
+"""A writer of run folders with known content."""
 
 from __future__ import annotations
 
@@ -12,20 +12,19 @@ import pytest
 
 pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")
-pytest.importorskip("rliable")
 
 CURVE = (0.2, 0.4, 0.8, 1.0)
 
 
 @pytest.fixture
 def write_run(tmp_path: Path, run_writer: Callable[..., Path]) -> Callable[..., Path]:
-    """Writer of a finished run's folder, `write("name", backbone="gru", seed=3, success=0.9)`; returns the folder."""
+    """Return a function that writes a finished run: `write("name", backbone="gru", seed=3)` returns its folder."""
     return partial(run_writer, tmp_path)
 
 
 @pytest.fixture(scope="session")
 def run_writer() -> Callable[..., Path]:
-    """The same below any folder."""
+    """Return a writer whose first argument is the folder above the run."""
 
     def write(
         base: Path,

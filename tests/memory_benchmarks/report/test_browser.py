@@ -1,4 +1,4 @@
-"""The page in a browser: it asks for nothing, complains of nothing, and is no wider than the screen."""
+"""The page in a browser: no requests, no console messages, and no wider than the screen."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ OPTIONS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-backgro
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
-def test_it_opens_offline_without_complaints(tmp_path: Path, write_run: Callable[..., Path]) -> None:
+def test_it_opens_offline_without_messages(tmp_path: Path, write_run: Callable[..., Path]) -> None:
     for backbone in ("lru", "gru"):
         for seed in range(3):
             write_run(f"a-rather-long-name-of-a-run/{backbone}-{seed}", backbone=backbone, seed=seed)
     file = tmp_path / "page.html"
     file.write_text(build_page(find_runs([tmp_path]), "No agent was looked into."))
-    said: list[str] = []
-    asked: list[str] = []
+    messages: list[str] = []
+    requests: list[str] = []
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=OPTIONS)
         page = browser.new_page()
-        page.on("console", lambda message: said.append(message.text))
-        page.on("pageerror", lambda error: said.append(str(error)))
-        page.on("request", lambda request: asked.append(request.url))
+        page.on("console", lambda message: messages.append(message.text))
+        page.on("pageerror", lambda error: messages.append(str(error)))
+        page.on("request", lambda request: requests.append(request.url))
         for width in (1280, 390):
             page.set_viewport_size({"width": width, "height": 800})
             page.goto(file.as_uri())
@@ -40,5 +40,5 @@ def test_it_opens_offline_without_complaints(tmp_path: Path, write_run: Callable
         page.keyboard.press("Tab")
         assert page.evaluate("document.activeElement.textContent") == "Skip to the report"
         browser.close()
-    assert said == []
-    assert {url for url in asked if not url.startswith("data:")} == {file.as_uri()}
+    assert messages == []
+    assert {url for url in requests if not url.startswith("data:")} == {file.as_uri()}

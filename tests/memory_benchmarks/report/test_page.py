@@ -1,4 +1,4 @@
-"""The page and its command: one file that needs nothing else, says everything in words too, and hides no run."""
+"""The page and its command: one file without requests, with every chart in words and numbers, and with every run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SECTIONS = ["curves", "horizons", "results", "speed", "xray", "runs"]
 
 
 class Reader(HTMLParser):
-    """Collects what a page is made of, and that its elements are closed in order."""
+    """Collect the elements and the text of a page, and check that elements are closed in order."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -48,12 +48,12 @@ class Reader(HTMLParser):
             self.text.append(data)
 
     def values(self, attribute: str) -> list[str]:
-        """Of an attribute, wherever it is."""
+        """Return the values of an attribute of all elements."""
         return [value for _, attributes in self.elements if (value := attributes.get(attribute)) is not None]
 
 
 def write_sweep(base: Path, write: WriteRun) -> Path:
-    """Two tasks, two backbones, three seeds, one of them unfinished; and one backbone at a second horizon."""
+    """Write two tasks, two backbones, three seeds, one of them unfinished; and one backbone at a second horizon."""
     for task in ("delayed_cue", "n_back"):
         for backbone in ("lru", "gru"):
             for seed in range(3):
@@ -85,7 +85,7 @@ def test_it_needs_nothing_else(page: str) -> None:
     assert "default-src 'none'" in page
 
 
-def test_every_link_leads_somewhere_and_every_id_is_one_things(page: str) -> None:
+def test_every_link_has_a_target_and_every_id_is_unique(page: str) -> None:
     reader = Reader(page)
     ids = reader.values("id")
     assert len(ids) == len(set(ids))
@@ -94,7 +94,7 @@ def test_every_link_leads_somewhere_and_every_id_is_one_things(page: str) -> Non
     assert {f"run-{i + 1}" for i in range(14)} <= set(ids)
 
 
-def test_every_chart_is_told_in_words_and_in_figures(page: str) -> None:
+def test_every_chart_is_described_in_words_and_in_numbers(page: str) -> None:
     figures = re.findall(r"<figure>(.*?)</figure>", page, flags=re.DOTALL)
     assert len(figures) == 3 + 1 + 3 + 3  # curves, against the horizon, scores and speed of three tasks
     for figure in figures:
@@ -105,7 +105,7 @@ def test_every_chart_is_told_in_words_and_in_figures(page: str) -> None:
 
 
 def cells(page: str, caption: str) -> list[dict[str, str]]:
-    """The rows of a table, by their headers."""
+    """Return the rows of a table, by their headers."""
     table = next(part for part in page.split("<table")[1:] if f"<caption>{caption}" in part)
     headers = re.findall(r"<th [^>]*>(.*?)</th>", table)
     body = table.partition("<tbody")[2].partition("</tbody>")[0]
@@ -126,13 +126,13 @@ def test_results_are_those_of_the_runs(page: str) -> None:
     assert speed["gru"]["runs"] == "2"
 
 
-def test_all_tasks_together_want_the_same_seeds_on_each(sweep_folder: Path, page: str, run_writer: WriteRun) -> None:
+def test_all_tasks_together_need_the_same_seeds_on_each(sweep_folder: Path, page: str, run_writer: WriteRun) -> None:
     assert "No backbone has the same number of finished seeds on each task" in page
     for folder in [*sweep_folder.glob("far-*"), *sweep_folder.glob("*-2")]:
         shutil.rmtree(folder)
     run_writer(sweep_folder, "one-task-alone", backbone="lstm")
     page = build_page(find_runs([sweep_folder]), "")
-    assert "Not in the table of all tasks, for want of the same number of seeds on each: lstm." in page
+    assert "so they are not in the table of all tasks: lstm." in page
     rows = cells(page, "All tasks together")
     assert [(row["backbone"], row["tasks"], row["seeds on each"]) for row in rows] == [
         ("gru", "2", "2"),
@@ -149,7 +149,7 @@ def test_a_run_that_does_not_count_is_shown(page: str) -> None:
     assert "13 finished, 1 unfinished" in page
 
 
-def test_what_is_written_in_a_run_is_no_markup(tmp_path: Path, write_run: WriteRun) -> None:
+def test_names_of_runs_are_no_markup(tmp_path: Path, write_run: WriteRun) -> None:
     write_run("run <script>alert(1)</script>", task="<b>task</b>", backbone='"><i>x')
     page = build_page(find_runs([tmp_path]), "<u>")
     reader = Reader(page)
@@ -186,7 +186,7 @@ def test_the_command_writes_the_page(sweep_folder: Path, tmp_path: Path, capsys:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["{folder}/empty"], "no run in '"),
         (["{folder}/nowhere"], "is not there"),
@@ -195,14 +195,14 @@ def test_the_command_writes_the_page(sweep_folder: Path, tmp_path: Path, capsys:
     ],
 )
 def test_bad_input_ends_in_one_line(
-    sweep_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+    sweep_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     (tmp_path / "empty").mkdir()
     output = tmp_path / "page.html"
     assert main(["report", *(text.format(folder=tmp_path) for text in arguments), "--output", str(output)]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
-    assert said in error
+    assert message in error
     assert len(error.strip().splitlines()) == 1
     assert not output.exists()
 
@@ -212,6 +212,6 @@ def test_without_the_extra_it_is_named(
 ) -> None:
     for name in [name for name in sys.modules if name.startswith("cyborg_torchrl.memory_benchmarks.report.")]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "rliable", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["report", str(sweep_folder)]) == 2
     assert "pip install 'cyborg-torchrl[report]'" in capsys.readouterr().err

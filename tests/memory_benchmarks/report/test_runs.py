@@ -1,4 +1,4 @@
-"""Runs as they lie on disk: finished, cut short, broken, run twice; and what a sweep knows of failed ones."""
+"""Runs on disk: finished, interrupted, broken, repeated, and failed in a sweep."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from cyborg_torchrl.memory_benchmarks.report.failures import with_failures
 from cyborg_torchrl.memory_benchmarks.report.runs import ReportError, find_runs
 from cyborg_torchrl.memory_benchmarks.results import UNFINISHED, Job
 
@@ -118,7 +117,7 @@ def test_failed_jobs_of_a_sweep_are_runs_too(tmp_path: Path, write_run: WriteRun
     for seed, error in enumerate(("", "no memory", "no device", UNFINISHED)):
         config = {"env": {"name": "delayed_cue"}, "backbone": {"name": "gru"}, "train": {"seed": seed}}
         Job({"train.seed": str(seed)}, config, error).write(folders[seed])
-    runs = with_failures(find_runs([tmp_path]), [tmp_path])
+    runs = find_runs([tmp_path])
     assert [(run.seed, run.status, run.note) for run in sorted(runs, key=lambda run: run.seed)] == [
         (0, "finished", ""),
         (1, "failed", "Failed: no memory"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,9 @@ import torch
 
 from cyborg_torchrl.config import load_config
 from cyborg_torchrl.cores import PMMCore
-from cyborg_torchrl.memory_benchmarks.report.recording import record_episode
+from cyborg_torchrl.memory_benchmarks.report.page import xray_section
 from cyborg_torchrl.memory_benchmarks.report.runs import find_runs
-from cyborg_torchrl.memory_benchmarks.report.xray import look
+from cyborg_torchrl.memory_benchmarks.report.xray import look, record_episode
 from cyborg_torchrl.training.experiment import run_experiment
 from cyborg_torchrl.training.loading import load_agent
 
@@ -30,7 +31,7 @@ def train(folder: Path, name: str, *overrides: str) -> Path:
     return folder / name
 
 
-def test_addressing_is_what_a_step_reads_and_writes() -> None:
+def test_addressing_agrees_with_a_step() -> None:
     core = PMMCore(6, slots=5, slot_size=4, num_heads=2, max_horizon=20)
     state = core.initial_state(3)
     for _ in range(4):
@@ -76,33 +77,42 @@ def test_the_same_episode_is_recorded_again(tmp_path: Path) -> None:
 def test_a_look_shows_states_slots_gradient_and_drift(tmp_path: Path) -> None:
     folder = train(tmp_path, "pmm", *PMM)
     train(tmp_path, "control", "train=none")
-    found = look(find_runs([tmp_path]), None)
-    assert not isinstance(found, str)
-    assert found.run.path == folder, "an agent with memory rather than one without"
-    titles = [chart.title for chart in found.charts]
+    runs = find_runs([tmp_path])
+    xray = look(runs, None)
+    assert not isinstance(xray, str)
+    assert xray.run.path == folder, "an agent with memory rather than one without"
+    section = xray_section(runs, xray)
+    assert re.match(r'<a href="#run-2">Run 2: pmm</a>: One fresh episode of 5 steps', section["text"])
+    titles = [chart.title for chart in section["charts"]]
     assert titles[0] == "Gradient horizon"
-    assert f"reaches {HORIZON + 1} steps back" in found.charts[0].caption
+    assert f"reaches {HORIZON + 1} steps back" in section["charts"][0].caption
     assert {"State: hidden", "State: memory", "State: usage", "State: prediction"} <= set(titles)
     assert {"Slot reads, head 1", "Slot reads, head 2", "Slot writes", "Slot usage"} <= set(titles)
     assert titles[-1] == "State drift"
-    assert "zero throughout" in found.charts[-1].caption, "whole episodes start from the initial state"
-    assert found.findings is not None
-    assert "gradient horizon" in {row[0] for row in found.findings.rows}
+    assert "zero throughout" in section["charts"][-1].caption, "whole episodes start from the initial state"
+    assert "gradient horizon" in {row["finding"] for row in section["findings"]}
 
 
-def test_an_agent_without_memory_is_said_to_have_none(tmp_path: Path) -> None:
+def test_a_look_leaves_the_agent_as_it_was(tmp_path: Path) -> None:
+    cfg, agent, _ = load_agent(train(tmp_path, "pmm", *PMM))
+    record_episode(cfg, agent)
+    assert all("step" not in vars(module) for module in agent.modules())
+
+
+def test_an_agent_without_memory_has_a_sentence(tmp_path: Path) -> None:
     folder = train(tmp_path, "control", "train=none")
-    found = look([], folder)
-    assert not isinstance(found, str)
-    assert "no memory state" in found.sentence
-    assert found.findings is None
+    xray = look([], folder)
+    assert not isinstance(xray, str)
+    section = xray_section([], xray)
+    assert section["text"].startswith(f"{folder}: This agent has no memory state")
+    assert section["findings"] == []
 
 
 def test_a_checkpoint_that_cannot_be_used_leaves_a_sentence(tmp_path: Path) -> None:
     folder = train(tmp_path, "run")
     (folder / "checkpoints" / "last.pt").write_bytes(b"none")
-    found = look(find_runs([tmp_path]), None)
-    assert isinstance(found, str)
-    assert "is not a readable checkpoint" in found
+    sentence = look(find_runs([tmp_path]), None)
+    assert isinstance(sentence, str)
+    assert "is not a readable checkpoint" in sentence
     with pytest.raises(ValueError, match="is not a readable checkpoint"):
         look([], folder)
