@@ -4,8 +4,10 @@ import importlib
 
 import pytest
 
+ROOMS = ("", ".cores", ".modules", ".objectives", ".data", ".envs", ".checks", ".config", ".training")
 
-@pytest.mark.parametrize("name", ["", ".cores", ".modules", ".objectives", ".data", ".envs", ".diagnostics"])
+
+@pytest.mark.parametrize("name", ROOMS)
 def test_all_is_sorted_and_true(name):
     module = importlib.import_module(f"cyborg_torchrl{name}")
     assert list(module.__all__) == sorted(module.__all__)

@@ -19,7 +19,7 @@ from torch import Tensor
 from cyborg_torchrl import keys
 from cyborg_torchrl.training.checkpoint import DUMP, CheckpointError, load_checkpoint
 from cyborg_torchrl.training.command import CommandParser
-from cyborg_torchrl.training.loading import agent_of
+from cyborg_torchrl.training.loading import agent_from_content
 
 AROUND = 3
 """Steps that are shown before and after the one that was not finite."""
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         content = load_checkpoint(path, kind=DUMP)
     except FileNotFoundError:
         raise CheckpointError(f"no dump '{path}'.") from None
-    agent = agent_of(content, path, ["train.device=cpu"]).agent
+    agent = agent_from_content(content, path, ["train.device=cpu"]).agent
     print(f"update {content['update']}: {content['message']}")
     steps = content.get("steps")
     if not steps:

@@ -1,7 +1,15 @@
-"""Configuration: dataclasses own the defaults, YAML lists differences, wrong input ends in one clear line."""
+"""Configuration: dataclasses have the defaults, YAML files list differences, wrong input ends in one clear line."""
 
 from cyborg_torchrl.config.checks import ConfigError, resolve_device, validate
-from cyborg_torchrl.config.composition import DEFAULT_CONFIG, choices, explained, load_config, primary_config
+from cyborg_torchrl.config.composition import (
+    DEFAULT_CONFIG,
+    choices,
+    drop_removed_keys,
+    explained,
+    flat_options,
+    load_config,
+    primary_config,
+)
 from cyborg_torchrl.config.schema import BACKENDS, TrainConfig
 
 __all__ = [
@@ -10,7 +18,9 @@ __all__ = [
     "ConfigError",
     "TrainConfig",
     "choices",
+    "drop_removed_keys",
     "explained",
+    "flat_options",
     "load_config",
     "primary_config",
     "resolve_device",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+import operator
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,14 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from cyborg_torchrl.config.schema import GROUPS, NODES
 from cyborg_torchrl.registry import UnknownNameError, did_you_mean, options_of
+
+REQUIREMENTS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
+    "above": ("be greater than {}", operator.gt),
+    "minimum": ("be {} or more", operator.ge),
+    "below": ("be less than {}", operator.lt),
+    "interval": ("lie in {}", lambda number, interval: interval[0] <= number <= interval[1]),
+}
+"""Limits of numbers: the text of a message, and the test of a number against the limit."""
 
 
 class ConfigError(ValueError):
@@ -74,24 +83,9 @@ def _check_limits(key: str, value: Any, limits: Mapping[str, Any]) -> None:
         choices = limits.get("choices")
         if choices and item not in choices:
             raise ConfigError(f"unknown {key} '{item}': {did_you_mean(str(item), choices)}")
-        for requirement, is_met in _requirements(item, limits):
-            if not is_met:
-                raise ConfigError(f"{key} must {requirement}; got {value}.")
-
-
-def _requirements(number: Any, limits: Mapping[str, Any]) -> list[tuple[str, bool]]:
-    """Return each limit of a number in words, and whether the number is within it."""
-    requirements: list[tuple[str, bool]] = []
-    if "above" in limits:
-        requirements.append((f"be greater than {limits['above']}", number > limits["above"]))
-    if "minimum" in limits:
-        requirements.append((f"be {limits['minimum']} or more", number >= limits["minimum"]))
-    if "below" in limits:
-        requirements.append((f"be less than {limits['below']}", number < limits["below"]))
-    if "interval" in limits:
-        low, high = limits["interval"]
-        requirements.append((f"lie in [{low}, {high}]", low <= number <= high))
-    return requirements
+        for name, (requirement, is_met) in REQUIREMENTS.items():
+            if name in limits and not is_met(item, limits[name]):
+                raise ConfigError(f"{key} must {requirement.format(limits[name])}; got {value}.")
 
 
 def _check_owners(cfg: DictConfig) -> None:

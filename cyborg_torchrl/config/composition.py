@@ -1,13 +1,13 @@
-"""From the name of a configuration and changes to it, to the configuration: YAML lists differences from the schema."""
+"""Compose configurations: the schema has the defaults, YAML files and overrides change them."""
 
 from __future__ import annotations
 
+import functools
 import importlib
 import logging
 import tempfile
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,18 +23,15 @@ from omegaconf.errors import OmegaConfBaseException
 
 from cyborg_torchrl.config.checks import ConfigError, validate
 from cyborg_torchrl.config.errors import explain
-from cyborg_torchrl.config.schema import GROUPS, NODES, SHORT_KEYS, Config, LoggerConfig, config_class_of
-from cyborg_torchrl.registry import (
-    Registry,
-    did_you_mean,
-)
+from cyborg_torchrl.config.schema import GROUPS, NODES, REMOVED_KEYS, SHORT_KEYS, Config, LoggerConfig, config_class_of
+from cyborg_torchrl.registry import Registry, did_you_mean
 
 LOGGER = logging.getLogger(__name__)
 DEFAULT_CONFIG = "memory_delayed_cue_recurrent"
 
 
 def config_dir() -> Path:
-    """Folder of the shipped YAML files: inside an installed wheel, or at the top of a checkout."""
+    """Return the folder of the shipped YAML files: inside an installed wheel, or at the top of a checkout."""
     package = Path(__file__).parents[1]
     installed = package / "configs"
     return installed if installed.is_dir() else package.parent / "configs"
@@ -43,16 +40,16 @@ def config_dir() -> Path:
 def load_config(config: str = DEFAULT_CONFIG, overrides: Sequence[str] = ()) -> DictConfig:
     """Compose and check a configuration.
 
-    The Hydra of a program that calls this stays initialised as it was.
+    The Hydra of the calling program stays as it is.
 
     Args:
-        config: name of a shipped configuration, or path of a YAML file: with a `defaults` list it is a Hydra
-            configuration of its own (the shipped groups are found from there too); without, it is laid over the
-            default one, so it may hold a few keys, or all of them, as a run's `config.yaml` does.
-        overrides: Hydra overrides, such as "backbone=gru", "env.horizon=200"; "id=..." stands for "env.id=...".
+        config: name of a shipped configuration, or path of a YAML file. A file without a `defaults` list only needs the
+            keys that it changes. A file with such a list is a complete Hydra configuration, which can use the shipped
+            groups.
+        overrides: Hydra overrides, such as "backbone=gru" or "env.horizon=200". "id=..." is short for "env.id=...".
 
     Raises:
-        ConfigError: with one line that says what is wrong and what would be right.
+        ConfigError: if it cannot be used; one line with the mistake and a correct value.
     """
     try:
         with primary_config(config, overrides) as primary:
@@ -67,16 +64,17 @@ def load_config(config: str = DEFAULT_CONFIG, overrides: Sequence[str] = ()) -> 
 
 
 class Primary(NamedTuple):
-    """What Hydra composes a configuration from."""
+    """The input from which Hydra composes a configuration."""
 
     folder: Path
     name: str
+    """Name of the primary configuration, a file in the folder."""
     overrides: list[str]
 
 
 @contextmanager
 def primary_config(config: str, overrides: Sequence[str]) -> Generator[Primary]:
-    """Makes ready for Hydra what `load_config` composes; a file without a `defaults` list lasts as long as the context.
+    """Prepare the input of Hydra for a configuration. It may be a temporary file, which the context removes.
 
     Raises:
         ConfigError: if there is no such configuration, or it cannot be read.
@@ -96,11 +94,11 @@ def primary_config(config: str, overrides: Sequence[str]) -> Generator[Primary]:
 
 
 def explained(error: Exception, config: str, overrides: Sequence[str]) -> ConfigError:
-    """What Hydra or OmegaConf raised while composing, as one line."""
+    """Return an error of Hydra or OmegaConf while composing as a ConfigError with one line."""
     folder, name = _locate(config)
     shipped = name if folder == config_dir() else DEFAULT_CONFIG
     written = [_written_out(override) for override in overrides]
-    return ConfigError(explain(error, written, choices, partial(_recompose, shipped)))
+    return ConfigError(explain(error, written, choices, functools.partial(_recompose, shipped)))
 
 
 def _written_out(override: str) -> str:
@@ -108,8 +106,45 @@ def _written_out(override: str) -> str:
     return f"{SHORT_KEYS.get(key, key)}{equals}{value}"
 
 
+def drop_removed_keys(content: DictConfig) -> DictConfig:
+    """Replace the options of older versions in the configuration of a run, with a warning in one line."""
+    changes: list[str] = []
+    for group, key in REMOVED_KEYS:
+        options: Any = content.get(group)
+        if isinstance(options, DictConfig) and key in options:
+            del options[key]
+            changes.append(f"{group}.{key} is ignored")
+    collector: Any = content.get("collector")
+    if isinstance(collector, DictConfig) and collector.get("name") == "overlapped":
+        collector.name = "rollout"
+        changes.append("collector=rollout replaces collector=overlapped")
+    if changes:
+        _warn_once(f"a configuration of an older version: {', '.join(changes)}")
+    return content
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    LOGGER.warning(message)
+
+
+def flat_options(cfg: DictConfig) -> dict[str, Any]:
+    """Return all options as one dictionary with dotted keys, such as "train.seed"."""
+    flat: dict[str, Any] = {}
+
+    def add(prefix: str, node: Any) -> None:
+        if not isinstance(node, dict) or (prefix and not node):
+            flat[prefix] = node
+            return
+        for key, value in node.items():
+            add(f"{prefix}.{key}" if prefix else str(key), value)
+
+    add("", OmegaConf.to_container(cfg))
+    return flat
+
+
 def _lay_over_default(stem: Path, overrides: Sequence[str]) -> DictConfig | None:
-    """A file without a `defaults` list as the configuration that it stands for; None for one that has such a list.
+    """Return the configuration of a file without a `defaults` list; None for a file with such a list.
 
     Raises:
         ConfigError: if the file cannot be read as a mapping.
@@ -123,9 +158,10 @@ def _lay_over_default(stem: Path, overrides: Sequence[str]) -> DictConfig | None
         raise ConfigError(f"'{path}' must hold keys and values, such as 'train: {{seed: 1}}'.")
     if "defaults" in content:
         return None
+    content = drop_removed_keys(content)
     defaults: list[Any] = [DEFAULT_CONFIG]
     for override in overrides:
-        content.pop(override.split("=")[0], None)  # a choice of a group, which replaces the file's
+        content.pop(override.split("=")[0], None)  # the choice of a group, which replaces the one in the file
     for group in (*GROUPS, *NODES):
         chosen: Any = content.get(group)
         name = chosen.get("name") if group in GROUPS and isinstance(chosen, DictConfig) else chosen
@@ -146,7 +182,7 @@ def _store_nodes() -> None:
         for name in _registered(registry):
             try:
                 node = config_class_of(name, registry.get(name))
-            except Exception as error:  # whatever an installed package does: the other components still work
+            except Exception as error:  # a broken package must not disable the other components
                 LOGGER.warning("%s '%s' cannot be used: %s: %s", group, name, type(error).__name__, error)
                 continue
             has_file = (config_dir() / group / f"{name}.yaml").is_file()
@@ -154,7 +190,7 @@ def _store_nodes() -> None:
 
 
 def _registered(registry: Registry) -> tuple[str, ...]:
-    for package in ("cores", "envs"):  # importing them registers the shipped components
+    for package in ("cores", "envs"):  # their import registers the shipped components
         importlib.import_module(f"cyborg_torchrl.{package}")
     return registry.names()
 
@@ -187,10 +223,10 @@ def _recompose(config: str, overrides: Sequence[str]) -> DictConfig:
 
 
 def _compose(folder: Path, name: str, overrides: Sequence[str]) -> DictConfig:
-    """Compose by a Hydra for this call, and leave the Hydra that the calling program has initialised as it was."""
+    """Compose with a Hydra for this call only, and restore the Hydra of the calling program."""
     hydra_of_caller = GlobalHydra.instance().hydra
     version_of_caller = VersionBase.instance().version_base
-    job_name = JobRuntime.instance().get("name")  # initialising would set another one
+    job_name = JobRuntime.instance().get("name")  # initialising changes it
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(folder), job_name, version_base="1.3"):

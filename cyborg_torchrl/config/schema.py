@@ -99,9 +99,9 @@ class TrainConfig:
     """linear (to zero over the run, so that a solved task stays solved) or constant."""
     adam_eps: float = option(1e-5, above=0)
     """Epsilon of Adam."""
-    gamma: float = option(0.999, interval=(0, 1))
+    gamma: float = option(0.999, interval=[0, 1])
     """Discount factor."""
-    gae_lambda: float = option(0.95, interval=(0, 1))
+    gae_lambda: float = option(0.95, interval=[0, 1])
     """Lambda of generalised advantage estimation."""
     clip_range: float = option(0.2, above=0)
     """Clip range of the probability ratio."""
@@ -213,6 +213,8 @@ NODES = {
 }
 SHORT_KEYS = {"id": "env.id", "resume": "logger.resume"}
 """Overrides that have a short form."""
+REMOVED_KEYS = (("collector", "groups"), ("collector", "is_graphed"))
+"""Options of older versions. They are ignored in the configuration of an old run."""
 
 
 @dataclass

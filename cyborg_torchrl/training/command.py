@@ -29,7 +29,7 @@ EXIT_INTERRUPTED = 130
 EXIT_NO_READER = 141
 """The reader of stdout has gone, as `head` does after some lines; shells report 128 + SIGPIPE."""
 RANK_DELAY = 20.0
-"""Seconds in which a launcher ends all processes because the first one has failed."""
+"""Seconds within which a launcher ends all processes after the first one has failed."""
 PICTURES = (".png", ".svg", ".pdf")
 OVERRIDES_HELP = """\
 overrides: key=value, as in backbone=gru env.horizon=200 train.seed=3 train.learning_rate=1e-3
@@ -60,10 +60,10 @@ class CommandParser(argparse.ArgumentParser):
         raise UsageError(f"{message} (see {self.prog} --help)")
 
     def parse(self, argv: Sequence[str] | None) -> argparse.Namespace:
-        """Parse arguments, with overrides before, between or after options.
+        """Return the parsed arguments. Overrides may come between options.
 
         Raises:
-            UsageError: if they cannot be used.
+            UsageError: for arguments that cannot be used.
         """
         arguments = self.parse_intermixed_args(argv)
         for override in getattr(arguments, "overrides", ()):
@@ -157,7 +157,7 @@ def exit_code_of(run: Callable[[], int], *, interrupted: str = "interrupted") ->
         print(interrupted, file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        if _has_reader():  # some other pipe
+        if _has_reader():  # another pipe is broken
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout once more at exit
         return EXIT_NO_READER
@@ -165,12 +165,13 @@ def exit_code_of(run: Callable[[], int], *, interrupted: str = "interrupted") ->
 
 
 def _report_error(error: Exception) -> int:
-    is_of_this_process = isinstance(error, StoppedError)
+    has_stopped = isinstance(error, StoppedError)
     rank = launched_rank()
-    if rank and not is_of_this_process:  # all processes fail alike, and the first one reports it
+    if rank and not has_stopped:  # bad input fails in all processes, and the first one reports it
         time.sleep(RANK_DELAY)
-    print(f"{f'process {rank}: ' if rank else ''}error: {error}", file=sys.stderr)
-    return EXIT_FAILED if is_of_this_process else EXIT_BAD_INPUT
+    prefix = f"process {rank}: " if rank else ""
+    print(f"{prefix}error: {error}", file=sys.stderr)
+    return EXIT_FAILED if has_stopped else EXIT_BAD_INPUT
 
 
 def _has_reader() -> bool:
@@ -178,5 +179,5 @@ def _has_reader() -> bool:
         poll = select.poll()
         poll.register(sys.stdout.fileno(), 0)
         return not any(event & select.POLLERR for _, event in poll.poll(0))
-    except (AttributeError, OSError, ValueError):  # this system has no poll, or stdout is no file
+    except (AttributeError, OSError, ValueError):  # no poll on this system, or stdout is not a file
         return True

@@ -1,4 +1,4 @@
-"""Evaluation on fresh episodes."""
+"""Evaluation of policies on fresh episodes."""
 
 from __future__ import annotations
 
@@ -18,26 +18,27 @@ from cyborg_torchrl import keys
 from cyborg_torchrl.collectors.flat_dict import FlatDict, NotFusable, flat
 from cyborg_torchrl.collectors.fused_env import EnvStep, env_step
 from cyborg_torchrl.collectors.fused_policy import policy_step
+from cyborg_torchrl.data.chunks import ceil_div
 from cyborg_torchrl.modules.nan_check import check_finite
 
 OnEpisodes = Callable[[int, int], None]
-"""Called with the number of episodes that are over, and how many there will be."""
+"""Called with the number of finished episodes, and the number of all episodes."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Fresh episodes."""
+    """The results of some episodes."""
 
     returns: Tensor
-    """[episodes] float64, undiscounted; as the environment gave it where it keeps "episode_reward"."""
+    """Undiscounted returns, [episodes] float64: raw rewards if the environment records "episode_reward"."""
     lengths: Tensor
-    """[episodes] integer, steps."""
+    """Numbers of steps, [episodes] integer."""
     successes: Tensor | None
-    """[episodes] float64, in [0, 1]: 0 or 1 where a task asks once; None where it does not report success."""
+    """Successes in [0, 1], [episodes] float64; None if the task does not report success."""
 
     @property
     def episodes(self) -> int:
-        """How many there were."""
+        """Number of episodes."""
         return len(self.returns)
 
     @property
@@ -47,12 +48,12 @@ class Evaluation:
 
     @property
     def success_rate(self) -> float | None:
-        """Mean success."""
+        """Mean success; None if the task does not report success."""
         return None if self.successes is None else float(self.successes.mean())
 
 
 def ignore_episodes(finished: int, total: int) -> None:
-    """No progress is shown."""
+    """Do nothing."""
 
 
 @torch.no_grad()
@@ -64,17 +65,20 @@ def evaluate(
     is_deterministic: bool = True,
     on_episodes: OnEpisodes = ignore_episodes,
 ) -> Evaluation:
-    """Plays episodes.
+    """Play episodes with a policy.
 
-    Every environment of the batch contributes the same number of episodes, its first ones, so that short episodes
-    are not counted more often than long ones.
+    Every environment of the batch contributes the same number of episodes, its first ones. Otherwise short episodes
+    would be counted more often than long ones.
 
     Args:
         policy: reads and writes the environment's tensordicts, memory state included.
-        env: batched or not, with `InitTracker` and the policy's primers on it.
-        episodes: how many at least.
-        is_deterministic: take the likeliest action instead of a sample.
+        env: batched or not, with `InitTracker` and the policy's primers.
+        episodes: smallest number of episodes.
+        is_deterministic: take the most likely action; False: sample.
         on_episodes: called after each step.
+
+    Returns:
+        The results of `episodes`, rounded up to a multiple of the number of environments.
 
     Raises:
         ValueError: if episodes is below 1.
@@ -82,12 +86,11 @@ def evaluate(
     if episodes < 1:
         raise ValueError(f"episodes must be >= 1; got {episodes}.")
     num_envs = env.batch_size.numel()
-    quota = -(-episodes // num_envs)
-    total = quota * num_envs
-    finished, lengths = torch.zeros(2, num_envs, dtype=torch.long, device=env.device).unbind(0)
-    running = torch.zeros(num_envs, dtype=torch.float64, device=env.device)
-    # of the episodes that ended at a step: returns, lengths and successes
-    rows: list[tuple[Tensor, ...]] = []
+    quota = ceil_div(episodes, num_envs)
+    finished = torch.zeros(num_envs, dtype=torch.long, device=env.device)
+    lengths = torch.zeros_like(finished)
+    sums = torch.zeros(num_envs, dtype=torch.float64, device=env.device)
+    rows: list[tuple[Tensor, ...]] = []  # returns, lengths and successes of the episodes that ended at each step
     reports_success = False
     mode = ExplorationType.DETERMINISTIC if is_deterministic else ExplorationType.RANDOM
     with set_exploration_type(mode), set_recurrent_mode(False):
@@ -95,25 +98,25 @@ def evaluate(
         while int(finished.min()) < quota:
             after = next(steps)
             done = after.get(keys.DONE).reshape(-1)
-            running += after.get(keys.REWARD).reshape(-1)
+            sums += after.get(keys.REWARD).reshape(-1)
             lengths += 1
             is_counted = done & (finished < quota)
             if bool(is_counted.any()):
                 raw, success = after.get(keys.EPISODE_REWARD, None), after.get(keys.SUCCESS, None)
                 reports_success = success is not None
-                given = (running if raw is None else raw, lengths, done if success is None else success)
-                rows.append(tuple(value.reshape(-1)[is_counted].clone() for value in given))
-            running, lengths = running.masked_fill(done, 0.0), lengths.masked_fill(done, 0)
+                row = (sums if raw is None else raw, lengths, done if success is None else success)
+                rows.append(tuple(value.reshape(-1)[is_counted].clone() for value in row))
+            sums, lengths = sums.masked_fill(done, 0.0), lengths.masked_fill(done, 0)
             finished += done
-            on_episodes(int(finished.clamp_max(quota).sum()), total)
-    returns, steps, successes = (torch.cat(column).cpu() for column in zip(*rows, strict=True))
-    return Evaluation(returns.double(), steps, successes.double() if reports_success else None)
+            on_episodes(int(finished.clamp_max(quota).sum()), quota * num_envs)
+    returns, steps_taken, successes = (torch.cat(column).cpu() for column in zip(*rows, strict=True))
+    return Evaluation(returns.double(), steps_taken, successes.double() if reports_success else None)
 
 
 def _steps(
     policy: TensorDictModuleBase, env: EnvBase, *, is_greedy: bool
 ) -> Iterator[TensorDictBase | Mapping[Any, Tensor]]:
-    """Yield the entries after each step, without end; on tensors alone where our collectors step like that."""
+    """Yield the entries after each step, without end. Plain tensors are faster, where the environment supports them."""
     try:
         stepped, _ = env_step(env)
     except NotFusable:
@@ -133,7 +136,7 @@ def _steps_on_tensors(
     while True:
         written = acts(carried, may_begin=may_begin)
         log_prob = written.get(keys.ACTION_LOG_PROB)
-        if log_prob is not None and bool(log_prob.isnan().any()):  # torch's sampler refuses to draw from it
+        if log_prob is not None and bool(log_prob.isnan().any()):  # torch's sampler would raise without a location
             rows = TensorDict({**carried, **written}, env.batch_size).unsqueeze(1)
             check_finite(rows, [*acts.in_keys, *written], is_rollout=False)
         after, carried, is_over = stepped.step(carried, written)

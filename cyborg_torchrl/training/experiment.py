@@ -1,4 +1,4 @@
-"""One training run from a configuration to a summary."""
+"""One training run, from a configuration to a summary."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,37 +30,54 @@ from cyborg_torchrl.training.distributed import LaunchError, PeerLostError, Rank
 from cyborg_torchrl.training.evaluation import Evaluation, OnEpisodes, evaluate, ignore_episodes
 from cyborg_torchrl.training.loading import build_acting_env
 from cyborg_torchrl.training.progress import Progress
-from cyborg_torchrl.training.resume import Resumption, find_run, restore_training, training_state
-from cyborg_torchrl.training.run import NoDirectory, RunDirectory, default_run_name
-from cyborg_torchrl.training.trainer import PPOTrainer
+from cyborg_torchrl.training.resume import ResumePoint, find_run, restore_training, training_state
+from cyborg_torchrl.training.run import NullRun, RunFolder, default_run_name
+
+EVALUATION_SEED_OFFSET = 1_000_003
+"""Difference between the seeds of evaluation and training, so that evaluation has other episodes."""
 
 
 class StoppedError(RuntimeError):
-    """A run that could not go on; the message is one line that says why, and what to do."""
+    """A run that cannot continue; the message is one line with the reason, and what to do."""
 
 
-EVALUATION_SEED_OFFSET = 1_000_003
-"""Evaluation episodes are drawn from another stream than training's."""
+@dataclass
+class Experiment:
+    """The parts of one run, and its results so far."""
+
+    cfg: DictConfig
+    training: Training
+    run: RunFolder | NullRun
+    progress: Progress
+    horizon: int | None
+    started: float
+    """Value of `time.perf_counter` at the start."""
+    seconds_before: float
+    """Seconds of the run before it was resumed."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Metrics of the last update; {} before the first."""
+    evaluation: Evaluation | None = None
+    is_interrupted: bool = False
 
 
 def run_experiment(cfg: DictConfig) -> dict[str, Any]:
-    """Trains, evaluates and writes everything down.
+    """Train and evaluate an agent, and write the run's folder.
 
-    Ctrl-C (or SIGTERM, or SIGHUP) ends training, and the summary says that it was cut short; `resume=auto` goes on from
-    the last update that was done, with the same figures as if nothing had happened. Before training, while environments
-    are built, there is nothing to keep, and it is a KeyboardInterrupt. Where a launcher has started several processes
-    they train together; the first of them evaluates and writes.
+    Ctrl-C, SIGTERM and SIGHUP end training early; the summary then has `is_interrupted`. `resume=auto` continues from
+    the last finished update with the same results as an uninterrupted run. Before training, while the parts are built,
+    Ctrl-C raises KeyboardInterrupt. The processes of a launcher train together; the first evaluates and writes.
 
     Args:
         cfg: a checked configuration, from `load_config`.
 
     Returns:
-        The summary that `summary.json` holds.
+        The summary, which is also written as `summary.json`.
 
     Raises:
-        ConfigError: if the parts cannot be built as configured, or the run's folder is taken.
+        ConfigError: if the parts cannot be built, or another run has the folder.
         CheckpointError: if the run to resume cannot be read.
-        StoppedError: if the run cannot go on: the disk is full, a number is not finite, workers die over and over.
+        StoppedError: if the run cannot continue: a full disk, a number that is not finite, or workers that die again
+            and again.
     """
     try:
         with terminations_as_interrupt(), joined_ranks(cfg.train.device) as ranks:
@@ -71,167 +89,186 @@ def run_experiment(cfg: DictConfig) -> dict[str, Any]:
 def _run(cfg: DictConfig, ranks: Ranks) -> dict[str, Any]:
     started = time.perf_counter()
     progress = Progress(is_shown=cfg.logger.progress and ranks.is_first)
-    resumption = ranks.broadcast_object(find_run(cfg) if ranks.is_first else None)
-    if resumption is not None and is_done(resumption, cfg):
-        progress.console.print(f"{resumption.folder} is done already.")
-        return {**(resumption.summary or {}), "run_dir": str(resumption.folder)}
-    training = build_trainer(cfg, progress.advance, ranks)
-    trainer, agent, env = training
-    horizon = episode_attribute(env, "horizon")  # now: a closed environment does not tell
+    point = ranks.broadcast_object(find_run(cfg) if ranks.is_first else None)
+    if point is not None and point.is_finished(cfg):
+        progress.console.print(f"{point.folder} is done already.")
+        return {**point.summary, "run_dir": str(point.folder)}
+    experiment = _prepare(cfg, ranks, point or ResumePoint(), progress, started)
+    trainer = experiment.training.trainer
     try:
-        run, before = _begin(cfg, training, resumption, progress)
-    except BaseException:
-        trainer.close()
-        raise
-    is_interrupted = False
-    result: Evaluation | None = None
-    metrics: dict[str, float] = {}
-    steps_before = trainer.num_steps
-    try:
-        with progress.over(trainer.total_updates, trainer.steps_per_update, trainer.num_updates):
-            for metrics in trainer.run():
-                seconds = time.perf_counter() - started
-                speed = (trainer.num_steps - steps_before) / seconds
-                metrics |= {"update": trainer.num_updates, "steps": trainer.num_steps}
-                metrics |= {"seconds": before + seconds, "steps_per_second": speed}
-                _write_down(run, training, metrics)
-                progress.report(metrics)
+        with progress.shown(trainer.total_updates, trainer.steps_per_update, trainer.num_updates):
+            _train(experiment)
             if cfg.logger.eval_episodes and ranks.is_first:
-                is_greedy = cfg.logger.eval_actions == "greedy"
-                episodes = cfg.logger.eval_episodes
-                show = progress.over_episodes(episodes)
-                result = evaluate_agent(cfg, agent, episodes, is_deterministic=is_greedy, on_episodes=show)
-                figures = {"success_rate": result.success_rate, "mean_reward": result.mean_reward}
-                with _room_needed(run, trainer):
-                    run.log_evaluation({**figures, "episodes": float(result.episodes)}, trainer.num_steps)
+                _evaluate(experiment)
     except NonFiniteError as error:
-        raise _stopped(run, training, error) from None
-    except (KeyboardInterrupt, PeerLostError) as error:
-        is_interrupted = True
-        _ignore_further_interrupts(ranks)
-        if ranks.is_first:
-            is_kept = (run.path / "checkpoints" / "last.pt").exists()
-            then = "goes on from the last checkpoint" if is_kept else "begins again: there is no checkpoint yet"
-            print(f"{str(error) or 'interrupted'}; resume={run.path} {then}", file=sys.stderr)
+        raise _dump(experiment, error) from None
     except WorkerError as error:
-        raise StoppedError(f"{error} resume={run.path} goes on from the last checkpoint") from None
+        raise StoppedError(f"{error} resume={experiment.run.path} goes on from the last checkpoint") from None
+    except (KeyboardInterrupt, PeerLostError) as error:
+        experiment.is_interrupted = True
+        _report_interrupt(experiment, error)
     finally:
         trainer.close()
-        run.close()
-    summary = {
-        "task": environments.title(cfg.env.name, cfg.env),
-        "id": cfg.env.get("id"),
-        "backbone": cfg.backbone.name,
-        "memory": cfg.memory.name,
-        "horizon": horizon,
-        "recurrent_mode": cfg.train.recurrent_mode,
-        "num_envs": cfg.env.get("num_envs"),
-        "total_timesteps": trainer.num_steps,
-        "seed": cfg.train.seed,
-        "success_rate": result.success_rate if result else metrics.get("success_rate"),
-        "mean_reward": result.mean_reward if result else metrics.get("mean_reward"),
-        "eval_actions": cfg.logger.eval_actions if result else None,
-        "eval_episodes": result.episodes if result else 0,
-        "train_success_rate": metrics.get("success_rate"),
-        "steps_per_second": round(metrics["steps_per_second"], 1) if metrics else None,
-        "total_updates": trainer.num_updates,
-        "total_seconds": round(before + time.perf_counter() - started, 2),
-        "peak_rss_mb": round(peak_rss_mb(), 1),
-        "is_interrupted": is_interrupted,
-        "processes": ranks.size,
-        "run_dir": str(run.path),
-    }
-    with _room_needed(run, trainer):
-        run.write_json("summary.json", summary)
+        experiment.run.close()
+    summary = _summarise(experiment)
+    with _disk_errors(experiment):
+        experiment.run.write_json("summary.json", summary)
     return summary
 
 
-def is_done(resumption: Resumption, cfg: DictConfig) -> bool:
-    """Whether a run has nothing left to do: it ended, and there is no other update in what is asked for."""
-    summary = resumption.summary
-    if summary is None or summary.get("is_interrupted"):
-        return False
-    updates = summary["total_updates"]
-    return updates > 0 and cfg.train.total_timesteps // (summary["total_timesteps"] // updates) <= updates
-
-
-def _begin(
-    cfg: DictConfig, training: Training, resumption: Resumption | None, progress: Progress
-) -> tuple[RunDirectory | NoDirectory, float]:
-    """The run's folder, and the seconds that it took before; the trainer where the run goes on."""
-    is_first = training.trainer.ranks.is_first
-    folder, checkpoint, content, _ = resumption or Resumption(None, None, None, None)
-    if content is not None and checkpoint is not None:
-        notes = restore_training(training, content, checkpoint, cfg.train.seed)
-        done = f"{training.trainer.num_updates} updates, {training.trainer.num_steps:,} steps"
-        progress.console.print(f"resuming {checkpoint} ({done})", highlight=False)
-        for note in notes if is_first else []:
-            print(f"warning: {note}", file=sys.stderr)
-    path = folder or Path(cfg.logger.base_dir) / (cfg.logger.run_name or default_run_name(cfg))
-    path = training.trainer.ranks.broadcast_object(path)
-    if not is_first:
-        return NoDirectory(path, cfg), 0.0
+def _prepare(cfg: DictConfig, ranks: Ranks, point: ResumePoint, progress: Progress, started: float) -> Experiment:
+    """Build the parts of a run, restore them if it is resumed, and open its folder."""
+    training = build_trainer(cfg, progress.advance, ranks)
+    horizon = episode_attribute(training.env, "horizon")  # not available after the environment is closed
     try:
-        run = RunDirectory(path, cfg, None if folder is None else training.trainer.num_updates)
+        if point.content is not None and point.checkpoint is not None:
+            warnings = restore_training(training, point.content, point.checkpoint, cfg.train.seed)
+            done = f"{training.trainer.num_updates} updates, {training.trainer.num_steps:,} steps"
+            progress.console.print(f"resuming {point.checkpoint} ({done})", highlight=False)
+            for warning in warnings if ranks.is_first else []:
+                print(f"warning: {warning}", file=sys.stderr)
+        run = _open_run(cfg, ranks, point, training.trainer.num_updates)
+    except BaseException:
+        training.trainer.close()
+        raise
+    seconds_before = float((point.content or {}).get("seconds", 0.0)) if ranks.is_first else 0.0
+    return Experiment(cfg, training, run, progress, horizon, started, seconds_before)
+
+
+def _open_run(cfg: DictConfig, ranks: Ranks, point: ResumePoint, num_updates: int) -> RunFolder | NullRun:
+    path = point.folder or Path(cfg.logger.base_dir) / (cfg.logger.run_name or default_run_name(cfg))
+    path = ranks.broadcast_object(path)
+    if not ranks.is_first:
+        return NullRun(path, cfg)
+    try:
+        run = RunFolder(path, cfg, None if point.folder is None else num_updates)
     except FileExistsError as error:
         raise ConfigError(f"logger.run_name: {error}") from None
     except OSError as error:
         raise ConfigError(f"logger.base_dir: cannot write to '{path}' ({error.strerror}).") from None
-    if content is not None:
-        run.checkpoints.best = content.get("best")
-    return run, float((content or {}).get("seconds", 0.0))
+    if point.content is not None:
+        run.checkpoints.best = point.content.get("best")
+    return run
 
 
-def _stopped(run: RunDirectory | NoDirectory, training: Training, error: NonFiniteError) -> StoppedError:
-    """Leaves a dump of what was not finite. The checkpoints stay as they are: the last is from before it."""
-    trainer, agent, _ = training
+def _train(experiment: Experiment) -> None:
+    """Train to the end; log every update and write its checkpoint."""
+    trainer = experiment.training.trainer
+    steps_before = trainer.num_steps
+    for metrics in trainer.run():
+        seconds = time.perf_counter() - experiment.started
+        metrics |= {"update": trainer.num_updates, "steps": trainer.num_steps}
+        metrics["seconds"] = experiment.seconds_before + seconds
+        metrics["steps_per_second"] = (trainer.num_steps - steps_before) / seconds
+        experiment.metrics = metrics
+        _log_update(experiment)
+        experiment.progress.report(metrics)
+
+
+def _log_update(experiment: Experiment) -> None:
+    trainer, metrics, run = experiment.training.trainer, experiment.metrics, experiment.run
+    is_last = trainer.num_updates == trainer.total_updates
+    with _disk_errors(experiment):
+        if trainer.num_updates % experiment.cfg.logger.checkpoint_every == 0 or is_last:
+            content = {**training_state(experiment.training), "seconds": metrics["seconds"]}
+            run.save(content, trainer.num_updates, metrics.get("success_rate", metrics.get("mean_reward")))
+        run.log(metrics)
+
+
+def _evaluate(experiment: Experiment) -> None:
+    """Evaluate the trained agent on fresh episodes, and log the result."""
+    options = experiment.cfg.logger
+    result = evaluate_agent(
+        experiment.cfg,
+        experiment.training.agent,
+        options.eval_episodes,
+        is_deterministic=options.eval_actions == "greedy",
+        on_episodes=experiment.progress.evaluation(options.eval_episodes),
+    )
+    experiment.evaluation = result
+    metrics = {"success_rate": result.success_rate, "mean_reward": result.mean_reward, "episodes": result.episodes}
+    with _disk_errors(experiment):
+        experiment.run.log_evaluation(metrics, experiment.training.trainer.num_steps)
+
+
+def _summarise(experiment: Experiment) -> dict[str, Any]:
+    """Return the summary. Without an evaluation, success and reward are those of the last rollout."""
+    cfg, metrics, evaluation = experiment.cfg, experiment.metrics, experiment.evaluation
+    trainer = experiment.training.trainer
+    seconds = experiment.seconds_before + time.perf_counter() - experiment.started
+    return {
+        "task": environments.title(cfg.env.name, cfg.env),
+        "id": cfg.env.get("id"),
+        "backbone": cfg.backbone.name,
+        "memory": cfg.memory.name,
+        "horizon": experiment.horizon,
+        "recurrent_mode": cfg.train.recurrent_mode,
+        "num_envs": cfg.env.get("num_envs"),
+        "total_timesteps": trainer.num_steps,
+        "seed": cfg.train.seed,
+        "success_rate": evaluation.success_rate if evaluation else metrics.get("success_rate"),
+        "mean_reward": evaluation.mean_reward if evaluation else metrics.get("mean_reward"),
+        "eval_actions": cfg.logger.eval_actions if evaluation else None,
+        "eval_episodes": evaluation.episodes if evaluation else 0,
+        "train_success_rate": metrics.get("success_rate"),
+        "steps_per_second": round(metrics["steps_per_second"], 1) if metrics else None,
+        "total_updates": trainer.num_updates,
+        "total_seconds": round(seconds, 2),
+        "peak_rss_mb": round(peak_rss_mb(), 1),
+        "is_interrupted": experiment.is_interrupted,
+        "processes": trainer.ranks.size,
+        "run_dir": str(experiment.run.path),
+    }
+
+
+def _dump(experiment: Experiment, error: NonFiniteError) -> StoppedError:
+    """Write a dump of a number that is not finite. Return the error that ends the run; checkpoints are unchanged."""
+    trainer, agent, _ = experiment.training
     update = trainer.num_updates + 1
     content = {
-        "config": OmegaConf.to_container(run.cfg),
+        "config": OmegaConf.to_container(experiment.cfg),
         "agent": agent.state_dict(),
         "update": update,
         "num_steps": trainer.num_steps,
         "message": str(error),
         **error.record,
     }
-    path = run.path / "dumps" / f"update_{update:08d}.pt"
+    path = experiment.run.path / "dumps" / f"update_{update:08d}.pt"
     save_checkpoint(path, content, kind=DUMP)
-    last = run.path / "checkpoints" / "last.pt"
-    kept = f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint from before"
+    last = experiment.run.path / "checkpoints" / "last.pt"
+    checkpoint = f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint from before"
     return StoppedError(
         f"{error} (update {update}, after {trainer.num_steps:,} steps). What led to it: "
-        f"cyborg-torchrl replay {path}; {kept}"
+        f"cyborg-torchrl replay {path}; {checkpoint}"
     )
 
 
-def _write_down(run: RunDirectory | NoDirectory, training: Training, metrics: dict[str, float]) -> None:
-    """Logs an update, and writes its checkpoint.
-
-    Raises:
-        StoppedError: if there is no room for it.
-    """
-    trainer, every = training.trainer, run.cfg.logger.checkpoint_every
-    is_last = trainer.num_updates == trainer.total_updates
-    with _room_needed(run, trainer):
-        if trainer.num_updates % every == 0 or is_last:
-            content = {**training_state(training), "seconds": metrics["seconds"]}
-            score = metrics.get("success_rate", metrics.get("mean_reward"))
-            run.save(content, trainer.num_updates, score)
-        run.log(metrics)
-
-
 @contextmanager
-def _room_needed(run: RunDirectory | NoDirectory, trainer: PPOTrainer) -> Generator[None]:
-    """Writes into a run's folder, and tells of a full disk in one line."""
+def _disk_errors(experiment: Experiment) -> Generator[None]:
+    """Raise StoppedError for a full disk, or any other error of writing."""
     try:
         yield
     except OSError as error:
-        last = run.path / "checkpoints" / "last.pt"
-        kept = f"the last whole checkpoint is {last}" if last.exists() else "there is no checkpoint yet"
+        path = experiment.run.path
+        last = path / "checkpoints" / "last.pt"
+        checkpoint = f"the last whole checkpoint is {last}" if last.exists() else "there is no checkpoint yet"
         raise StoppedError(
-            f"cannot write to '{run.path}' ({error.strerror or error}) after update {trainer.num_updates}; {kept}. "
-            f"Make room and go on with resume={run.path}"
+            f"cannot write to '{path}' ({error.strerror or error}) after update "
+            f"{experiment.training.trainer.num_updates}; {checkpoint}. Make room and go on with resume={path}"
         ) from None
+
+
+def _report_interrupt(experiment: Experiment, error: BaseException) -> None:
+    ranks = experiment.training.trainer.ranks
+    if ranks.size > 1 and threading.current_thread() is threading.main_thread():
+        # A launcher forwards the interrupt that all processes have already received.
+        for number in (signal.SIGINT, *TERMINATIONS):
+            signal.signal(number, signal.SIG_IGN)
+    if ranks.is_first:
+        path = experiment.run.path
+        has_checkpoint = (path / "checkpoints" / "last.pt").exists()
+        then = "goes on from the last checkpoint" if has_checkpoint else "begins again: there is no checkpoint yet"
+        print(f"{str(error) or 'interrupted'}; resume={path} {then}", file=sys.stderr)
 
 
 def evaluate_agent(
@@ -242,12 +279,12 @@ def evaluate_agent(
     is_deterministic: bool = True,
     on_episodes: OnEpisodes = ignore_episodes,
 ) -> Evaluation:
-    """Evaluates an agent on fresh episodes of its configuration's environment; see `evaluate`.
+    """Evaluate an agent on fresh episodes of its configuration's environment; see `evaluate`.
 
-    Statistics of the environment's transforms are the agent's, and stay as they are.
+    Statistics of the environment's transforms are the agent's, and do not change.
     """
     num_envs = cfg.env.get("num_envs", 1)
-    if "workers" not in cfg.env:  # batched tensors: more side by side cost nothing
+    if "workers" not in cfg.env:  # more environments cost nothing where they are batched tensors
         num_envs = min(episodes, max(num_envs, 250))
     env = build_acting_env(cfg, agent, num_envs=num_envs, seed=cfg.train.seed + EVALUATION_SEED_OFFSET)
     try:
@@ -257,8 +294,8 @@ def evaluate_agent(
 
 
 def peak_rss_mb() -> float:
-    """Largest resident memory of this process so far, in MiB."""
-    try:  # Linux: getrusage would begin with what the process had that started this one
+    """Return the largest resident memory of this process so far, in MiB."""
+    try:  # on Linux, getrusage includes the memory of the parent process before the start of this one
         status = Path("/proc/self/status").read_text()
         return int(status.split("VmHWM:")[1].split()[0]) / 1024
     except (OSError, IndexError, ValueError):
@@ -267,30 +304,20 @@ def peak_rss_mb() -> float:
     return peak / (1024**2 if sys.platform == "darwin" else 1024)
 
 
-def _ignore_further_interrupts(ranks: Ranks) -> None:
-    """A launcher passes on the interrupt that all have got already."""
-    if ranks.size > 1 and threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, *TERMINATIONS):
-            signal.signal(number, signal.SIG_IGN)
-
-
 @contextmanager
 def terminations_as_interrupt() -> Generator[None]:
-    """Ends a run that is told to terminate, or whose terminal is closed, as Ctrl-C would.
-
-    Under nohup a closed terminal changes nothing.
-    """
+    """Handle SIGTERM and SIGHUP as Ctrl-C. Under nohup, SIGHUP stays ignored."""
 
     def interrupt(signum: int, frame: Any) -> None:
         if signum != signal.SIGTERM:
             _leave_terminal()
         raise KeyboardInterrupt
 
-    if threading.current_thread() is not threading.main_thread():  # the host handles signals
+    if threading.current_thread() is not threading.main_thread():  # the calling program handles signals
         yield
         return
-    heeded = [number for number in TERMINATIONS if signal.getsignal(number) is not signal.SIG_IGN]
-    previous = {number: signal.signal(number, interrupt) for number in heeded}
+    handled = [number for number in TERMINATIONS if signal.getsignal(number) is not signal.SIG_IGN]
+    previous = {number: signal.signal(number, interrupt) for number in handled}
     try:
         yield
     finally:
@@ -299,9 +326,9 @@ def terminations_as_interrupt() -> Generator[None]:
 
 
 def _leave_terminal() -> None:
-    """What is printed goes nowhere: writing to a terminal that was closed is an error."""
-    nowhere = os.open(os.devnull, os.O_RDWR)
+    """Discard the output to a closed terminal, which would be an error."""
+    null_device = os.open(os.devnull, os.O_RDWR)
     for stream in (1, 2):
-        if stat.S_ISCHR(os.fstat(stream).st_mode):  # isatty says no of one that is closed
-            os.dup2(nowhere, stream)
-    os.close(nowhere)
+        if stat.S_ISCHR(os.fstat(stream).st_mode):  # isatty is False for a closed terminal
+            os.dup2(null_device, stream)
+    os.close(null_device)

@@ -1,4 +1,4 @@
-"""Agents from checkpoints."""
+"""Trained agents from checkpoints."""
 
 from __future__ import annotations
 
@@ -19,39 +19,60 @@ from cyborg_torchrl.modules import PPOAgent
 from cyborg_torchrl.training.builders import build_agent, build_env, memory_horizon
 from cyborg_torchrl.training.checkpoint import CheckpointError, load_checkpoint
 
-NAMED = 3
-"""Runs of a folder that an error names."""
+MAX_NAMED = 3
+"""Largest number of runs that an error message names."""
 
 
-class Restored(NamedTuple):
-    """What a checkpoint holds."""
+class LoadedAgent(NamedTuple):
+    """An agent from a checkpoint."""
 
     cfg: DictConfig
-    """The configuration that it was trained with."""
+    """The configuration that it was trained with, with changes."""
     agent: PPOAgent
     content: dict[str, Any]
-    """All of the checkpoint."""
+    """The content of the checkpoint."""
+
+
+def load_agent(path: Path | str, overrides: Sequence[str] = ()) -> LoadedAgent:
+    """Return the agent of a checkpoint, ready to act, and its configuration.
+
+    Args:
+        path: a checkpoint, or the folder of a run, for its last checkpoint.
+        overrides: changes to the configuration, such as "env.horizon=2000".
+
+    Raises:
+        CheckpointError: if the file is not a complete checkpoint, or its parameters are not finite or do not fit its
+            configuration.
+        ConfigError: if the configuration cannot be used.
+    """
+    path = checkpoint_path(Path(path))
+    loaded = agent_from_content(load_checkpoint(path), path, overrides)
+    for name, parameter in loaded.agent.named_parameters():
+        if not parameter.isfinite().all():
+            raise CheckpointError(f"{path} holds parameters that are no finite numbers ({name}): training diverged.")
+    return loaded
 
 
 def checkpoint_path(path: Path) -> Path:
-    """The checkpoint that a path means: itself, or a run folder's last one.
+    """Return the checkpoint of a path: the last one of a run's folder, or the path itself.
 
     Raises:
-        CheckpointError: if there is none.
+        CheckpointError: if it does not exist.
     """
-    found = path / "checkpoints" / "last.pt" if path.is_dir() else path
-    if not found.is_file():
-        runs = sorted(str(each.parent.parent) for each in path.glob("*/checkpoints/last.pt"))
-        named = f", such as {' or '.join(map(repr, runs[:NAMED]))}" if runs else ""
-        raise CheckpointError(f"no checkpoint '{found}': give a run's folder{named}, or a file in its 'checkpoints'.")
-    return found
+    checkpoint = path / "checkpoints" / "last.pt" if path.is_dir() else path
+    if checkpoint.is_file():
+        return checkpoint
+    runs = sorted(str(last.parent.parent) for last in path.glob("*/checkpoints/last.pt"))
+    examples = " or ".join(repr(run) for run in runs[:MAX_NAMED])
+    hint = f", such as {examples}" if runs else ""
+    raise CheckpointError(f"no checkpoint '{checkpoint}': give a run's folder{hint}, or a file in its 'checkpoints'.")
 
 
-def config_of(content: dict[str, Any], path: Path, overrides: Sequence[str] = ()) -> DictConfig:
-    """The configuration in a checkpoint, checked as any other, with changes.
+def config_from_content(content: dict[str, Any], path: Path, overrides: Sequence[str] = ()) -> DictConfig:
+    """Return the configuration of a checkpoint, checked, with changes.
 
     Raises:
-        CheckpointError: if there is none.
+        CheckpointError: if the checkpoint has no readable configuration.
         ConfigError: if this version cannot use it.
     """
     config = content.get("config")
@@ -62,65 +83,40 @@ def config_of(content: dict[str, Any], path: Path, overrides: Sequence[str] = ()
         try:
             OmegaConf.save(OmegaConf.create(config), file)
         except (OmegaConfBaseException, YAMLError) as error:
-            said = " ".join(str(error).split())
-            raise CheckpointError(f"{path} holds a configuration that cannot be read: {said[:300]}") from None
+            reason = " ".join(str(error).split())[:300]
+            raise CheckpointError(f"{path} holds a configuration that cannot be read: {reason}") from None
         return load_config(str(file), overrides)
 
 
-def load_agent(path: Path | str, overrides: Sequence[str] = ()) -> Restored:
-    """The agent of a checkpoint, ready to act, with its configuration.
-
-    Args:
-        path: a checkpoint, or a run's folder, which means its last one.
-        overrides: changes to the configuration, such as "env.horizon=2000".
+def agent_from_content(content: dict[str, Any], path: Path, overrides: Sequence[str] = ()) -> LoadedAgent:
+    """Return the agent of a checkpoint or a dump. Its parameters may be NaN.
 
     Raises:
-        CheckpointError: if it is not a whole checkpoint, its parameters do not fit its configuration, or are no
-            numbers.
-        ConfigError: if the configuration cannot be used.
-    """
-    path = checkpoint_path(Path(path))
-    cfg, agent, content = agent_of(load_checkpoint(path), path, overrides)
-    broken = [name for name, value in agent.named_parameters() if not bool(value.isfinite().all())]
-    if broken:
-        raise CheckpointError(f"{path} holds parameters that are no finite numbers ({broken[0]}): training diverged.")
-    return Restored(cfg, agent, content)
-
-
-def agent_of(content: dict[str, Any], path: Path, overrides: Sequence[str] = ()) -> Restored:
-    """The agent in the content of a file, whatever its parameters.
-
-    Raises:
-        CheckpointError: if there is none that fits the configuration in it.
+        CheckpointError: if the file has no agent that fits its configuration.
         ConfigError: if the configuration cannot be used.
     """
     device = device_overrides(overrides)
-    cfg = config_of(content, path, device)
+    cfg = config_from_content(content, path, device)
     if overrides:
-        cfg = config_of(content, path, [*_pinned_horizons(cfg), *overrides])
+        cfg = config_from_content(content, path, [*_fixed_horizons(cfg), *overrides])
     env = build_single_env(cfg)
     try:
         agent = build_agent(cfg, env)
     finally:
         env.close()
     load_parameters(agent, content, path, [override for override in overrides if override not in device])
-    return Restored(cfg, agent, content)
+    return LoadedAgent(cfg, agent, content)
 
 
 def device_overrides(overrides: Sequence[str]) -> list[str]:
-    """Those of the changes that say where to compute: the device that was trained on need not be here."""
+    """Return the overrides that set the device. They come first, since the old device may not exist here."""
     return [override for override in overrides if override.startswith("train.device=")]
 
 
-def build_single_env(cfg: DictConfig) -> EnvBase:
-    """One environment of a configuration, in this process."""
-    return build_env(cfg, num_envs=1, workers=0 if "workers" in cfg.env else None)
+def _fixed_horizons(cfg: DictConfig) -> list[str]:
+    """Return overrides that keep the memory as it was trained when the horizon of the environment changes.
 
-
-def _pinned_horizons(cfg: DictConfig) -> list[str]:
-    """Overrides that leave memory as it was trained, whatever the environment's horizon becomes.
-
-    Time-scales of a read-out are built from the horizon, and are no parameters.
+    Time-scales are built from the horizon. They are not parameters, so the checkpoint does not hold them.
     """
     groups = [group for group in ("backbone", "memory") if cfg[group].get("max_horizon", 0) is None]
     if not groups:
@@ -133,7 +129,13 @@ def _pinned_horizons(cfg: DictConfig) -> list[str]:
 
 
 def load_parameters(agent: PPOAgent, content: dict[str, Any], path: Path, overrides: Sequence[str] = ()) -> None:
-    """Gives an agent the parameters of a checkpoint; with the changes to its configuration, of which is told.
+    """Load the parameters of a checkpoint into an agent.
+
+    Args:
+        agent: the agent.
+        content: the content of the checkpoint.
+        path: its file, for messages.
+        overrides: changes to the configuration, for messages.
 
     Raises:
         CheckpointError: if they do not fit.
@@ -148,23 +150,26 @@ def load_parameters(agent: PPOAgent, content: dict[str, Any], path: Path, overri
                 f"the parameters in {path} do not fit the agent that {' '.join(overrides)} makes of it: change the "
                 "environment's options, not the agent's."
             ) from None
-        said = " ".join(str(error).split())
-        raise CheckpointError(
-            f"the parameters in {path} do not fit its configuration: {textwrap.shorten(said, 300)}"
-        ) from None
+        reason = textwrap.shorten(" ".join(str(error).split()), 300)
+        raise CheckpointError(f"the parameters in {path} do not fit its configuration: {reason}") from None
+
+
+def build_single_env(cfg: DictConfig) -> EnvBase:
+    """Build one environment, in this process."""
+    return build_env(cfg, num_envs=1, workers=0 if "workers" in cfg.env else None)
 
 
 def build_acting_env(
     cfg: DictConfig, agent: PPOAgent, *, num_envs: int, seed: int, workers: int | None = None
 ) -> EnvBase:
-    """An environment for an agent that no longer learns: its memory states are in it, its statistics stay as they are.
+    """Build an environment for a trained agent. It adds the agent's memory states; its statistics do not change.
 
     Args:
         cfg: the agent's configuration.
         agent: the agent.
-        num_envs: environments side by side.
+        num_envs: number of environments.
         seed: seed of the episodes.
-        workers: in place of env.workers.
+        workers: replaces env.workers.
     """
     env = build_env(cfg, num_envs=num_envs, seed=seed, workers=workers)
     freeze_statistics(env, agent.env_statistics)

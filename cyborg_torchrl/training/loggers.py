@@ -1,4 +1,4 @@
-"""Where metrics go besides metrics.csv and TensorBoard: Weights & Biases and MLflow, through TorchRL's loggers."""
+"""Metric backends in addition to metrics.csv and TensorBoard: Weights & Biases and MLflow, by TorchRL's loggers."""
 
 from __future__ import annotations
 
@@ -12,79 +12,78 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from omegaconf import DictConfig, OmegaConf
-from torchrl.record.loggers import MLFlowLogger, WandbLogger
-from torchrl.record.loggers.common import Logger
 
-from cyborg_torchrl.config import BACKENDS, ConfigError
+from cyborg_torchrl.config import BACKENDS, ConfigError, flat_options
 from cyborg_torchrl.registry import UnavailableError
 
-MOST_PARAMETERS = 100
-"""What MLflow takes at once."""
+MAX_PARAMETERS = 100
+"""Largest number of hyperparameters that MLflow accepts in one call."""
 
 
 class Backend(Protocol):
-    """What takes the metrics of one run."""
+    """A backend for the metrics of one run."""
 
-    logger: Logger
+    logger: Any
+    """A logger of TorchRL."""
     run_id: str
-    """What it knows the run by."""
+    """The backend's name of the run."""
 
     def close(self) -> None:
-        """Ends the run there."""
+        """End the run in the backend."""
         ...
 
 
 class Wandb:
-    """A run at Weights & Biases; files are kept in the run's folder."""
+    """A run at Weights & Biases; its files are in the run's folder."""
 
     def __init__(self, cfg: DictConfig, path: Path, run_id: str | None) -> None:
         import wandb
+        from torchrl.record.loggers import WandbLogger
 
-        # not TorchRL's `offline`, which would stay set for all later runs of the process
-        mode = "offline" if cfg.logger.offline else None
-        settings = wandb.Settings(console="off")  # a progress bar is no log
-        self.logger: Logger = WandbLogger(
+        self.logger: Any = WandbLogger(
             path.name,
             save_dir=path,
             id=run_id,
             project=cfg.logger.project,
             log_env_packages=False,
-            mode=mode,
-            settings=settings,
+            # Not TorchRL's `offline`, which would stay set for all later runs of the process.
+            mode="offline" if cfg.logger.offline else None,
+            settings=wandb.Settings(console="off"),  # the progress bar must not be logged
         )
         self.run_id = self.logger.experiment.id
-        self.logger.log_hparams(_configuration(cfg))
+        self.logger.log_hparams(OmegaConf.to_container(cfg))
 
     def close(self) -> None:
-        """Ends the run, and waits until what is to be sent was sent."""
+        """End the run, after all metrics are sent."""
         self.logger.experiment.finish()
 
 
 class MLflow:
-    """A run of an MLflow server or database."""
+    """A run in an MLflow server or database."""
 
     def __init__(self, cfg: DictConfig, path: Path, run_id: str | None) -> None:
         import mlflow
+        from torchrl.record.loggers import MLFlowLogger
 
-        for name in ("mlflow", "alembic"):  # migrations of a new database are news to nobody
+        for name in ("mlflow", "alembic"):  # they print the migrations of a new database
             logging.getLogger(name).setLevel(logging.WARNING)
         uri = cfg.logger.tracking_uri or str(path.parent)
-        if "://" not in uri:  # MLflow keeps nothing in plain folders any more
+        if "://" not in uri:  # current versions of MLflow need a database, not a folder
             Path(uri).mkdir(parents=True, exist_ok=True)
             uri = f"sqlite:///{Path(uri).resolve()}/mlflow.db"
         if run_id is not None:
-            os.environ["MLFLOW_RUN_ID"] = run_id  # which the start of a run takes, and takes away
-        self.logger: Logger = MLFlowLogger(cfg.logger.project, uri)
+            os.environ["MLFLOW_RUN_ID"] = run_id  # the start of a run reads this variable and removes it
+        self.logger: Any = MLFlowLogger(cfg.logger.project, uri)
         self.run_id = self.logger.experiment.info.run_id
         if run_id is not None:
-            return  # its parameters are there, and cannot be changed
+            return  # the parameters are already logged, and cannot be changed
         mlflow.set_tag("mlflow.runName", path.name)
-        parameters = list(_flat(_configuration(cfg)).items())
-        for begin in range(0, len(parameters), MOST_PARAMETERS):
-            self.logger.log_hparams(dict(parameters[begin : begin + MOST_PARAMETERS]))
+        parameters = list(flat_options(cfg).items())
+        for begin in range(0, len(parameters), MAX_PARAMETERS):
+            self.logger.log_hparams(dict(parameters[begin : begin + MAX_PARAMETERS]))
 
     def close(self) -> None:
-        """Ends the run."""
+        """End the run."""
         import mlflow
 
         mlflow.end_run()
@@ -94,68 +93,61 @@ KINDS: dict[str, Callable[[DictConfig, Path, str | None], Backend]] = dict(zip(B
 
 
 def require_packages(names: Iterable[str]) -> None:
-    """Checks that the backends can be imported.
+    """Check that the packages of backends are installed.
 
     Raises:
-        UnavailableError: if one cannot.
+        UnavailableError: if one is missing.
     """
     for name in names:
         spec = importlib.util.find_spec(name)
-        if spec is None or spec.origin is None:  # a folder called "wandb" is no package
+        if spec is None or spec.origin is None:  # a folder called "wandb" is not the package
             raise UnavailableError(f"logger.backends={name} needs: pip install 'cyborg-torchrl[{name}]'")
 
 
 class MetricBackends:
-    """The backends of a run. What one of them cannot take stops that one, not the run.
+    """The backends of a run. A backend that fails later is dropped with a warning; the run continues.
 
     Args:
-        cfg: the configuration; `logger.backends` names them, and all of it is logged as hyperparameters.
-        path: the run's folder; its name is the run's.
-        is_resumed: go on with the runs that the backends began before.
+        cfg: the configuration, which is logged as hyperparameters. `logger.backends` names the backends.
+        path: the run's folder; its name is the name of the run.
+        is_resumed: continue the backends' runs of the same folder.
 
     Raises:
         ConfigError: if a backend cannot be reached.
     """
 
     def __init__(self, cfg: DictConfig, path: Path, *, is_resumed: bool = False) -> None:
-        known = path / "logs" / "backends.json"
-        before = json.loads(known.read_text()) if is_resumed and known.exists() else {}
+        file = path / "logs" / "backends.json"
+        run_ids = json.loads(file.read_text()) if is_resumed and file.exists() else {}
         self._backends: dict[str, Backend] = {}
         for name in cfg.logger.backends:
             try:
-                self._backends[name] = KINDS[name](cfg, path, before.get(name))
-            except Exception as error:  # each has exceptions of its own, and so have their servers
+                self._backends[name] = KINDS[name](cfg, path, run_ids.get(name))
+            except Exception as error:  # each backend and each server raises other exceptions
                 self.close()
-                text = " ".join(str(error).split())
                 hint = "; logger.offline=true needs no server" if name == "wandb" else ""
-                raise ConfigError(f"logger.backends: {name} cannot be used ({text}){hint}.") from None
+                raise ConfigError(f"logger.backends: {name} cannot be used ({_in_one_line(error)}){hint}.") from None
         if self._backends:
-            known.write_text(json.dumps({name: backend.run_id for name, backend in self._backends.items()}) + "\n")
+            run_ids = {name: backend.run_id for name, backend in self._backends.items()}
+            file.write_text(json.dumps(run_ids) + "\n")
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Logs metrics at an environment step."""
+        """Log metrics at an environment step."""
         for name, backend in list(self._backends.items()):
             try:
                 backend.logger.log_metrics(dict(metrics), step)
-            except Exception as error:  # training goes on, and metrics.csv holds everything
-                warnings.warn(f"{name} takes no more metrics: {' '.join(str(error).split())}", stacklevel=2)
+            except Exception as error:  # training continues, since metrics.csv has all metrics
+                warnings.warn(f"{name} takes no more metrics: {_in_one_line(error)}", stacklevel=2)
                 del self._backends[name]
 
     def close(self) -> None:
-        """Ends the run everywhere."""
+        """End the run in all backends."""
         for name, backend in self._backends.items():
             try:
                 backend.close()
             except Exception as error:
-                warnings.warn(f"{name} was not closed: {' '.join(str(error).split())}", stacklevel=2)
+                warnings.warn(f"{name} was not closed: {_in_one_line(error)}", stacklevel=2)
 
 
-def _configuration(cfg: DictConfig) -> dict[str, Any]:
-    return OmegaConf.to_container(cfg, resolve=True)
-
-
-def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in content.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value}
-    return flat
+def _in_one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

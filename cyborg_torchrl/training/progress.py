@@ -1,4 +1,4 @@
-"""Progress of a run on stderr: a bar with steps/s, success and time left, and a line for each update."""
+"""Progress on stderr: a bar with speed, success and remaining time, and a line for each update."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from rich.progress import Progress as RichProgress
 
 
 @contextmanager
-def progress_bar(what: str, total: int) -> Generator[Callable[[int], None]]:
-    """A bar on stderr, gone when it is over; what is yielded is called with how much is done."""
+def progress_bar(title: str, total: int) -> Generator[Callable[[int], None]]:
+    """Show a bar on stderr, and remove it at the end. Yield a function to call with the number of finished items."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     with RichProgress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(what, total=total)
+        task = progress.add_task(title, total=total)
         yield lambda done: progress.update(task, completed=done)
 
 
 class Progress:
-    """Shows how far training is.
+    """The progress of a training run.
 
     Args:
-        is_shown: show anything at all.
+        is_shown: False: print nothing.
     """
 
     def __init__(self, is_shown: bool = True) -> None:
@@ -44,31 +44,30 @@ class Progress:
         self._updates = 0
 
     @contextmanager
-    def over(self, total_updates: int, steps_per_update: int, done_updates: int = 0) -> Generator[None]:
-        """Shows the bar while the context lasts."""
-        self._steps_per_update, self._updates = steps_per_update, done_updates
-        self.bar.update(self._task, total=max(total_updates, done_updates) * steps_per_update)
+    def shown(self, total_updates: int, steps_per_update: int, finished_updates: int = 0) -> Generator[None]:
+        """Show the bar within the context."""
+        self._steps_per_update, self._updates = steps_per_update, finished_updates
+        self.bar.update(self._task, total=max(total_updates, finished_updates) * steps_per_update)
         self.advance(0.0)
         with self.bar:
             yield
 
-    def over_episodes(self, number: int) -> Callable[[int, int], None]:
-        """Says that the agent is evaluated; what is returned is called with how many episodes are over."""
+    def evaluation(self, number: int) -> Callable[[int, int], None]:
+        """Add a bar for an evaluation. Return a function to call with the number of finished episodes."""
         self.console.print(f"evaluating {number:,} episodes")
         task = self.bar.add_task("evaluating", total=number, unit="episodes", figures="")
         return lambda finished, total: self.bar.update(task, completed=min(finished, number))
 
     def advance(self, share: float) -> None:
-        """Sets the share of the present update that is done, in [0, 1]."""
+        """Set the finished share of the current update, in [0, 1]."""
         self.bar.update(self._task, completed=round((self._updates + share) * self._steps_per_update))
 
     def report(self, metrics: Mapping[str, float]) -> None:
-        """Ends an update: prints its line."""
+        """Print the line of a finished update."""
         self._updates = int(metrics["update"])
-        score = "success_rate" if "success_rate" in metrics else "mean_reward"
-        figures = (
-            f"{metrics['steps_per_second']:,.0f} steps/s  {score.split('_')[0]} {metrics.get(score, float('nan')):.3f}"
-        )
+        name = "success_rate" if "success_rate" in metrics else "mean_reward"
+        score = f"{name.split('_')[0]} {metrics.get(name, float('nan')):.3f}"
+        figures = f"{metrics['steps_per_second']:,.0f} steps/s  {score}"
         self.bar.update(self._task, figures=figures)
         self.advance(0.0)
         self.console.print(

@@ -1,4 +1,4 @@
-"""Finds the run to go on with, and brings a trainer back to where it was."""
+"""Resuming: find the run to continue, and restore the state of its trainer."""
 
 from __future__ import annotations
 
@@ -15,101 +15,115 @@ from omegaconf import DictConfig, OmegaConf
 
 from cyborg_torchrl.collectors.resume import collector_state, resume_collector
 from cyborg_torchrl.collectors.rng import random_state, set_random_state
-from cyborg_torchrl.config import ConfigError, load_config
+from cyborg_torchrl.config import ConfigError, drop_removed_keys, flat_options, load_config
 from cyborg_torchrl.training.builders import Training
 from cyborg_torchrl.training.checkpoint import CheckpointError, CheckpointFolder, Content, load_checkpoint
 from cyborg_torchrl.training.distributed import Ranks
-from cyborg_torchrl.training.loading import checkpoint_path, config_of, device_overrides, load_parameters
+from cyborg_torchrl.training.loading import checkpoint_path, config_from_content, device_overrides, load_parameters
 from cyborg_torchrl.training.run import lock_run
 
 LOGGER = logging.getLogger(__name__)
-MAY_CHANGE = ("logger", "train.total_timesteps", "train.num_threads")
-"""What does not make a run another one."""
+FREE_FOR_AUTO = ("logger", "train.total_timesteps", "train.num_threads")
+"""Options that may differ between a run and the configuration for which `resume=auto` continues it."""
 FIXED_IN_TRAIN = ("n_steps", "recurrent_mode", "burn_in", "seq_len", "state_stride", "num_minibatches", "seed")
-"""What of `train` a run cannot change on its way; nor anything of other groups than the logger."""
+"""Options of `train` that an override cannot change in a resumed run. In other groups only `logger` can change."""
 
 
-class Resumption(NamedTuple):
-    """Where a run goes on."""
+class ResumePoint(NamedTuple):
+    """The run and the checkpoint to continue from."""
 
-    folder: Path | None
-    """The run's folder; None: a new one."""
-    checkpoint: Path | None
-    """None: there is none yet, the run begins again."""
-    content: Content | None
-    summary: Mapping[str, Any] | None
-    """Of a run that is done."""
+    folder: Path | None = None
+    """Folder of the run; None: the checkpoint starts a new run."""
+    checkpoint: Path | None = None
+    """None: the run has no checkpoint yet, and starts again."""
+    content: Content | None = None
+    """Content of the checkpoint."""
+    summary: Mapping[str, Any] | None = None
+    """Summary of a run that has ended."""
+
+    def is_finished(self, cfg: DictConfig) -> bool:
+        """Return whether the run has ended, and `train.total_timesteps` has no room for another update."""
+        if self.summary is None or self.summary.get("is_interrupted"):
+            return False
+        updates = self.summary["total_updates"]
+        if updates == 0:
+            return False
+        steps_per_update = self.summary["total_timesteps"] // updates
+        return cfg.train.total_timesteps // steps_per_update <= updates
 
 
 def with_config_of_run(cfg: DictConfig, overrides: list[str]) -> DictConfig:
-    """The configuration of the run that `logger.resume` names, with the overrides; as it is where it names none.
+    """Return the configuration of the run that `logger.resume` names, with overrides; `cfg` if it names none.
 
     Raises:
         CheckpointError: if there is no such run, or its checkpoint cannot be read.
-        ConfigError: if the overrides change what a run cannot change.
+        ConfigError: if an override changes an option that is fixed for a run.
     """
     if cfg.logger.resume in (None, "auto"):
         return cfg
     path = Path(cfg.logger.resume)
-    if path.is_dir() and (path / "config.yaml").is_file() and not list(path.glob("checkpoints/*.pt")):
+    if (path / "config.yaml").is_file() and not list(path.glob("checkpoints/*.pt")):
         return load_config(str(path / "config.yaml"), overrides)
-    path, content = _read(path, is_told=False)  # `find_run` tells
-    if _run_of(path) is None and not any(override.startswith("logger.run_name=") for override in overrides):
-        overrides = [*overrides, "logger.run_name=null"]  # the name is the old run's
-    changed = config_of(content, path, overrides)
-    _check_unchanged(config_of(content, path, device_overrides(overrides)), changed, path)
+    path, content, _ = _read(path)  # `find_run` reports the faults
+    if _run_folder(path) is None and not any(override.startswith("logger.run_name=") for override in overrides):
+        overrides = [*overrides, "logger.run_name=null"]  # the name belongs to the old run
+    changed = config_from_content(content, path, overrides)
+    before = config_from_content(content, path, device_overrides(overrides))
+    free = [f"train.{key}" for key in before.train if key not in FIXED_IN_TRAIN]
+    difference = _difference(before, changed, ("logger", *free))
+    if difference:
+        raise ConfigError(f"logger.resume: the run of {path} cannot change {difference}; begin a new run for that.")
     return changed
 
 
-def find_run(cfg: DictConfig) -> Resumption | None:
-    """What `logger.resume` asks for; None: a new run.
+def find_run(cfg: DictConfig) -> ResumePoint | None:
+    """Return the run and the checkpoint that `logger.resume` asks for; None: a new run.
 
     Raises:
         CheckpointError: if there is no such run, or none of its checkpoints can be read.
-        ConfigError: if the configuration is another than that of the run.
+        ConfigError: if `logger.run_name` names a run of another configuration.
     """
-    resume = cfg.logger.resume
-    if resume is None:
+    if cfg.logger.resume is None:
         return None
-    if resume == "auto":
+    if cfg.logger.resume == "auto":
         folder = next(_candidates(cfg), None)
-        return None if folder is None else _resumption(folder)
-    path = Path(resume)
+        return None if folder is None else _resume_point(folder)
+    path = Path(cfg.logger.resume)
     if path.is_dir():
-        return _resumption(path)
-    path, content = _read(path)
-    return Resumption(_run_of(path), path, content, None)
+        return _resume_point(path)
+    path, content, _ = _read(path)
+    return ResumePoint(_run_folder(path), path, content)
 
 
-def _run_of(path: Path) -> Path | None:
-    """The folder of the run that goes on from a checkpoint; None: a new one begins there."""
+def _resume_point(folder: Path) -> ResumePoint:
+    summary = _summary(folder)
+    if not list((folder / "checkpoints").glob("*.pt")):
+        return ResumePoint(folder, summary=summary)
+    path, content, faults = _read(folder)
+    for fault in faults:
+        LOGGER.warning("%s; the one before is taken", fault)
+    return ResumePoint(folder, path, content, summary)
+
+
+def _run_folder(path: Path) -> Path | None:
+    """Return the folder of the run that a checkpoint continues; None if it starts a new run."""
     folder = path.parent.parent
     return folder if path.name == "last.pt" and (folder / "manifest.json").is_file() else None
 
 
-def _read(path: Path, *, is_told: bool = True) -> tuple[Path, Content]:
-    """A checkpoint, or the newest whole one of a run; a warning tells of those that are not."""
-    if path.is_dir():
-        newest = CheckpointFolder(path / "checkpoints").newest()
-        if newest is None:
-            raise CheckpointError(f"no checkpoint in '{path / 'checkpoints'}': is '{path}' a run's folder?")
-        for fault in newest[2] if is_told else ():
-            LOGGER.warning("%s; the one before is taken", fault)
-        return newest[0], newest[1]
-    path = checkpoint_path(path)
-    return path, load_checkpoint(path)
-
-
-def _resumption(folder: Path) -> Resumption:
-    summary = _summary(folder)
-    if not list((folder / "checkpoints").glob("*.pt")):
-        return Resumption(folder, None, None, summary)
-    path, content = _read(folder)
-    return Resumption(folder, path, content, summary)
+def _read(path: Path) -> tuple[Path, Content, list[str]]:
+    """Read a checkpoint, or the newest readable one of a run's folder. Return the faults of newer ones too."""
+    if not path.is_dir():
+        path = checkpoint_path(path)
+        return path, load_checkpoint(path), []
+    newest = CheckpointFolder(path / "checkpoints").newest()
+    if newest is None:
+        raise CheckpointError(f"no checkpoint in '{path / 'checkpoints'}': is '{path}' a run's folder?")
+    return newest
 
 
 def _candidates(cfg: DictConfig) -> Iterator[Path]:
-    """The folder of `run_name`, or those of runs of this configuration that are neither done nor running, newest first.
+    """Yield the folder of `run_name`, or those of unfinished runs of this configuration, newest first.
 
     Raises:
         ConfigError: if the folder of `run_name` holds a run of another configuration.
@@ -118,20 +132,19 @@ def _candidates(cfg: DictConfig) -> Iterator[Path]:
     if cfg.logger.run_name is not None:
         folder = base / cfg.logger.run_name
         if (folder / "manifest.json").is_file():
-            difference = _difference(_config(folder), cfg, MAY_CHANGE)
+            difference = _difference(_config(folder), cfg, FREE_FOR_AUTO)
             if difference:
                 raise ConfigError(f"logger.run_name: {folder} is a run of another configuration: {difference}.")
             yield folder
         return
-    found = sorted(base.glob("*/manifest.json"), key=lambda path: path.stat().st_mtime, reverse=True)
-    for folder in (path.parent for path in found):
+    manifests = sorted(base.glob("*/manifest.json"), key=lambda path: path.stat().st_mtime, reverse=True)
+    for folder in (path.parent for path in manifests):
         summary = _summary(folder)
-        if summary is not None and not summary.get("is_interrupted"):
-            continue
-        if _difference(_config(folder), cfg, MAY_CHANGE):
+        is_finished = summary is not None and not summary.get("is_interrupted")
+        if is_finished or _difference(_config(folder), cfg, FREE_FOR_AUTO):
             continue
         lock = lock_run(folder)
-        if lock is not None:
+        if lock is not None:  # no other process trains it
             lock.close()
             yield folder
 
@@ -145,40 +158,23 @@ def _summary(folder: Path) -> dict[str, Any] | None:
 
 def _config(folder: Path) -> DictConfig:
     try:
-        return OmegaConf.load(folder / "config.yaml")
+        return drop_removed_keys(OmegaConf.load(folder / "config.yaml"))
     except (OSError, yaml.YAMLError):
         return OmegaConf.create({})
 
 
-def _check_unchanged(before: DictConfig, now: DictConfig, path: Path) -> None:
-    """Raises ConfigError where a run is to go on as another one."""
-    free = ("logger", *(f"train.{key}" for key in before.train if key not in FIXED_IN_TRAIN))
-    difference = _difference(before, now, free)
-    if difference:
-        raise ConfigError(f"logger.resume: the run of {path} cannot change {difference}; begin a new run for that.")
-
-
 def _difference(before: DictConfig, now: DictConfig, free: tuple[str, ...]) -> str:
-    """The first key with another value; empty if there is none."""
-    old, new = _flat(OmegaConf.to_container(before)), _flat(OmegaConf.to_container(now))
+    """Describe the first option with another value, apart from free ones; "" if there is none."""
+    old, new = flat_options(before), flat_options(now)
     for key in sorted({*old, *new}):
-        if old.get(key) != new.get(key) and not any(key == part or key.startswith(f"{part}.") for part in free):
+        is_free = any(key == part or key.startswith(f"{part}.") for part in free)
+        if old.get(key) != new.get(key) and not is_free:
             return f"{key} (it was {old.get(key)}, and is {new.get(key)} now)"
     return ""
 
 
-def _flat(content: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(content, dict):
-        return {prefix: content}
-    return {
-        key: value
-        for name, part in content.items()
-        for key, value in _flat(part, f"{prefix}.{name}" if prefix else str(name)).items()
-    }
-
-
 def training_state(training: Training) -> Content:
-    """All that a run needs to go on bit by bit; all ranks have to ask, and the first one gets it."""
+    """Return the state from which a run continues bit by bit. All ranks call this; the first gets the state."""
     trainer = training.trainer
     ranks = trainer.ranks.gather_objects({"collector": collector_state(trainer.collector), "rng": random_state()})
     first, others = (ranks[0], ranks[1:]) if ranks else ({}, [])
@@ -186,43 +182,48 @@ def training_state(training: Training) -> Content:
 
 
 def restore_training(training: Training, content: Content, path: Path, seed: int) -> list[str]:
-    """Brings a trainer back to where it was.
+    """Restore the state of `training_state`.
+
+    Args:
+        training: the new trainer and agent.
+        content: the content of the checkpoint.
+        path: its file, for messages.
+        seed: the run's seed, for everything that the checkpoint cannot restore.
 
     Returns:
-        What is not as it was, in words.
+        Warnings about everything that could not be restored.
 
     Raises:
         CheckpointError: if the checkpoint does not fit.
     """
-    trainer, agent, _ = training
-    load_parameters(agent, content, path)
-    notes: list[str] = []
+    trainer = training.trainer
+    load_parameters(training.agent, content, path)
     try:
         trainer.load_state_dict(content["trainer"])
         trainer.share_parameters()
-        own = _of_rank(trainer.ranks, content)
-        state, entropy = own["collector"], [seed, trainer.num_updates]
-        if trainer.ranks.rank:
-            entropy.append(trainer.ranks.rank)
-        fresh = int(np.random.SeedSequence(entropy).generate_state(1)[0])
-        if state is not None:
-            lost = resume_collector(trainer.collector, state)
-            if lost:
-                notes.append(f"{lost} environments begin new episodes: theirs are not decided by seed and actions")
+        rank_state = _state_of_rank(trainer.ranks, content)
+        rank = [trainer.ranks.rank] if trainer.ranks.rank else []
+        fresh_seed = int(np.random.SeedSequence([seed, trainer.num_updates, *rank]).generate_state(1)[0])
+        warnings = _restore_collector(trainer.collector, rank_state["collector"], fresh_seed)
+        if rank_state["rng"] is None:
+            torch.manual_seed(fresh_seed)
         else:
-            trainer.collector.set_seed(fresh)
-            notes.append("all environments begin new episodes: where they were is not known")
-        if own["rng"] is None:
-            torch.manual_seed(fresh)
-        else:
-            set_random_state(own["rng"])
+            set_random_state(rank_state["rng"])
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, IndexError) as error:
-        said = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"{path} does not fit its configuration: {type(error).__name__}: {said}") from None
-    return notes
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{path} does not fit its configuration: {type(error).__name__}: {reason}") from None
+    return warnings
 
 
-def _of_rank(ranks: Ranks, content: Content) -> Mapping[str, Any]:
-    """Where this process stood; unknown if the run was trained by another number of processes."""
+def _restore_collector(collector: Any, state: Mapping[str, Any] | None, seed: int) -> list[str]:
+    if state is None:
+        collector.set_seed(seed)
+        return ["all environments begin new episodes: where they were is not known"]
+    lost = resume_collector(collector, state)
+    return [f"{lost} environments begin new episodes: theirs are not decided by seed and actions"] if lost else []
+
+
+def _state_of_rank(ranks: Ranks, content: Content) -> Mapping[str, Any]:
+    """Return this rank's part of a checkpoint; without one, the run had another number of ranks."""
     all_ranks = [content, *content.get("other_ranks", [])]
     return all_ranks[ranks.rank] if len(all_ranks) == ranks.size else {"collector": None, "rng": None}

@@ -1,9 +1,10 @@
-"""What a run leaves behind: manifest, configuration, metrics, checkpoints, summary."""
+"""The folder of a run: manifest, configuration, metrics, checkpoints, summary."""
 
 from __future__ import annotations
 
 import contextlib
 import csv
+import io
 import json
 import os
 import platform
@@ -13,17 +14,16 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from torch.utils.tensorboard import SummaryWriter
 
 from cyborg_torchrl.config import ConfigError
 from cyborg_torchrl.registry import environments
-from cyborg_torchrl.training.checkpoint import CheckpointFolder
+from cyborg_torchrl.training.checkpoint import CheckpointFolder, write_whole
 from cyborg_torchrl.training.loggers import MetricBackends, require_packages
 
 COLUMNS: tuple[str, ...] = (
@@ -33,21 +33,21 @@ COLUMNS: tuple[str, ...] = (
 )  # fmt: skip
 
 
-class RunDirectory:
+class RunFolder:
     """The folder of one run.
 
-    Holds `manifest.json`, `config.yaml`, `logs/metrics.csv`, TensorBoard's files in `logs/`, `checkpoints/`
-    (`CheckpointFolder`), and at the end `summary.json`. Metrics are on disk as soon as they are logged. As long as the
-    object lives no other process can write into the folder.
+    It has `manifest.json`, `config.yaml`, `logs/metrics.csv`, TensorBoard's files in `logs/`, `checkpoints/`
+    (`CheckpointFolder`), and at the end `summary.json`. Metrics are on disk as soon as they are logged. Until `close`,
+    no other process can train in the folder.
 
     Args:
-        path: the folder, which must not hold a run yet, unless it is resumed.
-        cfg: the configuration, written as it was used.
-        resumed_at: the update that the run goes on from; what was logged later is dropped. None: a new run.
+        path: the folder. A new run needs a folder without a run.
+        cfg: the configuration.
+        resumed_at: the update from which the run continues; metrics of later updates are dropped. None: a new run.
 
     Raises:
-        FileExistsError: if there is a run in the folder already, or another process is at it.
-        ConfigError: if a backend of the metrics cannot be reached.
+        FileExistsError: if the folder already has a run, or another process uses it.
+        ConfigError: if a metric backend cannot be reached.
     """
 
     def __init__(self, path: Path, cfg: DictConfig, resumed_at: int | None = None) -> None:
@@ -56,9 +56,10 @@ class RunDirectory:
         self.path, self.cfg = path, cfg
         require_packages(cfg.logger.backends)
         (path / "logs").mkdir(parents=True, exist_ok=True)
-        self._lock = lock_run(path)
-        if self._lock is None:
+        lock = lock_run(path)
+        if lock is None:
             raise FileExistsError(f"another process is training {path}.")
+        self._lock = lock
         try:
             self._backends = MetricBackends(cfg, path, is_resumed=resumed_at is not None)
         except ConfigError:
@@ -66,19 +67,22 @@ class RunDirectory:
             raise
         self.checkpoints = CheckpointFolder(path / "checkpoints", cfg.logger.keep_checkpoints)
         self.checkpoints.clean()
-        self._write("config.yaml", OmegaConf.to_yaml(cfg))
+        write_whole(path / "config.yaml", OmegaConf.to_yaml(cfg).encode())
         self.write_json("manifest.json", self._manifest(resumed_at))
         (path / "summary.json").unlink(missing_ok=True)
         metrics = path / "logs" / "metrics.csv"
         self._columns = _keep_rows(metrics, resumed_at or 0)
         self._file = metrics.open("a", newline="")
         self._writer: csv.DictWriter[str] | None = None
-        self._tensorboard = SummaryWriter(str(path / "logs")) if cfg.logger.tensorboard else None
+        self._tensorboard = _tensorboard_writer(path / "logs") if cfg.logger.tensorboard else None
         self._thread_hook = threading.excepthook
-        threading.excepthook = _without_errors_of_tensorboard(self._thread_hook)
+        threading.excepthook = _without_tensorboard_errors(self._thread_hook)
 
     def log(self, metrics: Mapping[str, float]) -> None:
-        """Appends a row to metrics.csv, whose columns are those of the first row, and points to TensorBoard."""
+        """Append a row to metrics.csv, and send the metrics to TensorBoard and the backends.
+
+        The columns are the metrics of the first row.
+        """
         if self._writer is None:
             columns = self._columns or [*COLUMNS, *(name for name in metrics if name not in COLUMNS)]
             self._writer = csv.DictWriter(self._file, columns, restval="", extrasaction="ignore")
@@ -88,12 +92,12 @@ class RunDirectory:
         self._file.flush()
         self._send(metrics, int(metrics["steps"]))
 
-    def log_evaluation(self, figures: Mapping[str, float | None], steps: int) -> None:
-        """Points of an evaluation after so many steps, as "eval/..." to TensorBoard and the backends; no row."""
-        self._send({f"eval/{name}": value for name, value in figures.items() if value is not None}, steps)
+    def log_evaluation(self, metrics: Mapping[str, float | None], steps: int) -> None:
+        """Send the metrics of an evaluation as "eval/..." to TensorBoard and the backends; None values are left out."""
+        self._send({f"eval/{name}": value for name, value in metrics.items() if value is not None}, steps)
 
     def save(self, content: dict[str, Any], update: int, score: float | None) -> None:
-        """Writes a checkpoint.
+        """Write a checkpoint.
 
         Raises:
             OSError: if it cannot be written.
@@ -102,20 +106,19 @@ class RunDirectory:
         self.checkpoints.save(content, update, score)
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
-        """Writes a JSON file into the folder."""
-        self._write(name, json.dumps(content, indent=2) + "\n")
+        """Write a JSON file into the folder."""
+        write_whole(self.path / name, (json.dumps(content, indent=2) + "\n").encode())
 
     def close(self) -> None:
-        """Closes the logs, and lets others into the folder."""
-        with contextlib.suppress(OSError):  # of a full disk, of which `log` has told
+        """Close the logs, and release the folder for other processes."""
+        with contextlib.suppress(OSError):  # a full disk, which `log` has reported
             self._file.close()
         self._backends.close()
         if self._tensorboard is not None:
             with contextlib.suppress(OSError):
                 self._tensorboard.close()
         threading.excepthook = self._thread_hook
-        if self._lock is not None:
-            self._lock.close()
+        self._lock.close()
 
     def _send(self, metrics: Mapping[str, float], steps: int) -> None:
         self._backends.log(metrics, steps)
@@ -127,30 +130,13 @@ class RunDirectory:
         now = manifest(self.cfg)
         if resumed_at is None:
             return now
-        before = json.loads((self.path / "manifest.json").read_text())
-        again = {"update": resumed_at, **{key: now[key] for key in ("started", "command", "commit")}}
-        return {**before, "resumed": [*before.get("resumed", []), again]}
-
-    def _write(self, name: str, text: str) -> None:
-        """In one piece or not at all."""
-        temporary = self.path / f".{name}.tmp"
-        temporary.write_text(text)
-        temporary.replace(self.path / name)
+        first = json.loads((self.path / "manifest.json").read_text())
+        restart = {"update": resumed_at, **{key: now[key] for key in ("started", "command", "commit")}}
+        return {**first, "resumed": [*first.get("resumed", []), restart]}
 
 
-def _without_errors_of_tensorboard(hook: Callable[[threading.ExceptHookArgs], Any]) -> Callable[..., Any]:
-    """A hook for errors of threads that leaves out what TensorBoard's writer raises in `log` once more."""
-
-    def own(arguments: threading.ExceptHookArgs) -> None:
-        is_writer = type(arguments.thread).__module__.startswith("tensorboard.")
-        if not (is_writer and isinstance(arguments.exc_value, OSError)):
-            hook(arguments)
-
-    return own
-
-
-class NoDirectory:
-    """Stands for the folder of a run where another process writes it.
+class NullRun:
+    """The folder of a run that another process writes; the methods do nothing.
 
     Args:
         path: the folder.
@@ -161,29 +147,46 @@ class NoDirectory:
         self.path, self.cfg = path, cfg
 
     def log(self, metrics: Mapping[str, float]) -> None:
-        """Nothing."""
+        """Do nothing."""
 
-    def log_evaluation(self, figures: Mapping[str, float | None], steps: int) -> None:
-        """Nothing."""
+    def log_evaluation(self, metrics: Mapping[str, float | None], steps: int) -> None:
+        """Do nothing."""
 
     def save(self, content: dict[str, Any], update: int, score: float | None) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def close(self) -> None:
-        """Nothing."""
+        """Do nothing."""
+
+
+def _tensorboard_writer(folder: Path) -> Any:
+    from torch.utils.tensorboard import SummaryWriter  # here, since its import takes a second
+
+    return SummaryWriter(str(folder))
+
+
+def _without_tensorboard_errors(hook: Callable[[threading.ExceptHookArgs], Any]) -> Callable[..., Any]:
+    """Return a hook for errors of threads that ignores file errors of TensorBoard's thread; `log` raises them too."""
+
+    def hook_of_run(arguments: threading.ExceptHookArgs) -> None:
+        is_writer = type(arguments.thread).__module__.startswith("tensorboard.")
+        if not (is_writer and isinstance(arguments.exc_value, OSError)):
+            hook(arguments)
+
+    return hook_of_run
 
 
 def lock_run(path: Path) -> IO[str] | None:
-    """Takes a run's folder for this process, until what is returned is closed; None if another has it."""
+    """Lock a run's folder until the returned file is closed. Return None if another process has the lock."""
     file = (path / ".lock").open("w")
     try:
         import fcntl
 
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:  # not on this system: nobody is kept out
+    except ImportError:  # this system has no such locks
         pass
     except OSError:
         file.close()
@@ -192,35 +195,33 @@ def lock_run(path: Path) -> IO[str] | None:
 
 
 def _keep_rows(path: Path, update: int) -> list[str]:
-    """Drops what metrics.csv says of later updates, and a half line. Returns its columns; none if there are no rows."""
+    """Drop incomplete rows of metrics.csv, and those of later updates. Return its columns; [] without rows."""
     if not path.exists():
         return []
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
         columns = list(reader.fieldnames or [])
-        whole = [row for row in reader if None not in row.values() and None not in row]
-    kept = [row for row in whole if row["update"].isdigit() and int(row["update"]) <= update]
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", newline="") as file:
-        if kept:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(kept)
-    temporary.replace(path)
-    return columns if kept else []
+        complete = [row for row in reader if None not in row.values() and None not in row]
+    rows = [row for row in complete if row["update"].isdigit() and int(row["update"]) <= update]
+    text = io.StringIO(newline="")
+    if rows:
+        writer = csv.DictWriter(text, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    write_whole(path, text.getvalue().encode())
+    return columns if rows else []
 
 
 def default_run_name(cfg: DictConfig) -> str:
-    """Task (its id where it has one), backbone, seed and time."""
+    """Return a name of task (or its id), backbone, seed and time."""
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S-%f")
     task = re.sub(r"[^\w.-]+", "_", str(cfg.env.get("id") or environments.title(cfg.env.name, cfg.env)))
     return f"{task}-{cfg.backbone.name}-s{cfg.train.seed}-{stamp}"
 
 
 def manifest(cfg: DictConfig) -> dict[str, Any]:
-    """Versions, commit, seed and machine: what is needed to repeat a run."""
+    """Return versions, commit, seed and machine: all that is needed to repeat a run."""
     packages = ("cyborg-torchrl", "torch", "torchrl", "tensordict", "hydra-core")
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": sys.argv,
@@ -231,7 +232,7 @@ def manifest(cfg: DictConfig) -> dict[str, Any]:
             "platform": platform.platform(),
             "processor": platform.processor() or platform.machine(),
             "cores": os.cpu_count(),
-            "gpu": device,
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         },
     }
 
@@ -239,18 +240,15 @@ def manifest(cfg: DictConfig) -> dict[str, Any]:
 def _version(package: str) -> str | None:
     try:
         return version(package)
-    except ModuleNotFoundError:
+    except PackageNotFoundError:
         return None
 
 
 def _commit() -> str | None:
-    """Commit of the checkout that the package runs from, with "-dirty" if it was changed; None outside of one."""
-    folder = Path(__file__).parent
+    """Return the commit of the checkout that holds the package, with "-dirty" if it is changed; None without one."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        result = subprocess.run(
-            ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            capture_output=True, text=True, timeout=10, check=False,
-        )  # fmt: skip
+        result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return result.stdout.strip() or None

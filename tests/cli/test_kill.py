@@ -1,4 +1,4 @@
-"""kill -9 at any moment: the run goes on as if nothing had happened, and no checkpoint is ever unreadable."""
+"""A run can be killed at any moment: it resumes without a difference, and every checkpoint is readable."""
 
 from __future__ import annotations
 
@@ -21,50 +21,50 @@ OPTIONS = ["env.num_envs=16", "env.horizon=40", "train.n_epochs=2", "train.num_m
 OPTIONS += ["train.total_timesteps=40320", "logger.eval_episodes=0", "logger.tensorboard=false"]  # 60 updates
 PHASES = "cuw"
 """Collecting, updating, writing."""
-TOLD = """
+RECORDER = """
 import os, sys
 from cyborg_torchrl.training.checkpoint import CheckpointFolder
 from cyborg_torchrl.training.command import run_command
 from cyborg_torchrl.collectors import RolloutCollector
 from cyborg_torchrl.training.trainer import PPOTrainer
 
-told = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+phases = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
-def tell(kind, name, phase):
+def record(kind, name, phase):
     function = getattr(kind, name)
-    def telling(*arguments, **options):
-        os.write(told, phase)
+    def recording(*arguments, **options):
+        os.write(phases, phase)
         return function(*arguments, **options)
-    setattr(kind, name, telling)
+    setattr(kind, name, recording)
 
-tell(RolloutCollector, "rollout", b"c")
-tell(PPOTrainer, "update", b"u")
-tell(CheckpointFolder, "save", b"w")
+record(RolloutCollector, "rollout", b"c")
+record(PPOTrainer, "update", b"u")
+record(CheckpointFolder, "save", b"w")
 sys.exit(run_command("memory_delayed_cue_recurrent", sys.argv[2:]))
 """
 
 
 def start(folder: Path, name: str) -> tuple[subprocess.Popen[bytes], Path]:
-    """A run in a process of its own, which writes down the phase that it is in."""
-    told = folder / f"{name}.phases"
-    told.unlink(missing_ok=True)
+    """Start a run in a new process that records its current phase. Return the process and the record."""
+    phases = folder / f"{name}.phases"
+    phases.unlink(missing_ok=True)
     options = [*OPTIONS, f"logger.base_dir={folder}", f"logger.run_name={name}", "resume=auto"]
-    command = [sys.executable, "-c", TOLD, str(told), *options]
+    command = [sys.executable, "-c", RECORDER, str(phases), *options]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE), told
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE), phases
 
 
 def finish(process: subprocess.Popen[bytes]) -> None:
-    """Lets a run come to its end."""
-    _, said = process.communicate(timeout=300)
-    assert process.returncode == 0, said.decode()
+    """Wait for the end of a run."""
+    _, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0, stderr.decode()
 
 
-def kill_in(phase: str, process: subprocess.Popen[bytes], told: Path, chance: random.Random) -> str:
-    """Kills a run some updates later, as soon as it is in a phase, or a moment after. Returns the phase it was in."""
+def kill_in(phase: str, process: subprocess.Popen[bytes], phases: Path, chance: random.Random) -> str:
+    """Kill a run some updates later, as soon as it is in a phase, or shortly after. Return its last phase."""
     updates, deadline = chance.randint(1, 4), time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
-        seen = told.read_text() if told.exists() else ""
+        seen = phases.read_text() if phases.exists() else ""
         if seen.count(phase) >= updates and seen.endswith(phase):
             break
         time.sleep(0.0002)
@@ -72,32 +72,32 @@ def kill_in(phase: str, process: subprocess.Popen[bytes], told: Path, chance: ra
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL
-    return told.read_text()[-1]
+    return phases.read_text()[-1]
 
 
 @pytest.mark.slow
-def test_killed_at_ten_moments_it_ends_with_the_same_parameters_bit_for_bit(tmp_path) -> None:
+def test_a_run_killed_ten_times_ends_with_bit_identical_parameters(tmp_path) -> None:
     chance = random.Random(time.time_ns())
     finish(start(tmp_path, "whole")[0])
     hit: Counter[str] = Counter()
     for moment in range(10):
-        process, told = start(tmp_path, "killed")
-        hit[kill_in(PHASES[moment % 3], process, told, chance)] += 1
+        process, phases = start(tmp_path, "killed")
+        hit[kill_in(PHASES[moment % 3], process, phases, chance)] += 1
         for path in (tmp_path / "killed" / "checkpoints").glob("*.pt"):
-            load_checkpoint(path)  # whatever the moment
+            load_checkpoint(path)  # readable at any moment
     assert sum(hit.values()) == 10
-    assert len(hit) >= 2, "the moments differ"
+    assert len(hit) >= 2, "the runs are killed in several phases"
     finish(start(tmp_path, "killed")[0])
     whole, killed = (load_checkpoint(tmp_path / name / "checkpoints" / "last.pt") for name in ("whole", "killed"))
     assert (whole["update"], killed["update"]) == (60, 60)
     for part in ("agent", "trainer"):
         assert_equal(whole[part], killed[part])
-    assert not list((tmp_path / "killed" / "checkpoints").glob("*.tmp")), "what was half written is gone"
+    assert not list((tmp_path / "killed" / "checkpoints").glob("*.tmp")), "incomplete files are removed"
     print(f"killed while (c)ollecting, (u)pdating, (w)riting: {dict(hit)}")
 
 
 def assert_equal(one: object, other: object) -> None:
-    """Bit for bit, whatever the nest."""
+    """Compare nested content bit for bit."""
     if isinstance(one, torch.Tensor):
         assert isinstance(other, torch.Tensor)
         assert torch.equal(one, other)

@@ -1,4 +1,4 @@
-"""Every recurrent mode, collector and storage from the command line's configuration on."""
+"""Whole runs with every recurrent mode, some collectors, and every storage."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def log_of(summary: dict) -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize("choice", CHOICES)
-def test_a_run_is_honest(tmp_path: Path, choice: str) -> None:
+def test_a_run_has_no_ratio_error(tmp_path: Path, choice: str) -> None:
     overrides = [*SMALL, *CHOICES[choice], f"logger.base_dir={tmp_path}", "logger.eval_episodes=16"]
     summary = run_experiment(load_config(overrides=overrides))
     log = log_of(summary)
@@ -43,7 +43,7 @@ def test_a_run_is_honest(tmp_path: Path, choice: str) -> None:
         assert float(update["state_drift"]) >= 0.0
 
 
-def test_an_empty_start_shows_in_the_ratio(tmp_path: Path) -> None:
+def test_an_initial_start_state_has_a_ratio_error(tmp_path: Path) -> None:
     overrides = [*SMALL, "train=tbptt", "train.seq_len=5", "train.start_state=initial", f"logger.base_dir={tmp_path}"]
     summary = run_experiment(load_config(overrides=[*overrides, "logger.eval_episodes=0"]))
     assert float(log_of(summary)[0]["ratio_error"]) > 1e-3
@@ -67,7 +67,7 @@ def test_an_empty_start_shows_in_the_ratio(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_does_not_go_together(overrides: list[str], expected: str) -> None:
+def test_options_that_exclude_each_other(overrides: list[str], expected: str) -> None:
     with pytest.raises(ConfigError) as error:
         load_config(overrides=overrides)
     assert expected in str(error.value)
@@ -79,7 +79,7 @@ def test_the_comparison_of_modes(tmp_path: Path, capsys: pytest.CaptureFixture[s
     picture = tmp_path / "modes.png"
     arguments = ["--arms", "no memory", "stored (tbptt)", "--seeds", "2", "--total-timesteps", "6144"]
     arguments += ["--base-dir", str(tmp_path), "--plot", str(picture)]
-    for _ in range(2):  # the second time nothing is run again
+    for _ in range(2):  # the second call only reads the finished runs
         assert modes.main(arguments) == 0
     out = capsys.readouterr()
     assert "stored (tbptt)" in out.out

@@ -1,4 +1,4 @@
-"""NaN stops a run: with the step, the entry and the environment, a dump, and the last good checkpoint."""
+"""NaN stops a run: the error names step, entry and environment; there are a dump and the last good checkpoint."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def broken_env(monkeypatch: pytest.MonkeyPatch, entry: str, environment: int, ca
 
 @pytest.mark.parametrize("collector", ["rollout", "fused"])
 @pytest.mark.parametrize(("entry", "key", "late"), [("observation", "observation", 1), ("reward", "next/reward", 0)])
-def test_it_names_what_where_and_when(entry, key, late, collector, tmp_path, monkeypatch, capsys) -> None:
-    """The third update; a step writes the observation that the next one reads."""
+def test_the_error_names_entry_environment_and_step(entry, key, late, collector, tmp_path, monkeypatch, capsys) -> None:
+    """Entries are NaN in the third update. A step writes the observation that the next step reads."""
     broken_env(monkeypatch, entry, environment=1, call=14 + 3)
     options = [*OPTIONS, f"logger.base_dir={tmp_path}", "logger.run_name=run", f"collector={collector}"]
     assert run_command("memory_delayed_cue_recurrent", options) == 1
@@ -62,15 +62,25 @@ def test_it_names_what_where_and_when(entry, key, late, collector, tmp_path, mon
     assert main(["replay", str(dump)]) == 0
     out = capsys.readouterr().out
     assert f"step {3 + late}  <--" in out
-    said = json.loads(out.splitlines()[-1])
-    assert (said["key"], said["environment"], said["step"], said["update"]) == (key, 1, 3 + late, 3)
-    # an agent that reads NaN says NaN again; a reward it does not read
-    assert said["is_reproduced"] == (entry == "observation")
-    assert said["first_step_without_log_prob"] == (3 + late if entry == "observation" else None)
+    result = json.loads(out.splitlines()[-1])
+    assert (result["key"], result["environment"], result["step"], result["update"]) == (key, 1, 3 + late, 3)
+    # the agent reads observations, so it computes NaN again; it does not read rewards
+    assert result["is_reproduced"] == (entry == "observation")
+    assert result["first_step_without_log_prob"] == (3 + late if entry == "observation" else None)
 
 
-def test_a_loss_that_is_not_finite_is_traced_to_its_sequence(monkeypatch) -> None:
-    """The advantage of one environment is infinite; no parameter is spoiled."""
+@pytest.mark.parametrize(
+    ("mode", "first_step"),
+    [
+        (["train=episode"], 0),
+        (["train=none"], 3),
+        (["train=tbptt", "train.seq_len=3"], 3),
+        (["train=burn_in", "train.seq_len=3", "train.burn_in=2"], 1),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_loss_that_is_not_finite_is_traced_to_its_sequence(mode, first_step, monkeypatch) -> None:
+    """One advantage of environment 2 is infinite. The error names the start of its sequence; no parameter is NaN."""
     add = trainer_module.add_advantages
 
     def infinite(steps, *arguments, **options):
@@ -78,18 +88,20 @@ def test_a_loss_that_is_not_finite_is_traced_to_its_sequence(monkeypatch) -> Non
         steps["advantage"][2, 3] = torch.inf
 
     monkeypatch.setattr(trainer_module, "add_advantages", infinite)
-    trainer, agent, _ = build_trainer(load_config(overrides=[*OPTIONS, "train.normalize_advantage=none"]))
+    trainer, agent, _ = build_trainer(load_config(overrides=[*OPTIONS, *mode, "train.normalize_advantage=none"]))
     rollout = trainer.collector.rollout()
-    with pytest.raises(NonFiniteError, match=r"'loss_objective' is (nan|-?inf) in environment 2 at step 0") as caught:
+    message = rf"'loss_objective' is (nan|-?inf) in environment 2 at step {first_step} of the rollout"
+    with pytest.raises(NonFiniteError, match=message) as caught:
         trainer.update(rollout)
     row = caught.value.record["row"]
-    assert row["advantage"].isinf().reshape(-1).nonzero().tolist() == [[3]]
-    assert torch.equal(row["action"][0], rollout.steps["action"][2])
+    actions = row["action"].reshape(-1)[: 4 - first_step]
+    assert row["advantage"].isinf().reshape(-1).nonzero().tolist() == [[3 - first_step]]
+    assert torch.equal(actions, rollout.steps["action"][2, first_step:4])
     assert all(value.isfinite().all() for value in agent.state_dict().values())
 
 
-def test_acting_without_fusion_names_it_too() -> None:
-    """As TorchRL's own collector acts: torch would say that a probability is NaN, and no more."""
+def test_acting_without_fusion_names_the_entry_too() -> None:
+    """TorchRL's collector calls the agent like this. Torch's error would only say that a probability is NaN."""
     cfg = load_config(overrides=[*OPTIONS, "collector=single"])
     trainer, agent, _ = build_trainer(cfg)
     assert isinstance(agent, PPOAgent)
@@ -99,12 +111,12 @@ def test_acting_without_fusion_names_it_too() -> None:
         agent(carried)
 
 
-def test_a_dump_is_no_checkpoint_and_the_other_way_round(tmp_path, monkeypatch, capsys) -> None:
+def test_replay_refuses_other_files_than_dumps(tmp_path, monkeypatch, capsys) -> None:
     broken_env(monkeypatch, "reward", environment=0, call=8)
     options = [*OPTIONS, f"logger.base_dir={tmp_path}", "logger.run_name=run"]
     assert run_command("memory_delayed_cue_recurrent", options) == 1
     run = tmp_path / "run"
-    for arguments, said in (
+    for arguments, message in (
         (["replay", str(run / "checkpoints" / "last.pt")], "is not a dump of cyborg_torchrl"),
         (["replay", str(tmp_path / "no.pt")], "no dump"),
         (["replay", str(Path(__file__))], "not a readable checkpoint"),
@@ -112,4 +124,4 @@ def test_a_dump_is_no_checkpoint_and_the_other_way_round(tmp_path, monkeypatch, 
         capsys.readouterr()
         assert main(arguments) == 2
         (line,) = capsys.readouterr().err.strip().splitlines()
-        assert said in line
+        assert message in line

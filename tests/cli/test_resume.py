@@ -1,4 +1,4 @@
-"""Runs that are cut short go on as if nothing had happened."""
+"""Resumed runs end with the results of uninterrupted runs."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
+from cyborg_torchrl.cli.main import main
 from cyborg_torchrl.collectors import RolloutCollector
 from cyborg_torchrl.config import ConfigError, load_config
-from cyborg_torchrl.training.checkpoint import CheckpointError, CheckpointFolder, load_checkpoint
+from cyborg_torchrl.training.checkpoint import CheckpointError, CheckpointFolder, load_checkpoint, save_checkpoint
 from cyborg_torchrl.training.command import run_command
 from cyborg_torchrl.training.experiment import run_experiment
 from cyborg_torchrl.training.resume import find_run
-from cyborg_torchrl.training.run import RunDirectory, lock_run
+from cyborg_torchrl.training.run import RunFolder, lock_run
 from cyborg_torchrl.training.trainer import PPOTrainer
 
 SHORT = ["env.num_envs=4", "env.horizon=5", "train.n_epochs=2", "train.num_minibatches=2", "logger.progress=false"]
@@ -38,7 +40,7 @@ CASES = {
 
 
 class Killed(BaseException):
-    """Stands for the end of the process."""
+    """The end of the process."""
 
 
 def config(folder: Path, name: str, *more: str):
@@ -53,8 +55,8 @@ def parameters(run: Path) -> dict[str, torch.Tensor]:
     return load_checkpoint(run / "checkpoints" / "last.pt")["agent"]
 
 
-def cut_short(monkeypatch: pytest.MonkeyPatch, cfg, updates: int) -> None:
-    """Runs until the middle of an update."""
+def interrupt_after(monkeypatch: pytest.MonkeyPatch, cfg, updates: int) -> None:
+    """Run until the middle of an update."""
     step, count = PPOTrainer._step, []
 
     def counted(trainer, batch):
@@ -75,8 +77,8 @@ def test_a_resumed_run_ends_with_the_same_parameters_bit_for_bit(case, tmp_path,
     run_experiment(config(tmp_path, "whole", *CASES[case]))
     cfg = config(tmp_path, "cut", *CASES[case], "resume=auto")
     for updates in (2, 3):
-        cut_short(monkeypatch, cfg, updates)
-        torch.manual_seed(99)  # another process would be elsewhere too
+        interrupt_after(monkeypatch, cfg, updates)
+        torch.manual_seed(99)  # a new process has another random state too
     summary = run_experiment(cfg)
     assert summary["total_updates"] == 5
     whole, cut = parameters(tmp_path / "whole"), parameters(tmp_path / "cut")
@@ -109,29 +111,29 @@ def test_the_last_and_the_best_checkpoints_are_kept(tmp_path) -> None:
         folder.newest()
 
 
-def test_auto_takes_the_newest_run_of_this_configuration_that_is_not_done(tmp_path, monkeypatch) -> None:
+def test_auto_continues_the_newest_unfinished_run_of_this_configuration(tmp_path, monkeypatch) -> None:
     def cfg(*more: str):
         return load_config(overrides=[*SHORT, f"logger.base_dir={tmp_path}", "resume=auto", *more])
 
     assert find_run(cfg()) is None
-    cut_short(monkeypatch, cfg(), 1)
+    interrupt_after(monkeypatch, cfg(), 1)
     (run,) = tmp_path.iterdir()
     assert find_run(cfg("train.seed=1")) is None
-    found = find_run(cfg("logger.keep_checkpoints=9", "train.total_timesteps=280"))
-    assert found is not None
-    assert found.folder == run
+    point = find_run(cfg("logger.keep_checkpoints=9", "train.total_timesteps=280"))
+    assert point is not None
+    assert point.folder == run
     lock = lock_run(run)
     assert lock is not None
-    assert find_run(cfg()) is None, "somebody is at it"
+    assert find_run(cfg()) is None, "another process trains it"
     with pytest.raises(FileExistsError, match="another process"):
-        RunDirectory(run, cfg(), 1)
+        RunFolder(run, cfg(), 1)
     lock.close()
     run_experiment(cfg())
     assert list(tmp_path.iterdir()) == [run]
-    assert find_run(cfg()) is None, "it is done"
+    assert find_run(cfg()) is None, "it is finished"
 
 
-def test_a_run_that_is_done_is_not_run_again_but_goes_on_when_more_is_asked_for(tmp_path) -> None:
+def test_a_finished_run_continues_only_for_more_steps(tmp_path) -> None:
     summary = run_experiment(config(tmp_path, "run"))
     again = config(tmp_path, "run", "resume=auto")
     assert run_experiment(again) == summary
@@ -139,14 +141,14 @@ def test_a_run_that_is_done_is_not_run_again_but_goes_on_when_more_is_asked_for(
     assert run_experiment(longer)["total_updates"] == 7
 
 
-def test_a_path_brings_its_own_configuration(tmp_path, capsys) -> None:
+def test_a_path_has_the_configuration_of_its_run(tmp_path, capsys) -> None:
     run_experiment(config(tmp_path, "run", "backbone=gru", "train.n_steps=7"))
     run = tmp_path / "run"
     options = ["train.total_timesteps=168", "logger.progress=false"]
     assert run_command("memory_delayed_cue_recurrent", [f"resume={run}", *options, "train.learning_rate=1e-4"]) == 0
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (summary["backbone"], summary["total_updates"], summary["run_dir"]) == ("gru", 6, str(run))
-    # an older checkpoint begins another run
+    # an older checkpoint starts a new run
     older = next(run.glob("checkpoints/update_*4.pt"))
     assert run_command("memory_delayed_cue_recurrent", [f"resume={older}", "logger.run_name=fork", *options]) == 0
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -163,9 +165,9 @@ def test_a_run_name_of_another_configuration_is_refused(tmp_path) -> None:
         run_experiment(config(tmp_path, "run", "resume=auto", "train.gamma=0.9"))
 
 
-def test_a_half_line_of_metrics_goes(tmp_path, monkeypatch) -> None:
+def test_an_incomplete_line_of_metrics_is_dropped(tmp_path, monkeypatch) -> None:
     cfg = config(tmp_path, "run", "resume=auto")
-    cut_short(monkeypatch, cfg, 3)
+    interrupt_after(monkeypatch, cfg, 3)
     metrics = tmp_path / "run" / "logs" / "metrics.csv"
     with metrics.open("a") as file:
         file.write("4,112,0.1")
@@ -175,15 +177,36 @@ def test_a_half_line_of_metrics_goes(tmp_path, monkeypatch) -> None:
         assert [row["update"] for row in csv.DictReader(file)] == ["1", "2", "3", "4", "5"]
 
 
-def test_a_version_1_checkpoint_goes_on_with_new_episodes(tmp_path, monkeypatch, capsys) -> None:
+def test_a_version_1_checkpoint_resumes_with_new_episodes(tmp_path, monkeypatch, capsys) -> None:
     cfg = config(tmp_path, "run", "resume=auto")
-    cut_short(monkeypatch, cfg, 2)
+    interrupt_after(monkeypatch, cfg, 2)
     last = tmp_path / "run" / "checkpoints" / "last.pt"
     content = torch.load(last, weights_only=True)
     old = {key: content[key] for key in ("format", "agent", "trainer", "config")}
     torch.save({**old, "version": 1, "rng": content["rng"]["torch"]}, last)
     assert run_experiment(cfg)["total_updates"] == 5
     assert "begin new episodes" in capsys.readouterr().err
+
+
+def test_options_of_older_versions_are_ignored_with_one_warning(tmp_path, monkeypatch, caplog, capsys) -> None:
+    """Runs of an older version have `collector.groups`, and perhaps `collector=overlapped`."""
+    cfg = config(tmp_path, "run", "resume=auto")
+    interrupt_after(monkeypatch, cfg, 2)
+    run = tmp_path / "run"
+    written = yaml.safe_load((run / "config.yaml").read_text())
+    written["collector"] |= {"groups": 2, "is_graphed": False, "name": "overlapped"}
+    (run / "config.yaml").write_text(yaml.safe_dump(written))
+    for path in run.glob("checkpoints/*.pt"):
+        content = load_checkpoint(path)
+        content["config"]["collector"] |= {"groups": 2, "is_graphed": False, "name": "overlapped"}
+        save_checkpoint(path, content)
+    assert main(["evaluate", str(run), "--episodes", "4"]) == 0
+    assert run_command("memory_delayed_cue_recurrent", [f"resume={run}", "train.total_timesteps=84"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["total_updates"] == 3
+    assert run_experiment(cfg)["total_updates"] == 5
+    warnings = [record.getMessage() for record in caplog.records if "older version" in record.getMessage()]
+    assert len(warnings) == 1
+    assert "collector.groups is ignored" in warnings[0]
 
 
 def test_a_full_disk_ends_in_one_line_and_keeps_the_last_checkpoint(tmp_path, monkeypatch, capsys) -> None:
@@ -203,24 +226,24 @@ def test_a_full_disk_ends_in_one_line_and_keeps_the_last_checkpoint(tmp_path, mo
     assert load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")["update"] == 2
 
 
-def test_a_run_that_ended_with_less_than_it_had_done_goes_on(tmp_path, monkeypatch) -> None:
+def test_a_run_resumes_after_a_smaller_total(tmp_path, monkeypatch) -> None:
     cfg = config(tmp_path, "run", "resume=auto")
-    cut_short(monkeypatch, cfg, 3)
+    interrupt_after(monkeypatch, cfg, 3)
     short = run_experiment(config(tmp_path, "run", "resume=auto", "train.total_timesteps=56"))
     assert (short["total_updates"], short["total_timesteps"], short["is_interrupted"]) == (3, 84, False)
     almost = run_experiment(config(tmp_path, "run", "resume=auto", "train.total_timesteps=111"))
-    assert almost["total_updates"] == 3, "there is no room for another"
+    assert almost["total_updates"] == 3, "111 steps are too few for another update"
     assert run_experiment(cfg)["total_updates"] == 5
 
 
-def test_a_copied_run_is_where_it_is(tmp_path) -> None:
+def test_a_copied_run_resumes_in_its_new_folder(tmp_path) -> None:
     run_experiment(config(tmp_path, "run"))
     shutil.copytree(tmp_path / "run", tmp_path / "copy")
     again = run_experiment(config(tmp_path, "copy", f"resume={tmp_path / 'copy'}"))
     assert again["run_dir"] == str(tmp_path / "copy")
 
 
-def test_a_new_run_from_a_checkpoint_of_a_named_run_has_a_folder_of_its_own(tmp_path, capsys) -> None:
+def test_a_checkpoint_of_a_named_run_starts_a_run_in_a_new_folder(tmp_path, capsys) -> None:
     run_experiment(config(tmp_path, "run"))
     best = tmp_path / "run" / "checkpoints" / "best.pt"
     assert run_command("memory_delayed_cue_recurrent", [f"resume={best}", "train.total_timesteps=280"]) == 0
@@ -232,25 +255,27 @@ def test_a_new_run_from_a_checkpoint_of_a_named_run_has_a_folder_of_its_own(tmp_
     assert (tmp_path / "branch" / "summary.json").is_file()
 
 
-def test_a_checkpoint_that_is_cut_off_is_told_of_once(tmp_path, monkeypatch, caplog) -> None:
-    cut_short(monkeypatch, config(tmp_path, "run"), 3)
+def test_an_incomplete_checkpoint_is_reported_once(tmp_path, monkeypatch, caplog) -> None:
+    interrupt_after(monkeypatch, config(tmp_path, "run"), 3)
     for name in ("last.pt", "update_00000003.pt"):
         (tmp_path / "run" / "checkpoints" / name).write_bytes(b"PK\x03\x04 and no more")
     assert run_command("memory_delayed_cue_recurrent", [f"resume={tmp_path / 'run'}"]) == 0
-    told = [record.getMessage() for record in caplog.records if "the one before is taken" in record.getMessage()]
-    assert len(told) == len(set(told))
-    assert any("last.pt is not a readable checkpoint: it is cut off" in message for message in told)
+    messages = [record.getMessage() for record in caplog.records]
+    faults = [message for message in messages if "the one before is taken" in message]
+    assert len(faults) == len(set(faults))
+    assert any("last.pt is not a readable checkpoint: it is cut off" in message for message in faults)
 
 
-def test_a_collector_with_parameters_of_its_own_gets_those_of_the_checkpoint(tmp_path, monkeypatch) -> None:
-    """Before the first rollout: else workers elsewhere would play it with those that the agent was built with."""
+def test_a_collector_with_a_copy_of_the_parameters_gets_those_of_the_checkpoint(tmp_path, monkeypatch) -> None:
+    """It gets them before the first rollout, which workers would otherwise play with the initial parameters."""
     run_experiment(config(tmp_path, "run", "train.n_steps=7", "train.total_timesteps=84"))
     learned, events = parameters(tmp_path / "run"), []
     play = RolloutCollector.rollout
 
     def share(collector) -> None:
-        own = dict(collector.policy.named_parameters())
-        events.append("learned" if all(torch.equal(value, learned[name]) for name, value in own.items()) else "other")
+        shared = dict(collector.policy.named_parameters())
+        is_learned = all(torch.equal(value, learned[name]) for name, value in shared.items())
+        events.append("learned" if is_learned else "other")
 
     def rollout(collector):
         events.append("rollout")

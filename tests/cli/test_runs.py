@@ -1,4 +1,4 @@
-"""Whole runs: what they print, what they leave, how they end."""
+"""Whole runs: their output, their files, and their end."""
 
 import csv
 import fcntl
@@ -32,17 +32,17 @@ SUMMARY = {
 
 
 THIS_CHECKOUT = {**os.environ, "PYTHONPATH": str(ROOT)}
-"""The package beside these tests, whatever is installed."""
+"""Environment variables that select the package of this checkout over an installed one."""
 
 
-def heed_interrupts() -> None:
-    """What a shell has started with & ignores SIGINT, what nohup has SIGHUP, and so does what the tests start."""
+def enable_interrupts() -> None:
+    """Handle SIGINT and SIGHUP by default. A shell's & or nohup may have disabled them for the tests."""
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
 
 
-def of_own_terminal() -> None:
-    heed_interrupts()
+def with_controlling_terminal() -> None:
+    enable_interrupts()
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
@@ -60,7 +60,7 @@ def test_a_reader_that_leaves_ends_a_command_without_a_traceback(tmp_path):
     assert process.returncode == 141
 
 
-def test_the_example_leaves_what_it_promises(tmp_path):
+def test_a_run_writes_its_files(tmp_path):
     result = example(*SMALL, f"logger.base_dir={tmp_path}", "logger.run_name=run")
     assert result.returncode == 0, result.stderr
     summary = json.loads(result.stdout.splitlines()[-1])
@@ -78,12 +78,12 @@ def test_the_example_leaves_what_it_promises(tmp_path):
     assert list((tmp_path / "run" / "logs").glob("events.out.tfevents.*"))
     assert load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")["trainer"]["num_steps"] == 896
     assert (tmp_path / "run" / "checkpoints" / "best.pt").exists()
-    # the configuration that was used can be used again
+    # the written configuration can be loaded
     again = load_config(str(tmp_path / "run" / "config.yaml"))
     assert again.env.horizon == 5
 
 
-def test_bad_input_ends_in_one_line():  # tests/commands/test_malformed_configs.py has many more, in one process
+def test_bad_input_ends_in_one_line():  # tests/config/test_malformed_configs.py has many more, in one process
     result = example("backbone=gruu")
     assert result.returncode == 2
     assert result.stderr.startswith("error: ")
@@ -106,7 +106,7 @@ def test_a_taken_run_name_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_an_interrupted_run_saves_what_was_learned(tmp_path, number):
+def test_an_interrupted_run_saves_its_updates(tmp_path, number):
     command = [sys.executable, "-m", "cyborg_torchrl", "train", "env.horizon=50", "train.total_timesteps=100000000"]
     command += [f"logger.base_dir={tmp_path}", "logger.run_name=run"]
     process = subprocess.Popen(
@@ -116,7 +116,7 @@ def test_an_interrupted_run_saves_what_was_learned(tmp_path, number):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=heed_interrupts,
+        preexec_fn=enable_interrupts,
     )
     checkpoint = tmp_path / "run" / "checkpoints" / "last.pt"
     deadline = time.monotonic() + 300  # a busy machine imports slowly
@@ -132,8 +132,8 @@ def test_an_interrupted_run_saves_what_was_learned(tmp_path, number):
     summary = json.loads(out.splitlines()[-1])
     assert summary["is_interrupted"]
     assert summary["total_updates"] >= 1
-    assert summary["total_timesteps"] == summary["total_updates"] * 64 * 52, "of whole updates"
-    assert summary["eval_actions"] is None, "nothing was evaluated"
+    assert summary["total_timesteps"] == summary["total_updates"] * 64 * 52, "whole updates only"
+    assert summary["eval_actions"] is None, "there is no evaluation"
     assert load_checkpoint(checkpoint)["agent"]
 
 
@@ -153,14 +153,14 @@ def test_a_closed_terminal_ends_a_run_as_an_interrupt_does(options, tmp_path):
         stdout=shown,
         stderr=shown,
         start_new_session=True,
-        preexec_fn=of_own_terminal,
+        preexec_fn=with_controlling_terminal,
     )
     os.close(shown)
     checkpoint = tmp_path / "run" / "checkpoints" / "last.pt"
     deadline = time.monotonic() + 300
     while not checkpoint.exists() and time.monotonic() < deadline:
         if select.select([terminal], [], [], 0.05)[0]:
-            os.read(terminal, 2**16)  # what nobody reads would hold the run up
+            os.read(terminal, 2**16)  # unread output would block the run
     os.close(terminal)
     assert process.wait(timeout=300) == 130
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["is_interrupted"]
@@ -168,7 +168,7 @@ def test_a_closed_terminal_ends_a_run_as_an_interrupt_does(options, tmp_path):
 
 @pytest.fixture
 def short_path():
-    """Where a socket's path, of at most 108 bytes, has room."""
+    """Return a folder for sockets, whose paths have at most 108 bytes."""
     with tempfile.TemporaryDirectory(prefix="t-") as folder:
         yield Path(folder)
 
@@ -189,11 +189,11 @@ def test_an_interrupt_while_processes_start_leaves_nothing(send, number, tmp_pat
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        preexec_fn=heed_interrupts,
+        preexec_fn=enable_interrupts,
     )
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     deadline = time.monotonic() + 300
-    # multiprocessing's two helpers, the second of which imports for a while
+    # multiprocessing's two helper processes; the second one imports for some time
     while len(children.read_text().split()) < 2 and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(0.5)
@@ -220,17 +220,17 @@ def test_an_interrupt_waits_until_a_block_is_done() -> None:
             work()
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        work()  # what is ignored stays ignored
+        work()  # an ignored signal stays ignored
     finally:
         signal.signal(signal.SIGINT, before)
     assert done == ["all of it"] * 2
 
 
-def test_an_interrupt_comes_before_the_error_that_it_made() -> None:
+def test_an_interrupt_has_priority_over_the_error_that_it_causes() -> None:
     def work() -> None:
         with interrupts_deferred():
             signal.raise_signal(signal.SIGTERM)
-            raise EOFError("another process has got it, too")
+            raise EOFError("another process received the signal too")
 
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

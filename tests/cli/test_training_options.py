@@ -1,4 +1,4 @@
-"""Advantages without a critic, over the mean of each step; actions of the evaluation."""
+"""Options of training: no critic, actions of the evaluation, micro batches."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cyborg_torchrl.training.builders import build_trainer
 from cyborg_torchrl.training.experiment import run_experiment
 
 
-def test_without_a_critic_an_advantage_is_the_return_over_its_steps_mean(tmp_path) -> None:
+def test_without_a_critic_an_advantage_is_the_return_minus_the_mean_of_its_step(tmp_path) -> None:
     overrides = ["env=n_back", "env.num_envs=8", "env.horizon=6", "logger=quiet", f"logger.base_dir={tmp_path}"]
     overrides += ["train.vf_coef=0", "train.gamma=0.9", "train.gae_lambda=1", "train.normalize_advantage=step"]
     trainer, _, _ = build_trainer(load_config(overrides=[*overrides, "train.total_timesteps=1"]))
@@ -23,24 +23,24 @@ def test_without_a_critic_an_advantage_is_the_return_over_its_steps_mean(tmp_pat
     returns = torch.zeros_like(reward)
     for t in reversed(range(reward.shape[1])):  # one episode each
         returns[:, t] = reward[:, t] + (0.9 * returns[:, t + 1] if t + 1 < reward.shape[1] else 0.0)
-    over_mean = returns - returns.mean(0)
-    torch.testing.assert_close(steps["advantage"].squeeze(-1), over_mean / over_mean.std())
+    above_mean = returns - returns.mean(0)
+    torch.testing.assert_close(steps["advantage"].squeeze(-1), above_mean / above_mean.std())
     trainer.update(rollout)
-    assert not trainer.collector.rollout().steps["state_value"].any(), "nobody trains the critic"
+    assert not trainer.collector.rollout().steps["state_value"].any(), "the critic is not trained"
 
 
 @pytest.mark.parametrize(("actions", "num_kinds"), [("greedy", 1), ("sampled", 4)])
 def test_evaluation_takes_greedy_or_sampled_actions(actions, num_kinds, tmp_path, monkeypatch) -> None:
-    """An agent without memory answers one and the same query: always the same, or now this and now that."""
+    """The query is always the same, so an agent without memory has one greedy answer, and several sampled ones."""
     taken = set()
     judge = DelayedCueEnv._judge
 
-    def listen(env, action, time, latents):
-        if env.num_envs == 250:  # those of the evaluation
+    def recording_judge(env, action, time, latents):
+        if env.num_envs == 250:  # only in the evaluation
             taken.update(action[time == env.horizon + 1].tolist())
         return judge(env, action, time, latents)
 
-    monkeypatch.setattr(DelayedCueEnv, "_judge", listen)
+    monkeypatch.setattr(DelayedCueEnv, "_judge", recording_judge)
     overrides = ["env.horizon=2", "train=none", "train.total_timesteps=1", "train.n_epochs=1", "logger=quiet"]
     overrides += [f"logger.base_dir={tmp_path}", "logger.eval_episodes=250", f"logger.eval_actions={actions}"]
     assert run_experiment(load_config(overrides=overrides))["eval_actions"] == actions
@@ -49,20 +49,20 @@ def test_evaluation_takes_greedy_or_sampled_actions(actions, num_kinds, tmp_path
 
 @pytest.mark.parametrize("mode", ["episode", "tbptt", "none"])
 def test_micro_batches_train_as_the_minibatch_would(mode, tmp_path) -> None:
-    """Parameters after six minibatches, two of them smaller, and all figures; n_back's rows have masks."""
+    """Compare parameters and metrics after six minibatches, two of them smaller. The rows of n_back have masks."""
     overrides = ["env=n_back", "env.num_envs=7", "env.horizon=6", "logger=quiet", f"logger.base_dir={tmp_path}"]
     overrides += [f"train={mode}", "train.num_minibatches=3", "train.n_epochs=2", "train.total_timesteps=1"]
     overrides += ["train.seq_len=5"] if mode == "tbptt" else []
-    found = []
+    results = []
     for limit in ("null", "11"):
         trainer, agent, _ = build_trainer(load_config(overrides=[*overrides, f"train.micro_batch_steps={limit}"]))
         passes = []
         trainer.loss.register_forward_hook(lambda *_, passes=passes: passes.append(1))
         metrics = trainer.update(trainer.collector.rollout())
-        found.append((agent.state_dict(), metrics, len(passes)))
-    (whole, figures, once), (parts, same, often) = found
-    assert often >= 2 * once
+        results.append((agent.state_dict(), metrics, len(passes)))
+    (whole, metrics, num_passes), (parts, metrics_of_parts, num_passes_of_parts) = results
+    assert num_passes_of_parts >= 2 * num_passes
     for key, value in whole.items():
         torch.testing.assert_close(parts[key], value, rtol=1e-4, atol=1e-6)
-    for key, value in figures.items():
-        assert same[key] == pytest.approx(value, rel=1e-3, abs=1e-5), key
+    for key, value in metrics.items():
+        assert metrics_of_parts[key] == pytest.approx(value, rel=1e-3, abs=1e-5), key

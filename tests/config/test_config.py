@@ -1,4 +1,4 @@
-"""Wrong input ends in one clear line; right input composes."""
+"""Correct configurations are composed; wrong input ends in one clear line."""
 
 from importlib.metadata import EntryPoint
 
@@ -22,7 +22,7 @@ def test_overrides_swap_parts():
     core = build_core(cfg, 64, env)
     assert isinstance(core, LayeredCore)
     assert core.out_features == 32
-    # max_horizon: null became the environment's: the slowest unit keeps for ten horizons
+    # max_horizon: null became the environment's horizon: the slowest unit remembers ten horizons
     assert core.layers[0].bias_hh[32:64].exp().max().item() == pytest.approx(2000, rel=1e-4)
 
 
@@ -106,7 +106,7 @@ def test_values_that_do_not_fit(overrides, expected):
     assert "\n" not in str(error.value)
 
 
-def test_a_file_of_ones_own(tmp_path):
+def test_a_file_with_a_defaults_list(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text(
         "defaults:\n  - config_schema\n  - env: delayed_cue\n  - backbone: gru\n  - train: burn_in\n  - _self_\n"
@@ -136,7 +136,7 @@ def write(tmp_path, text: str) -> str:
     return str(tmp_path / "mine.yaml")
 
 
-def test_a_plain_file_is_laid_over_the_default(tmp_path):
+def test_a_plain_file_changes_the_default(tmp_path):
     config = write(tmp_path, "env: {horizon: 7}\ntrain: {seed: 5}\nbackbone: gru\n")
     cfg = load_config(config, ["train.seed=6"])
     assert (cfg.env.horizon, cfg.train.seed, cfg.backbone.name) == (7, 6, "gru")
@@ -145,7 +145,7 @@ def test_a_plain_file_is_laid_over_the_default(tmp_path):
 
 
 @pytest.mark.parametrize("backbone", ["lru", "stack", "mamba_gru"])
-def test_a_runs_own_configuration_can_be_used_again(tmp_path, backbone):
+def test_the_configuration_of_a_run_can_be_used_again(tmp_path, backbone):
     first = load_config(overrides=[f"backbone={backbone}", "memory=pmm", "env.horizon=9", "backbone.hidden_size=32"])
     again = load_config(write(tmp_path, OmegaConf.to_yaml(first)))
     assert again == first

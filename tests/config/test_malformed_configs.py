@@ -1,4 +1,4 @@
-"""Malformed configurations: each one clear line, exit code 2, no traceback, and no run folder."""
+"""Malformed configurations: one clear line each, exit code 2, no traceback, and no run folder."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ FILES = {
 }
 
 
-def one_line(said: str) -> str:
-    (line,) = said.strip().splitlines()
+def one_line(stderr: str) -> str:
+    (line,) = stderr.strip().splitlines()
     assert line.startswith("error: ")
     assert "Traceback" not in line
     assert len(line) > len("error: ") + 10
@@ -68,10 +68,10 @@ def test_overrides(override: str, tmp_path: Path, capsys) -> None:
     assert not list(tmp_path.glob("*/manifest.json"))
 
 
-@pytest.mark.parametrize("what", FILES)
-def test_files(what: str, tmp_path: Path, capsys) -> None:
+@pytest.mark.parametrize("case", FILES)
+def test_files(case: str, tmp_path: Path, capsys) -> None:
     file = tmp_path / "mine.yaml"
-    file.write_text(FILES[what])
+    file.write_text(FILES[case])
     options = ["logger.progress=false", f"logger.base_dir={tmp_path}", "env.horizon=3", "logger.eval_episodes=0"]
     assert run_command(str(file), options) == 2
     one_line(capsys.readouterr().err)

@@ -1,7 +1,7 @@
-"""What each process of test_distributed.py does: the updates of all cases on its share of the same rollout.
+"""The program of each process of test_distributed.py: all updates on its share of the same rollout.
 
-The first one also does them alone, on the whole rollout, with the environments in the order that makes its minibatches
-those of the two processes together.
+The first process also trains alone, on the whole rollout. The order of the environments gives it the
+minibatches of the two processes together.
 
     python rank_program.py folder
 """
@@ -75,7 +75,7 @@ def config_of(name: str) -> DictConfig:
 
 
 def run(name: str, ranks: Ranks) -> dict[str, Any]:
-    """Two updates of a case. Returns parameters and metrics after them."""
+    """Run two updates of a case. Return the parameters and metrics."""
     whole = config_of(name)
     torch.manual_seed(1)
     agent = build_agent(whole, build_env(whole))
@@ -87,12 +87,12 @@ def run(name: str, ranks: Ranks) -> dict[str, Any]:
 
 
 def build(cfg: DictConfig, agent: Any, ranks: Ranks) -> PPOTrainer:
-    """A trainer whose buffer gives its rows in the order in which they were stored."""
+    """Build a trainer whose buffer yields its rows in the order in which they were stored."""
     env = build_env(cfg)
     buffer = build_buffer(cfg, env, rollout_length(cfg, env))
     buffer.set_sampler(SamplerWithoutReplacement(shuffle=False))
     if ranks.rank:
-        with torch.no_grad():  # the first one's are taken over
+        with torch.no_grad():  # the first rank's parameters must replace these
             for parameter in agent.parameters():
                 parameter += 1.0
     loss = build_loss(cfg, agent)
@@ -101,7 +101,7 @@ def build(cfg: DictConfig, agent: Any, ranks: Ranks) -> PPOTrainer:
 
 
 def collect(cfg: DictConfig, agent: Any) -> list[Rollout]:
-    """Two rollouts of all environments, the same in every process."""
+    """Return two rollouts of all environments, the same in every process."""
     env = build_env(cfg)
     steps = rollout_length(cfg, env)
     frames = NUM_ENVS * steps
@@ -121,21 +121,21 @@ def cast(rollout: Rollout, is_double: bool) -> Rollout:
 
 
 def share_of(rollout: Rollout, ranks: Ranks) -> Rollout:
-    """A rank's environments; all by turns for a process alone: the first of each rank, the second of each, ..."""
+    """Return a rank's environments; for one process alone, the first of each rank, the second of each, and so on."""
     half = NUM_ENVS // 2
-    by_turns = torch.arange(NUM_ENVS).view(2, half)
-    index = by_turns[ranks.rank] if ranks.size == 2 else by_turns.T.reshape(-1)
+    alternating = torch.arange(NUM_ENVS).view(2, half)
+    index = alternating[ranks.rank] if ranks.size == 2 else alternating.T.reshape(-1)
     return Rollout(rollout.steps[index], rollout.stored_states[index], rollout.state_steps)
 
 
 def run_unequal(ranks: Ranks, *, is_double: bool) -> list[torch.Tensor]:
-    """Steps on minibatches of which the ranks have unequal parts: 6 and 2 sequences, then 8 and none."""
+    """Train on minibatches that the ranks share unequally: 6 and 2 sequences, then 8 and none."""
     cfg = config_of("chunks")
     torch.manual_seed(1)
     agent = build_agent(cfg, build_env(cfg))
     rollout = cast(collect(cfg, agent)[0], is_double)
     trainer = build(cfg, agent.double() if is_double else agent, ranks)
-    whole = Ranks()  # the advantages are those of all, whoever is asked
+    whole = Ranks()  # the advantages of the whole rollout, on each rank
     before, trainer.ranks = trainer.ranks, whole
     trainer._prepare(rollout)
     trainer.ranks = before
@@ -144,7 +144,7 @@ def run_unequal(ranks: Ranks, *, is_double: bool) -> list[torch.Tensor]:
         parts = (sequences[:cut], sequences[cut:])
         part = sequences if ranks.size == 1 else parts[ranks.rank]
         trainer._step(part if len(part) else None)
-    assert trainer._step(None) == {}, "nothing is left"
+    assert trainer._step(None) == {}, "no rank has a minibatch left"
     return [p.detach().clone() for p in agent.parameters()]
 
 
@@ -155,7 +155,7 @@ def sized(buffer: Any, rows: int) -> Iterator[TensorDictBase]:
 
 
 def run_moments(ranks: Ranks) -> list[torch.Tensor]:
-    """Moments of numbers that the ranks see apart and merge twice; after a reload in between."""
+    """Return moments of numbers that the ranks see separately and merge twice, with a reload in between."""
     numbers = 3.0 + 2.0 * torch.randn(5, 100, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     moments = RunningMoments((4,))
     for index, seen in enumerate(numbers):
@@ -178,7 +178,7 @@ def run_all(ranks: Ranks) -> dict[str, Any]:
 
 
 def main(folder: Path) -> None:
-    """Writes a rank's results into a file, and those of a process alone."""
+    """Write a rank's results into a file; the first rank also writes those of one process alone."""
     torch.set_num_threads(1)
     with joined_ranks("cpu") as ranks:
         if ranks.is_first:

@@ -1,4 +1,4 @@
-"""Two processes that train together, beside one that has everything."""
+"""Two processes that train together, compared to one process that trains alone."""
 
 from __future__ import annotations
 
@@ -37,23 +37,23 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Any]:
-    """What a process alone has, and what each of the two has."""
+    """Return the results of one process alone, and of each of two processes."""
     folder = tmp_path_factory.mktemp("ranks")
     command = [sys.executable, str(PROGRAM), str(folder)]
-    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), **THIS_CHECKOUT}
+    environment = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), **THIS_CHECKOUT}
     running = [
-        subprocess.Popen(command, env={**place, "RANK": rank}, stderr=subprocess.PIPE, text=True) for rank in "01"
+        subprocess.Popen(command, env={**environment, "RANK": rank}, stderr=subprocess.PIPE, text=True) for rank in "01"
     ]
     for process in running:
-        _, said = process.communicate(timeout=300)
-        assert process.returncode == 0, said
+        _, stderr = process.communicate(timeout=300)
+        assert process.returncode == 0, stderr
     alone, first, second = (torch.load(folder / name) for name in ("alone.pt", "0.pt", "1.pt"))
     return alone, first, second
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_two_processes_learn_what_one_learns(results: tuple[Any, Any, Any], case: str) -> None:
-    """Two updates of several epochs and minibatches on the same data."""
+def test_two_processes_get_the_parameters_of_one(results: tuple[Any, Any, Any], case: str) -> None:
+    """Compare the parameters after two updates of several epochs and minibatches on the same data."""
     alone, *both = (result[case] for result in results)
     tolerance = 1e-10 if "float64" in case else 1e-5
     for own in both:
@@ -64,8 +64,8 @@ def test_two_processes_learn_what_one_learns(results: tuple[Any, Any, Any], case
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_two_processes_say_what_one_says(results: tuple[Any, Any, Any], case: str) -> None:
-    """The metrics are those of all environments; but for the explained variance, which is the mean of the two."""
+def test_two_processes_report_the_metrics_of_one(results: tuple[Any, Any, Any], case: str) -> None:
+    """Metrics cover all environments, except for the explained variance, which is the mean of both ranks."""
     alone, *both = (result[case]["metrics"] for result in results)
     assert both[0] == both[1]
     for own, whole in zip(both[0], alone, strict=True):
@@ -75,20 +75,20 @@ def test_two_processes_say_what_one_says(results: tuple[Any, Any, Any], case: st
             assert own[name] == pytest.approx(whole[name], rel=1e-3, abs=1e-5), name
 
 
-def test_they_stop_together(results: tuple[Any, Any, Any]) -> None:
+def test_both_stop_after_the_same_epoch(results: tuple[Any, Any, Any]) -> None:
     for result in results:
         assert [metrics["epochs"] for metrics in result["stopped"]["metrics"]] != [4, 4]
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float64", 1e-10)])
-def test_each_step_counts_once_whoever_has_it(results: tuple[Any, Any, Any], dtype: str, tolerance: float) -> None:
+def test_each_step_counts_once_on_any_rank(results: tuple[Any, Any, Any], dtype: str, tolerance: float) -> None:
     alone, *both = (result["unequal"][dtype] for result in results)
     for own in both:
         for found, expected in zip(own, alone, strict=True):
             assert (found - expected).abs().max() <= tolerance
 
 
-def test_moments_are_those_of_all_that_was_seen(results: tuple[Any, Any, Any]) -> None:
+def test_moments_cover_the_numbers_of_all_ranks(results: tuple[Any, Any, Any]) -> None:
     numbers = 3.0 + 2.0 * torch.randn(5, 100, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     seen = numbers.flatten(0, 1)
     for result in results:
@@ -100,19 +100,19 @@ def test_moments_are_those_of_all_that_was_seen(results: tuple[Any, Any, Any]) -
             torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
 
 
-def test_objects_go_from_the_first_and_to_the_first(results: tuple[Any, Any, Any]) -> None:
+def test_objects_are_broadcast_and_gathered(results: tuple[Any, Any, Any]) -> None:
     assert [result["broadcast_object"] for result in results] == [{"rank": 0}] * 3
     assert [result["gather_objects"] for result in results] == [[0], [0, 1], []]
 
 
-def test_a_rank_has_its_share_of_the_run() -> None:
+def test_ranks_share_the_environments_and_steps_of_a_run() -> None:
     cfg = load_config(overrides=["env.num_envs=6", "train.total_timesteps=1000", "train.seed=5"])
     shares = [share_of_rank(cfg, Ranks(rank, 3)) for rank in range(3)]
     assert [share.env.num_envs for share in shares] == [2, 2, 2]
     assert [share.train.total_timesteps for share in shares] == [333, 333, 333]
     assert len({share.train.seed for share in shares}) == 3
     assert shares[0].train.seed == 5
-    assert cfg.env.num_envs == 6, "the whole run's configuration stays as it is"
+    assert cfg.env.num_envs == 6, "the configuration of the whole run is unchanged"
 
 
 def test_environments_that_cannot_be_shared_are_refused() -> None:
@@ -138,7 +138,7 @@ def torchrun(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str
 
 @pytest.mark.slow
 def test_torchrun_learns(tmp_path: Path) -> None:
-    """One run folder, one summary, and the resumed run ends as the one that went through."""
+    """There are one run folder and one summary, and a resumed run ends with the same parameters as a whole one."""
     options = ["env.horizon=20", "env.num_envs=64", f"logger.base_dir={tmp_path}", "logger.progress=false"]
     result = torchrun(*options, "train.total_timesteps=20000", "logger.run_name=whole")
     assert result.returncode == 0, result.stderr
@@ -158,7 +158,7 @@ def test_torchrun_learns(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_mistake_is_said_once(tmp_path: Path) -> None:
+def test_a_mistake_is_reported_once(tmp_path: Path) -> None:
     result = torchrun("env.num_envs=7", f"logger.base_dir={tmp_path}")
     assert result.returncode != 0
     assert [line for line in result.stderr.splitlines() if "error: " in line] == [
@@ -170,7 +170,7 @@ def test_a_mistake_is_said_once(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_ends_all(tmp_path: Path, number: int) -> None:
-    """As Ctrl-C, which every process of the terminal's group gets, or a signal to the launcher alone."""
+    """Send SIGINT to all processes, as Ctrl-C in a terminal does, or SIGTERM to the launcher alone."""
     options = ["env.horizon=200", "train.total_timesteps=9999999", f"logger.base_dir={tmp_path}", "logger.run_name=run"]
     command = [*TORCHRUN, "--master-port", str(free_port()), *TRAIN, *options, "logger.progress=false"]
     running = subprocess.Popen(
@@ -183,8 +183,8 @@ def test_an_interrupt_ends_all(tmp_path: Path, number: int) -> None:
         time.sleep(0.2)
     time.sleep(1.0)
     os.killpg(running.pid, number) if number == signal.SIGINT else running.send_signal(number)
-    _, said = running.communicate(timeout=30)
-    assert "goes on from the last checkpoint" in said
+    _, stderr = running.communicate(timeout=30)
+    assert "goes on from the last checkpoint" in stderr
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["is_interrupted"]
     with pytest.raises(ProcessLookupError):
         os.killpg(running.pid, 0)
@@ -218,8 +218,8 @@ sys.exit(main(sys.argv[1:]))
 
 
 @pytest.mark.slow
-def test_nan_in_one_process_ends_all_and_says_where(tmp_path: Path) -> None:
-    """The other waits for gradients that never come: it is ended, and the last good checkpoint is kept."""
+def test_nan_in_one_process_ends_all_and_is_located(tmp_path: Path) -> None:
+    """The other process, which waits for gradients, is ended too. The last good checkpoint is kept."""
     program = tmp_path / "broken.py"
     program.write_text(BROKEN)
     options = ["env.horizon=5", "env.num_envs=8", "train.n_steps=7", "train.total_timesteps=5600"]

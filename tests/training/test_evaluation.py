@@ -51,7 +51,7 @@ def test_every_environment_gives_its_first_episodes(make_env: Callable, make_age
 
 
 class Opaque(TensorDictModuleBase):
-    """An agent that has to be called as a whole."""
+    """An agent that the collectors cannot split into its networks."""
 
     def __init__(self, agent: PPOAgent) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class Opaque(TensorDictModuleBase):
 
 @pytest.mark.parametrize("is_deterministic", [True, False])
 @pytest.mark.parametrize("task", [["env=delayed_cue", "backbone=lru"], ["env=n_back", "backbone=gru"], ["env=tmaze"]])
-def test_an_agent_is_evaluated_on_tensors_as_it_is_by_torchrl(task: list[str], is_deterministic: bool) -> None:
+def test_evaluation_on_tensors_has_the_results_of_torchrl(task: list[str], is_deterministic: bool) -> None:
     results = []
     for wrap in (lambda agent: agent, Opaque):
         torch.manual_seed(0)
@@ -82,7 +82,7 @@ def test_an_agent_is_evaluated_on_tensors_as_it_is_by_torchrl(task: list[str], i
 
 
 @pytest.mark.parametrize("is_deterministic", [True, False])
-def test_an_agent_of_nan_is_not_evaluated(is_deterministic: bool) -> None:
+def test_an_agent_with_nan_is_refused(is_deterministic: bool) -> None:
     cfg = load_config(overrides=["env=delayed_cue", "env.horizon=6", "env.num_envs=5"])
     env = build_env(cfg)
     agent = build_agent(cfg, env)

@@ -1,4 +1,4 @@
-"""An agent from a checkpoint is the one that was trained, wherever it is put."""
+"""A loaded agent equals the trained one, with another horizon or device too."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def test_memory_is_as_trained_at_another_horizon(overrides: tuple[str, ...], sav
 
 
 @pytest.mark.parametrize("change", ["backbone.hidden_size=7", "encoder.features=9"])
-def test_a_change_of_the_agent_is_blamed_and_not_the_file(change: str, save_trained: Callable[..., Path]) -> None:
+def test_the_error_names_the_override_that_changes_the_agent(change: str, save_trained: Callable[..., Path]) -> None:
     with pytest.raises(CheckpointError, match=rf"do not fit the agent that {change} makes of it") as error:
         load_agent(save_trained(), [change])
     assert "\n" not in str(error.value)
 
 
-def test_what_was_trained_on_a_gpu_acts_where_there_is_none(save_trained: Callable[..., Path]) -> None:
+def test_an_agent_from_a_gpu_acts_on_a_cpu(save_trained: Callable[..., Path]) -> None:
     path = save_trained("env.horizon=10")
     content = load_checkpoint(path)
     content["config"]["train"]["device"] = "cuda:99"

@@ -1,4 +1,4 @@
-"""Backends of metrics: the real packages, with what they have kept compared to metrics.csv."""
+"""Metric backends: the files of the real packages, compared to metrics.csv."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TINY = (
 
 
 def run(folder: Path, backend: str, name: str = "r", *more: str) -> list[dict[str, str]]:
-    """Trains, and returns the rows of metrics.csv."""
+    """Train, and return the rows of metrics.csv."""
     where = [f"logger.base_dir={folder}", f"logger.run_name={name}", f"logger.backends=[{backend}]"]
     run_experiment(load_config(overrides=[*TINY, *where, *more]))
     with (folder / name / "logs" / "metrics.csv").open(newline="") as file:
@@ -31,17 +31,17 @@ def run(folder: Path, backend: str, name: str = "r", *more: str) -> list[dict[st
 
 
 def wandb_records(content: bytes) -> Iterator[bytes]:
-    """The records of a W&B file: LevelDB's log format behind a header of 7 bytes."""
+    """Yield the records of a W&B file: LevelDB's log format after a header of 7 bytes."""
     at, record = 7, b""
     while at + 7 <= len(content):
         left = 32768 - at % 32768
-        if left < 7:  # a block's rest that holds no header
+        if left < 7:  # too short for a header: the rest of a block is unused
             at += left
             continue
         size, kind = struct.unpack_from("<HB", content, at + 4)
         record += content[at + 7 : at + 7 + size]
         at += 7 + size
-        if kind in (1, 4):  # whole, or its last part
+        if kind in (1, 4):  # a whole record, or its last part
             yield record
             record = b""
 
@@ -56,7 +56,7 @@ def test_wandb_keeps_every_metric_at_its_step(tmp_path: Path, monkeypatch) -> No
     more = ("logger.offline=true", "train.seed=3", "train.total_timesteps=200", "logger.resume=auto")
     assert len(run(tmp_path, "wandb", "r", *more)) == 4
     (again,) = set((tmp_path / "r").rglob("*.wandb")) - {file}
-    assert again.name == file.name, "the same run there"
+    assert again.name == file.name, "W&B must continue the same run"
     known = json.loads((tmp_path / "r" / "logs" / "backends.json").read_text())["wandb"]
     history, config, names = [], {}, set()
     for data in wandb_records(file.read_bytes()):
@@ -83,7 +83,7 @@ def test_mlflow_keeps_every_metric_at_its_step(tmp_path: Path) -> None:
     from mlflow.tracking import MlflowClient
 
     written = {name: run(tmp_path, "mlflow", name, f"train.seed={seed}") for seed, name in enumerate(("one", "two"))}
-    # one of them goes on: in the same run there
+    # resume one of them: MLflow must continue the same run
     written["one"] = run(tmp_path, "mlflow", "one", "train.total_timesteps=200", "logger.resume=auto")
     assert len(written["one"]) == 4
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
@@ -100,7 +100,7 @@ def test_mlflow_keeps_every_metric_at_its_step(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*noload.*")
-def test_the_last_evaluation_is_logged_where_the_metrics_are(tmp_path: Path) -> None:
+def test_the_evaluation_is_logged_to_all_backends(tmp_path: Path) -> None:
     pytest.importorskip("mlflow")
     from mlflow.tracking import MlflowClient
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -111,11 +111,11 @@ def test_the_last_evaluation_is_logged_where_the_metrics_are(tmp_path: Path) -> 
     (experiment,) = [known for known in client.search_experiments() if known.name == "memory"]
     (known,) = client.search_runs([experiment.experiment_id])
     events = EventAccumulator(str(tmp_path / "r" / "logs")).Reload()
-    for name, told in (("success_rate", "success_rate"), ("mean_reward", "mean_reward"), ("episodes", "eval_episodes")):
+    for name, key in (("success_rate", "success_rate"), ("mean_reward", "mean_reward"), ("episodes", "eval_episodes")):
         (entry,) = client.get_metric_history(known.info.run_id, f"eval/{name}")
         (point,) = events.Scalars(f"eval/{name}")
-        assert (entry.value, entry.step) == (pytest.approx(summary[told]), summary["total_timesteps"])
-        assert (point.value, point.step) == (pytest.approx(summary[told]), summary["total_timesteps"])
+        assert (entry.value, entry.step) == (pytest.approx(summary[key]), summary["total_timesteps"])
+        assert (point.value, point.step) == (pytest.approx(summary[key]), summary["total_timesteps"])
     assert not any(name.startswith("eval/") for name in rows[0])
 
 
@@ -153,10 +153,10 @@ class Server:
         self.taken.append(step)
 
     def close(self) -> None:
-        raise AssertionError("is not there any more")
+        raise AssertionError("a dropped backend is not closed")
 
 
-def test_training_outlives_its_server(tmp_path: Path, monkeypatch) -> None:
+def test_training_continues_without_its_server(tmp_path: Path, monkeypatch) -> None:
     pytest.importorskip("wandb")
     monkeypatch.setitem(loggers.KINDS, "wandb", Server)
     with pytest.warns(UserWarning, match="wandb takes no more metrics: the server is gone"):

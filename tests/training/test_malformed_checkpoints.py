@@ -1,4 +1,4 @@
-"""What is no checkpoint, or none that can be used, ends in one line and exit code 2, whatever is asked of it."""
+"""Every command refuses an unusable checkpoint with one line and exit code 2."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Content = dict[str, Any]
 
 
 class RunsCode:
-    """Leaves a file behind when it is unpickled."""
+    """An object that makes a folder when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -38,7 +38,7 @@ def saved(content: Any) -> bytes:
 
 
 def with_(content: Content, **changes: Any) -> bytes:
-    """The checkpoint with entries changed; None: left out."""
+    """Return the checkpoint with changed entries; None removes an entry."""
     return saved({name: value for name, value in {**content, **changes}.items() if value is not None})
 
 
@@ -58,7 +58,7 @@ def zipped() -> bytes:
 
 
 def garbled(file: bytes) -> bytes:
-    """Every hundredth byte of the first part, which holds the pickled structure, is another one."""
+    """Return a file in which every hundredth byte of the pickled structure, its first part, is changed."""
     return bytes(byte ^ 0x5A if i % 100 == 50 and i < 4000 else byte for i, byte in enumerate(file))
 
 
@@ -138,15 +138,15 @@ def content() -> Content:
     return {"format": FORMAT, "version": VERSION, "config": config, "agent": agent.state_dict()}
 
 
-def refused(command: str, path: Path, capsys: pytest.CaptureFixture[str]) -> str:
-    """Gives a file to a command. Returns the line that it says."""
+def refusal(command: str, path: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """Pass a file to a command. Return the line of its error."""
     output = path.parent / "agent.pt2"
     options = {"evaluate": ["--episodes", "2"], "play": ["--episodes", "1"], "export": ["--output", str(output)]}
     assert main([command, str(path), *options[command]]) == 2
-    said = capsys.readouterr()
-    assert said.out == ""
-    lines = said.err.strip().splitlines()
-    assert len(lines) == 1, said.err
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    lines = captured.err.strip().splitlines()
+    assert len(lines) == 1, captured.err
     assert lines[0].startswith("error: ")
     assert not output.exists()
     return lines[0]
@@ -154,28 +154,32 @@ def refused(command: str, path: Path, capsys: pytest.CaptureFixture[str]) -> str
 
 @pytest.mark.parametrize("command", ["evaluate", "play", "export"])
 @pytest.mark.parametrize("case", CASES)
-def test_one_line_says_what_is_wrong(
+def test_a_malformed_checkpoint_is_refused_with_one_line(
     case: str, command: str, content: Content, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    make, said = CASES[case]
+    make, message = CASES[case]
     path, marker = tmp_path / "agent.pt", tmp_path / "code-has-run"
     path.write_bytes(make(content, marker))
-    assert said in refused(command, path, capsys)
+    assert message in refusal(command, path, capsys)
     assert not marker.exists()
 
 
 @pytest.mark.parametrize("command", ["evaluate", "play", "export"])
 @pytest.mark.parametrize("kind", ["nothing", "an empty folder", "a folder in its place"])
-def test_what_is_no_file(kind: str, command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_path_without_a_file_is_refused(
+    kind: str, command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "run"
     if kind != "nothing":
         path.mkdir()
     if kind == "a folder in its place":
         (path / "checkpoints" / "last.pt").mkdir(parents=True)
-    assert "give a run's folder" in refused(command, path, capsys)
+    assert "give a run's folder" in refusal(command, path, capsys)
 
 
-def test_the_checkpoint_itself_is_taken(content: Content, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_unchanged_checkpoint_is_accepted(
+    content: Content, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "agent.pt"
     path.write_bytes(saved(content))
     assert main(["evaluate", str(path), "--episodes", "2", "--json"]) == 0

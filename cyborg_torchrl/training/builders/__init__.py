@@ -1,4 +1,4 @@
-"""From configuration to objects: the sole wiring."""
+"""Build the parts of a run from its configuration."""
 
 from cyborg_torchrl.training.builders.agent import build_agent, build_core, build_loss, memory_horizon
 from cyborg_torchrl.training.builders.buffer import Buffer, build_buffer, rollout_length

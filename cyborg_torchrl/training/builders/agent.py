@@ -1,4 +1,4 @@
-"""From configuration to agent and objective."""
+"""Build the agent and the objective of a configuration."""
 
 from __future__ import annotations
 
@@ -14,24 +14,28 @@ from cyborg_torchrl.envs.transforms.normalization import statistics_of
 from cyborg_torchrl.modules import Backbone, PPOAgent, build_encoder
 from cyborg_torchrl.objectives import RecurrentClipPPOLoss
 from cyborg_torchrl.registry import Registry, backbones, memories, options_of
-from cyborg_torchrl.training.builders.options import options_in
+from cyborg_torchrl.training.builders.environment import builder_options
 
 
 def memory_horizon(cfg: DictConfig, env: EnvBase) -> int:
-    """Steps that memory is built to bridge: the environment's horizon.
+    """Return the number of steps that memory is built to bridge.
 
-    Where it has none: the steps of a rollout, else the longest episode.
+    This is the environment's horizon. Without one it is train.n_steps, or else the longest episode, or else 1000.
     """
     horizon = episode_attribute(env, "horizon") or cfg.train.n_steps or episode_attribute(env, "max_episode_steps")
     return max(1, horizon or 1000)
 
 
 def build_core(cfg: DictConfig, in_features: int, env: EnvBase) -> Core:
-    """Builds the core of a configuration; `max_horizon: null` becomes what `memory_horizon` says."""
+    """Build the core of a configuration. `max_horizon: null` becomes `memory_horizon`.
+
+    Raises:
+        ConfigError: if the backbone or the memory refuses its options.
+    """
     horizon = memory_horizon(cfg, env)
 
     def build(node: DictConfig, registry: Registry, first: Any, group: str) -> Core:
-        builder, options = registry.get(node.name), options_in(node)
+        builder, options = registry.get(node.name), builder_options(node)
         if "max_horizon" in options_of(builder) and options.get("max_horizon") is None:
             options["max_horizon"] = horizon
         try:
@@ -44,7 +48,11 @@ def build_core(cfg: DictConfig, in_features: int, env: EnvBase) -> Core:
 
 
 def build_agent(cfg: DictConfig, env: EnvBase) -> PPOAgent:
-    """Builds the agent that fits an environment; seeded by train.seed."""
+    """Build the agent for an environment. Its parameters depend on torch's global seed.
+
+    Raises:
+        ConfigError: if the encoder, the core or the environment does not fit.
+    """
     batch_dims = len(env.batch_size)
     try:
         encoder = build_encoder(env.observation_spec, batch_dims=batch_dims, **OmegaConf.to_container(cfg.encoder))
@@ -58,7 +66,7 @@ def build_agent(cfg: DictConfig, env: EnvBase) -> PPOAgent:
             env.action_spec,
             batch_dims=batch_dims,
             is_gated=cfg.fusion.gate,
-            value_scale=0.1 if cfg.train.vf_coef else 0.0,  # a critic that nobody trains says zero
+            value_scale=0.1 if cfg.train.vf_coef else 0.0,  # an untrained critic must return zero
             env_statistics=statistics_of(env),
         )
     except ValueError as error:
@@ -67,7 +75,7 @@ def build_agent(cfg: DictConfig, env: EnvBase) -> PPOAgent:
 
 
 def build_loss(cfg: DictConfig, agent: PPOAgent) -> RecurrentClipPPOLoss:
-    """Builds the objective."""
+    """Build the objective for an agent."""
     train = cfg.train
     return RecurrentClipPPOLoss(
         agent,

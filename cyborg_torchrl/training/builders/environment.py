@@ -1,6 +1,8 @@
-"""From configuration to environment."""
+"""Build the environment of a configuration."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from torchrl.envs import EnvBase
@@ -9,26 +11,30 @@ from cyborg_torchrl.config import ConfigError, resolve_device
 from cyborg_torchrl.envs.make import tracked
 from cyborg_torchrl.envs.transforms.build import build_transforms
 from cyborg_torchrl.registry import environments
-from cyborg_torchrl.training.builders.options import options_in
+
+
+def builder_options(node: DictConfig) -> dict[str, Any]:
+    """Return the keyword arguments of a registered builder, from its part of a configuration."""
+    return {str(key): value for key, value in OmegaConf.to_container(node).items() if key != "name"}
 
 
 def build_env(
     cfg: DictConfig, *, num_envs: int | None = None, seed: int | None = None, workers: int | None = None
 ) -> EnvBase:
-    """Builds the environment of a configuration, batched, with `is_init`, episode returns and its transforms.
+    """Build the batched environment of a configuration, with `is_init`, episode returns and its transforms.
 
-    Episode returns are raw: nothing that changes rewards comes before them.
+    Episode returns are raw: transforms that change rewards come after them.
 
     Args:
         cfg: the configuration.
-        num_envs: in place of env.num_envs.
-        seed: in place of train.seed.
-        workers: in place of env.workers.
+        num_envs: replaces env.num_envs.
+        seed: replaces train.seed.
+        workers: replaces env.workers.
 
     Raises:
         ConfigError: if the environment refuses its options.
     """
-    options = options_in(cfg.env)
+    options = builder_options(cfg.env)
     options["num_envs"] = options.get("num_envs", 1) if num_envs is None else num_envs
     if workers is not None:
         options["workers"] = workers

@@ -1,4 +1,4 @@
-"""From configuration to all that a training run needs, or to one process's share of it."""
+"""Build all parts of a training run, or one rank's share of it."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from cyborg_torchrl.training.distributed import Ranks
 from cyborg_torchrl.training.trainer import PPOTrainer
 
 RANK_SEEDS = 10_007
-"""Seeds from one rank to the next: more than a rank has workers."""
+"""Difference between the seeds of two ranks, larger than the number of workers of one rank."""
 
 
 class Training(NamedTuple):
-    """What a training run needs."""
+    """The parts of a training run."""
 
     trainer: PPOTrainer
     agent: PPOAgent
@@ -41,20 +41,20 @@ def prepare_process(cfg: DictConfig) -> None:
 
 
 def share_of_rank(cfg: DictConfig, ranks: Ranks) -> DictConfig:
-    """What one of the processes that train together does of a configuration: a part of the environments and steps.
+    """Return the configuration of one rank: its part of the environments and steps, and its seed.
 
     Raises:
-        ConfigError: if environments, or the processes that they run in, cannot be shared evenly.
+        ConfigError: if environments, or their worker processes, cannot be shared evenly.
     """
     if ranks.size == 1:
         return cfg
     cfg = copy.deepcopy(cfg)
     for key, number in (("num_envs", cfg.env.get("num_envs", 1)), ("workers", cfg.env.get("workers") or 0)):
         if number % ranks.size:
-            near = max(1, round(number / ranks.size)) * ranks.size
+            nearest = max(1, round(number / ranks.size)) * ranks.size
             raise ConfigError(
                 f"env.{key} = {number} cannot be shared evenly by the {ranks.size} processes of this run; the nearest "
-                f"that can is {near}."
+                f"that can is {nearest}."
             )
         if key in cfg.env:
             cfg.env[key] = number // ranks.size
@@ -66,15 +66,18 @@ def share_of_rank(cfg: DictConfig, ranks: Ranks) -> DictConfig:
 def build_trainer(
     cfg: DictConfig, on_progress: Callable[[float], None] = lambda share: None, ranks: Ranks | None = None
 ) -> Training:
-    """Build everything that a training run needs: the trainer, the agent that it trains, and its environment.
+    """Build the trainer, its agent and its environment.
 
     Seeds torch's global generator by `torch.manual_seed(cfg.train.seed)`, so that parameters and actions are
     reproducible. Changes nothing else of the process: threads and denormals are set by `prepare_process`.
 
     Args:
-        cfg: of the whole run.
+        cfg: the configuration of the whole run.
         on_progress: see `PPOTrainer`.
-        ranks: the processes that train together; each builds its share. None: this one alone.
+        ranks: the processes that train together, each with its share; None: this process alone.
+
+    Raises:
+        ConfigError: if a part refuses its options, or the parts do not fit together.
     """
     ranks = ranks or Ranks()
     cfg = share_of_rank(cfg, ranks)
