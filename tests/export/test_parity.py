@@ -19,10 +19,10 @@ from cyborg_torchrl.export import (
     describe,
     normalizers_of,
     onnx_file,
+    replay,
     torch_file,
     unnormalized,
 )
-from cyborg_torchrl.export import comparison as replay
 from cyborg_torchrl.modules import PPOAgent
 from cyborg_torchrl.registry import backbones
 from cyborg_torchrl.training.loading import build_single_env
