@@ -21,6 +21,7 @@ from cyborg_torchrl.checks import HorizonCurve
 from cyborg_torchrl.memory_benchmarks.report.groups import Group, by_place
 from cyborg_torchrl.memory_benchmarks.report.runs import Array, Columns, has_numbers
 from cyborg_torchrl.memory_benchmarks.report.xray import Episode
+from cyborg_torchrl.training.stats import Estimate
 
 WIDTH, HEIGHT = 4.2, 2.9
 """Inches. An inch has 72 units, which are about 72 pixels on a telephone."""
@@ -66,14 +67,11 @@ class Chart(NamedTuple):
 
 
 class Bar(NamedTuple):
-    """A line of a chart of final values: an estimate with its interval, and the value of each seed."""
+    """A line of a chart of final values."""
 
     label: str
-    series: int
-    point: float
-    low: float
-    high: float
-    values: Sequence[float]
+    estimate: Estimate
+    seeds: Sequence[float]
 
 
 def inline_svg(figure: Figure, name: str, label: str) -> Markup:
@@ -122,8 +120,8 @@ def _curve_chart(name: str, place: str, groups: Sequence[Group], series: Series)
         ends.append(f"{group.backbone} ends at {point[-1]:.2f}")
         for i in _evenly(len(steps), 6):
             limits = "-" if np.isnan(low[i]) else f"{low[i]:.3f} to {high[i]:.3f}"
-            cells = (group.backbone, f"{steps[i]:,.0f}", f"{point[i]:.3f}", limits)
-            rows.append(dict(zip(("backbone", "steps", "IQM", "95 % interval"), cells, strict=True)))
+            row = {"backbone": group.backbone, "steps": f"{steps[i]:,.0f}", "IQM": f"{point[i]:.3f}"}
+            rows.append(row | {"95 % interval": limits})
     if target is not None:
         axes.axhline(target, color=INK, linewidth=0.8, linestyle=(0, (2, 3)))
     _count_steps(axes)
@@ -159,8 +157,8 @@ def _horizon_chart(name: str, task: str, groups: Sequence[Group], series: Series
         axes.errorbar(x, point, reach, **look_of(series[label]), capsize=3, linewidth=1.5)
         ends.append(f"{label} {point[-1]:.2f} at {x[-1]:,}")
         for group in line:
-            cells = (label, f"{group.horizon:,}", str(group.score))
-            rows.append(dict(zip(("backbone", "horizon", "IQM [95 % interval]"), cells, strict=True)))
+            row = {"backbone": label, "horizon": f"{group.horizon:,}", "IQM [95 % interval]": str(group.score)}
+            rows.append(row)
     horizons = sorted({group.horizon or 0 for group in groups})
     if horizons[0] > 0 and horizons[-1] >= 8 * horizons[0]:
         axes.set_xscale("log")
@@ -177,49 +175,51 @@ def score_charts(groups: Sequence[Group], series: Series) -> list[Chart]:
     """Draw the final scores of each task and horizon."""
     charts: list[Chart] = []
     for index, (place, same) in enumerate(by_place(group for group in groups if group.scores).items()):
-        bars: list[Bar] = []
-        for group in same:
-            point, low, high = map(float, group.score)
-            bars.append(Bar(group.backbone, series[group.backbone], point, low, high, group.scores))
-        charts.append(_bar_chart(f"score-{index}", place, bars, f"final {same[0].measure}", digits=3))
+        bars = [Bar(group.backbone, group.score, group.scores) for group in same]
+        charts.append(_bar_chart(f"score-{index}", place, bars, series, f"final {same[0].measure}", digits=3))
     return charts
 
 
 def speed_charts(groups: Sequence[Group], series: Series) -> list[Chart]:
     """Draw the environment steps per second of each task and horizon."""
-    bars: dict[str, list[Bar]] = defaultdict(list)
+    places: dict[str, list[Bar]] = defaultdict(list)
     for group in groups:
         rates = group.figures(lambda run: run.figure("steps_per_second"))
         if rates:
-            bar = Bar(group.backbone, series[group.backbone], median(rates), min(rates), max(rates), rates)
-            bars[group.place].append(bar)
+            middle = Estimate(np.float64(median(rates)), np.float64(min(rates)), np.float64(max(rates)))
+            places[group.place].append(Bar(group.backbone, middle, rates))
     unit = "environment steps / s"
-    return [_bar_chart(f"speed-{i}", place, bars[place], unit, digits=0) for i, place in enumerate(bars)]
+    return [
+        _bar_chart(f"speed-{index}", place, bars, series, unit, digits=0)
+        for index, (place, bars) in enumerate(places.items())
+    ]
 
 
-def _bar_chart(name: str, place: str, bars: Sequence[Bar], unit: str, *, digits: int) -> Chart:
+def _bar_chart(name: str, place: str, bars: Sequence[Bar], series: Series, unit: str, *, digits: int) -> Chart:
     """Draw a mark with its interval for each bar, from top to bottom, and a tick for each seed."""
     axes = _new_axes(unit, height=0.75 + 0.28 * max(len(bars), 3))
     rows: Rows = []
-    for position, bar in enumerate(bars):
-        colour = look_of(bar.series)["color"]
-        axes.plot(bar.values, [position] * len(bar.values), color=colour, marker="|", linestyle="", alpha=0.6)
-        axes.plot([bar.low, bar.high], [position] * 2, color=colour, linewidth=4, alpha=0.35)
-        axes.plot([bar.point], [position], color=colour, marker=look_of(bar.series)["marker"], markersize=6)
-        limits = "-" if np.isnan(bar.low) else f"{bar.low:,.{digits}f} to {bar.high:,.{digits}f}"
-        seeds = " ".join(f"{value:,.{digits}f}" for value in bar.values)
-        cells = (bar.label, f"{bar.point:,.{digits}f}", limits, seeds)
-        rows.append(dict(zip(("backbone", unit, "range", "each seed"), cells, strict=True)))
+    for position, (label, (point, low, high), seeds) in enumerate(bars):
+        look = look_of(series[label]) | {"linestyle": ""}
+        axes.plot(seeds, [position] * len(seeds), **look | {"marker": "|", "alpha": 0.6})
+        axes.plot([low, high], [position] * 2, color=look["color"], linewidth=4, alpha=0.35)
+        axes.plot([point], [position], **look, markersize=6)
+        rows.append({
+            "backbone": label,
+            unit: f"{point:,.{digits}f}",
+            "range": "-" if np.isnan(low) else f"{low:,.{digits}f} to {high:,.{digits}f}",
+            "each seed": " ".join(f"{value:,.{digits}f}" for value in seeds),
+        })  # fmt: skip
     names = [fill(bar.label, 24, max_lines=2, placeholder="…") for bar in bars]  # long names would crush the chart
     axes.set_yticks(range(len(bars)), names, fontsize=8)
     axes.set_ylim(len(bars) - 0.4, -0.6)
-    values = [value for bar in bars for value in bar.values]
-    left, right = min(0.0, *values), max(0.0, *values, 1.0 if unit == "final success" else 0.0)
+    values = [value for bar in bars for value in bar.seeds]
+    left, right = min(0.0, *values), max(1.0 if unit == "final success" else 0.0, *values)
     axes.set_xlim(left - 0.03 * (right - left), right + 0.05 * (right - left))
     axes.grid(visible=False, axis="y")
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.xaxis.set_major_formatter(EngFormatter(sep="") if digits == 0 else StrMethodFormatter("{x:g}"))
-    content = "; ".join(f"{bar.label} {bar.point:,.{digits}f}" for bar in bars)
+    content = "; ".join(f"{row['backbone']} {row[unit]}" for row in rows)
     return Chart(place, inline_svg(axes.get_figure(), name, f"Chart of {unit} on {place}: {content}."), "", rows)
 
 
