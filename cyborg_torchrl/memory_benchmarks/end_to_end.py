@@ -30,7 +30,7 @@ RATIO_ERROR = 1e-4
 class TestResult:
     """The result of a test, with the values that it measured."""
 
-    __test__ = False  # no test of pytest's
+    __test__ = False  # pytest must not collect it
 
     name: str
     is_passed: bool
@@ -40,7 +40,7 @@ class TestResult:
 def run_end_to_end(
     backbone: str, seed: int, on_progress: Callable[[str, float], None] = lambda name, share: None
 ) -> list[TestResult]:
-    """Run the four tests with a backbone on delayed cue with 20 blank steps; takes some seconds."""
+    """Run the four tests with a backbone on delayed cue with 20 blank steps. It takes some seconds."""
     tests = {
         "buffer size for vectorised environments": _buffer_sizes,
         "state storage and retrieval": _states_come_back,
@@ -68,7 +68,7 @@ def run_end_to_end(
 
 
 def _buffer_sizes(cfg: DictConfig) -> str:
-    """Rows, coverage and bytes of the buffer, for several numbers of environments."""
+    """Check the rows, the order and the bytes of the buffer for several numbers of environments."""
     counts = (1, 3, 8)
     for num_envs in counts:
         agent, rollout = _act(cfg, num_envs)
@@ -88,7 +88,7 @@ def _buffer_sizes(cfg: DictConfig) -> str:
 
 
 def _states_come_back(cfg: DictConfig) -> str:
-    """The state of each chunk that is sampled is the one that its environment had at its first step."""
+    """Check that each sampled chunk starts with the state that its environment had at that step."""
     agent, rollout = _act(cfg, 6)
     number = torch.arange(rollout.numel()).view(rollout.shape)
     buffer = _filled_buffer(rollout.set("number", number))
@@ -107,7 +107,7 @@ def _states_come_back(cfg: DictConfig) -> str:
 
 
 def _training_succeeds(cfg: DictConfig) -> str:
-    """PPO learns to name a cue that it saw 20 steps before."""
+    """Check that PPO learns to name a cue that it saw 20 steps before."""
     trainer, agent, _ = build_trainer(cfg)
     success, largest_error = 0.0, 0.0
     try:
@@ -120,12 +120,12 @@ def _training_succeeds(cfg: DictConfig) -> str:
                 break
     finally:
         trainer.close()
-    _expect(success >= SUCCESS, f"success {success:.2f} after {trainer.num_steps:,} steps; chance is .25")
-    return f"success {success:.2f} after {trainer.num_steps:,} steps (chance .25), |log ratio| {largest_error:.1g}"
+    _expect(success >= SUCCESS, f"success {success:.2f} after {trainer.num_steps:,} steps; chance is 0.25")
+    return f"success {success:.2f} after {trainer.num_steps:,} steps (chance 0.25), |log ratio| {largest_error:.1g}"
 
 
 def _gradients_flow(cfg: DictConfig) -> str:
-    """The loss of a chunk's last step reaches its first observation, and every parameter gets a gradient."""
+    """Check that the last step's loss reaches the first observation, and that every parameter gets a gradient."""
     agent, rollout = _act(cfg, 6)
     add_advantages(rollout, agent.get_value_operator(), gamma=0.99, gae_lambda=0.95)
     loss = build_loss(cfg, agent)
@@ -148,7 +148,7 @@ def _gradients_flow(cfg: DictConfig) -> str:
 
 @torch.no_grad()
 def _act(cfg: DictConfig, num_envs: int) -> tuple[PPOAgent, TensorDictBase]:
-    """An agent and a rollout of two episodes of each environment."""
+    """Return an agent and a rollout of two episodes of each environment."""
     env = build_env(cfg, num_envs=num_envs)
     agent = build_agent(cfg, env)
     env.append_transform(agent.backbone.make_tensordict_primer())
@@ -167,6 +167,6 @@ def _is_live(grad: Tensor | None) -> bool:
 
 
 def _expect(is_so: bool, otherwise: str) -> None:
-    """`assert` that survives python -O."""
+    """Raise AssertionError unless the condition holds, also under `python -O`."""
     if not is_so:
         raise AssertionError(otherwise)

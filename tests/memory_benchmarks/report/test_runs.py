@@ -124,3 +124,9 @@ def test_failed_jobs_of_a_sweep_are_runs_too(tmp_path: Path, write_run: WriteRun
         (2, "failed", "Failed: no device"),
         (3, "unfinished", "No summary.json: it ended, or is, at step 400."),
     ]
+
+
+def test_a_job_that_did_not_start_is_unfinished(tmp_path: Path) -> None:
+    Job({}, {"env": {"name": "delayed_cue"}, "backbone": {"name": "gru"}, "train": {"seed": 4}}).write(tmp_path / "run")
+    (run,) = find_runs([tmp_path])
+    assert (run.seed, run.status, run.note) == (4, "unfinished", "It did not start.")
