@@ -109,7 +109,7 @@ class RayRolloutCollector:
                 part = self._cluster.get(reference)
                 parts[index] = part if isinstance(part, Rollout) else part.refuse(index)
             except self._cluster.deaths as error:
-                # Only this worker is asked again; the results of the others stay.
+                # Only this worker plays again; the results of the others stay.
                 deaths[index] += 1
                 self._replace(index, deaths[index], error)
                 running[self._ask(index)] = index

@@ -266,7 +266,7 @@ class Wrapped(TensorDictModule):
     [
         (["env=gymnasium", "env.id=CartPole-v1"], "is not one of the native environments"),
         (["transforms.previous_action=true"], "the environment has a PreviousAction"),
-        ({"exploration_type": "mode"}, "other than sampled actions"),
+        ({"exploration_type": "mode"}, "actions are not sampled"),
         ({"use_buffers": False}, "no buffers to collect into"),
         ("wrapped", "the policy has a Wrapped"),
     ],
