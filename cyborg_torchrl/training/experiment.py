@@ -31,7 +31,7 @@ from cyborg_torchrl.training.evaluation import Evaluation, OnEpisodes, evaluate,
 from cyborg_torchrl.training.loading import build_acting_env
 from cyborg_torchrl.training.progress import Progress
 from cyborg_torchrl.training.resume import ResumePoint, find_run, restore_training, training_state
-from cyborg_torchrl.training.run import NullRun, RunFolder, default_run_name
+from cyborg_torchrl.training.run_folder import NullRun, RunFolder, default_run_name
 
 EVALUATION_SEED_OFFSET = 1_000_003
 """Difference between the seeds of evaluation and training, so that evaluation has other episodes."""

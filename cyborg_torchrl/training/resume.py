@@ -20,7 +20,7 @@ from cyborg_torchrl.training.builders import Training
 from cyborg_torchrl.training.checkpoint import CheckpointError, CheckpointFolder, Content, load_checkpoint
 from cyborg_torchrl.training.distributed import Ranks
 from cyborg_torchrl.training.loading import checkpoint_path, config_from_content, device_overrides, load_parameters
-from cyborg_torchrl.training.run import lock_run
+from cyborg_torchrl.training.run_folder import lock_run
 
 LOGGER = logging.getLogger(__name__)
 FREE_FOR_AUTO = ("logger", "train.total_timesteps", "train.num_threads")

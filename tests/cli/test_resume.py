@@ -18,7 +18,7 @@ from cyborg_torchrl.training.checkpoint import CheckpointError, CheckpointFolder
 from cyborg_torchrl.training.command import run_command
 from cyborg_torchrl.training.experiment import run_experiment
 from cyborg_torchrl.training.resume import find_run
-from cyborg_torchrl.training.run import RunFolder, lock_run
+from cyborg_torchrl.training.run_folder import RunFolder, lock_run
 from cyborg_torchrl.training.trainer import PPOTrainer
 
 SHORT = ["env.num_envs=4", "env.horizon=5", "train.n_epochs=2", "train.num_minibatches=2", "logger.progress=false"]

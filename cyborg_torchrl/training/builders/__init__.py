@@ -4,7 +4,7 @@ from cyborg_torchrl.training.builders.agent import build_agent, build_core, buil
 from cyborg_torchrl.training.builders.buffer import Buffer, build_buffer, rollout_length
 from cyborg_torchrl.training.builders.collector import build_collector
 from cyborg_torchrl.training.builders.environment import build_env
-from cyborg_torchrl.training.builders.training import Training, build_trainer, prepare_process, share_of_rank
+from cyborg_torchrl.training.builders.trainer import Training, build_trainer, prepare_process, share_of_rank
 
 __all__ = [
     "Buffer",
