@@ -241,8 +241,8 @@ def test_the_group_norm_equals_its_formula(monkeypatch, features: int, groups: i
     y = (scaled * torch.rsqrt(mean + 1e-4)).masked_fill(mean == 0, 0.0).flatten(-2)
     weights = torch.randn(x.shape, dtype=torch.float64)
     expected = [y, torch.autograd.grad((y * weights).sum(), x)[0]]
-    for is_native in (True, False):
-        monkeypatch.setattr(timescale, "is_native", lambda _, is_native=is_native: is_native and native.library())
+    for is_native in (True, False) if native.library() else (False,):
+        monkeypatch.setattr(timescale, "is_native", lambda _, is_native=is_native: is_native)
         y = norm(x)
         with torch.no_grad():
             torch.testing.assert_close(norm(x), y, rtol=1e-13, atol=1e-13)
