@@ -65,5 +65,5 @@ for update, rollout in enumerate(collector, start=1):
 collector.shutdown()
 
 fresh = build_acting_env(cfg, agent, num_envs=250, seed=cfg.train.seed + 1)  # other cues than those of training
-result = evaluate(agent, fresh, episodes=1000)  # greedy
+result = evaluate(agent, fresh, episodes=cfg.logger.eval_episodes)  # greedy
 print(json.dumps({"success_rate": result.success_rate, "total_timesteps": collector.total_frames}))
