@@ -217,13 +217,7 @@ def soak(config: str, overrides: Sequence[str], minutes: float, every: float, ba
                         held |= held_by(running.pid, *(each.pid for each in process.children(recursive=True)))
             is_early = running.poll() is not None
         finally:
-            if running.poll() is None:
-                os.killpg(running.pid, signal.SIGINT)
-            try:
-                output, said = running.communicate(timeout=SECONDS_TO_END)
-            except subprocess.TimeoutExpired:
-                os.killpg(running.pid, signal.SIGKILL)
-                output, said = running.communicate()
+            output, said = _interrupt(running)
         end = time.monotonic() + 10
         # a helper of multiprocessing removes semaphores a moment later
         while (left_behind(marker) or still_there(SHARED_MEMORY, held)) and time.monotonic() < end:
@@ -236,6 +230,17 @@ def soak(config: str, overrides: Sequence[str], minutes: float, every: float, ba
         result |= {"ended_early": is_early, "said": said, "summary": summary[-1] if summary else None}
         result["samples"] = [sample._asdict() for sample in samples]
     return result
+
+
+def _interrupt(running: subprocess.Popen[str]) -> tuple[str, str]:
+    """Interrupt a run, kill it if it does not end, and return its stdout and stderr."""
+    if running.poll() is None:
+        os.killpg(running.pid, signal.SIGINT)
+    try:
+        return running.communicate(timeout=SECONDS_TO_END)
+    except subprocess.TimeoutExpired:
+        os.killpg(running.pid, signal.SIGKILL)
+        return running.communicate()
 
 
 def is_sound(result: dict[str, Any]) -> bool:

@@ -68,10 +68,7 @@ def build_treechop(
         ValueError: if an option is impossible, or belongs to the other backend.
         UnavailableError: if a package or Java is missing.
     """
-    if backend not in TITLES:
-        raise ValueError(f"unknown backend '{backend}': {did_you_mean(backend, TITLES)}")
-    if backend == "crafter" and port is not None:
-        raise ValueError("port belongs to backend=minerl.")
+    _check_backend(backend, port)
     actions = actions or DEFAULT_ACTIONS[backend]
     table = ActionTable(()) if backend == "crafter" else action_table(actions)
     frame_skip = table.frame_skip if frame_skip is None else frame_skip
@@ -89,6 +86,13 @@ def build_treechop(
     if frame_stack == 1:
         return env
     return TransformedEnv(env, CatFrames(frame_stack, -1, in_keys=[keys.PIXELS]))
+
+
+def _check_backend(backend: str, port: int | None) -> None:
+    if backend not in TITLES:
+        raise ValueError(f"unknown backend '{backend}': {did_you_mean(backend, TITLES)}")
+    if backend == "crafter" and port is not None:
+        raise ValueError("port belongs to backend=minerl.")
 
 
 def _check_counts(num_envs: int, max_episode_steps: int, regrow: int | None, frame_skip: int, frame_stack: int) -> None:
