@@ -192,7 +192,9 @@ STYLES = {
     "zero_started": Style(
         "same agent, but chunks of 128 steps\nthat start from zero states", (290_000, 0.08), "#666666", "^"
     ),
-    "ours": Style("cyborg_torchrl (lru): updates see\nthe memory states that acted", (290_000, 0.5), "#0072B2", "o"),
+    "ours": Style(
+        "cyborg_torchrl (lru): stored states,\ngradients through whole episodes", (290_000, 0.5), "#0072B2", "o"
+    ),
 }
 
 
