@@ -9,6 +9,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional as F
 
 from cyborg_torchrl.cores.kernels.gru import gru_cpp
+from cyborg_torchrl.cores.kernels.linear import linear
 from cyborg_torchrl.cores.kernels.native import is_native
 from cyborg_torchrl.cores.layered import LayerState, RecurrentLayer, layered_core_builder
 from cyborg_torchrl.cores.resets import reset_steps
@@ -149,7 +150,7 @@ class GRULayer(RecurrentLayer):
         if is_native(x):  # the code of `forward`, so both round alike
             is_init = torch.zeros(1, x.shape[0], dtype=torch.bool)
             weight_ih, bias_ih, weight, bias = self._signed()
-            gates_x = F.linear(x, weight_ih, bias_ih).unsqueeze(0)
+            gates_x = linear(x, weight_ih, bias_ih).unsqueeze(0)
             hidden = gru_cpp(gates_x, weight, bias, state[0], is_init, state[0]).squeeze(0)
             return hidden, (hidden,)
         gates_x = F.linear(x, self.weight_ih, self.bias_ih * self.bias_mask)
@@ -170,7 +171,7 @@ class GRULayer(RecurrentLayer):
         """Run a sequence."""
         recur = gru_cpp if is_native(x) else gru_recurrence
         weight_ih, bias_ih, weight, bias = self._signed()
-        gates_x = F.linear(x, weight_ih, bias_ih)
+        gates_x = linear(x, weight_ih, bias_ih)
         hidden = recur(gates_x, weight, bias, state[0], is_init, initial[0])
         return hidden, (hidden[-1],)
 

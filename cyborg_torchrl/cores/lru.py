@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from cyborg_torchrl.cores.blocks import blocks
 from cyborg_torchrl.cores.kernels.gated_recurrence import gated_recurrence_cpp
+from cyborg_torchrl.cores.kernels.linear import linear
 from cyborg_torchrl.cores.kernels.native import is_native
 from cyborg_torchrl.cores.layered import LayerState, RecurrentLayer, layered_core_builder
 from cyborg_torchrl.cores.resets import reset_steps
@@ -153,7 +154,7 @@ class LRULayer(RecurrentLayer):
 
     def step(self, x: Float[Tensor, "B F"], state: LayerState) -> tuple[Tensor, LayerState]:
         """Take one step."""
-        inputs, rate = F.linear(x, *self.joined_maps()), self.decay_rates()
+        inputs, rate = linear(x, *self.joined_maps()), self.decay_rates()
         if is_native(x):  # the code of `forward`, so both round alike
             is_init = torch.zeros(1, x.shape[0], dtype=torch.bool)
             hidden = gated_recurrence_cpp(inputs.unsqueeze(0), rate, state[0], is_init, state[0]).squeeze(0)
@@ -172,7 +173,7 @@ class LRULayer(RecurrentLayer):
     ) -> tuple[Tensor, LayerState]:
         """Run a sequence."""
         recur = gated_recurrence_cpp if is_native(x) else gated_recurrence
-        inputs = F.linear(x, *self.joined_maps())
+        inputs = linear(x, *self.joined_maps())
         hidden = recur(inputs, self.decay_rates(), state[0], is_init, initial[0])
         return hidden, (hidden[-1],)
 

@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
-from torch.nn import functional as F
 
+from cyborg_torchrl.cores.kernels.linear import linear
 from cyborg_torchrl.cores.kernels.lstm import lstm_cpp
 from cyborg_torchrl.cores.kernels.native import is_native
 from cyborg_torchrl.cores.layered import LayerState, RecurrentLayer, layered_core_builder
@@ -175,7 +175,7 @@ class LSTMLayer(RecurrentLayer):
         return (self.bias_ih + self.bias_hh) * self.bias_mask
 
     def _gates_x(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight_ih, self.bias())
+        return linear(x, self.weight_ih, self.bias())
 
 
 build_lstm = register_backbone("lstm")(layered_core_builder(LSTMLayer))

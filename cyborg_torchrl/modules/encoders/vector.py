@@ -8,7 +8,8 @@ from typing import cast
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from cyborg_torchrl.cores.kernels.linear import linear
 
 
 class VectorEncoder(nn.Module):
@@ -42,7 +43,7 @@ class VectorEncoder(nn.Module):
         parts = [observation.to(dtype) for observation in observations]
         x = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
         # With one layer, the call of nn.Sequential would cost more than the map itself while acting.
-        return self.network(x) if len(self.network) > 1 else F.linear(x, last.weight)
+        return self.network(x) if len(self.network) > 1 else linear(x, last.weight)
 
 
 class ScaledVector(nn.Module):
