@@ -30,15 +30,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _is_for_onednn(x: Tensor, weight: Tensor) -> bool:
-    is_large = x.numel() * weight.shape[0] >= MIN_PRODUCTS and x.dtype is torch.float32 and x.device.type == "cpu"
+    if x.numel() * weight.shape[0] < MIN_PRODUCTS or x.dtype is not torch.float32 or x.device.type != "cpu":
+        return False
     # Tracing compilers, autocast and functorch know no rule for a custom function.
-    is_plain = not (
-        torch.compiler.is_compiling()
-        or torch.compiler.is_exporting()
-        or torch.is_autocast_enabled("cpu")
-        or torch._C._are_functorch_transforms_active()
-    )
-    return is_large and is_plain and _is_faster_here()
+    if torch.compiler.is_compiling() or torch.compiler.is_exporting() or torch.is_autocast_enabled("cpu"):
+        return False
+    return _is_faster_here() and not torch._C._are_functorch_transforms_active()
 
 
 @cache
