@@ -53,3 +53,21 @@ def test_autocast_is_kept():
     x, weight = torch.randn(700, 16, 128), torch.randn(384, 128)
     with torch.autocast("cpu", torch.bfloat16):
         assert linear(x, weight).dtype is torch.bfloat16
+
+
+def test_exports_with_any_number_of_rows():
+    class Map(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.randn(384, 128))
+
+        def forward(self, x):
+            return linear(x, self.weight)
+
+    rows = {0: torch.export.Dim("rows")}
+    program = torch.export.export(Map(), (torch.randn(4, 128),), dynamic_shapes=(rows,)).module()
+    assert [tuple(program(torch.zeros(count, 128)).shape) for count in (1, 200, 5000)] == [
+        (1, 384),
+        (200, 384),
+        (5000, 384),
+    ]

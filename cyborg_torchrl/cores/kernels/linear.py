@@ -30,12 +30,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _is_for_onednn(x: Tensor, weight: Tensor) -> bool:
+    # Compilers come first: the sizes that they trace may be symbols, which a comparison would fix.
+    if torch.compiler.is_compiling() or torch.compiler.is_exporting():
+        return False
     if x.numel() * weight.shape[0] < MIN_PRODUCTS or x.dtype is not torch.float32 or x.device.type != "cpu":
         return False
-    # Tracing compilers, autocast and functorch know no rule for a custom function.
-    if torch.compiler.is_compiling() or torch.compiler.is_exporting() or torch.is_autocast_enabled("cpu"):
-        return False
-    return _is_faster_here() and not torch._C._are_functorch_transforms_active()
+    # Autocast and functorch know no rule for a custom function.
+    is_plain = not (torch.is_autocast_enabled("cpu") or torch._C._are_functorch_transforms_active())
+    return is_plain and _is_faster_here()
 
 
 @cache
