@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from cyborg_torchrl.envs.memory.task import (
-    ConstantAnswer,
-    Judgement,
-    Latents,
-    Level,
-    MemoryTask,
-    ReferencePolicy,
-    Sizes,
-    at,
-    one_hot,
-)
+from cyborg_torchrl.envs.memory.task import Judgement, Latents, Level, Memory, MemoryTask, Sizes, at, one_hot, recall
 from cyborg_torchrl.registry import register_environment
 
 LEFT, RIGHT, ENTER = range(3)
@@ -62,17 +54,8 @@ class DistractorNavEnv(MemoryTask):
     measure = "distractors"
     least = {"distractors": 1, "horizon": 0}
 
-    def __init__(
-        self,
-        num_envs: int = 64,
-        *,
-        distractors: int | None = None,
-        horizon: int | None = None,
-        level: str | None = None,
-        device: torch.device | str | None = None,
-        seed: int | None = None,
-    ) -> None:
-        super().__init__(num_envs, level, horizon, distractors=distractors, device=device, seed=seed)
+    def __init__(self, num_envs: int = 64, *, distractors: int | None = None, **shared: Any) -> None:
+        super().__init__(num_envs, {"distractors": distractors}, **shared)
         self.colours = self.distractors + 1
 
     def sizes(self) -> Sizes:
@@ -110,24 +93,12 @@ class DistractorNavEnv(MemoryTask):
         is_over = is_entered | (time == self.max_episode_steps - 1)
         return Judgement(is_over, is_right, is_over)
 
-    def oracle(self) -> ReferencePolicy:
-        """Return the policy that remembers the goal's colour and turns right until it sees that door."""
-        return _Oracle(self.colours)
-
-    def memoryless(self) -> ReferencePolicy:
-        """Return the policy that enters the first door: right by chance, 1 / (distractors + 1)."""
-        return ConstantAnswer(ENTER)
-
-
-class _Oracle(ReferencePolicy):
-    """A policy that remembers the goal's colour of each environment."""
-
-    def __init__(self, colours: int) -> None:
-        super().__init__()
-        self.colours = colours
-
-    def act(self, observation: Tensor) -> Tensor:
+    def _oracle(self, observation: Tensor, memory: Memory) -> Tensor:
         colour = observation[..., : self.colours]
-        goal = torch.where(observation[..., -2:-1] > 0, colour, self.recall("goal", torch.zeros_like(colour)))
-        self._memory["goal"] = goal
+        goal = torch.where(observation[..., -2:-1] > 0, colour, recall(memory, "goal", torch.zeros_like(colour)))
+        memory["goal"] = goal
         return torch.where((goal == colour).all(-1), ENTER, RIGHT)
+
+    def _memoryless(self, observation: Tensor, memory: Memory) -> Tensor:
+        """Return the action that enters the first door: right by chance, 1 / (distractors + 1)."""
+        return torch.full(observation.shape[:-1], ENTER, device=observation.device)

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from cyborg_torchrl.envs.memory.task import (
-    Judgement,
-    Latents,
-    Level,
-    MemoryTask,
-    PairsOracle,
-    ReferencePolicy,
-    Sizes,
-    at,
-    one_hot,
-)
+from cyborg_torchrl.envs.memory.task import Latents, Level, Memory, QuestionTask, Sizes, at, one_hot, recall_value
 from cyborg_torchrl.registry import register_environment
 
 
 @register_environment("permuted_copy")
-class PermutedCopyEnv(MemoryTask):
+class PermutedCopyEnv(QuestionTask):
     """Copying in a permuted order, as a batch of episodes on one device.
 
     An episode lasts `2 sequence + horizon` steps: the symbols one by one, `horizon` blank steps, and as many questions
@@ -60,18 +52,8 @@ class PermutedCopyEnv(MemoryTask):
     measure = "sequence"
     least = {"sequence": 1, "symbols": 2, "horizon": 0}
 
-    def __init__(
-        self,
-        num_envs: int = 64,
-        *,
-        sequence: int | None = None,
-        symbols: int = 8,
-        horizon: int | None = None,
-        level: str | None = None,
-        device: torch.device | str | None = None,
-        seed: int | None = None,
-    ) -> None:
-        super().__init__(num_envs, level, horizon, sequence=sequence, symbols=symbols, device=device, seed=seed)
+    def __init__(self, num_envs: int = 64, *, sequence: int | None = None, symbols: int = 8, **shared: Any) -> None:
+        super().__init__(num_envs, {"sequence": sequence, "symbols": symbols}, **shared)
 
     def sizes(self) -> Sizes:
         """Return the sizes that follow from the options."""
@@ -83,7 +65,7 @@ class PermutedCopyEnv(MemoryTask):
         return {"symbol": self.randint(self.symbols, self.sequence), "order": self.permutations(self.sequence)}
 
     def _show(self, time: Tensor, latents: Latents) -> Tensor:
-        question = time - self.sequence - self.horizon
+        question = time - self.first_question
         is_symbol, is_question = time < self.sequence, question >= 0
         position = torch.where(is_symbol, time, at(latents["order"], question))
         return torch.cat(
@@ -95,12 +77,9 @@ class PermutedCopyEnv(MemoryTask):
             -1,
         )
 
-    def _judge(self, action: Tensor, time: Tensor, latents: Latents) -> Judgement:
-        question = time - self.sequence - self.horizon
-        is_question = question >= 0
-        answer = at(latents["symbol"], at(latents["order"], question))
-        return Judgement(is_question, is_question & (action == answer), question == self.sequence - 1)
+    def _answer(self, time: Tensor, latents: Latents) -> Tensor:
+        position = at(latents["order"], time - self.first_question)
+        return at(latents["symbol"], position)
 
-    def oracle(self) -> ReferencePolicy:
-        """Return the policy that stores the symbol of each position."""
-        return PairsOracle(self.sequence, self.symbols)
+    def _oracle(self, observation: Tensor, memory: Memory) -> Tensor:
+        return recall_value(observation, memory, self.sequence, self.symbols)
