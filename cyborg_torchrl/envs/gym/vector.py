@@ -74,6 +74,8 @@ class ClipToBounds(gymnasium.ActionWrapper):
 class Reported(gymnasium.Wrapper):
     """Correct ends of episodes, and `info["success"]` at every step of environments that define success.
 
+    `metadata["reports_success"]` says whether they do.
+
     Args:
         env: the environment.
         is_success: returns whether the episode ended in success, from reward, terminated and info.
@@ -91,6 +93,7 @@ class Reported(gymnasium.Wrapper):
     ) -> None:
         super().__init__(env)
         self.is_success, self.is_time_limit, self.options = is_success, is_time_limit, options
+        self.metadata = {**env.metadata, "reports_success": is_success is not None}
 
     def reset(self, *, seed: int | None = None, options: Info | None = None) -> tuple[Any, Info]:
         """Reset with the options of the constructor."""

@@ -21,8 +21,49 @@ from cyborg_torchrl.envs.memory.task import (
 from cyborg_torchrl.registry import register_environment
 
 
+class SequenceTask(QuestionTask):
+    """A task that shows a sequence of symbols, waits, and asks for the symbol of each position.
+
+    A subclass may ask in another order than that of the sequence (`_asked`).
+    """
+
+    sequence: int
+    symbols: int
+    show_position = True
+    measure = "sequence"
+    least = {"sequence": 1, "symbols": 2, "horizon": 0}
+
+    def sizes(self) -> Sizes:
+        """Return the sizes that follow from the options."""
+        features = self.sequence * self.show_position + self.symbols + 1
+        steps = 2 * self.sequence + self.horizon
+        return Sizes(features, actions=self.symbols, answers=self.sequence, steps=steps)
+
+    def _asked(self, time: Tensor, latents: Latents) -> Tensor:
+        """Return the positions [N] of the questions at the steps `time`; any before the first question."""
+        return time - self.first_question
+
+    def _draw(self) -> Latents:
+        return {"symbol": self.randint(self.symbols, self.sequence)}
+
+    def _show(self, time: Tensor, latents: Latents) -> Tensor:
+        is_symbol, is_question = time < self.sequence, time >= self.first_question
+        symbol = one_hot(at(latents["symbol"], time), self.symbols, is_symbol)
+        parts = [symbol, is_question.float().unsqueeze(-1)]
+        if self.show_position:
+            position = torch.where(is_symbol, time, self._asked(time, latents))
+            parts.insert(0, one_hot(position, self.sequence, is_symbol | is_question))
+        return torch.cat(parts, -1)
+
+    def _answer(self, time: Tensor, latents: Latents) -> Tensor:
+        return at(latents["symbol"], self._asked(time, latents))
+
+    def _oracle(self, observation: Tensor, memory: Memory) -> Tensor:
+        return recall_value(observation, memory, self.sequence, self.symbols)
+
+
 @register_environment("copy_memory")
-class CopyMemoryEnv(QuestionTask):
+class CopyMemoryEnv(SequenceTask):
     """Copy memory, as a batch of episodes on one device.
 
     An episode lasts `2 sequence + horizon` steps: the symbols one by one, `horizon` blank steps, and as many questions
@@ -60,10 +101,6 @@ class CopyMemoryEnv(QuestionTask):
         "extreme": Level(2000, 50, 0.60),
     }
     default = levels["easy"]
-    sequence: int
-    symbols: int
-    measure = "sequence"
-    least = {"sequence": 1, "symbols": 2, "horizon": 0}
 
     def __init__(
         self,
@@ -77,31 +114,9 @@ class CopyMemoryEnv(QuestionTask):
         self.show_position = show_position
         super().__init__(num_envs, {"sequence": sequence, "symbols": symbols}, **shared)
 
-    def sizes(self) -> Sizes:
-        """Return the sizes that follow from the options."""
-        features = self.sequence * self.show_position + self.symbols + 1
-        steps = 2 * self.sequence + self.horizon
-        return Sizes(features, actions=self.symbols, answers=self.sequence, steps=steps)
-
-    def _draw(self) -> Latents:
-        return {"symbol": self.randint(self.symbols, self.sequence)}
-
-    def _show(self, time: Tensor, latents: Latents) -> Tensor:
-        question = time - self.first_question
-        is_symbol, is_question = time < self.sequence, question >= 0
-        symbol = one_hot(at(latents["symbol"], time), self.symbols, is_symbol)
-        parts = [symbol, is_question.float().unsqueeze(-1)]
-        if self.show_position:
-            position = torch.where(is_symbol, time, question)
-            parts.insert(0, one_hot(position, self.sequence, is_symbol | is_question))
-        return torch.cat(parts, -1)
-
-    def _answer(self, time: Tensor, latents: Latents) -> Tensor:
-        return at(latents["symbol"], time - self.first_question)
-
     def _oracle(self, observation: Tensor, memory: Memory) -> Tensor:
         if self.show_position:
-            return recall_value(observation, memory, self.sequence, self.symbols)
+            return super()._oracle(observation, memory)
         is_symbol = observation[..., : self.symbols].sum(-1) > 0
         is_question = observation[..., -1] > 0
         zero = torch.zeros_like(is_symbol, dtype=torch.long)

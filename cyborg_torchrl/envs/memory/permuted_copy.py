@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from cyborg_torchrl.envs.memory.task import Latents, Level, Memory, QuestionTask, Sizes, at, one_hot, recall_value
+from cyborg_torchrl.envs.memory.copy_memory import SequenceTask
+from cyborg_torchrl.envs.memory.task import Latents, Level, at
 from cyborg_torchrl.registry import register_environment
 
 
 @register_environment("permuted_copy")
-class PermutedCopyEnv(QuestionTask):
+class PermutedCopyEnv(SequenceTask):
     """Copying in a permuted order, as a batch of episodes on one device.
 
     An episode lasts `2 sequence + horizon` steps: the symbols one by one, `horizon` blank steps, and as many questions
@@ -47,39 +47,12 @@ class PermutedCopyEnv(QuestionTask):
         "extreme": Level(2000, 40, 0.50),
     }
     default = levels["easy"]
-    sequence: int
-    symbols: int
-    measure = "sequence"
-    least = {"sequence": 1, "symbols": 2, "horizon": 0}
 
     def __init__(self, num_envs: int = 64, *, sequence: int | None = None, symbols: int = 8, **shared: Any) -> None:
         super().__init__(num_envs, {"sequence": sequence, "symbols": symbols}, **shared)
 
-    def sizes(self) -> Sizes:
-        """Return the sizes that follow from the options."""
-        features = self.sequence + self.symbols + 1
-        steps = 2 * self.sequence + self.horizon
-        return Sizes(features, actions=self.symbols, answers=self.sequence, steps=steps)
-
     def _draw(self) -> Latents:
-        return {"symbol": self.randint(self.symbols, self.sequence), "order": self.permutations(self.sequence)}
+        return {**super()._draw(), "order": self.permutations(self.sequence)}
 
-    def _show(self, time: Tensor, latents: Latents) -> Tensor:
-        question = time - self.first_question
-        is_symbol, is_question = time < self.sequence, question >= 0
-        position = torch.where(is_symbol, time, at(latents["order"], question))
-        return torch.cat(
-            [
-                one_hot(position, self.sequence, is_symbol | is_question),
-                one_hot(at(latents["symbol"], time), self.symbols, is_symbol),
-                is_question.float().unsqueeze(-1),
-            ],
-            -1,
-        )
-
-    def _answer(self, time: Tensor, latents: Latents) -> Tensor:
-        position = at(latents["order"], time - self.first_question)
-        return at(latents["symbol"], position)
-
-    def _oracle(self, observation: Tensor, memory: Memory) -> Tensor:
-        return recall_value(observation, memory, self.sequence, self.symbols)
+    def _asked(self, time: Tensor, latents: Latents) -> Tensor:
+        return at(latents["order"], time - self.first_question)
