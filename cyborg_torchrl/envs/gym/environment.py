@@ -43,15 +43,11 @@ def wrap(env: Any, *, frame_skip: int = 1) -> Any:
     Raises:
         ValueError: if frame_skip is below 1, no part of the observation can be read, or no policy has such actions.
     """
-    from gymnasium import spaces
-
-    from cyborg_torchrl.envs.gym.vector import ClipToBounds, FrameSkip, Plain, PlainActions
+    from cyborg_torchrl.envs.gym.vector import FrameSkip, Plain, PlainActions
 
     if frame_skip < 1:
         raise ValueError(f"frame_skip must be >= 1; got {frame_skip}.")
     env = PlainActions(env)
-    if isinstance(env.action_space, spaces.Box):
-        env = ClipToBounds(env)
     if frame_skip > 1:
         env = FrameSkip(env, frame_skip)
     return Plain(env)
