@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cyborg_torchrl.envs.memory.task import Latents, Level, Memory, QuestionTask, Sizes, at, one_hot, recall_value
+from cyborg_torchrl.envs.memory.task import Latents, Memory, QuestionTask, Sizes, at, four_levels, one_hot, recall_value
 from cyborg_torchrl.registry import register_environment
 
 
@@ -41,12 +41,7 @@ class AssocRecallEnv(QuestionTask):
         ValueError: if a number is out of range or not an integer, or the level is unknown.
     """
 
-    levels = {
-        "easy": Level(50, 4, 0.90),
-        "medium": Level(200, 8, 0.85),
-        "hard": Level(800, 12, 0.75),
-        "extreme": Level(3000, 20, 0.65),
-    }
+    levels = four_levels((50, 4, 0.90), (200, 8, 0.85), (800, 12, 0.75), (3000, 20, 0.65))
     default = levels["easy"]
     pairs: int
     values: int

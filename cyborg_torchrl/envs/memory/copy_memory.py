@@ -9,11 +9,11 @@ from torch import Tensor
 
 from cyborg_torchrl.envs.memory.task import (
     Latents,
-    Level,
     Memory,
     QuestionTask,
     Sizes,
     at,
+    four_levels,
     one_hot,
     recall,
     recall_value,
@@ -94,12 +94,7 @@ class CopyMemoryEnv(SequenceTask):
     position.
     """
 
-    levels = {
-        "easy": Level(50, 10, 0.90),
-        "medium": Level(200, 20, 0.85),
-        "hard": Level(500, 30, 0.75),
-        "extreme": Level(2000, 50, 0.60),
-    }
+    levels = four_levels((50, 10, 0.90), (200, 20, 0.85), (500, 30, 0.75), (2000, 50, 0.60))
     default = levels["easy"]
 
     def __init__(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cyborg_torchrl.envs.memory.task import Judgement, Latents, Level, Memory, MemoryTask, Sizes, recall
+from cyborg_torchrl.envs.memory.task import Judgement, Latents, Level, Memory, MemoryTask, Sizes, four_levels, recall
 from cyborg_torchrl.registry import register_environment
 
 
@@ -37,12 +37,7 @@ class DelayedCueEnv(MemoryTask):
         ValueError: if a number is out of range or not an integer, or the level is unknown.
     """
 
-    levels = {
-        "easy": Level(50, 4, 0.95),
-        "medium": Level(200, 8, 0.90),
-        "hard": Level(1000, 8, 0.80),
-        "extreme": Level(5000, 16, 0.70),
-    }
+    levels = four_levels((50, 4, 0.95), (200, 8, 0.90), (1000, 8, 0.80), (5000, 16, 0.70))
     default = Level(1000, 4, 0.95)
     cues: int
     measure = "cues"

@@ -7,7 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cyborg_torchrl.envs.memory.task import Judgement, Latents, Level, Memory, MemoryTask, Sizes, at, one_hot, recall
+from cyborg_torchrl.envs.memory.task import (
+    Judgement,
+    Latents,
+    Memory,
+    MemoryTask,
+    Sizes,
+    at,
+    four_levels,
+    one_hot,
+    recall,
+)
 from cyborg_torchrl.registry import register_environment
 
 LEFT, RIGHT, ENTER = range(3)
@@ -43,12 +53,7 @@ class DistractorNavEnv(MemoryTask):
         ValueError: if a number is out of range or not an integer, or the level is unknown.
     """
 
-    levels = {
-        "easy": Level(50, 2, 0.90),
-        "medium": Level(200, 5, 0.80),
-        "hard": Level(500, 10, 0.70),
-        "extreme": Level(2000, 20, 0.60),
-    }
+    levels = four_levels((50, 2, 0.90), (200, 5, 0.80), (500, 10, 0.70), (2000, 20, 0.60))
     default = levels["easy"]
     distractors: int
     measure = "distractors"

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cyborg_torchrl.envs.memory.task import Latents, Level, Memory, QuestionTask, Sizes, at, one_hot, recall_value
+from cyborg_torchrl.envs.memory.task import Latents, Memory, QuestionTask, Sizes, at, four_levels, one_hot, recall_value
 from cyborg_torchrl.registry import register_environment
 
 
@@ -40,12 +40,7 @@ class MultiCueDelayEnv(QuestionTask):
         ValueError: if a number is out of range or not an integer, or the level is unknown.
     """
 
-    levels = {
-        "easy": Level(100, 2, 0.85),
-        "medium": Level(300, 4, 0.80),
-        "hard": Level(1000, 6, 0.70),
-        "extreme": Level(5000, 10, 0.60),
-    }
+    levels = four_levels((100, 2, 0.85), (300, 4, 0.80), (1000, 6, 0.70), (5000, 10, 0.60))
     default = levels["easy"]
     cues: int
     values: int

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cyborg_torchrl.envs.memory.task import Latents, Level, Memory, QuestionTask, Sizes, at, one_hot, recall
+from cyborg_torchrl.envs.memory.task import Latents, Memory, QuestionTask, Sizes, at, four_levels, one_hot, recall
 from cyborg_torchrl.registry import register_environment
 
 
@@ -42,12 +42,7 @@ class NBackEnv(QuestionTask):
     Source: Kirchner (1958).
     """
 
-    levels = {
-        "easy": Level(100, 2, 0.85),
-        "medium": Level(300, 3, 0.80),
-        "hard": Level(1000, 4, 0.70),
-        "extreme": Level(5000, 5, 0.60),
-    }
+    levels = four_levels((100, 2, 0.85), (300, 3, 0.80), (1000, 4, 0.70), (5000, 5, 0.60))
     default = levels["easy"]
     n: int
     symbols: int

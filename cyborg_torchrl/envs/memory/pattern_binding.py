@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cyborg_torchrl.envs.memory.task import Latents, Level, Memory, QuestionTask, Sizes, at, one_hot, recall
+from cyborg_torchrl.envs.memory.task import Latents, Memory, QuestionTask, Sizes, at, four_levels, one_hot, recall
 from cyborg_torchrl.registry import register_environment
 
 
@@ -43,12 +43,7 @@ class PatternBindingEnv(QuestionTask):
     Source: the binding condition of Wheeler and Treisman (2002), with patterns shown one after another.
     """
 
-    levels = {
-        "easy": Level(100, 3, 0.85),
-        "medium": Level(300, 5, 0.75),
-        "hard": Level(1000, 8, 0.65),
-        "extreme": Level(5000, 12, 0.55),
-    }
+    levels = four_levels((100, 3, 0.85), (300, 5, 0.75), (1000, 8, 0.65), (5000, 12, 0.55))
     default = levels["easy"]
     patterns: int
     measure = "patterns"

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from cyborg_torchrl.envs.memory.copy_memory import SequenceTask
-from cyborg_torchrl.envs.memory.task import Latents, Level, at
+from cyborg_torchrl.envs.memory.task import Latents, at, four_levels
 from cyborg_torchrl.registry import register_environment
 
 
@@ -40,12 +40,7 @@ class PermutedCopyEnv(SequenceTask):
         ValueError: if a number is out of range or not an integer, or the level is unknown.
     """
 
-    levels = {
-        "easy": Level(50, 8, 0.85),
-        "medium": Level(200, 15, 0.75),
-        "hard": Level(500, 25, 0.65),
-        "extreme": Level(2000, 40, 0.50),
-    }
+    levels = four_levels((50, 8, 0.85), (200, 15, 0.75), (500, 25, 0.65), (2000, 40, 0.50))
     default = levels["easy"]
 
     def __init__(self, num_envs: int = 64, *, sequence: int | None = None, symbols: int = 8, **shared: Any) -> None:

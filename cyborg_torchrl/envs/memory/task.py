@@ -308,6 +308,12 @@ class ReferencePolicy(TensorDictModuleBase):
         return tensordict.set(keys.ACTION, action.clone())
 
 
+def four_levels(*levels: tuple[int, int, float]) -> dict[str, Level]:
+    """Return the levels from easy to extreme; each is given as (horizon, size, target)."""
+    names = ("easy", "medium", "hard", "extreme")
+    return {name: Level(*level) for name, level in zip(names, levels, strict=True)}
+
+
 def oracle_policy(env: MemoryTask) -> ReferencePolicy:
     """Return the policy that remembers everything it needs: it always succeeds."""
     return ReferencePolicy(env._oracle)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cyborg_torchrl.envs.memory.task import Judgement, Latents, Level, Memory, MemoryTask, Sizes, recall
+from cyborg_torchrl.envs.memory.task import Judgement, Latents, Memory, MemoryTask, Sizes, four_levels, recall
 from cyborg_torchrl.registry import register_environment
 
 FORWARD, UP, BACK, DOWN = range(4)
@@ -45,12 +45,7 @@ class TMazeEnv(MemoryTask):
     one-hot here, and +-1 there.
     """
 
-    levels = {
-        "easy": Level(50, 2, 0.95),
-        "medium": Level(250, 2, 0.95),
-        "hard": Level(1000, 2, 0.95),
-        "extreme": Level(10_000, 2, 0.95),
-    }
+    levels = four_levels((50, 2, 0.95), (250, 2, 0.95), (1000, 2, 0.95), (10_000, 2, 0.95))
     default = levels["easy"]
     least = {"horizon": 1}
 
