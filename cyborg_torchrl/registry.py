@@ -7,8 +7,10 @@ once.
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
@@ -106,14 +108,35 @@ class Registry:
 
 def options_of(builder: Callable[..., Any]) -> dict[str, Any]:
     """Return the configuration options of a registered builder, with their defaults."""
-    parameters = inspect.signature(signature_owner(builder)).parameters.values()
-    named = (p for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD))
-    return {p.name: p.default for p in named if p.name not in WIRED}
+    options: dict[str, Any] = {}
+    for owner in _signature_owners(builder):
+        for p in inspect.signature(owner).parameters.values():
+            if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD) and p.name not in WIRED:
+                options.setdefault(p.name, p.default)
+    return options
 
 
-def signature_owner(builder: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the callable with the signature. For a class this is `__init__`, since a metaclass may hide it."""
-    return builder.__init__ if inspect.isclass(builder) else builder
+def option_types(builder: Callable[..., Any]) -> dict[str, Any]:
+    """Return the type hints of a registered builder's parameters."""
+    hints: dict[str, Any] = {}
+    for owner in _signature_owners(builder):
+        hints = typing.get_type_hints(owner.func if isinstance(owner, functools.partial) else owner) | hints
+    return hints
+
+
+def _signature_owners(builder: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
+    """Yield the callables with the parameters. For a class this is `__init__`, since a metaclass may hide it.
+
+    An `__init__` that ends in `**shared` passes these options to the next class, which then yields its own.
+    """
+    if not inspect.isclass(builder):
+        yield builder
+        return
+    for owner in builder.__mro__:
+        if "__init__" in vars(owner):
+            yield owner.__init__
+            if "shared" not in inspect.signature(owner.__init__).parameters:
+                return
 
 
 backbones = Registry("backbone", "cyborg_torchrl.backbones")

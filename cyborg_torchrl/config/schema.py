@@ -15,7 +15,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from cyborg_torchrl.registry import backbones, environments, memories, options_of, signature_owner
+from cyborg_torchrl.registry import backbones, environments, memories, option_types, options_of
 
 BACKENDS = ("wandb", "mlflow")
 
@@ -235,7 +235,7 @@ class Config:
 
 def config_class_of(name: str, builder: Callable[..., Any]) -> type:
     """Return the dataclass of a registered builder's options, with the field `name` first."""
-    hints = typing.get_type_hints(signature_owner(builder))
+    hints = option_types(builder)
     fields: list[tuple[str, Any, Any]] = [("name", str, field(default=name))]
     for key, default in options_of(builder).items():
         fields.append((key, _node_type(hints.get(key, Any)), _node_default(default)))

@@ -22,7 +22,8 @@ def first_game(env: EnvBase) -> Any:
     """Return the first gymnasium environment of a batch; None for other kinds, and for those in other processes."""
     while isinstance(env, TransformedEnv):
         env = env.base_env
-    return env._env.envs[0] if isinstance(env, GymnasiumEnv) else None
+    games = env._env.envs if isinstance(env, GymnasiumEnv) else None
+    return games[0] if games else None
 
 
 def action_names(env: EnvBase) -> list[str] | None:

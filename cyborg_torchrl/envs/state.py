@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchrl.envs import Compose, EnvBase, Transform, TransformedEnv
+from torchrl.envs import EnvBase, Transform, TransformedEnv
+
+from cyborg_torchrl.envs.transforms.normalization import transforms_of
 
 
 def environment_state(env: EnvBase) -> dict[str, Any] | None:
@@ -42,8 +44,7 @@ def set_environment_state(env: EnvBase, state: Mapping[str, Any]) -> Tensor:
 
 
 def _layers(env: EnvBase) -> tuple[list[Transform], EnvBase]:
-    transforms: list[Transform] = []
+    transforms = list(transforms_of(env))
     while isinstance(env, TransformedEnv):
-        transforms += list(env.transform) if isinstance(env.transform, Compose) else [env.transform]
         env = env.base_env
     return transforms, env

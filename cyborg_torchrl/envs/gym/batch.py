@@ -88,7 +88,6 @@ def batch(
     *,
     workers: int = 0,
     max_episode_steps: int | None = None,
-    reports_success: bool = False,
     device: torch.device | str | None = None,
     seed: int | None = None,
 ) -> EnvBase:
@@ -101,7 +100,6 @@ def batch(
         num_envs: N.
         workers: number of worker processes, which are replaced when they die; 0: all environments in this process.
         max_episode_steps: steps of the longest possible episode; None: read it from one environment.
-        reports_success: read `info["success"]` as "success".
         device: device of all tensors.
         seed: seed from which each environment gets its seed; None: random seeds.
 
@@ -116,8 +114,9 @@ def batch(
     longest = longest_episode(makers[0]) if max_episode_steps is None else max_episode_steps
     from cyborg_torchrl.envs.gym.episodes import EpisodeVectorEnv
 
-    env = GymnasiumEnv(EpisodeVectorEnv(makers, workers), categorical_action_encoding=True, device=device)
-    if reports_success:
+    vector = EpisodeVectorEnv(makers, workers)
+    env = GymnasiumEnv(vector, categorical_action_encoding=True, device=device)
+    if vector.metadata.get("reports_success"):
         env.set_info_dict_reader(SuccessReader(num_envs))
     env.max_episode_steps = longest
     if seed is not None:

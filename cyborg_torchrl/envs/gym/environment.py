@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from functools import partial
 from types import ModuleType
@@ -14,6 +14,9 @@ from torchrl.envs import EnvBase
 
 from cyborg_torchrl.envs.gym.batch import batch
 from cyborg_torchrl.registry import UnavailableError, did_you_mean, register_environment
+
+MakeById = Callable[[str, int | None, dict[str, Any] | None], Any]
+"""Builder of one gymnasium environment from its id, its longest episode and its options; picklable."""
 
 
 def import_package(name: str, *, command: str | None = None) -> ModuleType:
@@ -30,28 +33,21 @@ def import_package(name: str, *, command: str | None = None) -> ModuleType:
         raise UnavailableError(f"the package '{name}' cannot be imported ({error}): {command}") from None
 
 
-def wrap(env: Any, *, frame_skip: int = 1, **reported: Any) -> Any:
+def wrap(env: Any, *, frame_skip: int = 1) -> Any:
     """Add the usual wrappers to one gymnasium environment.
 
     Args:
         env: the environment.
         frame_skip: environment steps for each action.
-        **reported: arguments of `Reported`: success, time limit and reset options.
 
     Raises:
         ValueError: if frame_skip is below 1, no part of the observation can be read, or no policy has such actions.
     """
-    from gymnasium import spaces
-
-    from cyborg_torchrl.envs.gym.vector import ClipToBounds, FrameSkip, Plain, PlainActions, Reported
+    from cyborg_torchrl.envs.gym.vector import FrameSkip, Plain, PlainActions
 
     if frame_skip < 1:
         raise ValueError(f"frame_skip must be >= 1; got {frame_skip}.")
     env = PlainActions(env)
-    if isinstance(env.action_space, spaces.Box):
-        env = ClipToBounds(env)
-    if reported:
-        env = Reported(env, **reported)
     if frame_skip > 1:
         env = FrameSkip(env, frame_skip)
     return Plain(env)
@@ -101,15 +97,19 @@ def one_line_errors(env_id: str, options: dict[str, Any] | None, *expected: type
         raise ValueError(f"'{env_id}'{with_options}: {reason}") from None
 
 
-def _make(env_id: str, frame_skip: int, max_episode_steps: int | None, options: dict[str, Any] | None) -> Any:
-    return wrap(make_registered(env_id, max_episode_steps, options), frame_skip=frame_skip)
+def make_wrapped(
+    make_one: MakeById, env_id: str, frame_skip: int, max_episode_steps: int | None, options: dict[str, Any] | None
+) -> Any:
+    """Make one environment by its id, with the usual wrappers."""
+    return wrap(make_one(env_id, max_episode_steps, options), frame_skip=frame_skip)
 
 
-@register_environment("gymnasium")
-def build_gymnasium(
+def build_by_id(
+    make_one: MakeById,
+    /,
     *,
-    id: str = "CartPole-v1",
-    num_envs: int = 16,
+    id: str,
+    num_envs: int,
     frame_skip: int = 1,
     max_episode_steps: int | None = None,
     workers: int = 0,
@@ -117,20 +117,31 @@ def build_gymnasium(
     device: torch.device | str | None = None,
     seed: int | None = None,
 ) -> EnvBase:
-    """Build a batch of any registered gymnasium environment.
+    """Build a batch of gymnasium environments by their id.
 
     Args:
-        id: id of the environment; "module:Name-v0" imports a module first.
+        make_one: makes one environment from its id, its longest episode and its options.
+        id: id of the environment.
         num_envs: number of environments.
         frame_skip: environment steps for each action; rewards are summed.
-        max_episode_steps: environment steps after which episodes are truncated; None: as registered.
+        max_episode_steps: environment steps after which episodes are truncated; None: the package's limit.
         workers: number of worker processes; 0: all environments in this process.
-        options: keyword arguments of `gymnasium.make`.
+        options: options of the environment.
         device: device of all tensors.
         seed: seed from which each environment gets its seed.
 
     Raises:
-        ValueError: if the id is unknown or an option cannot be used, in one line.
+        ValueError: if a package is missing, the id is unknown or an option cannot be used, in one line.
     """
-    make = partial(_make, id, frame_skip, max_episode_steps, options)
+    make = partial(make_wrapped, make_one, id, frame_skip, max_episode_steps, options)
     return batch(make, num_envs, workers=workers, device=device, seed=seed)
+
+
+build_gymnasium = register_environment("gymnasium")(
+    partial(build_by_id, make_registered, id="CartPole-v1", num_envs=16),
+)
+"""Build a batch of any registered gymnasium environment.
+
+The arguments are those of `build_by_id`. An id "module:Name-v0" imports a module first. Options are keyword arguments
+of `gymnasium.make`.
+"""

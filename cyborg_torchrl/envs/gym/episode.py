@@ -32,6 +32,11 @@ class Episode:
         return int(np.random.SeedSequence([self.stream, self.number]).generate_state(1)[0])
 
     @property
+    def script(self) -> tuple[int, list[Any]]:
+        """The seed and the actions, from which the episode can be replayed."""
+        return self.seed, self.actions
+
+    @property
     def has_begun(self) -> bool:
         """True after the first reset."""
         return self.number >= 0

@@ -23,8 +23,8 @@ class EpisodeVectorEnv(VectorEnv):
 
     A seed given by `reseed` takes effect at each environment's next reset, so the caller may still act on the present
     observations. A collector may give the same seed again after its first reset. Then the seed is not used a second
-    time, and no episode is played twice. The seeds of all environments are
-    unrelated. With gymnasium's `seed + i`, two vectors with neighbouring seeds would share most episodes.
+    time, and no episode is played twice. The seeds of all environments are unrelated. With gymnasium's `seed + i`, two
+    vectors with neighbouring seeds would share most episodes.
 
     Args:
         makers: one callable for each environment.
@@ -36,9 +36,12 @@ class EpisodeVectorEnv(VectorEnv):
         streams = np.random.SeedSequence().generate_state(self.num_envs)
         self.episodes = [Episode(int(word)) for word in streams]
         self._next: list[int | None] = [int(word) for word in streams]
-        runner = EnvironmentProcesses(makers, workers, self.episodes) if workers else InThisProcess(makers)
-        self.runner: EnvironmentProcesses | InThisProcess = runner
-        self.single_observation_space, self.single_action_space, metadata = runner.spaces()
+        self.runner: EnvironmentProcesses | InThisProcess
+        if workers:
+            self.runner = EnvironmentProcesses(makers, workers, self.episodes)
+        else:
+            self.runner = InThisProcess(dict(enumerate(makers)))
+        self.single_observation_space, self.single_action_space, metadata = self.runner.spaces()
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
         self.action_space = batch_space(self.single_action_space, self.num_envs)
         self.autoreset_mode = AutoresetMode.DISABLED
@@ -47,7 +50,7 @@ class EpisodeVectorEnv(VectorEnv):
     @property
     def envs(self) -> list[gymnasium.Env]:
         """The environments in this process; empty with worker processes."""
-        return self.runner.envs
+        return list(self.runner.envs.values())
 
     def reseed(self, seed: int) -> None:
         """Seed each environment at its next reset."""
@@ -76,7 +79,7 @@ class EpisodeVectorEnv(VectorEnv):
         rewards = np.zeros(self.num_envs)
         terminated, truncated = np.zeros(self.num_envs, dtype=bool), np.zeros(self.num_envs, dtype=bool)
         infos: Info = {}
-        for i, step in enumerate(self.runner.step(each)):
+        for i, step in self.runner.step(dict(enumerate(each))).items():
             observation, rewards[i], terminated[i], truncated[i], info = step
             episode = self.episodes[i]
             if not episode.actions and episode.number == 0 and self._next[i] == episode.stream:
@@ -112,7 +115,7 @@ class EpisodeVectorEnv(VectorEnv):
             episode.actions = [] if state["actions"][i] is None else list(state["actions"][i].numpy())
         self._next = list(state["next"])
         running = [i for i, episode in enumerate(self.episodes) if episode.has_begun]
-        for i, observation in self.runner.replay({i: self.episodes[i] for i in running}).items():
+        for i, observation in self.runner.replay({i: self.episodes[i].script for i in running}).items():
             self.episodes[i].observation = observation
         lost = torch.zeros(self.num_envs, dtype=torch.bool)
         for i in running:

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tensordict import TensorDict, TensorDictBase
 
 from cyborg_torchrl import envs, keys
 from cyborg_torchrl.envs.memory.task import MemoryTask
@@ -64,7 +63,8 @@ class MemoryTaskEnv(gymnasium.Env[np.ndarray, np.int64]):
         super().reset(seed=seed)
         if seed is not None:
             self.torch_env.set_seed(seed)
-        return _observation(self.torch_env.reset())[0], {}
+        observation, _ = self.torch_env.restart()
+        return observation[0].cpu().numpy(), {}
 
     def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         """Take one step.
@@ -72,12 +72,9 @@ class MemoryTaskEnv(gymnasium.Env[np.ndarray, np.int64]):
         Raises:
             ValueError: if the action is out of range.
         """
-        after = _step(self.torch_env, np.asarray([action]))
-        success, done, terminated, truncated = (
-            after.get(key).item() for key in (keys.SUCCESS, keys.DONE, keys.TERMINATED, keys.TRUNCATED)
-        )
-        info = {"success": success} if done else {}
-        return _observation(after)[0], after.get(keys.REWARD).item(), terminated, truncated, info
+        observation, success, reward, terminated = _advance(self.torch_env, np.asarray([action]))
+        info = {"success": success.item()} if terminated.item() else {}
+        return observation[0], reward.item(), terminated.item(), False, info
 
 
 class MemoryTaskVectorEnv(gymnasium.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
@@ -122,7 +119,8 @@ class MemoryTaskVectorEnv(gymnasium.vector.VectorEnv[np.ndarray, np.ndarray, np.
         if seed is not None:
             self.torch_env.set_seed(int(seed))
         self._is_over = np.zeros(self.num_envs, dtype=np.bool_)
-        return _observation(self.torch_env.reset()), {}
+        observation, _ = self.torch_env.restart()
+        return observation.cpu().numpy(), {}
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """Take one step in each environment, or begin the next episode where the last step ended one.
@@ -134,29 +132,16 @@ class MemoryTaskVectorEnv(gymnasium.vector.VectorEnv[np.ndarray, np.ndarray, np.
         if self._is_over is None:
             raise gymnasium.error.ResetNeeded("call reset before the first step.")
         is_new = self._is_over
-        if is_new.all():  # no step, since it would draw random numbers for ended episodes
-            zeros, is_over = np.zeros(self.num_envs), np.zeros(self.num_envs, dtype=np.bool_)
-            self._is_over = is_over
-            return _observation(self.torch_env.reset()), zeros, is_over.copy(), is_over.copy(), {}
-        after = _step(self.torch_env, np.where(is_new, 0, actions))
-        observation = _observation(after)
-        reward, success, terminated, truncated = (
-            after.get(key).squeeze(-1).cpu().numpy()
-            for key in (keys.REWARD, keys.SUCCESS, keys.TERMINATED, keys.TRUNCATED)
-        )
-        reward, terminated, truncated = (
-            np.where(is_new, 0.0, reward.astype(float)),
-            terminated & ~is_new,
-            truncated & ~is_new,
-        )
+        observation, success, reward, terminated = _advance(self.torch_env, np.where(is_new, 0, actions))
         if is_new.any():
-            mask = torch.as_tensor(is_new, device=self.torch_env.device).unsqueeze(-1)
-            begun = self.torch_env.reset(TensorDict({"_reset": mask}, [self.num_envs]))
-            observation = np.where(is_new[:, None], _observation(begun), observation)
-        is_over = terminated | truncated
+            begun, _ = self.torch_env.restart(torch.as_tensor(is_new, device=self.torch_env.device))
+            observation = begun.cpu().numpy()
+        reward = np.where(is_new, 0.0, reward[:, 0].astype(float))
+        is_over = terminated[:, 0] & ~is_new
         self._is_over = is_over.copy()
-        info = {"success": np.where(is_over, success, 0).astype(success.dtype), "_success": is_over}
-        return observation, reward, terminated, truncated, info if is_over.any() else {}
+        info = {"success": np.where(is_over, success[:, 0], 0).astype(success.dtype), "_success": is_over}
+        truncated = np.zeros_like(is_over)
+        return observation, reward, is_over.copy(), truncated, info if is_over.any() else {}
 
 
 def _spaces(env: MemoryTask) -> tuple[gymnasium.spaces.Box, gymnasium.spaces.Discrete]:
@@ -165,17 +150,14 @@ def _spaces(env: MemoryTask) -> tuple[gymnasium.spaces.Box, gymnasium.spaces.Dis
     return gymnasium.spaces.Box(low, high, dtype=low.dtype.type), gymnasium.spaces.Discrete(env.action_spec.n)
 
 
-def _observation(tensordict: TensorDictBase) -> np.ndarray:
-    return tensordict.get(keys.OBSERVATION).cpu().numpy()
-
-
-@torch.no_grad()
-def _step(env: MemoryTask, actions: np.ndarray) -> TensorDictBase:
+def _advance(env: MemoryTask, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Take a step; return the observation [N, F], success, reward and terminated, each [N, 1]."""
     most = env.action_spec.n - 1
     if not np.issubdtype(actions.dtype, np.integer) or actions.min() < 0 or actions.max() > most:
         raise ValueError(f"actions are whole numbers from 0 to {most}; got {actions.tolist()}.")
     action = torch.as_tensor(actions, dtype=torch.long, device=env.device)
-    return env.step(TensorDict({keys.ACTION: action}, env.batch_size, device=env.device)).get(keys.NEXT)
+    observation, success, reward, terminated = (tensor.cpu().numpy() for tensor in env.advance(action))
+    return observation, success, reward, terminated
 
 
 def register() -> None:

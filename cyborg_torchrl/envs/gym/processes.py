@@ -24,10 +24,11 @@ MAX_ATTEMPTS = 5
 Begun = tuple[Any, dict[str, Any]]
 Stepped = tuple[Any, Any, Any, Any, dict[str, Any]]
 Spaces = tuple[gymnasium.Space, gymnasium.Space, dict[str, Any]]
+Request = tuple[Any, ...]
 
 
 class InThisProcess:
-    """Environments in this process.
+    """Environments in this process, by their numbers.
 
     Args:
         makers: one callable for each environment.
@@ -36,46 +37,45 @@ class InThisProcess:
         ValueError: if the environments have different spaces.
     """
 
-    def __init__(self, makers: Sequence[Callable[[], gymnasium.Env]]) -> None:
-        self.envs = [make() for make in makers]
+    def __init__(self, makers: Mapping[int, Callable[[], gymnasium.Env]]) -> None:
+        self.envs = {i: make() for i, make in makers.items()}
+        self._first, *others = self.envs.values()
         for name in ("observation_space", "action_space"):
-            spaces = [getattr(env, name) for env in self.envs]
-            if any(space != spaces[0] for space in spaces):
+            if any(getattr(env, name) != getattr(self._first, name) for env in others):
                 raise ValueError(f"environments of one batch must have the same {name}; here are several.")
 
     def spaces(self) -> Spaces:
         """Return the observation space, the action space and the metadata of one environment."""
-        return self.envs[0].observation_space, self.envs[0].action_space, dict(self.envs[0].metadata)
+        return self._first.observation_space, self._first.action_space, dict(self._first.metadata)
 
     def reset(self, seeds: Mapping[int, int], options: dict[str, Any] | None) -> dict[int, Begun]:
         """Begin an episode in each environment that has a seed."""
         return {i: self.envs[i].reset(seed=seed, options=options) for i, seed in seeds.items()}
 
-    def step(self, actions: Sequence[Any]) -> list[Stepped]:
-        """Take a step in each environment."""
-        return [env.step(action) for env, action in zip(self.envs, actions, strict=True)]
+    def step(self, actions: Mapping[int, Any]) -> dict[int, Stepped]:
+        """Take a step in each environment that has an action."""
+        return {i: self.envs[i].step(action) for i, action in actions.items()}
 
-    def replay(self, episodes: Mapping[int, Episode]) -> dict[int, Any]:
-        """Replay episodes, and return their last observations."""
-        return {i: played_again(self.envs[i], episode.seed, episode.actions) for i, episode in episodes.items()}
+    def replay(self, scripts: Mapping[int, tuple[int, Sequence[Any]]]) -> dict[int, Any]:
+        """Reset environments with seeds, take their actions, and return the last observations.
+
+        The observation is None for environments with the attribute `is_reproducible = False`, which would reach another
+        one.
+        """
+        seen: dict[int, Any] = {}
+        for i, (seed, actions) in scripts.items():
+            env = self.envs[i]
+            seen[i] = None
+            if getattr(env.unwrapped, "is_reproducible", True):
+                seen[i], _ = env.reset(seed=seed)
+                for action in actions:
+                    seen[i] = env.step(action)[0]
+        return seen
 
     def close(self) -> None:
         """Close the environments."""
-        for env in self.envs:
+        for env in self.envs.values():
             env.close()
-
-
-def played_again(env: gymnasium.Env, seed: int, actions: Sequence[Any]) -> Any:
-    """Return the observation after a reset and some actions.
-
-    Return None for environments with the attribute `is_reproducible = False`, which would reach another observation.
-    """
-    if not getattr(env.unwrapped, "is_reproducible", True):
-        return None
-    observation, _ = env.reset(seed=seed)
-    for action in actions:
-        observation = env.step(action)[0]
-    return observation
 
 
 class _Worker(NamedTuple):
@@ -90,6 +90,8 @@ class EnvironmentProcesses:
     actions. So no step is lost, and none is counted twice. If seed and actions do not determine an environment, it may
     reach another observation. Then its episode is truncated, with the last observation, no reward, and info["error"].
 
+    A request is the name of a method of `InThisProcess` and its arguments.
+
     Args:
         makers: one callable for each environment.
         workers: number of processes; must divide the number of environments.
@@ -97,11 +99,10 @@ class EnvironmentProcesses:
     """
 
     def __init__(self, makers: Sequence[Callable[[], gymnasium.Env]], workers: int, episodes: list[Episode]) -> None:
-        self.envs: list[gymnasium.Env] = []  # all environments are in other processes
-        self.episodes, self._share = episodes, len(makers) // workers
-        self._makers = [
-            cloudpickle.dumps(list(makers[w * self._share : (w + 1) * self._share])) for w in range(workers)
-        ]
+        self.envs: dict[int, gymnasium.Env] = {}  # all environments are in other processes
+        self.episodes, share = episodes, len(makers) // workers
+        self._owned = [range(w * share, (w + 1) * share) for w in range(workers)]
+        self._makers = [cloudpickle.dumps({i: makers[i] for i in owned}) for owned in self._owned]
         methods = multiprocessing.get_all_start_methods()
         self._context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
         if "forkserver" in methods:  # so that a replacement starts at once
@@ -117,125 +118,112 @@ class EnvironmentProcesses:
 
     def spaces(self) -> Spaces:
         """Return the observation space, the action space and the metadata of one environment."""
-        found = [self._ask(w, ("spaces", None)) for w in range(len(self._workers))]
-        if any(spaces[:2] != found[0][:2] for spaces in found):
+        first, *others = self._ask_all(dict.fromkeys(range(len(self._workers)), ("spaces",)))
+        if any(spaces[:2] != first[:2] for spaces in others):
             raise ValueError("environments of one batch must have the same spaces; here are several.")
-        return found[0]
+        return first
 
     def reset(self, seeds: Mapping[int, int], options: dict[str, Any] | None) -> dict[int, Begun]:
         """Begin an episode in each environment that has a seed."""
         self._lost -= set(seeds)
-        requests: dict[int, tuple[str, Any]] = {}
-        for w in range(len(self._workers)):
-            own = {i % self._share: seed for i, seed in seeds.items() if i // self._share == w}
-            if own:
-                requests[w] = ("reset", (own, options))
-        answers = self._ask_all(requests, begin=frozenset(seeds))
-        return {w * self._share + j: begun for w, answer in answers.items() for j, begun in answer.items()}
+        return self._ask_owners("reset", seeds, options)
 
-    def step(self, actions: Sequence[Any]) -> list[Stepped]:
-        """Take a step in each environment."""
-        split = [actions[w * self._share : (w + 1) * self._share] for w in range(len(self._workers))]
-        requests = {w: self._without_lost(w, ("step", dict(enumerate(own)))) for w, own in enumerate(split)}
-        answers = self._ask_all(requests)
-        steps = [self._step_or_end(w, j, answers[w]) for w in range(len(self._workers)) for j in range(self._share)]
+    def step(self, actions: Mapping[int, Any]) -> dict[int, Stepped]:
+        """Take a step in each environment. An episode that could not be replayed ends."""
+        steps = self._ask_owners("step", self._without_lost(actions))
+        error = "the environment's process died, and the episode could not be played again"
+        for i in self._lost:
+            steps[i] = self.episodes[i].observation, 0.0, False, True, {"error": error}
         self._lost.clear()
         return steps
 
-    def replay(self, episodes: Mapping[int, Episode]) -> dict[int, Any]:
-        """Replay episodes, and return their last observations."""
-        requests = {w: self._again(w, set(episodes)) for w in range(len(self._workers))}
-        answers = self._ask_all(requests)
-        return {w * self._share + j: seen for w, answer in answers.items() for j, seen in answer.items()}
+    def replay(self, scripts: Mapping[int, tuple[int, Sequence[Any]]]) -> dict[int, Any]:
+        """Replay episodes, and return their last observations (see `InThisProcess.replay`)."""
+        return self._ask_owners("replay", scripts)
 
     def close(self) -> None:
         """End the processes."""
         self._finalizer()
 
-    def _step_or_end(self, worker: int, j: int, answer: dict[int, Stepped]) -> Stepped:
-        """Return the step of an environment, or the end of an episode that cannot continue."""
-        i = worker * self._share + j
-        if i not in self._lost:
-            return answer[j]
-        error = "the environment's process died, and the episode could not be played again"
-        return self.episodes[i].observation, 0.0, False, True, {"error": error}
+    def _ask_owners(self, name: str, content: Mapping[int, Any], *more: Any) -> dict[int, Any]:
+        """Send each process the content for its environments, and return the answers for all environments."""
+        requests: dict[int, Request] = {}
+        for worker, owned in enumerate(self._owned):
+            part = {i: content[i] for i in owned if i in content}
+            if part:
+                requests[worker] = (name, part, *more)
+        answers: dict[int, Any] = {}
+        for answer in self._ask_all(requests):
+            answers.update(answer)
+        return answers
 
-    def _ask_all(self, requests: Mapping[int, tuple[str, Any]], begin: frozenset[int] = frozenset()) -> dict[int, Any]:
-        """Return the answers of several processes, which work at the same time; `begin`: environments under reset."""
-        is_sent = {w: self._send(w, request) for w, request in requests.items()}
-        return {w: self._ask(w, request, is_sent=is_sent[w], begin=begin) for w, request in requests.items()}
+    def _ask_all(self, requests: Mapping[int, Request]) -> list[Any]:
+        """Return the answers of several processes, which work at the same time."""
+        is_sent = {worker: self._send(worker, request) for worker, request in requests.items()}
+        return [self._answer(worker, request, is_sent[worker]) for worker, request in requests.items()]
 
-    def _ask(
-        self, worker: int, request: tuple[str, Any], *, is_sent: bool | None = None, begin: frozenset[int] = frozenset()
-    ) -> Any:
-        is_sent = self._send(worker, request) if is_sent is None else is_sent
+    def _answer(self, worker: int, request: Request, is_sent: bool) -> Any:
+        """Return the answer of a process; replace it and ask again if it dies."""
         for _ in range(MAX_ATTEMPTS):
             answer = self._receive(worker) if is_sent else None
             if answer is not None:
-                kind, content = answer
-                if kind == "error":
-                    raise content
-                return content
-            is_sent = self._replace(worker, begin) and self._send(worker, self._without_lost(worker, request))
+                return answer
+            is_sent = self._replace(worker, request)
+            if request[0] == "step":  # not in the environments that were lost just now
+                request = ("step", self._without_lost(request[1]))
+            is_sent = is_sent and self._send(worker, request)
         raise RuntimeError(
             f"the process of environments {self._names(worker)} died {MAX_ATTEMPTS} times over the same request "
             f"('{request[0]}', exit code {self._workers[worker].process.exitcode})."
         )
 
-    def _send(self, worker: int, request: tuple[str, Any]) -> bool:
+    def _send(self, worker: int, request: Request) -> bool:
         try:
             self._workers[worker].connection.send(request)
         except OSError:
             return False
         return True
 
-    def _receive(self, worker: int) -> tuple[str, Any] | None:
-        """Return the answer of a process; None if the process is dead."""
+    def _receive(self, worker: int) -> Any:
+        """Return the answer of a process, or raise its error; None if the process is dead."""
         try:
-            return self._workers[worker].connection.recv()
+            kind, content = self._workers[worker].connection.recv()
         except (EOFError, OSError, pickle.UnpicklingError):
             return None
+        if kind == "error":
+            raise content
+        return content
 
-    def _replace(self, worker: int, begin: frozenset[int]) -> bool:
-        """Replace a dead process; return False if the new one died too."""
+    def _replace(self, worker: int, request: Request) -> bool:
+        """Replace a process that died over a request; return False if the new one died too."""
         old = self._workers[worker]
         old.connection.close()
         old.process.kill()  # it may run on without a connection
         old.process.join()
-        own = range(worker * self._share, (worker + 1) * self._share)
-        running = {i for i in own if self.episodes[i].has_begun and i not in begin}
         LOGGER.warning(
             "the process of environments %s died (exit code %s): a new one replaces it", self._names(worker),
             old.process.exitcode,
         )  # fmt: skip
         self._workers[worker] = self._started(worker)
-        answer = self._receive(worker) if self._send(worker, self._again(worker, running)) else None
-        if answer is None:
+        begins = request[1] if request[0] == "reset" else ()
+        running = [i for i in self._owned[worker] if self.episodes[i].has_begun and i not in begins]
+        scripts = {i: self.episodes[i].script for i in running}
+        seen = self._receive(worker) if self._send(worker, ("replay", scripts)) else None
+        if seen is None:
             return False
-        kind, seen = answer
-        if kind == "error":
-            raise seen
         for i in running:
-            observation = seen[i % self._share]
-            if observation is None or fingerprint(observation) != self.episodes[i].fingerprint:
+            if seen[i] is None or fingerprint(seen[i]) != self.episodes[i].fingerprint:
                 LOGGER.warning("environment %d did not reach the same observation: its episode is truncated", i)
                 self._lost.add(i)
         return True
 
-    def _again(self, worker: int, chosen: set[int]) -> tuple[str, Any]:
-        own = {i % self._share: self.episodes[i] for i in chosen if i // self._share == worker}
-        return "replay", {j: (episode.seed, episode.actions) for j, episode in own.items()}
-
-    def _without_lost(self, worker: int, request: tuple[str, Any]) -> tuple[str, Any]:
-        """Return a step request without the environments whose episode could not be replayed."""
-        name, content = request
-        if name != "step":
-            return request
-        return name, {j: action for j, action in content.items() if worker * self._share + j not in self._lost}
+    def _without_lost(self, actions: Mapping[int, Any]) -> dict[int, Any]:
+        """Return the actions without those of environments whose episode could not be replayed."""
+        return {i: action for i, action in actions.items() if i not in self._lost}
 
     def _names(self, worker: int) -> str:
-        first = worker * self._share
-        return str(first) if self._share == 1 else f"{first} to {first + self._share - 1}"
+        owned = self._owned[worker]
+        return str(owned[0]) if len(owned) == 1 else f"{owned[0]} to {owned[-1]}"
 
     def _started(self, worker: int) -> _Worker:
         ours, theirs = self._context.Pipe()
@@ -258,10 +246,10 @@ def _serve(connection: Connection, makers: bytes) -> None:
     here: InThisProcess | None = None
     try:
         while True:
-            name, content = connection.recv()
+            name, *arguments = connection.recv()
             try:
                 here = here or InThisProcess(pickle.loads(makers))
-                answer = ("answer", _answer(here, name, content))
+                answer = ("answer", getattr(here, name)(*arguments))
             except Exception as error:  # raised again in the requesting process
                 answer = ("error", error)
             try:
@@ -273,16 +261,6 @@ def _serve(connection: Connection, makers: bytes) -> None:
     finally:
         if here is not None:
             here.close()
-
-
-def _answer(here: InThisProcess, name: str, content: Any) -> Any:
-    if name == "step":
-        return {j: here.envs[j].step(action) for j, action in content.items()}
-    if name == "reset":
-        return here.reset(*content)
-    if name == "replay":
-        return {j: played_again(here.envs[j], *episode) for j, episode in content.items()}
-    return here.spaces()
 
 
 def _end(workers: list[_Worker]) -> None:

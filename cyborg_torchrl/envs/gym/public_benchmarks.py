@@ -1,6 +1,6 @@
 """`popgym`, `bsuite`, `minigrid`, `memory_gym`: public benchmarks by the ids of their packages.
 
-Each package is optional and is imported at first use.
+Each package is optional and is imported at first use. The arguments of the builders are those of `build_by_id`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,13 @@ import torch
 from torchrl.envs import EnvBase
 
 from cyborg_torchrl.envs.gym.batch import batch
-from cyborg_torchrl.envs.gym.environment import import_package, make_registered, one_line_errors, wrap
+from cyborg_torchrl.envs.gym.environment import (
+    build_by_id,
+    import_package,
+    make_registered,
+    make_wrapped,
+    one_line_errors,
+)
 from cyborg_torchrl.registry import did_you_mean, register_environment
 
 MEMORY_GYM = (
@@ -32,49 +38,32 @@ def _check_id(env_id: str, package: str, what: str, starts: tuple[str, ...] = ()
         raise ValueError(f"no {what} '{env_id}': {did_you_mean(env_id, own)}")
 
 
-def _make_popgym(env_id: str, frame_skip: int, max_episode_steps: int | None, options: dict[str, Any] | None) -> Any:
+def _reported(env: Any, **rules: Any) -> Any:
+    from cyborg_torchrl.envs.gym.vector import Reported  # needs gymnasium
+
+    return Reported(env, **rules)
+
+
+def _make_popgym(env_id: str, max_episode_steps: int | None, options: dict[str, Any] | None) -> Any:
     import_package("popgym")
     _check_id(env_id, "popgym", "popgym id", ("popgym-",))
     env = make_registered(env_id, max_episode_steps, options)
     if "HigherLower" in env_id:  # its length is that of the deck; it has no attribute
         env.unwrapped.max_episode_length = env.unwrapped.deck.num_cards - 1
-    return wrap(env, frame_skip=frame_skip)
+    return env
 
 
-@register_environment("popgym")
-def build_popgym(
-    *,
-    id: str = "popgym-RepeatFirstEasy-v0",
-    num_envs: int = 64,
-    frame_skip: int = 1,
-    max_episode_steps: int | None = None,
-    workers: int = 0,
-    options: dict[str, Any] | None = None,
-    device: torch.device | str | None = None,
-    seed: int | None = None,
-) -> EnvBase:
-    """Build POPGym environments (Morad et al. 2023). Most returns are in [-1, 1]; success is not defined.
+build_popgym = register_environment("popgym")(
+    partial(build_by_id, _make_popgym, id="popgym-RepeatFirstEasy-v0", num_envs=64),
+)
+"""Build POPGym environments (Morad et al. 2023). Most returns are in [-1, 1]; success is not defined.
 
-    Card games terminate. Control tasks and searches are truncated at their `max_episode_length`.
-
-    Args:
-        id: popgym id, such as "popgym-RepeatPreviousHard-v0".
-        num_envs: number of environments.
-        frame_skip: environment steps for each action; rewards are summed.
-        max_episode_steps: environment steps after which episodes are truncated; None: popgym's end.
-        workers: number of worker processes; 0: all environments in this process.
-        options: keyword arguments of the environment.
-        device: device of all tensors.
-        seed: seed from which each environment gets its seed.
-
-    Raises:
-        ValueError: if popgym is missing, the id is unknown or an option cannot be used, in one line.
-    """
-    make = partial(_make_popgym, id, frame_skip, max_episode_steps, options)
-    return batch(make, num_envs, workers=workers, device=device, seed=seed)
+Card games terminate. Control tasks and searches are truncated at their `max_episode_length`. An id is such as
+"popgym-RepeatPreviousHard-v0". Options are keyword arguments of the environment.
+"""
 
 
-def _make_bsuite(env_id: str, frame_skip: int, max_episode_steps: int | None, options: dict[str, Any] | None) -> Any:
+def _make_bsuite(env_id: str, max_episode_steps: int | None, options: dict[str, Any] | None) -> Any:
     loader, sweep = import_package("bsuite.bsuite"), import_package("bsuite.sweep")
     adapter = import_package("shimmy.bsuite_compatibility")
     if env_id not in sweep.SETTINGS:
@@ -93,40 +82,17 @@ def _make_bsuite(env_id: str, frame_skip: int, max_episode_steps: int | None, op
     env.max_episode_steps = min(limits) if limits else None
     if max_episode_steps is not None:
         env = import_package("gymnasium.wrappers").TimeLimit(env, max_episode_steps)
-    return wrap(env, frame_skip=frame_skip)
+    return env
 
 
-@register_environment("bsuite")
-def build_bsuite(
-    *,
-    id: str = "memory_len/10",
-    num_envs: int = 64,
-    frame_skip: int = 1,
-    max_episode_steps: int | None = None,
-    workers: int = 0,
-    options: dict[str, Any] | None = None,
-    device: torch.device | str | None = None,
-    seed: int | None = None,
-) -> EnvBase:
-    """Build bsuite environments (Osband et al. 2020) through shimmy; success is not defined.
+build_bsuite = register_environment("bsuite")(
+    partial(build_by_id, _make_bsuite, id="memory_len/10", num_envs=64),
+)
+"""Build bsuite environments (Osband et al. 2020) through shimmy; success is not defined.
 
-    All ends of bsuite are terminations, including the time limits of its control tasks.
-
-    Args:
-        id: bsuite id, such as "memory_len/10": the experiment and the number of its setting.
-        num_envs: number of environments.
-        frame_skip: environment steps for each action; rewards are summed.
-        max_episode_steps: environment steps after which episodes are truncated; None: bsuite's end.
-        workers: number of worker processes; 0: all environments in this process.
-        options: settings that replace those of the id, such as {memory_length: 30}.
-        device: device of all tensors.
-        seed: seed from which each environment gets its seed.
-
-    Raises:
-        ValueError: if a package is missing, the id is unknown or an option cannot be used, in one line.
-    """
-    make = partial(_make_bsuite, id, frame_skip, max_episode_steps, options)
-    return batch(make, num_envs, workers=workers, device=device, seed=seed)
+All ends of bsuite are terminations, including the time limits of its control tasks. An id is the experiment and the
+number of its setting. Options are settings that replace those of the id, such as {memory_length: 30}.
+"""
 
 
 def _is_paid(reward: float, terminated: bool, info: dict[str, Any]) -> bool:
@@ -134,12 +100,7 @@ def _is_paid(reward: float, terminated: bool, info: dict[str, Any]) -> bool:
 
 
 def _make_minigrid(
-    env_id: str,
-    frame_skip: int,
-    max_episode_steps: int | None,
-    options: dict[str, Any] | None,
-    fully_observable: bool,
-    rgb: bool,
+    fully_observable: bool, rgb: bool, env_id: str, max_episode_steps: int | None, options: dict[str, Any] | None
 ) -> Any:
     wrappers = import_package("minigrid.wrappers")
     _check_id(env_id, "minigrid", "minigrid id", ("MiniGrid-", "BabyAI-"))
@@ -149,7 +110,7 @@ def _make_minigrid(
         env = wrappers.ImgObsWrapper(view(env))
     elif fully_observable:
         env = wrappers.FullyObsWrapper(env)
-    return wrap(env, frame_skip=frame_skip, is_success=_is_paid)
+    return _reported(env, is_success=_is_paid)
 
 
 @register_environment("minigrid")
@@ -187,8 +148,9 @@ def build_minigrid(
     Raises:
         ValueError: if minigrid is missing, the id is unknown or an option cannot be used, in one line.
     """
-    make = partial(_make_minigrid, id, frame_skip, max_episode_steps, options, fully_observable, rgb)
-    return batch(make, num_envs, workers=workers, reports_success=True, device=device, seed=seed)
+    make_one = partial(_make_minigrid, fully_observable, rgb)
+    make = partial(make_wrapped, make_one, id, frame_skip, max_episode_steps, options)
+    return batch(make, num_envs, workers=workers, device=device, seed=seed)
 
 
 def _is_reported(reward: float, terminated: bool, info: dict[str, Any]) -> bool:
@@ -200,9 +162,7 @@ def _is_out_of_time(env: Any, info: dict[str, Any]) -> bool:
     return is_over and not info.get("success") and info.get("agent_health", 1) > 0
 
 
-def _make_memory_gym(
-    env_id: str, frame_skip: int, max_episode_steps: int | None, options: dict[str, Any] | None
-) -> Any:
+def _make_memory_gym(env_id: str, max_episode_steps: int | None, options: dict[str, Any] | None) -> Any:
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame then draws without a display
     os.environ.setdefault("SDL_AUDIODRIVER", "dummy")
     import_package("memory_gym", command=MEMORY_GYM)
@@ -212,46 +172,22 @@ def _make_memory_gym(
         env.reset(seed=0, options=options)
     except AssertionError as error:
         raise ValueError(f"'{env_id}' with options {options}: {error}") from None
-    is_success = {} if env_id.startswith("Endless") else {"is_success": _is_reported}
-    wrapped = wrap(env, frame_skip=frame_skip, is_time_limit=_is_out_of_time, options=options, **is_success)
-    wrapped.close = _keep_display
-    return wrapped
+    is_success = None if env_id.startswith("Endless") else _is_reported
+    env = _reported(env, is_success=is_success, is_time_limit=_is_out_of_time, options=options)
+    env.close = _keep_display
+    return env
 
 
 def _keep_display() -> None:
     """Do nothing: all environments of a process share pygame's display, and `close` would close it for all."""
 
 
-@register_environment("memory_gym")
-def build_memory_gym(
-    *,
-    id: str = "MortarMayhem-Grid-v0",
-    num_envs: int = 16,
-    frame_skip: int = 1,
-    max_episode_steps: int | None = None,
-    workers: int = 0,
-    options: dict[str, Any] | None = None,
-    device: torch.device | str | None = None,
-    seed: int | None = None,
-) -> EnvBase:
-    """Build Memory Gym environments (Pleines et al. 2023) with 84 x 84 pixels.
+build_memory_gym = register_environment("memory_gym")(
+    partial(build_by_id, _make_memory_gym, id="MortarMayhem-Grid-v0", num_envs=16),
+)
+"""Build Memory Gym environments (Pleines et al. 2023) with 84 x 84 pixels.
 
-    Success is reported by the package, except for its endless tasks. In Mortar Mayhem it also reports success if only
-    the last command failed. Its step limit is a truncation here, although the package calls it a termination.
-
-    Args:
-        id: memory-gym id: "MortarMayhem-Grid-v0", "MysteryPath-Grid-v0", "SearingSpotlights-v0", ...
-        num_envs: number of environments.
-        frame_skip: environment steps for each action; rewards are summed.
-        max_episode_steps: environment steps after which episodes are truncated; None: the package's limit.
-        workers: number of worker processes; 0: all environments in this process.
-        options: reset parameters, such as {command_count: [3]}.
-        device: device of all tensors.
-        seed: seed from which each environment gets its seed.
-
-    Raises:
-        ValueError: if the package is missing, the id is unknown or an option cannot be used, in one line.
-    """
-    make = partial(_make_memory_gym, id, frame_skip, max_episode_steps, options)
-    reports_success = not id.startswith("Endless")
-    return batch(make, num_envs, workers=workers, reports_success=reports_success, device=device, seed=seed)
+Success is reported by the package, except for its endless tasks. In Mortar Mayhem it also reports success if only the
+last command failed. Its step limit is a truncation here, although the package calls it a termination. An id is such as
+"MysteryPath-Grid-v0" or "SearingSpotlights-v0". Options are reset parameters, such as {command_count: [3]}.
+"""

@@ -39,7 +39,9 @@ class FrameSkip(gymnasium.Wrapper):
 
 
 class PlainActions(gymnasium.ActionWrapper):
-    """Action spaces that have a policy; discrete actions start at 0.
+    """Action spaces that have a policy: discrete actions start at 0, continuous ones are clipped to their bounds.
+
+    Gymnasium's `ClipAction` would make the bounds infinite.
 
     Raises:
         ValueError: if no policy has such actions.
@@ -59,20 +61,16 @@ class PlainActions(gymnasium.ActionWrapper):
             )
 
     def action(self, action: Any) -> Any:
-        """Return the number that the environment uses for an action."""
-        return action + self.start if isinstance(self.action_space, (spaces.Discrete, spaces.MultiDiscrete)) else action
-
-
-class ClipToBounds(gymnasium.ActionWrapper):
-    """Clip of continuous actions to their bounds. Gymnasium's `ClipAction` would make the bounds infinite."""
-
-    def action(self, action: Any) -> Any:
-        """Clip an action."""
-        return np.clip(action, self.action_space.low, self.action_space.high)
+        """Return the action that the environment takes."""
+        if isinstance(self.action_space, spaces.Box):
+            return np.clip(action, self.action_space.low, self.action_space.high)
+        return action + self.start
 
 
 class Reported(gymnasium.Wrapper):
     """Correct ends of episodes, and `info["success"]` at every step of environments that define success.
+
+    `metadata["reports_success"]` says whether they do.
 
     Args:
         env: the environment.
@@ -91,6 +89,7 @@ class Reported(gymnasium.Wrapper):
     ) -> None:
         super().__init__(env)
         self.is_success, self.is_time_limit, self.options = is_success, is_time_limit, options
+        self.metadata = {**env.metadata, "reports_success": is_success is not None}
 
     def reset(self, *, seed: int | None = None, options: Info | None = None) -> tuple[Any, Info]:
         """Reset with the options of the constructor."""

@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from cyborg_torchrl.envs.memory.task import (
-    Judgement,
-    Latents,
-    Level,
-    MemoryTask,
-    PairsOracle,
-    ReferencePolicy,
-    Sizes,
-    at,
-    one_hot,
-)
+from cyborg_torchrl.envs.memory.task import Latents, Memory, QuestionTask, Sizes, at, four_levels, one_hot, recall_value
 from cyborg_torchrl.registry import register_environment
 
 
 @register_environment("assoc_recall")
 @register_environment("associative_recall")
-class AssocRecallEnv(MemoryTask):
+class AssocRecallEnv(QuestionTask):
     """Associative recall, as a batch of episodes on one device.
 
     An episode lasts `pairs + horizon + 1` steps: the pairs one by one, `horizon` blank steps, the query.
@@ -49,30 +41,15 @@ class AssocRecallEnv(MemoryTask):
         ValueError: if a number is out of range or not an integer, or the level is unknown.
     """
 
-    levels = {
-        "easy": Level(50, 4, 0.90),
-        "medium": Level(200, 8, 0.85),
-        "hard": Level(800, 12, 0.75),
-        "extreme": Level(3000, 20, 0.65),
-    }
+    levels = four_levels((50, 4, 0.90), (200, 8, 0.85), (800, 12, 0.75), (3000, 20, 0.65))
     default = levels["easy"]
     pairs: int
     values: int
     measure = "pairs"
     least = {"pairs": 1, "values": 2, "horizon": 0}
 
-    def __init__(
-        self,
-        num_envs: int = 64,
-        *,
-        pairs: int | None = None,
-        values: int = 4,
-        horizon: int | None = None,
-        level: str | None = None,
-        device: torch.device | str | None = None,
-        seed: int | None = None,
-    ) -> None:
-        super().__init__(num_envs, level, horizon, pairs=pairs, values=values, device=device, seed=seed)
+    def __init__(self, num_envs: int = 64, *, pairs: int | None = None, values: int = 4, **shared: Any) -> None:
+        super().__init__(num_envs, {"pairs": pairs, "values": values}, **shared)
 
     def sizes(self) -> Sizes:
         """Return the sizes that follow from the options."""
@@ -93,11 +70,8 @@ class AssocRecallEnv(MemoryTask):
         value = one_hot(at(latents["value_of"], shown), self.values, is_pair)
         return torch.cat([key, value, is_query.float().unsqueeze(-1)], -1)
 
-    def _judge(self, action: Tensor, time: Tensor, latents: Latents) -> Judgement:
-        is_query = time == self.max_episode_steps - 1
-        answer = at(latents["value_of"], latents["asked"])
-        return Judgement(is_query, is_query & (action == answer), is_query)
+    def _answer(self, time: Tensor, latents: Latents) -> Tensor:
+        return at(latents["value_of"], latents["asked"])
 
-    def oracle(self) -> ReferencePolicy:
-        """Return the policy that stores all pairs."""
-        return PairsOracle(self.pairs, self.values)
+    def _oracle(self, observation: Tensor, memory: Memory) -> Tensor:
+        return recall_value(observation, memory, self.pairs, self.values)

@@ -2,25 +2,68 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from cyborg_torchrl.envs.memory.task import (
-    Judgement,
     Latents,
-    Level,
-    MemoryTask,
-    PairsOracle,
-    ReferencePolicy,
+    Memory,
+    QuestionTask,
     Sizes,
     at,
+    four_levels,
     one_hot,
+    recall,
+    recall_value,
 )
 from cyborg_torchrl.registry import register_environment
 
 
+class SequenceTask(QuestionTask):
+    """A task that shows a sequence of symbols, waits, and asks for the symbol of each position.
+
+    A subclass may ask in another order than that of the sequence (`_asked`).
+    """
+
+    sequence: int
+    symbols: int
+    show_position = True
+    measure = "sequence"
+    least = {"sequence": 1, "symbols": 2, "horizon": 0}
+
+    def sizes(self) -> Sizes:
+        """Return the sizes that follow from the options."""
+        features = self.sequence * self.show_position + self.symbols + 1
+        steps = 2 * self.sequence + self.horizon
+        return Sizes(features, actions=self.symbols, answers=self.sequence, steps=steps)
+
+    def _asked(self, time: Tensor, latents: Latents) -> Tensor:
+        """Return the positions [N] of the questions at the steps `time`; any before the first question."""
+        return time - self.first_question
+
+    def _draw(self) -> Latents:
+        return {"symbol": self.randint(self.symbols, self.sequence)}
+
+    def _show(self, time: Tensor, latents: Latents) -> Tensor:
+        is_symbol, is_question = time < self.sequence, time >= self.first_question
+        symbol = one_hot(at(latents["symbol"], time), self.symbols, is_symbol)
+        parts = [symbol, is_question.float().unsqueeze(-1)]
+        if self.show_position:
+            position = torch.where(is_symbol, time, self._asked(time, latents))
+            parts.insert(0, one_hot(position, self.sequence, is_symbol | is_question))
+        return torch.cat(parts, -1)
+
+    def _answer(self, time: Tensor, latents: Latents) -> Tensor:
+        return at(latents["symbol"], self._asked(time, latents))
+
+    def _oracle(self, observation: Tensor, memory: Memory) -> Tensor:
+        return recall_value(observation, memory, self.sequence, self.symbols)
+
+
 @register_environment("copy_memory")
-class CopyMemoryEnv(MemoryTask):
+class CopyMemoryEnv(SequenceTask):
     """Copy memory, as a batch of episodes on one device.
 
     An episode lasts `2 sequence + horizon` steps: the symbols one by one, `horizon` blank steps, and as many questions
@@ -51,17 +94,8 @@ class CopyMemoryEnv(MemoryTask):
     position.
     """
 
-    levels = {
-        "easy": Level(50, 10, 0.90),
-        "medium": Level(200, 20, 0.85),
-        "hard": Level(500, 30, 0.75),
-        "extreme": Level(2000, 50, 0.60),
-    }
+    levels = four_levels((50, 10, 0.90), (200, 20, 0.85), (500, 30, 0.75), (2000, 50, 0.60))
     default = levels["easy"]
-    sequence: int
-    symbols: int
-    measure = "sequence"
-    least = {"sequence": 1, "symbols": 2, "horizon": 0}
 
     def __init__(
         self,
@@ -70,61 +104,22 @@ class CopyMemoryEnv(MemoryTask):
         sequence: int | None = None,
         symbols: int = 8,
         show_position: bool = True,
-        horizon: int | None = None,
-        level: str | None = None,
-        device: torch.device | str | None = None,
-        seed: int | None = None,
+        **shared: Any,
     ) -> None:
         self.show_position = show_position
-        super().__init__(num_envs, level, horizon, sequence=sequence, symbols=symbols, device=device, seed=seed)
+        super().__init__(num_envs, {"sequence": sequence, "symbols": symbols}, **shared)
 
-    def sizes(self) -> Sizes:
-        """Return the sizes that follow from the options."""
-        features = self.sequence * self.show_position + self.symbols + 1
-        steps = 2 * self.sequence + self.horizon
-        return Sizes(features, actions=self.symbols, answers=self.sequence, steps=steps)
-
-    def _draw(self) -> Latents:
-        return {"symbol": self.randint(self.symbols, self.sequence)}
-
-    def _show(self, time: Tensor, latents: Latents) -> Tensor:
-        question = time - self.sequence - self.horizon
-        is_symbol, is_question = time < self.sequence, question >= 0
-        symbol = one_hot(at(latents["symbol"], time), self.symbols, is_symbol)
-        parts = [symbol, is_question.float().unsqueeze(-1)]
+    def _oracle(self, observation: Tensor, memory: Memory) -> Tensor:
         if self.show_position:
-            position = torch.where(is_symbol, time, question)
-            parts.insert(0, one_hot(position, self.sequence, is_symbol | is_question))
-        return torch.cat(parts, -1)
-
-    def _judge(self, action: Tensor, time: Tensor, latents: Latents) -> Judgement:
-        question = time - self.sequence - self.horizon
-        is_question = question >= 0
-        is_right = is_question & (action == at(latents["symbol"], question))
-        return Judgement(is_question, is_right, question == self.sequence - 1)
-
-    def oracle(self) -> ReferencePolicy:
-        """Return the policy that stores the sequence."""
-        kind = PairsOracle if self.show_position else _Oracle
-        return kind(self.sequence, self.symbols)
-
-
-class _Oracle(ReferencePolicy):
-    """A policy that counts, and stores the sequence of each environment."""
-
-    def __init__(self, sequence: int, symbols: int) -> None:
-        super().__init__()
-        self.sequence, self.symbols = sequence, symbols
-
-    def act(self, observation: Tensor) -> Tensor:
+            return super()._oracle(observation, memory)
         is_symbol = observation[..., : self.symbols].sum(-1) > 0
         is_question = observation[..., -1] > 0
         zero = torch.zeros_like(is_symbol, dtype=torch.long)
-        shown, answered = self.recall("shown", zero), self.recall("answered", zero)
-        symbols = self.recall("symbols", zero.unsqueeze(-1).expand(-1, self.sequence))
+        shown, answered = recall(memory, "shown", zero), recall(memory, "answered", zero)
+        symbols = recall(memory, "symbols", zero.unsqueeze(-1).expand(-1, self.sequence))
         shown = torch.where(is_symbol & (answered > 0), 0, shown)  # a symbol after answers: a new episode
         answered = torch.where(is_symbol, 0, answered)
         here = one_hot(shown, self.sequence, is_symbol) > 0
         symbols = torch.where(here, observation[..., : self.symbols].argmax(-1, keepdim=True), symbols)
-        self._memory = {"shown": shown + is_symbol, "answered": answered + is_question, "symbols": symbols}
+        memory.update(shown=shown + is_symbol, answered=answered + is_question, symbols=symbols)
         return at(symbols, answered)

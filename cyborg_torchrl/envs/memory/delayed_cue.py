@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from cyborg_torchrl.envs.memory.task import Judgement, Latents, Level, MemoryTask, ReferencePolicy, Sizes
+from cyborg_torchrl.envs.memory.task import Judgement, Latents, Level, Memory, MemoryTask, Sizes, four_levels, recall
 from cyborg_torchrl.registry import register_environment
 
 
@@ -35,28 +37,14 @@ class DelayedCueEnv(MemoryTask):
         ValueError: if a number is out of range or not an integer, or the level is unknown.
     """
 
-    levels = {
-        "easy": Level(50, 4, 0.95),
-        "medium": Level(200, 8, 0.90),
-        "hard": Level(1000, 8, 0.80),
-        "extreme": Level(5000, 16, 0.70),
-    }
+    levels = four_levels((50, 4, 0.95), (200, 8, 0.90), (1000, 8, 0.80), (5000, 16, 0.70))
     default = Level(1000, 4, 0.95)
     cues: int
     measure = "cues"
     least = {"cues": 2, "horizon": 0}
 
-    def __init__(
-        self,
-        num_envs: int = 64,
-        *,
-        cues: int | None = None,
-        horizon: int | None = None,
-        level: str | None = None,
-        device: torch.device | str | None = None,
-        seed: int | None = None,
-    ) -> None:
-        super().__init__(num_envs, level, horizon, cues=cues, device=device, seed=seed)
+    def __init__(self, num_envs: int = 64, *, cues: int | None = None, **shared: Any) -> None:
+        super().__init__(num_envs, {"cues": cues}, **shared)
         # One row for each kind of step, so that an observation is one look-up: the cues, a blank step, the query.
         self._shown = torch.zeros(self.cues + 2, self.cues + 2, device=self.device)
         self._shown[: self.cues, : self.cues] = torch.eye(self.cues)
@@ -78,20 +66,8 @@ class DelayedCueEnv(MemoryTask):
         is_query = time == self.horizon + 1
         return Judgement(is_query, is_query & (action == latents["cue"]), is_query)
 
-    def oracle(self) -> ReferencePolicy:
-        """Return the policy that names the last cue."""
-        return _Oracle(self.cues)
-
-
-class _Oracle(ReferencePolicy):
-    """A policy that names the last cue of each environment."""
-
-    def __init__(self, cues: int) -> None:
-        super().__init__()
-        self.cues = cues
-
-    def act(self, observation: Tensor) -> Tensor:
+    def _oracle(self, observation: Tensor, memory: Memory) -> Tensor:
         seen = observation[..., : self.cues].argmax(-1)
-        cue = torch.where(observation[..., -2] > 0, seen, self.recall("cue", torch.zeros_like(seen)))
-        self._memory["cue"] = cue
+        cue = torch.where(observation[..., -2] > 0, seen, recall(memory, "cue", torch.zeros_like(seen)))
+        memory["cue"] = cue
         return cue

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from cyborg_torchrl.envs.memory.task import (
-    ConstantAnswer,
     Judgement,
     Latents,
-    Level,
+    Memory,
     MemoryTask,
-    ReferencePolicy,
     Sizes,
     at,
+    four_levels,
     one_hot,
+    recall,
 )
 from cyborg_torchrl.registry import register_environment
 
@@ -51,28 +53,14 @@ class DistractorNavEnv(MemoryTask):
         ValueError: if a number is out of range or not an integer, or the level is unknown.
     """
 
-    levels = {
-        "easy": Level(50, 2, 0.90),
-        "medium": Level(200, 5, 0.80),
-        "hard": Level(500, 10, 0.70),
-        "extreme": Level(2000, 20, 0.60),
-    }
+    levels = four_levels((50, 2, 0.90), (200, 5, 0.80), (500, 10, 0.70), (2000, 20, 0.60))
     default = levels["easy"]
     distractors: int
     measure = "distractors"
     least = {"distractors": 1, "horizon": 0}
 
-    def __init__(
-        self,
-        num_envs: int = 64,
-        *,
-        distractors: int | None = None,
-        horizon: int | None = None,
-        level: str | None = None,
-        device: torch.device | str | None = None,
-        seed: int | None = None,
-    ) -> None:
-        super().__init__(num_envs, level, horizon, distractors=distractors, device=device, seed=seed)
+    def __init__(self, num_envs: int = 64, *, distractors: int | None = None, **shared: Any) -> None:
+        super().__init__(num_envs, {"distractors": distractors}, **shared)
         self.colours = self.distractors + 1
 
     def sizes(self) -> Sizes:
@@ -110,24 +98,12 @@ class DistractorNavEnv(MemoryTask):
         is_over = is_entered | (time == self.max_episode_steps - 1)
         return Judgement(is_over, is_right, is_over)
 
-    def oracle(self) -> ReferencePolicy:
-        """Return the policy that remembers the goal's colour and turns right until it sees that door."""
-        return _Oracle(self.colours)
-
-    def memoryless(self) -> ReferencePolicy:
-        """Return the policy that enters the first door: right by chance, 1 / (distractors + 1)."""
-        return ConstantAnswer(ENTER)
-
-
-class _Oracle(ReferencePolicy):
-    """A policy that remembers the goal's colour of each environment."""
-
-    def __init__(self, colours: int) -> None:
-        super().__init__()
-        self.colours = colours
-
-    def act(self, observation: Tensor) -> Tensor:
+    def _oracle(self, observation: Tensor, memory: Memory) -> Tensor:
         colour = observation[..., : self.colours]
-        goal = torch.where(observation[..., -2:-1] > 0, colour, self.recall("goal", torch.zeros_like(colour)))
-        self._memory["goal"] = goal
+        goal = torch.where(observation[..., -2:-1] > 0, colour, recall(memory, "goal", torch.zeros_like(colour)))
+        memory["goal"] = goal
         return torch.where((goal == colour).all(-1), ENTER, RIGHT)
+
+    def _memoryless(self, observation: Tensor, memory: Memory) -> Tensor:
+        """Return the action that enters the first door: right by chance, 1 / (distractors + 1)."""
+        return torch.full(observation.shape[:-1], ENTER, device=observation.device)

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from cyborg_torchrl.envs.memory.task import (
-    Judgement,
-    Latents,
-    Level,
-    MemoryTask,
-    PairsOracle,
-    ReferencePolicy,
-    Sizes,
-    at,
-    one_hot,
-)
+from cyborg_torchrl.envs.memory.task import Latents, Memory, QuestionTask, Sizes, at, four_levels, one_hot, recall_value
 from cyborg_torchrl.registry import register_environment
 
 
 @register_environment("multi_cue_delay")
-class MultiCueDelayEnv(MemoryTask):
+class MultiCueDelayEnv(QuestionTask):
     """Several delayed cues, as a batch of episodes on one device.
 
     An episode lasts `3 cues + horizon` steps. In the first `2 cues` steps each channel shows its cue once, at a random
@@ -48,30 +40,15 @@ class MultiCueDelayEnv(MemoryTask):
         ValueError: if a number is out of range or not an integer, or the level is unknown.
     """
 
-    levels = {
-        "easy": Level(100, 2, 0.85),
-        "medium": Level(300, 4, 0.80),
-        "hard": Level(1000, 6, 0.70),
-        "extreme": Level(5000, 10, 0.60),
-    }
+    levels = four_levels((100, 2, 0.85), (300, 4, 0.80), (1000, 6, 0.70), (5000, 10, 0.60))
     default = levels["easy"]
     cues: int
     values: int
     measure = "cues"
     least = {"cues": 1, "values": 2, "horizon": 0}
 
-    def __init__(
-        self,
-        num_envs: int = 64,
-        *,
-        cues: int | None = None,
-        values: int = 4,
-        horizon: int | None = None,
-        level: str | None = None,
-        device: torch.device | str | None = None,
-        seed: int | None = None,
-    ) -> None:
-        super().__init__(num_envs, level, horizon, cues=cues, values=values, device=device, seed=seed)
+    def __init__(self, num_envs: int = 64, *, cues: int | None = None, values: int = 4, **shared: Any) -> None:
+        super().__init__(num_envs, {"cues": cues, "values": values}, **shared)
 
     def sizes(self) -> Sizes:
         """Return the sizes that follow from the options."""
@@ -92,7 +69,7 @@ class MultiCueDelayEnv(MemoryTask):
         }
 
     def _show(self, time: Tensor, latents: Latents) -> Tensor:
-        question = time - 2 * self.cues - self.horizon
+        question = time - self.first_question
         channel = at(latents["channel_at"], time)
         is_cue, is_question = (time < 2 * self.cues) & (channel < self.cues), question >= 0
         channel = torch.where(is_question, at(latents["order"], question), channel)
@@ -105,12 +82,9 @@ class MultiCueDelayEnv(MemoryTask):
             -1,
         )
 
-    def _judge(self, action: Tensor, time: Tensor, latents: Latents) -> Judgement:
-        question = time - 2 * self.cues - self.horizon
-        is_question = question >= 0
-        answer = at(latents["cue_of"], at(latents["order"], question))
-        return Judgement(is_question, is_question & (action == answer), question == self.cues - 1)
+    def _answer(self, time: Tensor, latents: Latents) -> Tensor:
+        channel = at(latents["order"], time - self.first_question)
+        return at(latents["cue_of"], channel)
 
-    def oracle(self) -> ReferencePolicy:
-        """Return the policy that stores the cue of each channel."""
-        return PairsOracle(self.cues, self.values)
+    def _oracle(self, observation: Tensor, memory: Memory) -> Tensor:
+        return recall_value(observation, memory, self.cues, self.values)

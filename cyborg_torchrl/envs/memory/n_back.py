@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from cyborg_torchrl.envs.memory.task import Judgement, Latents, Level, MemoryTask, ReferencePolicy, Sizes, at, one_hot
+from cyborg_torchrl.envs.memory.task import Latents, Memory, QuestionTask, Sizes, at, four_levels, one_hot, recall
 from cyborg_torchrl.registry import register_environment
 
 
 @register_environment("n_back")
-class NBackEnv(MemoryTask):
+class NBackEnv(QuestionTask):
     """N-back, as a batch of episodes on one device.
 
     An episode lasts `n + horizon` steps and shows one symbol at each. From step n on, each step is a question: is this
@@ -41,30 +42,15 @@ class NBackEnv(MemoryTask):
     Source: Kirchner (1958).
     """
 
-    levels = {
-        "easy": Level(100, 2, 0.85),
-        "medium": Level(300, 3, 0.80),
-        "hard": Level(1000, 4, 0.70),
-        "extreme": Level(5000, 5, 0.60),
-    }
+    levels = four_levels((100, 2, 0.85), (300, 3, 0.80), (1000, 4, 0.70), (5000, 5, 0.60))
     default = levels["easy"]
     n: int
     symbols: int
     measure = "n"
     least = {"n": 1, "symbols": 2, "horizon": 1}
 
-    def __init__(
-        self,
-        num_envs: int = 64,
-        *,
-        n: int | None = None,
-        symbols: int = 4,
-        horizon: int | None = None,
-        level: str | None = None,
-        device: torch.device | str | None = None,
-        seed: int | None = None,
-    ) -> None:
-        super().__init__(num_envs, level, horizon, n=n, symbols=symbols, device=device, seed=seed)
+    def __init__(self, num_envs: int = 64, *, n: int | None = None, symbols: int = 4, **shared: Any) -> None:
+        super().__init__(num_envs, {"n": n, "symbols": symbols}, **shared)
 
     def sizes(self) -> Sizes:
         """Return the sizes that follow from the options."""
@@ -81,28 +67,14 @@ class NBackEnv(MemoryTask):
 
     def _show(self, time: Tensor, latents: Latents) -> Tensor:
         symbol = one_hot(at(latents["symbol"], time), self.symbols)
-        return torch.cat([symbol, (time >= self.n).float().unsqueeze(-1)], -1)
+        return torch.cat([symbol, (time >= self.first_question).float().unsqueeze(-1)], -1)
 
-    def _judge(self, action: Tensor, time: Tensor, latents: Latents) -> Judgement:
-        is_question = time >= self.n
+    def _answer(self, time: Tensor, latents: Latents) -> Tensor:
         is_match = at(latents["symbol"], time) == at(latents["symbol"], time - self.n)
-        is_right = is_question & ((action == 1) == is_match)
-        return Judgement(is_question, is_right, time == self.max_episode_steps - 1)
+        return is_match.long()
 
-    def oracle(self) -> ReferencePolicy:
-        """Return the policy that stores the last n symbols."""
-        return _Oracle(self.n, self.symbols)
-
-
-class _Oracle(ReferencePolicy):
-    """A policy that stores the last n symbols of each environment."""
-
-    def __init__(self, n: int, symbols: int) -> None:
-        super().__init__()
-        self.n, self.symbols = n, symbols
-
-    def act(self, observation: Tensor) -> Tensor:
+    def _oracle(self, observation: Tensor, memory: Memory) -> Tensor:
         symbol = observation[..., : self.symbols].argmax(-1)
-        last = self.recall("last", symbol.new_zeros(*symbol.shape, self.n))
-        self._memory["last"] = torch.cat([last[..., 1:], symbol.unsqueeze(-1)], -1)
+        last = recall(memory, "last", symbol.new_zeros(*symbol.shape, self.n))
+        memory["last"] = torch.cat([last[..., 1:], symbol.unsqueeze(-1)], -1)
         return (last[..., 0] == symbol).long()

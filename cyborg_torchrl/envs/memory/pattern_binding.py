@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from cyborg_torchrl.envs.memory.task import Judgement, Latents, Level, MemoryTask, ReferencePolicy, Sizes, at, one_hot
+from cyborg_torchrl.envs.memory.task import Latents, Memory, QuestionTask, Sizes, at, four_levels, one_hot, recall
 from cyborg_torchrl.registry import register_environment
 
 
 @register_environment("pattern_binding")
-class PatternBindingEnv(MemoryTask):
+class PatternBindingEnv(QuestionTask):
     """Binding of features, as a batch of episodes on one device.
 
     An episode lasts `2 patterns + horizon` steps: the patterns one by one, `horizon` blank steps, and one probe for
@@ -41,28 +43,14 @@ class PatternBindingEnv(MemoryTask):
     Source: the binding condition of Wheeler and Treisman (2002), with patterns shown one after another.
     """
 
-    levels = {
-        "easy": Level(100, 3, 0.85),
-        "medium": Level(300, 5, 0.75),
-        "hard": Level(1000, 8, 0.65),
-        "extreme": Level(5000, 12, 0.55),
-    }
+    levels = four_levels((100, 3, 0.85), (300, 5, 0.75), (1000, 8, 0.65), (5000, 12, 0.55))
     default = levels["easy"]
     patterns: int
     measure = "patterns"
     least = {"patterns": 2, "horizon": 0}
 
-    def __init__(
-        self,
-        num_envs: int = 64,
-        *,
-        patterns: int | None = None,
-        horizon: int | None = None,
-        level: str | None = None,
-        device: torch.device | str | None = None,
-        seed: int | None = None,
-    ) -> None:
-        super().__init__(num_envs, level, horizon, patterns=patterns, device=device, seed=seed)
+    def __init__(self, num_envs: int = 64, *, patterns: int | None = None, **shared: Any) -> None:
+        super().__init__(num_envs, {"patterns": patterns}, **shared)
         self.kinds = self.patterns + 1
 
     def sizes(self) -> Sizes:
@@ -100,34 +88,19 @@ class PatternBindingEnv(MemoryTask):
         return is_bound, torch.empty_like(ring).scatter(1, ring, partner)
 
     def _show(self, time: Tensor, latents: Latents) -> Tensor:
-        is_pattern, is_probe = time < self.patterns, time >= self.patterns + self.horizon
+        is_pattern, is_probe = time < self.patterns, time >= self.first_question
         index = torch.where(is_pattern, time, time - self.horizon)
         shape = one_hot(at(latents["shape"], index), self.kinds, is_pattern | is_probe)
         colour = one_hot(at(latents["colour"], index), self.kinds, is_pattern | is_probe)
         return torch.cat([shape, colour, is_probe.float().unsqueeze(-1)], -1)
 
-    def _judge(self, action: Tensor, time: Tensor, latents: Latents) -> Judgement:
-        probe = time - self.patterns - self.horizon
-        is_probe = probe >= 0
-        is_right = is_probe & ((action == 1) == at(latents["is_bound"], probe))
-        return Judgement(is_probe, is_right, probe == self.patterns - 1)
+    def _answer(self, time: Tensor, latents: Latents) -> Tensor:
+        return at(latents["is_bound"], time - self.first_question).long()
 
-    def oracle(self) -> ReferencePolicy:
-        """Return the policy that stores the colour of each shape."""
-        return _Oracle(self.kinds)
-
-
-class _Oracle(ReferencePolicy):
-    """A policy that stores the colour of each shape."""
-
-    def __init__(self, kinds: int) -> None:
-        super().__init__()
-        self.kinds = kinds
-
-    def act(self, observation: Tensor) -> Tensor:
+    def _oracle(self, observation: Tensor, memory: Memory) -> Tensor:
         shape, colour = observation[..., : self.kinds], observation[..., self.kinds : -1]
-        colour_of = self.recall("colour_of", observation.new_zeros(*shape.shape, self.kinds))
+        colour_of = recall(memory, "colour_of", observation.new_zeros(*shape.shape, self.kinds))
         remembered = (colour_of * shape.unsqueeze(-1)).sum(-2)
         is_pattern = (shape > 0) & (observation[..., -1:] == 0)
-        self._memory["colour_of"] = torch.where(is_pattern.unsqueeze(-1), colour.unsqueeze(-2), colour_of)
+        memory["colour_of"] = torch.where(is_pattern.unsqueeze(-1), colour.unsqueeze(-2), colour_of)
         return (remembered * colour).sum(-1).long()

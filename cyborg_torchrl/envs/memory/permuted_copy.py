@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 from torch import Tensor
 
-from cyborg_torchrl.envs.memory.task import (
-    Judgement,
-    Latents,
-    Level,
-    MemoryTask,
-    PairsOracle,
-    ReferencePolicy,
-    Sizes,
-    at,
-    one_hot,
-)
+from cyborg_torchrl.envs.memory.copy_memory import SequenceTask
+from cyborg_torchrl.envs.memory.task import Latents, at, four_levels
 from cyborg_torchrl.registry import register_environment
 
 
 @register_environment("permuted_copy")
-class PermutedCopyEnv(MemoryTask):
+class PermutedCopyEnv(SequenceTask):
     """Copying in a permuted order, as a batch of episodes on one device.
 
     An episode lasts `2 sequence + horizon` steps: the symbols one by one, `horizon` blank steps, and as many questions
@@ -48,59 +40,14 @@ class PermutedCopyEnv(MemoryTask):
         ValueError: if a number is out of range or not an integer, or the level is unknown.
     """
 
-    levels = {
-        "easy": Level(50, 8, 0.85),
-        "medium": Level(200, 15, 0.75),
-        "hard": Level(500, 25, 0.65),
-        "extreme": Level(2000, 40, 0.50),
-    }
+    levels = four_levels((50, 8, 0.85), (200, 15, 0.75), (500, 25, 0.65), (2000, 40, 0.50))
     default = levels["easy"]
-    sequence: int
-    symbols: int
-    measure = "sequence"
-    least = {"sequence": 1, "symbols": 2, "horizon": 0}
 
-    def __init__(
-        self,
-        num_envs: int = 64,
-        *,
-        sequence: int | None = None,
-        symbols: int = 8,
-        horizon: int | None = None,
-        level: str | None = None,
-        device: torch.device | str | None = None,
-        seed: int | None = None,
-    ) -> None:
-        super().__init__(num_envs, level, horizon, sequence=sequence, symbols=symbols, device=device, seed=seed)
-
-    def sizes(self) -> Sizes:
-        """Return the sizes that follow from the options."""
-        features = self.sequence + self.symbols + 1
-        steps = 2 * self.sequence + self.horizon
-        return Sizes(features, actions=self.symbols, answers=self.sequence, steps=steps)
+    def __init__(self, num_envs: int = 64, *, sequence: int | None = None, symbols: int = 8, **shared: Any) -> None:
+        super().__init__(num_envs, {"sequence": sequence, "symbols": symbols}, **shared)
 
     def _draw(self) -> Latents:
-        return {"symbol": self.randint(self.symbols, self.sequence), "order": self.permutations(self.sequence)}
+        return {**super()._draw(), "order": self.permutations(self.sequence)}
 
-    def _show(self, time: Tensor, latents: Latents) -> Tensor:
-        question = time - self.sequence - self.horizon
-        is_symbol, is_question = time < self.sequence, question >= 0
-        position = torch.where(is_symbol, time, at(latents["order"], question))
-        return torch.cat(
-            [
-                one_hot(position, self.sequence, is_symbol | is_question),
-                one_hot(at(latents["symbol"], time), self.symbols, is_symbol),
-                is_question.float().unsqueeze(-1),
-            ],
-            -1,
-        )
-
-    def _judge(self, action: Tensor, time: Tensor, latents: Latents) -> Judgement:
-        question = time - self.sequence - self.horizon
-        is_question = question >= 0
-        answer = at(latents["symbol"], at(latents["order"], question))
-        return Judgement(is_question, is_question & (action == answer), question == self.sequence - 1)
-
-    def oracle(self) -> ReferencePolicy:
-        """Return the policy that stores the symbol of each position."""
-        return PairsOracle(self.sequence, self.symbols)
+    def _asked(self, time: Tensor, latents: Latents) -> Tensor:
+        return at(latents["order"], time - self.first_question)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from numbers import Integral
 from typing import Any, ClassVar, NamedTuple
 
@@ -19,6 +19,8 @@ from cyborg_torchrl.registry import did_you_mean
 
 Latents = dict[str, Tensor]
 """The content of N episodes: named tensors [N, ...]."""
+Memory = dict[str, Tensor]
+"""What a reference policy remembers: named tensors [N, ...]."""
 
 
 class Level(NamedTuple):
@@ -79,15 +81,16 @@ class MemoryTask(EnvBase):
     answers so far, divided by all answers of the episode. At the last step it is the success of the episode.
 
     A subclass declares its levels, the name of the option that `Level.size` sets (`measure`), and the smallest value of
-    each option (`least`). It implements the five methods below.
+    each option (`least`). It implements the five abstract methods below. Its `__init__` has the task's own options, and
+    `**shared` for those of this class.
 
     Args:
         num_envs: N, number of environments.
-        level: easy, medium, hard or extreme; None: the task's default.
+        options: integer options of the task, which become attributes; None for the measure: the level's size.
         horizon: blank steps between the last cue and the first question; None: the level's.
+        level: easy, medium, hard or extreme; None: the task's default.
         device: device of all tensors.
         seed: seed of the episodes; None draws one from torch's generator.
-        **options: integer options of the task, which become attributes; None for the measure: the level's size.
 
     Raises:
         ValueError: if a number is too small or not an integer, or the level is unknown.
@@ -102,17 +105,18 @@ class MemoryTask(EnvBase):
     def __init__(
         self,
         num_envs: int,
-        level: str | None,
-        horizon: int | None,
+        options: Mapping[str, int | None],
+        /,
         *,
-        device: torch.device | str | None,
-        seed: int | None,
-        **options: int | None,
+        horizon: int | None = None,
+        level: str | None = None,
+        device: torch.device | str | None = None,
+        seed: int | None = None,
     ) -> None:
         if level is not None and level not in self.levels:
             raise ValueError(f"unknown level '{level}': {did_you_mean(level, self.levels)}")
         chosen = self.default if level is None else self.levels[level]
-        options["horizon"] = chosen.horizon if horizon is None else horizon
+        options = {**options, "horizon": chosen.horizon if horizon is None else horizon}
         if self.measure is not None and options[self.measure] is None:
             options[self.measure] = chosen.size
         check_least("num_envs", num_envs, 1)
@@ -166,12 +170,12 @@ class MemoryTask(EnvBase):
         """Judge the actions [N] taken at the steps `time` [N]; may replace entries of the latents."""
 
     @abstractmethod
-    def oracle(self) -> ReferencePolicy:
-        """Return the policy that remembers everything it needs: it always succeeds."""
+    def _oracle(self, observation: Tensor, memory: Memory) -> Tensor:
+        """Return the right actions [N], from the observations [N, F] and a memory of earlier ones, which is updated."""
 
-    def memoryless(self) -> ReferencePolicy:
-        """Return the best policy without memory, which succeeds by chance: by default one fixed answer."""
-        return ConstantAnswer()
+    def _memoryless(self, observation: Tensor, memory: Memory) -> Tensor:
+        """Return the best actions [N] without memory: by default one fixed answer."""
+        return torch.zeros(observation.shape[:-1], dtype=torch.long, device=observation.device)
 
     def randint(self, high: int, *shape: int) -> Tensor:
         """Draw integers in [0, high), [N, *shape]."""
@@ -264,73 +268,82 @@ class MemoryTask(EnvBase):
             self._generator.manual_seed(seed)
 
 
-class ReferencePolicy(TensorDictModuleBase):
-    """A policy that knows the rules and reads only the observations."""
+class QuestionTask(MemoryTask):
+    """A memory task whose last steps are questions, each with one right answer.
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.in_keys, self.out_keys = [keys.OBSERVATION], [keys.ACTION]
-        self._memory: dict[str, Tensor] = {}
+    A subclass implements `_answer` instead of `_judge`.
+    """
+
+    @property
+    def first_question(self) -> int:
+        """The step of the first question."""
+        return self.max_episode_steps - self.num_answers
 
     @abstractmethod
-    def act(self, observation: Tensor) -> Tensor:
-        """Return the actions [N] for the observations [N, F] of the next step."""
+    def _answer(self, time: Tensor, latents: Latents) -> Tensor:
+        """Return the right actions [N] at the steps `time` [N]; the result before the first question is ignored."""
 
-    def recall(self, name: str, initial: Tensor) -> Tensor:
-        """Return the tensor stored in `_memory`; `initial` if there is none of that shape yet."""
-        value = self._memory.get(name)
-        return initial if value is None or value.shape != initial.shape else value
+    def _judge(self, action: Tensor, time: Tensor, latents: Latents) -> Judgement:
+        is_question = time >= self.first_question
+        is_right = is_question & (action == self._answer(time, latents))
+        return Judgement(is_question, is_right, time == self.max_episode_steps - 1)
+
+
+class ReferencePolicy(TensorDictModuleBase):
+    """A policy that knows the rules and reads only the observations.
+
+    Args:
+        act: returns the actions [N] for the observations [N, F]; its memory is a dictionary that it may change.
+    """
+
+    def __init__(self, act: Callable[[Tensor, Memory], Tensor]) -> None:
+        super().__init__()
+        self.in_keys, self.out_keys = [keys.OBSERVATION], [keys.ACTION]
+        self._act = act
+        self._memory: Memory = {}
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write the action. It is a copy, so that nothing can write into the policy's memory."""
-        return tensordict.set(keys.ACTION, self.act(tensordict.get(keys.OBSERVATION)).clone())
+        action = self._act(tensordict.get(keys.OBSERVATION), self._memory)
+        return tensordict.set(keys.ACTION, action.clone())
 
 
-class ConstantAnswer(ReferencePolicy):
-    """A policy that always takes the same action.
-
-    Args:
-        action: the action.
-    """
-
-    def __init__(self, action: int = 0) -> None:
-        super().__init__()
-        self.action = action
-
-    def act(self, observation: Tensor) -> Tensor:
-        """Return the action for each environment."""
-        return torch.full(observation.shape[:-1], self.action, device=observation.device)
-
-
-class PairsOracle(ReferencePolicy):
-    """A policy that stores pairs of key and value in a table; a key without a value is a question.
-
-    Args:
-        pairs: width of the keys, the first entries of an observation.
-        values: width of the values, the next entries.
-    """
-
-    def __init__(self, pairs: int, values: int) -> None:
-        super().__init__()
-        self.pairs, self.values = pairs, values
-
-    def act(self, observation: Tensor) -> Tensor:
-        """Return the value of the key in the observation."""
-        key, value = observation[..., : self.pairs], observation[..., self.pairs : self.pairs + self.values]
-        table = self.recall("table", observation.new_zeros(*key.shape, self.values))
-        is_pair = (value.sum(-1) > 0)[..., None, None] & (key > 0).unsqueeze(-1)
-        table = self._memory["table"] = torch.where(is_pair, value.unsqueeze(-2), table)
-        return (table * key.unsqueeze(-1)).sum(-2).argmax(-1)
+def four_levels(*levels: tuple[int, int, float]) -> dict[str, Level]:
+    """Return the levels from easy to extreme; each is given as (horizon, size, target)."""
+    names = ("easy", "medium", "hard", "extreme")
+    return {name: Level(*level) for name, level in zip(names, levels, strict=True)}
 
 
 def oracle_policy(env: MemoryTask) -> ReferencePolicy:
     """Return the policy that remembers everything it needs: it always succeeds."""
-    return env.oracle()
+    return ReferencePolicy(env._oracle)
 
 
 def memoryless_policy(env: MemoryTask) -> ReferencePolicy:
     """Return the best policy without memory: it succeeds by chance."""
-    return env.memoryless()
+    return ReferencePolicy(env._memoryless)
+
+
+def recall(memory: Memory, name: str, initial: Tensor) -> Tensor:
+    """Return a tensor of the memory; `initial` if there is none of that shape yet."""
+    value = memory.get(name)
+    return initial if value is None or value.shape != initial.shape else value
+
+
+def recall_value(observation: Tensor, memory: Memory, num_keys: int, num_values: int) -> Tensor:
+    """Return the value that was last shown with the key in the observation, [N], and remember the present pair.
+
+    Args:
+        observation: [N, F]: the key and its value, each as one-hot; a key without a value is a question.
+        memory: the memory of the policy.
+        num_keys: width of the keys, the first entries of an observation.
+        num_values: width of the values, the next entries.
+    """
+    key, value = observation[..., :num_keys], observation[..., num_keys : num_keys + num_values]
+    table = recall(memory, "table", observation.new_zeros(*key.shape, num_values))
+    is_pair = (value.sum(-1) > 0)[..., None, None] & (key > 0).unsqueeze(-1)
+    table = memory["table"] = torch.where(is_pair, value.unsqueeze(-2), table)
+    return (table * key.unsqueeze(-1)).sum(-2).argmax(-1)
 
 
 def one_hot(index: Tensor, size: int, is_shown: Tensor | None = None) -> Tensor:

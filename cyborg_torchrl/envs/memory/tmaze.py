@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from cyborg_torchrl.envs.memory.task import Judgement, Latents, Level, MemoryTask, ReferencePolicy, Sizes
+from cyborg_torchrl.envs.memory.task import Judgement, Latents, Memory, MemoryTask, Sizes, four_levels, recall
 from cyborg_torchrl.registry import register_environment
 
 FORWARD, UP, BACK, DOWN = range(4)
@@ -43,25 +45,12 @@ class TMazeEnv(MemoryTask):
     one-hot here, and +-1 there.
     """
 
-    levels = {
-        "easy": Level(50, 2, 0.95),
-        "medium": Level(250, 2, 0.95),
-        "hard": Level(1000, 2, 0.95),
-        "extreme": Level(10_000, 2, 0.95),
-    }
+    levels = four_levels((50, 2, 0.95), (250, 2, 0.95), (1000, 2, 0.95), (10_000, 2, 0.95))
     default = levels["easy"]
     least = {"horizon": 1}
 
-    def __init__(
-        self,
-        num_envs: int = 64,
-        *,
-        horizon: int | None = None,
-        level: str | None = None,
-        device: torch.device | str | None = None,
-        seed: int | None = None,
-    ) -> None:
-        super().__init__(num_envs, level, horizon, device=device, seed=seed)
+    def __init__(self, num_envs: int = 64, **shared: Any) -> None:
+        super().__init__(num_envs, {}, **shared)
 
     def sizes(self) -> Sizes:
         """Return the sizes that follow from the options."""
@@ -91,26 +80,13 @@ class TMazeEnv(MemoryTask):
         bonus = (is_last & ~is_right).float() - is_behind.float() / self.horizon
         return Judgement(is_last, is_right, is_last, bonus)
 
-    def oracle(self) -> ReferencePolicy:
-        """Return the policy that walks forward and turns to the side that it saw."""
-        return _Walker(remembers=True)
-
-    def memoryless(self) -> ReferencePolicy:
-        """Return the policy that walks forward and turns up: right by chance, 1 / 2."""
-        return _Walker(remembers=False)
-
-
-class _Walker(ReferencePolicy):
-    """A policy that walks to the end, and remembers the side of the goal or assumes that it is up."""
-
-    def __init__(self, *, remembers: bool) -> None:
-        super().__init__()
-        self.remembers = remembers
-
-    def act(self, observation: Tensor) -> Tensor:
+    def _oracle(self, observation: Tensor, memory: Memory) -> Tensor:
         is_first = observation[..., :2].sum(-1) > 0
-        is_down = self.recall("is_down", torch.zeros_like(is_first))
-        if self.remembers:
-            is_down = torch.where(is_first, observation[..., 1] > 0, is_down)
-        self._memory["is_down"] = is_down
+        is_down = recall(memory, "is_down", torch.zeros_like(is_first))
+        is_down = torch.where(is_first, observation[..., 1] > 0, is_down)
+        memory["is_down"] = is_down
         return torch.where(observation[..., 2] > 0, torch.where(is_down, DOWN, UP), FORWARD)
+
+    def _memoryless(self, observation: Tensor, memory: Memory) -> Tensor:
+        """Return the action of a walk to the end, then up: right by chance, 1 / 2."""
+        return torch.where(observation[..., 2] > 0, UP, FORWARD)

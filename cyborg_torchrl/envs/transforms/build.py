@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from tensordict import TensorDictBase
@@ -18,7 +19,21 @@ from cyborg_torchrl.modules.encoders.build import default_observations
 from cyborg_torchrl.modules.encoders.images import image_layout, is_picture
 
 
-class PreviousAction(Transform):
+class _Previous(Transform):
+    """A value of the last step as an entry of shape `shape`, zero at an episode's first step."""
+
+    shape: Sequence[int]
+
+    def transform_observation_spec(self, observation_spec: Composite) -> Composite:
+        """Add the entry."""
+        observation_spec[self.out_keys[0]] = Unbounded(self.shape, device=observation_spec.device)
+        return observation_spec
+
+    def _reset(self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase) -> TensorDictBase:
+        return tensordict_reset.set(self.out_keys[0], torch.zeros(self.shape, device=tensordict_reset.device))
+
+
+class PreviousAction(_Previous):
     """The previous action as the entry "previous_action", [N, A] float; zero at an episode's first step.
 
     Categories become one-hot vectors. Bounded continuous actions are clipped and scaled to [-1, 1].
@@ -42,17 +57,7 @@ class PreviousAction(Transform):
             low, high = (bound[(0,) * batch_dims] for bound in (action_spec.low, action_spec.high))
             if bool(torch.isfinite(high - low).all()):
                 self.centre, self.half_range = (low + high) / 2, (high - low) / 2
-        self.width = sum(self.sizes) if self.sizes else event.numel()
-
-    def transform_observation_spec(self, observation_spec: Composite) -> Composite:
-        """Add the entry."""
-        shape = (*self.batch, self.width)
-        observation_spec[keys.PREVIOUS_ACTION] = Unbounded(shape, device=observation_spec.device)
-        return observation_spec
-
-    def _reset(self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase) -> TensorDictBase:
-        zeros = torch.zeros(*self.batch, self.width, device=tensordict_reset.device)
-        return tensordict_reset.set(keys.PREVIOUS_ACTION, zeros)
+        self.shape = (*self.batch, sum(self.sizes) if self.sizes else event.numel())
 
     def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
         return next_tensordict.set(keys.PREVIOUS_ACTION, self.encode(tensordict.get(keys.ACTION)))
@@ -65,10 +70,10 @@ class PreviousAction(Transform):
             return torch.cat(parts, -1).float()
         if self.centre is not None:
             action = ((action - self.centre) / self.half_range).clamp(-1.0, 1.0)
-        return action.reshape(*self.batch, self.width).float()
+        return action.reshape(self.shape).float()
 
 
-class PreviousReward(Transform):
+class PreviousReward(_Previous):
     """The previous reward as the entry "previous_reward", [N, 1] float; zero at an episode's first step.
 
     Args:
@@ -78,14 +83,6 @@ class PreviousReward(Transform):
     def __init__(self, reward_spec: TensorSpec) -> None:
         super().__init__(in_keys=[keys.REWARD], out_keys=[keys.PREVIOUS_REWARD])
         self.shape = reward_spec.shape
-
-    def transform_observation_spec(self, observation_spec: Composite) -> Composite:
-        """Add the entry."""
-        observation_spec[keys.PREVIOUS_REWARD] = Unbounded(self.shape, device=observation_spec.device)
-        return observation_spec
-
-    def _reset(self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase) -> TensorDictBase:
-        return tensordict_reset.set(keys.PREVIOUS_REWARD, torch.zeros(self.shape, device=tensordict_reset.device))
 
     def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
         return next_tensordict.set(keys.PREVIOUS_REWARD, next_tensordict.get(keys.REWARD).float())

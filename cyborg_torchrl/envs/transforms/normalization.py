@@ -102,9 +102,8 @@ class NormalizeObservation(Transform):
         self, observation_spec: Composite, in_keys: Sequence[NestedKey], batch_dims: int = 1, limit: float = 10.0
     ) -> None:
         super().__init__(in_keys=list(in_keys), out_keys=list(in_keys))
-        events = [observation_spec[key].shape[batch_dims:] for key in in_keys]
-        self.moments = nn.ModuleList(RunningMoments(event) for event in events)
-        self.events, self.limit, self.is_frozen = events, limit, False
+        self.moments = nn.ModuleList(RunningMoments(observation_spec[key].shape[batch_dims:]) for key in in_keys)
+        self.limit, self.is_frozen = limit, False
 
     def transform_observation_spec(self, observation_spec: Composite) -> Composite:
         """Set the bounds to those of the clipping."""
@@ -121,10 +120,10 @@ class NormalizeObservation(Transform):
         return self._normalize(next_tensordict, None)
 
     def _normalize(self, tensordict: TensorDictBase, mask: Tensor | None) -> TensorDictBase:
-        for key, event, moments in zip(self.in_keys, self.events, self.moments, strict=True):
+        for key, moments in zip(self.in_keys, self.moments, strict=True):
             seen = tensordict.get(key)
             if not self.is_frozen:
-                rows = seen.reshape(-1, *event)
+                rows = seen.reshape(-1, *moments.mean.shape)
                 moments.update(rows if mask is None else rows[mask])
             centred = (seen - moments.mean) / moments.std
             tensordict.set(key, centred.clamp(-self.limit, self.limit).to(seen.dtype))

@@ -13,8 +13,9 @@ from torchrl.envs import CatFrames, EnvBase, TransformedEnv
 
 from cyborg_torchrl import keys
 from cyborg_torchrl.envs.gym.batch import batch
+from cyborg_torchrl.envs.gym.environment import import_package
 from cyborg_torchrl.envs.treechop.minerl_actions import ActionTable, action_table
-from cyborg_torchrl.registry import UnavailableError, did_you_mean, register_environment
+from cyborg_torchrl.registry import did_you_mean, register_environment
 
 TITLES = {"crafter": "crafter_collect_wood", "minerl": "minerl_treechop"}
 """Name of each backend in logs and summaries."""
@@ -68,31 +69,26 @@ def build_treechop(
         ValueError: if an option is impossible, or belongs to the other backend.
         UnavailableError: if a package or Java is missing.
     """
-    _check_backend(backend, port)
+    if backend not in TITLES:
+        raise ValueError(f"unknown backend '{backend}': {did_you_mean(backend, TITLES)}")
+    if backend == "crafter" and port is not None:
+        raise ValueError("port belongs to backend=minerl.")
+    import_package("gymnasium", command="pip install 'cyborg-torchrl[benchmarks]'")
     actions = actions or DEFAULT_ACTIONS[backend]
     table = ActionTable(()) if backend == "crafter" else action_table(actions)
     frame_skip = table.frame_skip if frame_skip is None else frame_skip
     frame_stack = table.frame_stack if frame_stack is None else frame_stack
     _check_counts(num_envs, max_episode_steps, regrow, frame_skip, frame_stack)
     if backend == "crafter":
-        _check_crafter(actions)
         makers = [partial(_make_crafter, actions, max_episode_steps, mortal, regrow, frame_skip)] * num_envs
     else:
-        _check_minerl(port)
-        ports = [None if port is None else port + i for i in range(num_envs)]
+        ports = _minecraft_ports(port, num_envs)
         makers = [partial(_make_minerl, actions, max_episode_steps, frame_skip, port) for port in ports]
     longest = math.ceil(max_episode_steps / frame_skip)
     env = batch(makers, num_envs, workers=workers, max_episode_steps=longest, device=device, seed=seed)
     if frame_stack == 1:
         return env
     return TransformedEnv(env, CatFrames(frame_stack, -1, in_keys=[keys.PIXELS]))
-
-
-def _check_backend(backend: str, port: int | None) -> None:
-    if backend not in TITLES:
-        raise ValueError(f"unknown backend '{backend}': {did_you_mean(backend, TITLES)}")
-    if backend == "crafter" and port is not None:
-        raise ValueError("port belongs to backend=minerl.")
 
 
 def _check_counts(num_envs: int, max_episode_steps: int, regrow: int | None, frame_skip: int, frame_stack: int) -> None:
@@ -114,6 +110,16 @@ def _make_crafter(actions: str, max_episode_steps: int, mortal: bool, regrow: in
     return _skipping(CrafterWood(actions, max_episode_steps, mortal=mortal, regrow=regrow), frame_skip)
 
 
+def _minecraft_ports(port: int | None, num_envs: int) -> list[int | None]:
+    """Return the port of each environment's Minecraft; None: it starts one, which is possible here."""
+    from cyborg_torchrl.envs.treechop.minerl import check_minecraft
+
+    if port is None:
+        check_minecraft()
+        return [None] * num_envs
+    return [port + i for i in range(num_envs)]
+
+
 def _make_minerl(actions: str, max_episode_steps: int, frame_skip: int, port: int | None) -> Any:
     from cyborg_torchrl.envs.treechop.minerl import MineRLTreechop, make_treechop
 
@@ -124,25 +130,3 @@ def _skipping(game: Any, frame_skip: int) -> Any:
     from cyborg_torchrl.envs.gym.vector import FrameSkip
 
     return game if frame_skip == 1 else FrameSkip(game, frame_skip)
-
-
-def _check_crafter(actions: str) -> None:
-    try:
-        from cyborg_torchrl.envs.treechop.crafter import TABLES, make_game
-    except ImportError as error:  # gymnasium itself
-        command = "pip install 'cyborg-torchrl[benchmarks]'"
-        raise UnavailableError(f"backend=crafter needs {error.name}: {command}") from None
-    if actions not in TABLES:
-        raise ValueError(f"unknown actions '{actions}': {did_you_mean(actions, TABLES)}")
-    make_game()
-
-
-def _check_minerl(port: int | None) -> None:
-    try:
-        from cyborg_torchrl.envs.treechop.minerl import check_minecraft, import_minerl
-    except ImportError as error:
-        raise UnavailableError(f"backend=minerl needs {error.name}: make minerl (docs/treechop.md).") from None
-    if port is None:
-        check_minecraft()
-    else:
-        import_minerl()
