@@ -10,10 +10,9 @@ from cyborg_torchrl.config.composition import (
     load_config,
     primary_config,
 )
-from cyborg_torchrl.config.schema import BACKENDS, TrainConfig
+from cyborg_torchrl.config.schema import TrainConfig
 
 __all__ = [
-    "BACKENDS",
     "DEFAULT_CONFIG",
     "ConfigError",
     "TrainConfig",

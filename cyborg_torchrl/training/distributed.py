@@ -11,12 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from cyborg_torchrl.config import ConfigError
+
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """Environment variables that torchrun, and other launchers of torch.distributed, set for each process."""
-
-
-class LaunchError(ValueError):
-    """Processes that cannot train together; the message is one line with the reason."""
 
 
 class PeerLostError(RuntimeError):
@@ -178,7 +176,7 @@ def joined_ranks(device: str) -> Generator[Ranks]:
         device: "cpu", "cuda" or "auto". This process's CUDA device becomes the current one.
 
     Raises:
-        LaunchError: if there are more processes than devices, or the processes do not find each other.
+        ConfigError: if there are more processes than devices, or the processes do not find each other.
     """
     if not is_launched_with_others():
         yield Ranks()
@@ -192,7 +190,7 @@ def joined_ranks(device: str) -> Generator[Ranks]:
         try:
             dist.init_process_group("gloo" if kind == "cpu" else "nccl")
         except (RuntimeError, ValueError) as error:
-            raise LaunchError(f"the processes of this run do not find each other: {_first_line(error)}") from None
+            raise ConfigError(f"the processes of this run do not find each other: {_first_line(error)}") from None
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size(), rank_device)
     finally:
@@ -204,9 +202,9 @@ def _cuda_device_of_process(kind: str) -> torch.device:
     size = int(os.environ["WORLD_SIZE"])
     index = int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
     if kind != "cuda":
-        raise LaunchError(f"train.device={kind} is one device, for {size} processes; use train.device=cuda, one each.")
+        raise ConfigError(f"train.device={kind} is one device, for {size} processes; use train.device=cuda, one each.")
     if index >= torch.cuda.device_count():
-        raise LaunchError(
+        raise ConfigError(
             f"process {index} of this machine has no CUDA device: there are {torch.cuda.device_count()}; "
             "start as many processes as there are devices, or use train.device=cpu."
         )

@@ -36,7 +36,7 @@ class ResumePoint(NamedTuple):
     """Folder of the run; None: the checkpoint starts a new run."""
     checkpoint: Path | None = None
     """None: the run has no checkpoint yet, and starts again."""
-    content: Content | None = None
+    content: Content = {}
     """Content of the checkpoint."""
     summary: Mapping[str, Any] | None = None
     """Summary of a run that has ended."""

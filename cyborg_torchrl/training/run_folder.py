@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import fcntl
 import io
 import json
 import os
@@ -14,13 +15,14 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from cyborg_torchrl import __version__
 from cyborg_torchrl.config import ConfigError
 from cyborg_torchrl.registry import environments
 from cyborg_torchrl.training.checkpoint import CheckpointFolder, write_whole
@@ -46,19 +48,19 @@ class RunFolder:
         resumed_at: the update from which the run continues; metrics of later updates are dropped. None: a new run.
 
     Raises:
-        FileExistsError: if the folder already has a run, or another process uses it.
-        ConfigError: if a metric backend cannot be reached.
+        ConfigError: if the folder already has a run, another process uses it, or a metric backend cannot be reached.
+        OSError: if the folder cannot be written.
     """
 
     def __init__(self, path: Path, cfg: DictConfig, resumed_at: int | None = None) -> None:
         if resumed_at is None and (path / "manifest.json").exists():
-            raise FileExistsError(f"{path} holds a run already; choose another run name, or resume=auto.")
+            raise ConfigError(f"logger.run_name: {path} holds a run already; choose another run name, or resume=auto.")
         self.path, self.cfg = path, cfg
         require_packages(cfg.logger.backends)
         (path / "logs").mkdir(parents=True, exist_ok=True)
         lock = lock_run(path)
         if lock is None:
-            raise FileExistsError(f"another process is training {path}.")
+            raise ConfigError(f"logger.run_name: another process is training {path}.")
         self._lock = lock
         try:
             self._backends = MetricBackends(cfg, path, is_resumed=resumed_at is not None)
@@ -135,33 +137,6 @@ class RunFolder:
         return {**first, "resumed": [*first.get("resumed", []), restart]}
 
 
-class NullRun:
-    """The folder of a run that another process writes; the methods do nothing.
-
-    Args:
-        path: the folder.
-        cfg: the configuration.
-    """
-
-    def __init__(self, path: Path, cfg: DictConfig) -> None:
-        self.path, self.cfg = path, cfg
-
-    def log(self, metrics: Mapping[str, float]) -> None:
-        """Do nothing."""
-
-    def log_evaluation(self, metrics: Mapping[str, float | None], steps: int) -> None:
-        """Do nothing."""
-
-    def save(self, content: dict[str, Any], update: int, score: float | None) -> None:
-        """Do nothing."""
-
-    def write_json(self, name: str, content: Mapping[str, Any]) -> None:
-        """Do nothing."""
-
-    def close(self) -> None:
-        """Do nothing."""
-
-
 def _tensorboard_writer(folder: Path) -> Any:
     from torch.utils.tensorboard import SummaryWriter  # here, since its import takes a second
 
@@ -183,11 +158,7 @@ def lock_run(path: Path) -> IO[str] | None:
     """Lock a run's folder until the returned file is closed. Return None if another process has the lock."""
     file = (path / ".lock").open("w")
     try:
-        import fcntl
-
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:  # this system has no such locks
-        pass
     except OSError:
         file.close()
         return None
@@ -221,13 +192,13 @@ def default_run_name(cfg: DictConfig) -> str:
 
 def manifest(cfg: DictConfig) -> dict[str, Any]:
     """Return versions, commit, seed and machine: all that is needed to repeat a run."""
-    packages = ("cyborg-torchrl", "torch", "torchrl", "tensordict", "hydra-core")
+    versions = {name: version(name) for name in ("torch", "torchrl", "tensordict", "hydra-core")}
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": sys.argv,
         "seed": cfg.train.seed,
         "commit": _commit(),
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in packages}},
+        "versions": {"python": platform.python_version(), "cyborg-torchrl": __version__, **versions},
         "machine": {
             "platform": platform.platform(),
             "processor": platform.processor() or platform.machine(),
@@ -235,13 +206,6 @@ def manifest(cfg: DictConfig) -> dict[str, Any]:
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         },
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _commit() -> str | None:
