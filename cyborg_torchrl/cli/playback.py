@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -82,8 +82,7 @@ def play(
 
 
 def _read(agent: PPOAgent, tensordict: TensorDictBase) -> dict[str, Tensor]:
-    names = (key if isinstance(key, str) else ".".join(key) for key in agent.encoder.in_keys)
-    return {name: tensordict[key][0] for name, key in zip(names, agent.encoder.in_keys, strict=True)}
+    return {key if isinstance(key, str) else ".".join(key): tensordict[key][0] for key in agent.encoder.in_keys}
 
 
 def _total(after: TensorDictBase, before: float) -> float:
@@ -152,41 +151,33 @@ class Film:
         self._writer.close()
 
 
-class Trace:
-    """Writes a line for each step, and counts steps with the same observation and no reward.
+def trace(frames: Iterable[Frame], *, is_full: bool = False) -> Iterator[str]:
+    """Yield episodes as lines of text: one for each step.
 
     Args:
-        write: takes the text.
-        is_full: a line for every step.
+        frames: from `play`.
+        is_full: a line for every step. False: only count steps with the same observation and no reward.
     """
-
-    def __init__(self, write: Callable[[str], object], *, is_full: bool = False) -> None:
-        self.write, self.is_full = write, is_full
-        self._episode, self._last, self._skipped = 0, "", 0
-
-    def add(self, frame: Frame) -> None:
-        """Write a step."""
-        if frame.episode != self._episode:
-            self._episode, self._last = frame.episode, ""
-            self.write(f"episode {frame.episode}\n  step  observation -> action, reward\n")
-        if not frame.action:
-            self._flush()
-            success = "" if frame.success is None else f", success {frame.success:g}"
-            self.write(f"  {frame.end} after {frame.step} steps: return {frame.total:g}{success}\n")
-            return
+    episode, last, skipped = 0, "", 0
+    for frame in frames:
+        if frame.episode != episode:
+            episode, last = frame.episode, ""
+            yield f"episode {episode}"
+            yield "  step  observation -> action, reward"
         seen = ", ".join(_described(name, value) for name, value in frame.observation.items())
-        is_nothing_new = seen == self._last and frame.reward == 0.0 and not frame.end
-        self._last = seen
-        if is_nothing_new and not self.is_full:
-            self._skipped += 1
-            return
-        self._flush()
-        self.write(f"{frame.step:>6}  {seen} -> {frame.action}, {frame.reward:g}\n")
-
-    def _flush(self) -> None:
-        if self._skipped:
-            self.write(f"        ... {self._skipped} more with the same observation and no reward\n")
-            self._skipped = 0
+        has_result = frame.reward != 0.0 or frame.end
+        if seen == last and not has_result and not is_full:
+            skipped += 1
+            continue
+        last = seen
+        if skipped:
+            yield f"        ... {skipped} more with the same observation and no reward"
+            skipped = 0
+        if frame.action:
+            yield f"{frame.step:>6}  {seen} -> {frame.action}, {frame.reward:g}"
+        else:
+            success = "" if frame.success is None else f", success {frame.success:g}"
+            yield f"  {frame.end} after {frame.step} steps: return {frame.total:g}{success}"
 
 
 def _described(name: str, value: Tensor) -> str:
