@@ -76,8 +76,7 @@ def _buffer_sizes(cfg: DictConfig) -> str:
     """Check the rows, the order and the bytes of the buffer for several numbers of environments."""
     counts = (1, 3, 8)
     for num_envs in counts:
-        agent, rollout = _act(cfg, num_envs)
-        buffer = _filled_buffer(rollout)
+        agent, rollout, buffer = _act(cfg, num_envs)
         expected = rollout.get("number").reshape(-1, SEQ_LEN)
         chunks = torch.cat([batch.get("number") for batch in buffer])
         is_exact = torch.equal(chunks[chunks[:, 0].argsort()], expected)
@@ -90,8 +89,7 @@ def _buffer_sizes(cfg: DictConfig) -> str:
 
 def _states_come_back(cfg: DictConfig) -> str:
     """Check that each sampled chunk starts with the state that its environment had at that step."""
-    agent, rollout = _act(cfg, 6)
-    buffer = _filled_buffer(rollout)
+    agent, rollout, buffer = _act(cfg, 6)
     for batch in buffer:
         first = batch.get("number")[:, 0]
         for name, key in agent.backbone.state_keys.items():
@@ -122,7 +120,7 @@ def _training_succeeds(cfg: DictConfig) -> str:
 
 def _gradients_flow(cfg: DictConfig) -> str:
     """Check that the loss of the query's step reaches the cue, and gives every parameter a gradient."""
-    agent, rollout = _act(cfg, 6)
+    agent, rollout, _ = _act(cfg, 6)
     add_advantages(rollout, agent.get_value_operator(), gamma=0.99, gae_lambda=0.95)
     is_query = torch.zeros(rollout.shape, dtype=torch.bool)
     is_query[:, HORIZON + 1 :: HORIZON + 2] = True
@@ -133,25 +131,21 @@ def _gradients_flow(cfg: DictConfig) -> str:
     reach, *gradients = torch.autograd.grad(total, [observation, *parameters.values()], materialize_grads=True)
     reaches_all = bool(reach[:, 0].abs().sum(-1).all())
     _expect(reaches_all, f"the gradient of the query, {HORIZON + 1} steps later, does not reach the cue")
-    lengths = {name: float(grad.norm()) for name, grad in zip(parameters, gradients, strict=True)}
-    silent = [name for name, length in lengths.items() if not 0.0 < length < torch.inf]
+    silent = [name for name, grad in zip(parameters, gradients, strict=True) if not 0.0 < grad.norm() < torch.inf]
     _expect(not silent, f"no gradient for {', '.join(silent)}")
     number = sum(parameter.numel() for parameter in parameters.values())
     return f"from the query to the cue {HORIZON + 1} steps back, and to all {number:,} parameters"
 
 
 @torch.no_grad()
-def _act(cfg: DictConfig, num_envs: int) -> tuple[PPOAgent, TensorDictBase]:
-    """Return an agent and a rollout of two episodes of each environment, with the number of each step."""
+def _act(cfg: DictConfig, num_envs: int) -> tuple[PPOAgent, TensorDictBase, RecurrentRolloutBuffer]:
+    """Return an agent, a rollout of two episodes with the number of each step, and a buffer that holds it."""
     agent, env = build_policy(cfg, num_envs)
     rollout = env.rollout(2 * (HORIZON + 2), agent, break_when_any_done=False).contiguous()
-    return agent, rollout.set("number", torch.arange(rollout.numel()).view(rollout.shape))
-
-
-def _filled_buffer(rollout: TensorDictBase) -> RecurrentRolloutBuffer:
+    rollout.set("number", torch.arange(rollout.numel()).view(rollout.shape))
     buffer = RecurrentRolloutBuffer(rollout.numel(), SEQ_LEN, batch_size=3)
     buffer.store(rollout)
-    return buffer
+    return agent, rollout, buffer
 
 
 def _expect(is_so: bool, otherwise: str) -> None:
