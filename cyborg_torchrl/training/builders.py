@@ -64,14 +64,14 @@ def build_env(
         cfg: the configuration.
         num_envs: replaces env.num_envs.
         seed: replaces train.seed.
-        workers: replaces env.workers.
+        workers: replaces env.workers, where there is such a key.
 
     Raises:
         ConfigError: if the environment refuses its options.
     """
     options = builder_options(cfg.env)
     options["num_envs"] = options.get("num_envs", 1) if num_envs is None else num_envs
-    if workers is not None:
+    if workers is not None and "workers" in options:
         options["workers"] = workers
     seed = cfg.train.seed if seed is None else seed
     with _refusals("env"):
@@ -278,8 +278,7 @@ def _build_ray_collector(
     return RayRolloutCollector([maker] * node.num_workers, agent, cluster=cluster, **options)
 
 
-def _constant(value: list[int], steps: int) -> list[int]:
-    del steps
+def _constant(value: list[int], _steps: int) -> list[int]:
     return value
 
 

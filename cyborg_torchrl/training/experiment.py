@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Generator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from cyborg_torchrl.registry import environments
 from cyborg_torchrl.training.builders import Training, build_trainer
 from cyborg_torchrl.training.checkpoint import DUMP, save_checkpoint
 from cyborg_torchrl.training.distributed import PeerLostError, Ranks, joined_ranks
-from cyborg_torchrl.training.evaluation import Evaluation, OnEpisodes, evaluate, ignore_episodes
+from cyborg_torchrl.training.evaluation import Evaluation, OnEpisodes, evaluate
 from cyborg_torchrl.training.loading import build_acting_env
 from cyborg_torchrl.training.progress import Progress
 from cyborg_torchrl.training.resume import ResumePoint, find_run, restore_training, training_state
@@ -135,7 +135,7 @@ def _prepare(cfg: DictConfig, ranks: Ranks, point: ResumePoint, progress: Progre
     except BaseException:
         training.trainer.close()
         raise
-    seconds_before = point.content.get("seconds", 0.0)
+    seconds_before = float(point.content.get("seconds", 0.0))
     return Experiment(cfg, training, path, run, progress, horizon, started, seconds_before)
 
 
@@ -279,7 +279,7 @@ def evaluate_agent(
     episodes: int,
     *,
     is_deterministic: bool = True,
-    on_episodes: OnEpisodes = ignore_episodes,
+    on_episodes: OnEpisodes = lambda finished, total: None,
 ) -> Evaluation:
     """Evaluate an agent on fresh episodes of its configuration's environment; see `evaluate`.
 
@@ -289,10 +289,8 @@ def evaluate_agent(
     if "workers" not in cfg.env:  # more environments cost nothing where they are batched tensors
         num_envs = min(episodes, max(num_envs, 250))
     env = build_acting_env(cfg, agent, num_envs=num_envs, seed=cfg.train.seed + EVALUATION_SEED_OFFSET)
-    try:
+    with closing(env):
         return evaluate(agent, env, episodes, is_deterministic=is_deterministic, on_episodes=on_episodes)
-    finally:
-        env.close()
 
 
 def peak_rss_mb() -> float:

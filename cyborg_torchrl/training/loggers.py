@@ -14,11 +14,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from cyborg_torchrl.config import ConfigError, flat_options
+from cyborg_torchrl.config import ConfigError
+from cyborg_torchrl.config.composition import flat_options
 from cyborg_torchrl.registry import UnavailableError
-
-MAX_PARAMETERS = 100
-"""Largest number of hyperparameters that MLflow accepts in one call."""
 
 
 @dataclass(frozen=True)
@@ -70,9 +68,7 @@ def start_mlflow(cfg: DictConfig, path: Path, run_id: str | None) -> Backend:
     if run_id is not None:
         return backend  # the parameters are already logged, and cannot be changed
     mlflow.set_tag("mlflow.runName", path.name)
-    parameters = list(flat_options(cfg).items())
-    for begin in range(0, len(parameters), MAX_PARAMETERS):
-        logger.log_hparams(dict(parameters[begin : begin + MAX_PARAMETERS]))
+    logger.log_hparams(flat_options(cfg))
     return backend
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import fcntl
-import io
 import json
 import os
 import platform
@@ -15,14 +14,13 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from cyborg_torchrl import __version__
 from cyborg_torchrl.config import ConfigError
 from cyborg_torchrl.registry import environments
 from cyborg_torchrl.training.checkpoint import CheckpointFolder, write_whole
@@ -169,18 +167,10 @@ def _keep_rows(path: Path, update: int) -> list[str]:
     """Drop incomplete rows of metrics.csv, and those of later updates. Return its columns; [] without rows."""
     if not path.exists():
         return []
-    with path.open(newline="") as file:
-        reader = csv.DictReader(file)
-        columns = list(reader.fieldnames or [])
-        complete = [row for row in reader if None not in row.values() and None not in row]
-    rows = [row for row in complete if row["update"].isdigit() and int(row["update"]) <= update]
-    text = io.StringIO(newline="")
-    if rows:
-        writer = csv.DictWriter(text, columns)
-        writer.writeheader()
-        writer.writerows(rows)
-    write_whole(path, text.getvalue().encode())
-    return columns if rows else []
+    header, *lines = path.read_bytes().splitlines(keepends=True) or [b""]
+    rows = [line for line in lines if line.endswith(b"\n") and int(line.split(b",")[0]) <= update]
+    write_whole(path, b"".join([header, *rows] if rows else []))
+    return header.decode().strip().split(",") if rows else []
 
 
 def default_run_name(cfg: DictConfig) -> str:
@@ -192,13 +182,13 @@ def default_run_name(cfg: DictConfig) -> str:
 
 def manifest(cfg: DictConfig) -> dict[str, Any]:
     """Return versions, commit, seed and machine: all that is needed to repeat a run."""
-    versions = {name: version(name) for name in ("torch", "torchrl", "tensordict", "hydra-core")}
+    packages = ("cyborg-torchrl", "torch", "torchrl", "tensordict", "hydra-core")
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": sys.argv,
         "seed": cfg.train.seed,
         "commit": _commit(),
-        "versions": {"python": platform.python_version(), "cyborg-torchrl": __version__, **versions},
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in packages}},
         "machine": {
             "platform": platform.platform(),
             "processor": platform.processor() or platform.machine(),
@@ -206,6 +196,13 @@ def manifest(cfg: DictConfig) -> dict[str, Any]:
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         },
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _commit() -> str | None:
