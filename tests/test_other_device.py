@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from cyborg_torchrl.checks import check_recurrent
 from cyborg_torchrl.config import checks, load_config
-from cyborg_torchrl.training.builders import agent as agent_builder
-from cyborg_torchrl.training.builders import buffer, build_agent, build_env, collector, environment
+from cyborg_torchrl.training import builders
+from cyborg_torchrl.training.builders import build_agent, build_env
 from cyborg_torchrl.training.experiment import run_experiment
 
 AWAY = torch.device("xla:0")
@@ -149,7 +149,7 @@ class AnyGenerator(torch.Generator):
 
 @pytest.fixture(autouse=True)
 def _other_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for module in (checks, buffer, collector, environment, agent_builder):
+    for module in (checks, builders):
         monkeypatch.setattr(module, "resolve_device", torch.device)
     monkeypatch.setattr(torch, "Generator", AnyGenerator)
     torch.__future__.set_overwrite_module_params_on_conversion(True)

@@ -4,7 +4,7 @@ import importlib
 
 import pytest
 
-ROOMS = ("", ".cores", ".modules", ".objectives", ".data", ".envs", ".checks", ".training")
+ROOMS = ("", ".cores", ".modules", ".objectives", ".data", ".envs", ".checks")
 
 
 @pytest.mark.parametrize("name", ROOMS)

@@ -16,26 +16,22 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from cyborg_torchrl.checks import Report, check_recurrent, plot_horizon
 from cyborg_torchrl.collectors.runtime import prepare_cpu
-from cyborg_torchrl.config import load_config
-from cyborg_torchrl.memory_benchmarks.end_to_end import HORIZON, TestResult, run_end_to_end
+from cyborg_torchrl.memory_benchmarks.end_to_end import EndToEndResult, build_policy, configuration, run_end_to_end
 from cyborg_torchrl.registry import backbones
-from cyborg_torchrl.training.builders import build_agent, build_env
 from cyborg_torchrl.training.command import EXIT_FAILED, CommandParser, UsageError, picture, writable
+from cyborg_torchrl.training.progress import progress_bar
 
 NUM_ENVS = 8
-OnProgress = Callable[[str, float], None]
-Result = tuple[list[TestResult], Report]
+Result = tuple[list[EndToEndResult], Report]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse(argv)
     prepare_cpu(1)
     started = time.perf_counter()
-    names = [arguments.policy] if arguments.policy else _backbones(arguments)
+    names = list(backbones.names()) if arguments.all else [arguments.policy or arguments.backbone]
     results: dict[str, Result] = {}
     for name in names:
         if results:
@@ -71,13 +67,6 @@ def _parser() -> CommandParser:
     return parser
 
 
-def _backbones(arguments: argparse.Namespace) -> list[str]:
-    if arguments.all:
-        return list(backbones.names())
-    load_config(overrides=[f"backbone={arguments.backbone}"])  # an unknown name fails here, with the nearest one
-    return [arguments.backbone]
-
-
 def _write_files(results: dict[str, Result], arguments: argparse.Namespace, summary: dict[str, Any]) -> None:
     if arguments.plot:
         curves = {name: report.horizon for name, (_, report) in results.items() if report.horizon is not None}
@@ -93,31 +82,28 @@ def _write_files(results: dict[str, Result], arguments: argparse.Namespace, summ
 def _check(name: str, arguments: argparse.Namespace) -> Result:
     """Run and print the end-to-end tests of a backbone and the checks of its policy; of a policy the checks alone."""
     console = Console(width=None if sys.stdout.isatty() else 140)
-    tests: list[TestResult] = []
-    if not arguments.policy:
-        with _progress(name) as on_progress:
+    tests: list[EndToEndResult] = []
+    with progress_bar(name, 100) as show:
+
+        def on_progress(step: str, share: float) -> None:
+            show(round(100 * share), f"{name}: {step}")
+
+        if arguments.policy:
+            torch.manual_seed(arguments.seed)
+            policy, env = _load(name)
+        else:
             tests = run_end_to_end(name, arguments.seed, on_progress)
-        for test in tests:
-            verdict = "[green]PASS[/]" if test.is_passed else "[bold red]FAIL[/]"
-            console.print(f"{verdict}  {name}: {test.name}: {test.detail}", highlight=False)
-    torch.manual_seed(arguments.seed)
-    policy, env = _load(name) if arguments.policy else _build(name, arguments.seed)
-    with _progress(name) as on_progress:
+            torch.manual_seed(arguments.seed)
+            policy, env = build_policy(configuration(name, arguments.seed), NUM_ENVS)
         try:
             report = check_recurrent(policy, env, seed=arguments.seed, on_progress=on_progress)
         except (ValueError, KeyError) as error:
             raise UsageError(f"{name}: {error.args[0] if error.args else error}") from error
+    for test in tests:
+        verdict = "[green]PASS[/]" if test.is_passed else "[bold red]FAIL[/]"
+        console.print(f"{verdict}  {name}: {test.name}: {test.detail}", highlight=False)
     console.print(report.table())
     return tests, report
-
-
-def _build(backbone: str, seed: int) -> tuple[Any, Any]:
-    """Build an untrained agent and its environment."""
-    cfg = load_config(overrides=[f"backbone={backbone}", f"env.horizon={HORIZON}", f"train.seed={seed}"])
-    env: Any = build_env(cfg, num_envs=NUM_ENVS)
-    agent = build_agent(cfg, env)
-    env.append_transform(agent.backbone.make_tensordict_primer())
-    return agent, env
 
 
 def _load(target: str) -> tuple[Any, Any]:
@@ -134,12 +120,3 @@ def _load(target: str) -> tuple[Any, Any]:
     if not isinstance(built, tuple) or len(built) != 2:
         raise UsageError(f"--policy {target}: the function must return (policy, env); got {type(built).__name__}.")
     return built
-
-
-@contextmanager
-def _progress(name: str) -> Generator[OnProgress]:
-    """Show a progress bar on stderr, and remove it at the end."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(name, total=1.0)
-        yield lambda step, share: progress.update(task, description=f"{name}: {step}", completed=share)

@@ -16,12 +16,10 @@ from typing import Any
 
 import torch
 
-from cyborg_torchrl.cli.arguments import checkpoint_parser, overrides_of
-from cyborg_torchrl.training.builders import prepare_process
+from cyborg_torchrl.cli.arguments import agent_of, checkpoint_parser
 from cyborg_torchrl.training.command import positive
 from cyborg_torchrl.training.evaluation import Evaluation
 from cyborg_torchrl.training.experiment import evaluate_agent
-from cyborg_torchrl.training.loading import load_agent
 from cyborg_torchrl.training.progress import progress_bar
 from cyborg_torchrl.training.stats import Interval, mean_interval, success_interval
 
@@ -35,8 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print the JSON object alone")
     arguments = parser.parse(argv)
     started = time.perf_counter()
-    cfg, agent, _ = load_agent(arguments.checkpoint, overrides_of(arguments))
-    prepare_process(cfg)
+    cfg, agent = agent_of(arguments)
     results: dict[str, Any] = {}
     for mode, is_deterministic in MODES.items():
         torch.manual_seed(cfg.train.seed)  # both modes begin with the same random numbers

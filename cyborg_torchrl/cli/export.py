@@ -12,11 +12,11 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 
-import torch
-
-from cyborg_torchrl.cli.arguments import checkpoint_parser, overrides_of
+from cyborg_torchrl.cli.arguments import agent_of, checkpoint_parser
 from cyborg_torchrl.export import (
     ExportError,
     OnnxRunner,
@@ -31,23 +31,23 @@ from cyborg_torchrl.export import (
     torch_file,
     unnormalized,
 )
-from cyborg_torchrl.training.builders import prepare_process
 from cyborg_torchrl.training.checkpoint import write_whole
 from cyborg_torchrl.training.command import CommandParser, UsageError, positive, writable
 from cyborg_torchrl.training.experiment import StoppedError
-from cyborg_torchrl.training.loading import build_single_env, load_agent
+from cyborg_torchrl.training.loading import build_single_env
 from cyborg_torchrl.training.progress import progress_bar
 
 TOLERANCE = 1e-5
-SUFFIXES = {".onnx": "onnx", ".pt2": "torch"}
+ENDINGS = {"onnx": ".onnx", "torch": ".pt2"}
 ROWS = 4
 """Environments that a program of any batch size is compared in."""
 
 
 def _parser() -> CommandParser:
     parser = checkpoint_parser("export", __doc__)
-    parser.add_argument("--output", type=writable, required=True, metavar="FILE", help="ends in .onnx or .pt2")
-    parser.add_argument("--format", choices=sorted(SUFFIXES.values()), help="default: what the file's ending says")
+    program = partial(writable, endings=tuple(ENDINGS.values()))
+    parser.add_argument("--output", type=program, required=True, metavar="FILE", help="ends in .onnx or .pt2")
+    parser.add_argument("--format", choices=tuple(ENDINGS), help="default: what the file's ending says")
     parser.add_argument("--batch", type=_batch, metavar="N", help="rows of each input: a number, or dynamic (default)")
     parser.add_argument("--steps", type=positive, default=1000, help="steps that are compared (%(default)s)")
     return parser
@@ -57,17 +57,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Export, compare and write. Return the exit code."""
     arguments = _parser().parse(argv)
     output: Path = arguments.output
-    format_ = _format(output, arguments.format)
-    cfg, agent, _ = load_agent(arguments.checkpoint, [*overrides_of(arguments), "train.device=cpu"])
+    format_ = arguments.format or ("onnx" if output.suffix == ENDINGS["onnx"] else "torch")
+    if output.suffix != ENDINGS[format_]:
+        raise UsageError(f"--output must end in {ENDINGS[format_]} with --format {format_}; got '{output}'.")
+    cfg, agent = agent_of(arguments, "train.device=cpu")
     if leave_autocast(agent):
         print(f"encoder.autocast={cfg.encoder.autocast}: exported, and compared, in float32", file=sys.stderr)
-    prepare_process(cfg)
-    torch.manual_seed(cfg.train.seed)
-    env, plain = build_single_env(cfg), build_single_env(unnormalized(cfg))
     try:
-        step = StreamingStep(agent, normalizers_of(agent, env))
-        description = describe(cfg, agent, plain)
-        program = build_program(step, plain, arguments.batch)
+        with closing(build_single_env(cfg)) as env, closing(build_single_env(unnormalized(cfg))) as plain:
+            step = StreamingStep(agent, normalizers_of(agent, env))
+            description = describe(cfg, agent, plain)
+            program = build_program(step, plain, arguments.batch)
         file = (onnx_file if format_ == "onnx" else torch_file)(program, description)
         runner = (OnnxRunner if format_ == "onnx" else TorchRunner)(file)
         with progress_bar("steps compared", arguments.steps) as show:
@@ -75,9 +75,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             found = replay(cfg, agent, runner, steps=arguments.steps, rows=rows, on_step=show)
     except ExportError as error:
         raise StoppedError(str(error)) from None
-    finally:
-        env.close()
-        plain.close()
     if found.largest > TOLERANCE:
         raise StoppedError(
             f"the exported program differs from the agent by {found.largest:.1e}, more than {TOLERANCE:.0e}, in "
@@ -95,16 +92,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     print(json.dumps({"output": str(output), "format": format_, "bytes": len(file), "rows": rows, **found._asdict()}))
     return 0
-
-
-def _format(output: Path, chosen: str | None) -> str:
-    by_name = SUFFIXES.get(output.suffix)
-    if by_name is None or chosen not in (None, by_name):
-        endings = " or ".join(suffix for suffix, name in SUFFIXES.items() if chosen in (None, name))
-        raise UsageError(
-            f"--output must end in {endings}{f' with --format {chosen}' if chosen else ''}; got '{output}'."
-        )
-    return by_name
 
 
 def _batch(text: str) -> int | None:

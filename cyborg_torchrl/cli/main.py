@@ -6,6 +6,9 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from cyborg_torchrl.registry import did_you_mean
+from cyborg_torchrl.training.command import UsageError, exit_code_of
+
 COMMANDS = {
     "train": "train an agent",
     "sweep": "train all combinations of several values, and print a table",
@@ -16,41 +19,27 @@ COMMANDS = {
     "report": "write one HTML page about many runs",
     "replay": "look into the dump of a run that stopped at NaN",
 }
-EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. Return the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments:
-        print("error: name a command (see cyborg-torchrl --help)", file=sys.stderr)
-        return EXIT_BAD_INPUT
-    name = arguments.pop(0)
-    if name in ("-h", "--help"):
-        print(_help())
-        return 0
-    try:
-        # The imports take seconds, so they happen here: Ctrl-C ends them without a traceback.
-        from cyborg_torchrl.registry import did_you_mean
-        from cyborg_torchrl.training.command import UsageError, exit_code_of
 
-        def run() -> int:
-            if name not in COMMANDS:
-                raise UsageError(f"unknown command '{name}': {did_you_mean(name, COMMANDS)}")
-            return importlib.import_module(f"cyborg_torchrl.cli.{name}").main(arguments)
+    def run() -> int:
+        if not arguments:
+            raise UsageError("name a command (see cyborg-torchrl --help)")
+        name = arguments.pop(0)
+        if name in ("-h", "--help"):
+            print(_help())
+            return 0
+        if name not in COMMANDS:
+            raise UsageError(f"unknown command '{name}': {did_you_mean(name, COMMANDS)}")
+        return importlib.import_module(f"cyborg_torchrl.cli.{name}").main(arguments)
 
-        return exit_code_of(run)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
+    return exit_code_of(run)
 
 
 def _help() -> str:
-    lines = [f"  {name:<10}{text}" for name, text in COMMANDS.items()]
-    return "\n".join([
-        "usage: cyborg-torchrl COMMAND ...",
-        "",
-        *lines,
-        "",
-        "cyborg-torchrl COMMAND --help shows the options of a command, with an example.",
-    ])  # fmt: skip
+    commands = "\n".join(f"  {name:<10}{text}" for name, text in COMMANDS.items())
+    hint = "cyborg-torchrl COMMAND --help shows the options of a command, with an example."
+    return f"usage: cyborg-torchrl COMMAND ...\n\n{commands}\n\n{hint}"

@@ -9,22 +9,19 @@ repeat the observation and bring no reward, and does not write them out.
 
 from __future__ import annotations
 
-import argparse
 import os
-import sys
 from collections.abc import Sequence
-from pathlib import Path
+from contextlib import closing
+from functools import partial
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 
-from cyborg_torchrl.cli.arguments import checkpoint_parser, overrides_of
-from cyborg_torchrl.cli.playback import FILMS, Film, Trace, play
+from cyborg_torchrl.cli.arguments import agent_of, checkpoint_parser
+from cyborg_torchrl.cli.playback import FILMS, Film, play, trace
 from cyborg_torchrl.registry import environments
-from cyborg_torchrl.training.builders import prepare_process
 from cyborg_torchrl.training.command import CommandParser, UsageError, positive, writable
 from cyborg_torchrl.training.experiment import EVALUATION_SEED_OFFSET
-from cyborg_torchrl.training.loading import build_acting_env, load_agent
+from cyborg_torchrl.training.loading import build_acting_env
 from cyborg_torchrl.training.progress import progress_bar
 
 RENDERED = ("gymnasium", "minigrid")
@@ -36,7 +33,9 @@ FILM_STEPS = 1000
 def _parser() -> CommandParser:
     parser = checkpoint_parser("play", __doc__)
     parser.add_argument("--episodes", type=positive, default=3, help="how many (%(default)s)")
-    parser.add_argument("--output", type=_film, metavar="FILE", help="a film, .gif or .mp4; without: text")
+    parser.add_argument(
+        "--output", type=partial(writable, endings=FILMS), metavar="FILE", help="a film, .gif or .mp4; without: text"
+    )
     parser.add_argument(
         "--max-steps", type=positive, help=f"episodes are cut after these (films: {FILM_STEPS}; text: never)"
     )
@@ -50,21 +49,17 @@ def _parser() -> CommandParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Play and write. Return the exit code."""
     arguments = _parser().parse(argv)
-    cfg, agent, _ = load_agent(arguments.checkpoint, overrides_of(arguments))
-    prepare_process(cfg)
-    torch.manual_seed(cfg.train.seed)
+    cfg, agent = agent_of(arguments)
     if arguments.output:
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame draws without a screen, and complains of none
         cfg = _rendered(cfg)
-    workers = 0 if "workers" in cfg.env else None
-    env = build_acting_env(cfg, agent, num_envs=1, seed=cfg.train.seed + EVALUATION_SEED_OFFSET, workers=workers)
     max_steps = arguments.max_steps or (FILM_STEPS if arguments.output else None)
-    frames = play(agent, env, arguments.episodes, is_deterministic=not arguments.sampled, max_steps=max_steps)
-    try:
+    seed = cfg.train.seed + EVALUATION_SEED_OFFSET
+    with closing(build_acting_env(cfg, agent, num_envs=1, seed=seed, workers=0)) as env:
+        frames = play(agent, env, arguments.episodes, is_deterministic=not arguments.sampled, max_steps=max_steps)
         if not arguments.output:
-            trace = Trace(sys.stdout.write, is_full=arguments.full)
-            for frame in frames:
-                trace.add(frame)
+            for line in trace(frames, is_full=arguments.full):
+                print(line)
             return 0
         film = Film(arguments.output, size=arguments.size, fps=arguments.fps)
         with progress_bar("episodes", arguments.episodes) as show:
@@ -75,8 +70,6 @@ def main(argv: Sequence[str] | None = None) -> int:
                 film.add(frame)
                 show(frame.episode - bool(frame.action))
         film.close()
-    finally:
-        env.close()
     print(f"{arguments.output}: {arguments.output.stat().st_size:,} bytes")
     return 0
 
@@ -86,10 +79,3 @@ def _rendered(cfg: DictConfig) -> DictConfig:
     if cfg.env.name in RENDERED and not cfg.env.get("rgb"):
         OmegaConf.update(cfg, "env.options", {**(cfg.env.options or {}), "render_mode": "rgb_array"}, force_add=True)
     return cfg
-
-
-def _film(text: str) -> Path:
-    path = writable(text)
-    if path.suffix not in FILMS:
-        raise argparse.ArgumentTypeError(f"must end in {' or '.join(FILMS)}; got '{text}'")
-    return path

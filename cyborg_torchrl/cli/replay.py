@@ -30,12 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = CommandParser(prog="cyborg-torchrl replay", description=__doc__)
     parser.add_argument("dump", type=Path, help="a file in a run's 'dumps'")
     path: Path = parser.parse(argv).dump
-    if path.is_dir():
-        raise CheckpointError(f"'{path}' is a folder: name a file, such as one in a run's 'dumps'.")
-    try:
-        content = load_checkpoint(path, kind=DUMP)
-    except FileNotFoundError:
-        raise CheckpointError(f"no dump '{path}'.") from None
+    if not path.is_file():
+        raise CheckpointError(f"no dump '{path}': name a file, such as one in a run's 'dumps'.")
+    content = load_checkpoint(path, kind=DUMP)
     agent = agent_from_content(content, path, ["train.device=cpu"]).agent
     print(f"update {content['update']}: {content['message']}")
     steps = content.get("steps")

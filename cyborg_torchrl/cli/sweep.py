@@ -35,7 +35,8 @@ from rich.console import Console
 from rich.table import Table
 
 from cyborg_torchrl.cli.train import hydra_parser, parse_overrides, run_hydra
-from cyborg_torchrl.config import load_config, validate
+from cyborg_torchrl.config import load_config
+from cyborg_torchrl.config.checks import validate
 from cyborg_torchrl.memory_benchmarks.results import Job, Row, folder_name, override_keys, write_rows
 from cyborg_torchrl.registry import UnavailableError
 from cyborg_torchrl.training.builders import prepare_process
@@ -166,8 +167,7 @@ def run_job(cfg: DictConfig) -> float:
     if summary["is_interrupted"]:
         raise KeyboardInterrupt
     _record(replace(job, error=""), folder)
-    seconds = summary["total_seconds"]
-    print(f"{notes.getvalue()}{name}: {_score(summary):.3f} in {seconds:.0f} s", file=sys.stderr)
+    print(f"{notes.getvalue()}{name}: {_score(summary):.3f} in {summary['total_seconds']:.0f} s", file=sys.stderr)
     return _score(summary)
 
 
@@ -178,15 +178,12 @@ def _record(job: Job, folder: Path) -> None:
 
 def _report(rows: list[Row], target: float | None, markdown: Path | None) -> int:
     headers, lines = table(rows, target)
-    shown = Table(title="success on fresh episodes (mean return where a task has no success), over seeds")
-    for header in headers:
-        shown.add_column(header)
+    shown = Table(*headers, title="success on fresh episodes (mean return where a task has no success), over seeds")
     for line in lines:
         shown.add_row(*line)
     Console(width=None if sys.stdout.isatty() else 200).print(shown)
     if markdown:
-        dashes = ["---" for _ in headers]
-        markdown.write_text("".join(f"| {' | '.join(line)} |\n" for line in (headers, dashes, *lines)))
+        markdown.write_text("".join(f"| {' | '.join(line)} |\n" for line in (headers, ["---"] * len(headers), *lines)))
     failures = [row for row in rows if row["error"]]
     for row in failures:
         print(f"failed: {row['run']}: {row['error']}")

@@ -24,7 +24,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from cyborg_torchrl.config import DEFAULT_CONFIG, choices, explained, load_config, primary_config
+from cyborg_torchrl.config.composition import DEFAULT_CONFIG, choices, explained, load_config, primary_config
 from cyborg_torchrl.config.schema import GROUPS, NODES
 from cyborg_torchrl.training.command import CommandParser, UsageError, config_parser, run_command
 
@@ -37,15 +37,14 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--cfg", choices=("job", "hydra", "all"), help="print the configuration, as Hydra does")
     parser.add_argument("--info", choices=INFO, help="print what Hydra knows, for debugging")
     arguments = parser.parse(argv)
-    overrides: list[str] = arguments.overrides
-    for override in parse_overrides(arguments.config, overrides):
+    for override in parse_overrides(arguments.config, arguments.overrides):
         if override.is_sweep_override():
             raise UsageError(f"'{override.input_line}' has several values: cyborg-torchrl sweep runs all of them")
     if arguments.cfg or arguments.info:
         flags = [f"--cfg={arguments.cfg}" if arguments.cfg else f"--info={arguments.info}"]
-        run_hydra(lambda cfg: None, arguments.config, overrides, flags)
+        run_hydra(lambda cfg: None, arguments.config, arguments.overrides, flags)
         return 0
-    return run_command(arguments.config, overrides, is_print_only=arguments.print_config)
+    return run_command(arguments.config, arguments.overrides, is_print_only=arguments.print_config)
 
 
 def hydra_parser(command: str, description: str | None, argv: Sequence[str]) -> CommandParser:

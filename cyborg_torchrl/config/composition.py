@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import importlib
 import logging
+import re
 import tempfile
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,9 +24,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from cyborg_torchrl.config.checks import ConfigError, validate
-from cyborg_torchrl.config.errors import explain
 from cyborg_torchrl.config.schema import GROUPS, NODES, REMOVED_KEYS, SHORT_KEYS, Config, LoggerConfig, config_class_of
-from cyborg_torchrl.registry import Registry, did_you_mean
+from cyborg_torchrl.registry import did_you_mean
 
 LOGGER = logging.getLogger(__name__)
 DEFAULT_CONFIG = "memory_delayed_cue_recurrent"
@@ -86,7 +87,7 @@ def primary_config(config: str, overrides: Sequence[str]) -> Generator[Primary]:
         yield Primary(folder, name, overrides)
         return
     with tempfile.TemporaryDirectory() as scratch:
-        complete = _lay_over_default(folder / name, overrides)
+        complete = _lay_over_default(Path(config), overrides)
         if complete is not None:
             folder, name = Path(scratch), "config"
             OmegaConf.save(complete, folder / "config.yaml")
@@ -94,11 +95,50 @@ def primary_config(config: str, overrides: Sequence[str]) -> Generator[Primary]:
 
 
 def explained(error: Exception, config: str, overrides: Sequence[str]) -> ConfigError:
-    """Return an error of Hydra or OmegaConf while composing as a ConfigError with one line."""
-    folder, name = _locate(config)
-    shipped = name if folder == config_dir() else DEFAULT_CONFIG
-    written = [_written_out(override) for override in overrides]
-    return ConfigError(explain(error, written, choices, functools.partial(_recompose, shipped)))
+    """Return an error of Hydra or OmegaConf as a ConfigError: one line, with the nearest correct key or value."""
+    overrides = [_written_out(override) for override in overrides]
+    text = " ".join(str(error).split())
+    choice = re.search(r"Could not find '([\w./-]+)/([\w.-]+)'", text)
+    if choice:
+        group, name = choice.groups()
+        listed = re.search(r"Available options in '[^']*': (.*?)(?: Config search path|$)", text)
+        known = choices(group) or (listed[1].split() if listed else ())
+        return ConfigError(f"unknown {group} '{name}': {did_you_mean(name, known)}")
+    unknown = re.search(r"Could not override '([\w.@]+)'", text) or re.search(r"Key '([\w.]+)' (?:is )?not in", text)
+    if unknown:
+        key = _full_key(unknown[1], text, overrides)
+        folder, name = _locate(config)
+        groups = [override for override in overrides if override.split("=")[0] in GROUPS]
+        cfg = _compose(config_dir(), name if folder == config_dir() else DEFAULT_CONFIG, groups)
+        return ConfigError(f"unknown key '{key}': {did_you_mean(key, _sibling_keys(key, cfg))}")
+    bad_value = re.search(r"Error merging override (\S*)", text)
+    if bad_value:
+        cause = " ".join(str(error.__cause__ or "").split())
+        return ConfigError(f"impossible value in '{bad_value[1]}': {cause.split(' full_key:')[0] or 'wrong type'}")
+    bad_override = re.search(r"Error parsing override '([^']*)'", text)
+    if bad_override or not text.startswith(("In '", "Could not")):
+        override = bad_override[1] if bad_override else " ".join(overrides)
+        return ConfigError(f"cannot read '{override}': overrides look like key=value ({text})")
+    return ConfigError(text)
+
+
+def _full_key(key: str, text: str, overrides: Sequence[str]) -> str:
+    """Return the full form of an unknown key: from the overrides, from the error's text, or the key itself."""
+    for override in overrides:
+        full = override.split("=")[0].lstrip("+~")
+        if full.endswith(key):
+            return full
+    named = re.search(r"full_key: ([\w.]+)", text)
+    return named[1] if named else key
+
+
+def _sibling_keys(full: str, cfg: DictConfig) -> list[str]:
+    """Return the keys next to a mistyped one; the top-level keys if its parent does not exist either."""
+    parent, _, _ = full.rpartition(".")
+    nearest = difflib.get_close_matches(parent, [str(key) for key in cfg], n=1)
+    if not nearest:
+        return [str(key) for key in cfg]
+    return [f"{nearest[0]}.{key}" for key in cfg[nearest[0]]]
 
 
 def _written_out(override: str) -> str:
@@ -130,26 +170,23 @@ def _warn_once(message: str) -> None:
 
 def flat_options(cfg: DictConfig) -> dict[str, Any]:
     """Return all options as one dictionary with dotted keys, such as "train.seed"."""
-    flat: dict[str, Any] = {}
 
-    def add(prefix: str, node: Any) -> None:
+    def leaves(prefix: str, node: Any) -> Iterator[tuple[str, Any]]:
         if not isinstance(node, dict) or (prefix and not node):
-            flat[prefix] = node
+            yield prefix, node
             return
         for key, value in node.items():
-            add(f"{prefix}.{key}" if prefix else str(key), value)
+            yield from leaves(f"{prefix}.{key}" if prefix else str(key), value)
 
-    add("", OmegaConf.to_container(cfg))
-    return flat
+    return dict(leaves("", OmegaConf.to_container(cfg)))
 
 
-def _lay_over_default(stem: Path, overrides: Sequence[str]) -> DictConfig | None:
+def _lay_over_default(path: Path, overrides: Sequence[str]) -> DictConfig | None:
     """Return the configuration of a file without a `defaults` list; None for a file with such a list.
 
     Raises:
         ConfigError: if the file cannot be read as a mapping.
     """
-    path = next(path for path in (stem.with_suffix(".yaml"), stem.with_suffix(".yml")) if path.is_file())
     try:
         content = OmegaConf.load(path)
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
@@ -173,13 +210,15 @@ def _lay_over_default(stem: Path, overrides: Sequence[str]) -> DictConfig | None
 
 
 def _store_nodes() -> None:
+    for package in ("cores", "envs"):  # their import registers the shipped components
+        importlib.import_module(f"cyborg_torchrl.{package}")
     store = ConfigStore.instance()
     store.store(name="config_schema", node=Config)
     for group, node in NODES.items():
         store.store(group=group, name=f"{group}_schema", node=node)
     store.store(group="logger", name="default", node=LoggerConfig)
     for group, registry in GROUPS.items():
-        for name in _registered(registry):
+        for name in registry.names():
             try:
                 node = config_class_of(name, registry.get(name))
             except Exception as error:  # a broken package must not disable the other components
@@ -187,12 +226,6 @@ def _store_nodes() -> None:
                 continue
             has_file = (config_dir() / group / f"{name}.yaml").is_file()
             store.store(group=group, name=f"{name}_schema" if has_file else name, node=node)
-
-
-def _registered(registry: Registry) -> tuple[str, ...]:
-    for package in ("cores", "envs"):  # their import registers the shipped components
-        importlib.import_module(f"cyborg_torchrl.{package}")
-    return registry.names()
 
 
 def _locate(config: str) -> tuple[Path, str]:
@@ -216,10 +249,6 @@ def choices(group: str) -> list[str]:
     files = {path.stem for path in (config_dir() / group).glob("*.yaml")}
     nodes = {name.removesuffix(".yaml") for name in ConfigStore.instance().repo.get(group, ())}
     return sorted(name for name in files | nodes if not name.endswith("_schema"))
-
-
-def _recompose(config: str, overrides: Sequence[str]) -> DictConfig:
-    return _compose(config_dir(), config, overrides)
 
 
 def _compose(folder: Path, name: str, overrides: Sequence[str]) -> DictConfig:

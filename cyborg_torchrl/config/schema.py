@@ -17,8 +17,6 @@ from omegaconf import MISSING
 
 from cyborg_torchrl.registry import backbones, environments, memories, option_types, options_of
 
-BACKENDS = ("wandb", "mlflow")
-
 
 def option(default: Any, **limits: Any) -> Any:
     """Return a field with limits, which `validate` checks.
@@ -185,7 +183,7 @@ class LoggerConfig:
     """Updates between two checkpoints."""
     tensorboard: bool = True
     """Write TensorBoard files into the run's folder."""
-    backends: list[str] = field(default_factory=list, metadata={"choices": BACKENDS})
+    backends: list[str] = field(default_factory=list, metadata={"choices": ("wandb", "mlflow")})
     """More loggers of metrics: wandb, mlflow."""
     project: str = "cyborg_torchrl"
     """Project of W&B, experiment of MLflow."""

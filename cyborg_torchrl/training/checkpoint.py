@@ -5,9 +5,9 @@ from __future__ import annotations
 import io
 import os
 import pickle
-import re
 import zipfile
-from collections.abc import Callable
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,12 @@ class CheckpointError(ValueError):
     """A file that is not a usable checkpoint; the message is one line with the reason."""
 
 
-def _from_version_1(content: Content) -> Content:
+def _from_version_1(content: Content, path: Path) -> Content:
     """Version 1 has only torch's random state, and neither the state of the environments nor the training time."""
-    return {**content, "rng": {"torch": content["rng"]}, "collector": None, "best": None, "seconds": 0.0}
-
-
-MIGRATIONS: dict[int, Callable[[Content], Content]] = {1: _from_version_1}
-"""Conversions from each older version to the next one."""
+    if "rng" not in content:
+        raise CheckpointError(f"{path} lacks 'rng', which version 1 has.")
+    added = {"collector": None, "best": None, "seconds": 0.0}
+    return {**content, "version": VERSION, "rng": {"torch": content["rng"]}, **added}
 
 
 def save_checkpoint(path: Path, content: Content, *, kind: str = FORMAT) -> None:
@@ -55,12 +54,18 @@ def write_whole(path: Path, data: bytes | memoryview) -> None:
     Raises:
         OSError: if it cannot be written. The old file is then unchanged.
     """
+    with _replaced(path) as temporary, temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def _replaced(path: Path) -> Generator[Path]:
+    """Yield the path of a file to write. It replaces the old file at once; after an error the old file stays."""
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -82,22 +87,15 @@ def load_checkpoint(path: Path, *, kind: str = FORMAT) -> Content:
     if not isinstance(content, dict) or content.get("format") != kind:
         raise CheckpointError(f"{path} is not a {kind.rpartition('.')[2]} of cyborg_torchrl.")
     version = content.get("version")
-    if not isinstance(version, int) or (version != VERSION and version not in MIGRATIONS):
+    if not isinstance(version, int) or version not in (1, VERSION):
         is_newer = isinstance(version, int) and version > VERSION
         reason = "a newer version of the package wrote it" if is_newer else "unknown"
         raise CheckpointError(f"{path} has format version {version} ({reason}); this one reads up to {VERSION}.")
-    while content["version"] < VERSION:
-        try:
-            content = {**MIGRATIONS[content["version"]](content), "version": content["version"] + 1}
-        except (KeyError, TypeError) as error:
-            raise CheckpointError(f"{path} lacks {error}, which version {version} has.") from None
-    return content
+    return _from_version_1(content, path) if version == 1 else content
 
 
 def _diagnosis(path: Path, error: Exception) -> str:
     """Return the fault of a file that torch cannot read; torch's own messages rarely name it."""
-    if path.is_dir():
-        return "it is a folder"
     if isinstance(error, OSError) and not path.is_file():
         return str(error)
     with path.open("rb") as file:
@@ -166,19 +164,13 @@ class CheckpointFolder:
             path.unlink(missing_ok=True)
 
     def _newest_first(self) -> list[Path]:
-        numbered = [path for path in self.path.glob("update_*.pt") if re.fullmatch(r"update_\d+\.pt", path.name)]
-        return sorted(numbered, reverse=True)
+        return sorted(self.path.glob(f"update_{'[0-9]' * 8}.pt"), reverse=True)
 
 
 def _link(path: Path, link: Path) -> None:
     """Give a file a second name, or a copy if the file system has no links. An old file of that name is replaced."""
-    temporary = link.with_suffix(f".{os.getpid()}.tmp")
-    temporary.unlink(missing_ok=True)
-    try:
+    with _replaced(link) as temporary:
         try:
             os.link(path, temporary)
         except OSError:
             temporary.write_bytes(path.read_bytes())
-        temporary.replace(link)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -10,6 +10,7 @@ import select
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -30,7 +31,6 @@ EXIT_NO_READER = 141
 """The reader of stdout has gone, as `head` does after some lines; shells report 128 + SIGPIPE."""
 RANK_DELAY = 20.0
 """Seconds within which a launcher ends all processes after the first one has failed."""
-PICTURES = (".png", ".svg", ".pdf")
 OVERRIDES_HELP = """\
 overrides: key=value, as in backbone=gru env.horizon=200 train.seed=3 train.learning_rate=1e-3
   a public benchmark by its id: env=popgym id=popgym-RepeatFirstEasy-v0 (id is short for env.id)
@@ -92,22 +92,20 @@ def positive(text: str) -> int:
     return value
 
 
-def writable(text: str) -> Path:
-    """Return the path of a file in a folder that exists."""
+def writable(text: str, endings: Sequence[str] = ()) -> Path:
+    """Return the path of a file in a folder that exists, with one of the endings if there are any."""
     path = Path(text)
     if path.is_dir():
         raise argparse.ArgumentTypeError(f"'{path}' is a folder")
     if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"there is no folder '{path.parent}'")
+    if endings and path.suffix not in endings:
+        raise argparse.ArgumentTypeError(f"must end in {' or '.join(endings)}; got '{text}'")
     return path
 
 
-def picture(text: str) -> Path:
-    """Return the path of a picture, of a kind that can be written, in a folder that exists."""
-    path = writable(text)
-    if path.suffix not in PICTURES:
-        raise argparse.ArgumentTypeError(f"must end in {', '.join(PICTURES)}; got '{text}'")
-    return path
+picture = partial(writable, endings=(".png", ".svg", ".pdf"))
+"""Return the path of a picture, of a kind that can be written, in a folder that exists."""
 
 
 def main(argv: Sequence[str] | None = None, *, description: str | None = None, default_config: str) -> int:

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
+
+from cyborg_torchrl.config import ConfigError
 
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """Environment variables that torchrun, and other launchers of torch.distributed, set for each process."""
-
-
-class LaunchError(ValueError):
-    """Processes that cannot train together; the message is one line with the reason."""
 
 
 class PeerLostError(RuntimeError):
@@ -122,41 +120,6 @@ class Ranks:
         return total.to(values.device)
 
 
-class GradientMean:
-    """Gradients and metrics of a minibatch as means over all ranks, in one message.
-
-    Args:
-        ranks: the processes.
-        parameters: the trained parameters, of one dtype. A missing gradient counts as zero.
-    """
-
-    def __init__(self, ranks: Ranks, parameters: Sequence[nn.Parameter]) -> None:
-        self.ranks, self.parameters = ranks, parameters
-        self._names: list[str] = []
-
-    def __call__(self, metrics: Mapping[str, Tensor], weight: float) -> dict[str, Tensor]:
-        """Replace the gradients by their means, and return the means of the metrics.
-
-        Args:
-            metrics: scalars, with the same names on all ranks; {} from a rank without a minibatch. "ratio_error" is
-                left out.
-            weight: number of trained steps of this rank.
-
-        Returns:
-            The means; {} if no rank had a minibatch. The gradients are then unchanged.
-        """
-        self._names = sorted(set(metrics) - {"ratio_error"}) or self._names
-        zero = torch.zeros((), device=self.parameters[0].device)
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
-        scalars = [metrics.get(name, zero) for name in self._names]
-        means = self.ranks.weighted_means([*gradients, *scalars], weight)
-        if means is None:
-            return {}
-        for parameter, gradient in zip(self.parameters, means, strict=False):
-            parameter.grad = gradient
-        return dict(zip(self._names, means[len(self.parameters) :], strict=True))
-
-
 def is_launched_with_others() -> bool:
     """Return whether a launcher has started this process as one of several."""
     return all(name in os.environ for name in VARIABLES) and os.environ["WORLD_SIZE"] != "1"
@@ -178,21 +141,19 @@ def joined_ranks(device: str) -> Generator[Ranks]:
         device: "cpu", "cuda" or "auto". This process's CUDA device becomes the current one.
 
     Raises:
-        LaunchError: if there are more processes than devices, or the processes do not find each other.
+        ConfigError: if there are more processes than devices, or the processes do not find each other.
     """
     if not is_launched_with_others():
         yield Ranks()
         return
-    kind = device
-    if device == "auto":
-        kind = "cuda" if torch.cuda.is_available() else "cpu"
-    rank_device = torch.device("cpu") if kind == "cpu" else _cuda_device_of_process(kind)
+    is_on_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
+    rank_device = torch.device("cpu") if is_on_cpu else _cuda_device_of_process(device)
     is_new_group = not dist.is_initialized()
     if is_new_group:
         try:
-            dist.init_process_group("gloo" if kind == "cpu" else "nccl")
+            dist.init_process_group("gloo" if is_on_cpu else "nccl")
         except (RuntimeError, ValueError) as error:
-            raise LaunchError(f"the processes of this run do not find each other: {_first_line(error)}") from None
+            raise ConfigError(f"the processes of this run do not find each other: {_first_line(error)}") from None
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size(), rank_device)
     finally:
@@ -200,13 +161,13 @@ def joined_ranks(device: str) -> Generator[Ranks]:
             dist.destroy_process_group()
 
 
-def _cuda_device_of_process(kind: str) -> torch.device:
+def _cuda_device_of_process(name: str) -> torch.device:
     size = int(os.environ["WORLD_SIZE"])
     index = int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
-    if kind != "cuda":
-        raise LaunchError(f"train.device={kind} is one device, for {size} processes; use train.device=cuda, one each.")
+    if name not in ("cuda", "auto"):
+        raise ConfigError(f"train.device={name} is one device, for {size} processes; use train.device=cuda, one each.")
     if index >= torch.cuda.device_count():
-        raise LaunchError(
+        raise ConfigError(
             f"process {index} of this machine has no CUDA device: there are {torch.cuda.device_count()}; "
             "start as many processes as there are devices, or use train.device=cpu."
         )

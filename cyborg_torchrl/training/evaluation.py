@@ -15,8 +15,8 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import set_recurrent_mode
 
 from cyborg_torchrl import keys
-from cyborg_torchrl.collectors.flat_dict import FlatDict, NotFusable, flat
-from cyborg_torchrl.collectors.fused_env import EnvStep, env_step
+from cyborg_torchrl.collectors.flat_dict import NotFusable, flat
+from cyborg_torchrl.collectors.fused_env import env_step
 from cyborg_torchrl.collectors.fused_policy import policy_step
 from cyborg_torchrl.data.chunks import ceil_div
 from cyborg_torchrl.modules.nan_check import check_finite
@@ -52,10 +52,6 @@ class Evaluation:
         return None if self.successes is None else float(self.successes.mean())
 
 
-def ignore_episodes(finished: int, total: int) -> None:
-    """Do nothing."""
-
-
 @torch.no_grad()
 def evaluate(
     policy: TensorDictModuleBase,
@@ -63,7 +59,7 @@ def evaluate(
     episodes: int,
     *,
     is_deterministic: bool = True,
-    on_episodes: OnEpisodes = ignore_episodes,
+    on_episodes: OnEpisodes = lambda finished, total: None,
 ) -> Evaluation:
     """Play episodes with a policy.
 
@@ -124,12 +120,7 @@ def _steps(
         while True:
             played, tensordict = env.step_and_maybe_reset(policy(tensordict))
             yield played.get(keys.NEXT)
-    yield from _steps_on_tensors(policy, env, stepped, is_greedy=is_greedy)
 
-
-def _steps_on_tensors(
-    policy: TensorDictModuleBase, env: EnvBase, stepped: EnvStep, *, is_greedy: bool
-) -> Iterator[FlatDict]:
     acts, _ = policy_step(policy, env, is_greedy=is_greedy)
     acts.begin(env.batch_size.numel())
     carried, may_begin = flat(env.reset()), True

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,12 @@ from cyborg_torchrl.modules.nan_check import NonFiniteError
 from cyborg_torchrl.registry import environments
 from cyborg_torchrl.training.builders import Training, build_trainer
 from cyborg_torchrl.training.checkpoint import DUMP, save_checkpoint
-from cyborg_torchrl.training.distributed import LaunchError, PeerLostError, Ranks, joined_ranks
-from cyborg_torchrl.training.evaluation import Evaluation, OnEpisodes, evaluate, ignore_episodes
+from cyborg_torchrl.training.distributed import PeerLostError, Ranks, joined_ranks
+from cyborg_torchrl.training.evaluation import Evaluation, OnEpisodes, evaluate
 from cyborg_torchrl.training.loading import build_acting_env
 from cyborg_torchrl.training.progress import Progress
 from cyborg_torchrl.training.resume import ResumePoint, find_run, restore_training, training_state
-from cyborg_torchrl.training.run_folder import NullRun, RunFolder, default_run_name
+from cyborg_torchrl.training.run_folder import RunFolder, default_run_name
 
 EVALUATION_SEED_OFFSET = 1_000_003
 """Difference between the seeds of evaluation and training, so that evaluation has other episodes."""
@@ -47,7 +47,10 @@ class Experiment:
 
     cfg: DictConfig
     training: Training
-    run: RunFolder | NullRun
+    path: Path
+    """The run's folder."""
+    run: RunFolder | None
+    """Writes the folder; None in all ranks but the first."""
     progress: Progress
     horizon: int | None
     started: float
@@ -79,11 +82,8 @@ def run_experiment(cfg: DictConfig) -> dict[str, Any]:
         StoppedError: if the run cannot continue: a full disk, a number that is not finite, or workers that die again
             and again.
     """
-    try:
-        with terminations_as_interrupt(), joined_ranks(cfg.train.device) as ranks:
-            return _run(cfg, ranks)
-    except LaunchError as error:
-        raise ConfigError(str(error)) from None
+    with terminations_as_interrupt(), joined_ranks(cfg.train.device) as ranks:
+        return _run(cfg, ranks)
 
 
 def _run(cfg: DictConfig, ranks: Ranks) -> dict[str, Any]:
@@ -98,21 +98,23 @@ def _run(cfg: DictConfig, ranks: Ranks) -> dict[str, Any]:
     try:
         with progress.shown(trainer.total_updates, trainer.steps_per_update, trainer.num_updates):
             _train(experiment)
-            if cfg.logger.eval_episodes and ranks.is_first:
-                _evaluate(experiment)
+            if cfg.logger.eval_episodes and experiment.run is not None:
+                _evaluate(experiment, experiment.run)
     except NonFiniteError as error:
         raise _dump(experiment, error) from None
     except WorkerError as error:
-        raise StoppedError(f"{error} resume={experiment.run.path} goes on from the last checkpoint") from None
+        raise StoppedError(f"{error} resume={experiment.path} goes on from the last checkpoint") from None
     except (KeyboardInterrupt, PeerLostError) as error:
         experiment.is_interrupted = True
         _report_interrupt(experiment, error)
     finally:
         trainer.close()
-        experiment.run.close()
+        if experiment.run is not None:
+            experiment.run.close()
     summary = _summarise(experiment)
-    with _disk_errors(experiment):
-        experiment.run.write_json("summary.json", summary)
+    if experiment.run is not None:
+        with _disk_errors(experiment):
+            experiment.run.write_json("summary.json", summary)
     return summary
 
 
@@ -121,33 +123,28 @@ def _prepare(cfg: DictConfig, ranks: Ranks, point: ResumePoint, progress: Progre
     training = build_trainer(cfg, progress.advance, ranks)
     horizon = episode_attribute(training.env, "horizon")  # not available after the environment is closed
     try:
-        if point.content is not None and point.checkpoint is not None:
+        if point.checkpoint is not None:
             warnings = restore_training(training, point.content, point.checkpoint, cfg.train.seed)
             done = f"{training.trainer.num_updates} updates, {training.trainer.num_steps:,} steps"
             progress.console.print(f"resuming {point.checkpoint} ({done})", highlight=False)
             for warning in warnings if ranks.is_first else []:
                 print(f"warning: {warning}", file=sys.stderr)
-        run = _open_run(cfg, ranks, point, training.trainer.num_updates)
+        path = point.folder or Path(cfg.logger.base_dir) / (cfg.logger.run_name or default_run_name(cfg))
+        path = ranks.broadcast_object(path)
+        run = _open_run(path, cfg, point, training.trainer.num_updates) if ranks.is_first else None
     except BaseException:
         training.trainer.close()
         raise
-    seconds_before = float((point.content or {}).get("seconds", 0.0)) if ranks.is_first else 0.0
-    return Experiment(cfg, training, run, progress, horizon, started, seconds_before)
+    seconds_before = float(point.content.get("seconds", 0.0))
+    return Experiment(cfg, training, path, run, progress, horizon, started, seconds_before)
 
 
-def _open_run(cfg: DictConfig, ranks: Ranks, point: ResumePoint, num_updates: int) -> RunFolder | NullRun:
-    path = point.folder or Path(cfg.logger.base_dir) / (cfg.logger.run_name or default_run_name(cfg))
-    path = ranks.broadcast_object(path)
-    if not ranks.is_first:
-        return NullRun(path, cfg)
+def _open_run(path: Path, cfg: DictConfig, point: ResumePoint, num_updates: int) -> RunFolder:
     try:
         run = RunFolder(path, cfg, None if point.folder is None else num_updates)
-    except FileExistsError as error:
-        raise ConfigError(f"logger.run_name: {error}") from None
     except OSError as error:
         raise ConfigError(f"logger.base_dir: cannot write to '{path}' ({error.strerror}).") from None
-    if point.content is not None:
-        run.checkpoints.best = point.content.get("best")
+    run.checkpoints.best = point.content.get("best")
     return run
 
 
@@ -168,14 +165,18 @@ def _train(experiment: Experiment) -> None:
 def _log_update(experiment: Experiment) -> None:
     trainer, metrics, run = experiment.training.trainer, experiment.metrics, experiment.run
     is_last = trainer.num_updates == trainer.total_updates
+    is_saved = is_last or trainer.num_updates % experiment.cfg.logger.checkpoint_every == 0
+    state = training_state(experiment.training) if is_saved else {}  # all ranks send theirs to the first
+    if run is None:
+        return
     with _disk_errors(experiment):
-        if trainer.num_updates % experiment.cfg.logger.checkpoint_every == 0 or is_last:
-            content = {**training_state(experiment.training), "seconds": metrics["seconds"]}
-            run.save(content, trainer.num_updates, metrics.get("success_rate", metrics.get("mean_reward")))
+        if is_saved:
+            score = metrics.get("success_rate", metrics.get("mean_reward"))
+            run.save({**state, "seconds": metrics["seconds"]}, trainer.num_updates, score)
         run.log(metrics)
 
 
-def _evaluate(experiment: Experiment) -> None:
+def _evaluate(experiment: Experiment, run: RunFolder) -> None:
     """Evaluate the trained agent on fresh episodes, and log the result."""
     options = experiment.cfg.logger
     result = evaluate_agent(
@@ -188,7 +189,7 @@ def _evaluate(experiment: Experiment) -> None:
     experiment.evaluation = result
     metrics = {"success_rate": result.success_rate, "mean_reward": result.mean_reward, "episodes": result.episodes}
     with _disk_errors(experiment):
-        experiment.run.log_evaluation(metrics, experiment.training.trainer.num_steps)
+        run.log_evaluation(metrics, experiment.training.trainer.num_steps)
 
 
 def _summarise(experiment: Experiment) -> dict[str, Any]:
@@ -217,7 +218,7 @@ def _summarise(experiment: Experiment) -> dict[str, Any]:
         "peak_rss_mb": round(peak_rss_mb(), 1),
         "is_interrupted": experiment.is_interrupted,
         "processes": trainer.ranks.size,
-        "run_dir": str(experiment.run.path),
+        "run_dir": str(experiment.path),
     }
 
 
@@ -233,14 +234,17 @@ def _dump(experiment: Experiment, error: NonFiniteError) -> StoppedError:
         "message": str(error),
         **error.record,
     }
-    path = experiment.run.path / "dumps" / f"update_{update:08d}.pt"
+    path = experiment.path / "dumps" / f"update_{update:08d}.pt"
     save_checkpoint(path, content, kind=DUMP)
-    last = experiment.run.path / "checkpoints" / "last.pt"
-    checkpoint = f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint from before"
     return StoppedError(
         f"{error} (update {update}, after {trainer.num_steps:,} steps). What led to it: "
-        f"cyborg-torchrl replay {path}; {checkpoint}"
+        f"cyborg-torchrl replay {path}; {_last_checkpoint(experiment)}"
     )
+
+
+def _last_checkpoint(experiment: Experiment) -> str:
+    last = experiment.path / "checkpoints" / "last.pt"
+    return f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint yet"
 
 
 @contextmanager
@@ -249,12 +253,10 @@ def _disk_errors(experiment: Experiment) -> Generator[None]:
     try:
         yield
     except OSError as error:
-        path = experiment.run.path
-        last = path / "checkpoints" / "last.pt"
-        checkpoint = f"the last whole checkpoint is {last}" if last.exists() else "there is no checkpoint yet"
         raise StoppedError(
-            f"cannot write to '{path}' ({error.strerror or error}) after update "
-            f"{experiment.training.trainer.num_updates}; {checkpoint}. Make room and go on with resume={path}"
+            f"cannot write to '{experiment.path}' ({error.strerror or error}) after update "
+            f"{experiment.training.trainer.num_updates}; {_last_checkpoint(experiment)}. Make room and go on with "
+            f"resume={experiment.path}"
         ) from None
 
 
@@ -265,7 +267,7 @@ def _report_interrupt(experiment: Experiment, error: BaseException) -> None:
         for number in (signal.SIGINT, *TERMINATIONS):
             signal.signal(number, signal.SIG_IGN)
     if ranks.is_first:
-        path = experiment.run.path
+        path = experiment.path
         has_checkpoint = (path / "checkpoints" / "last.pt").exists()
         then = "goes on from the last checkpoint" if has_checkpoint else "begins again: there is no checkpoint yet"
         print(f"{str(error) or 'interrupted'}; resume={path} {then}", file=sys.stderr)
@@ -277,7 +279,7 @@ def evaluate_agent(
     episodes: int,
     *,
     is_deterministic: bool = True,
-    on_episodes: OnEpisodes = ignore_episodes,
+    on_episodes: OnEpisodes = lambda finished, total: None,
 ) -> Evaluation:
     """Evaluate an agent on fresh episodes of its configuration's environment; see `evaluate`.
 
@@ -287,19 +289,15 @@ def evaluate_agent(
     if "workers" not in cfg.env:  # more environments cost nothing where they are batched tensors
         num_envs = min(episodes, max(num_envs, 250))
     env = build_acting_env(cfg, agent, num_envs=num_envs, seed=cfg.train.seed + EVALUATION_SEED_OFFSET)
-    try:
+    with closing(env):
         return evaluate(agent, env, episodes, is_deterministic=is_deterministic, on_episodes=on_episodes)
-    finally:
-        env.close()
 
 
 def peak_rss_mb() -> float:
     """Return the largest resident memory of this process so far, in MiB."""
-    try:  # on Linux, getrusage includes the memory of the parent process before the start of this one
+    with suppress(OSError, IndexError, ValueError):  # Linux; its getrusage includes memory of the parent process
         status = Path("/proc/self/status").read_text()
         return int(status.split("VmHWM:")[1].split()[0]) / 1024
-    except (OSError, IndexError, ValueError):
-        pass
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (1024**2 if sys.platform == "darwin" else 1024)
 

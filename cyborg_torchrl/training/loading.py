@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import textwrap
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -99,11 +100,8 @@ def agent_from_content(content: dict[str, Any], path: Path, overrides: Sequence[
     cfg = config_from_content(content, path, device)
     if overrides:
         cfg = config_from_content(content, path, [*_fixed_horizons(cfg), *overrides])
-    env = build_single_env(cfg)
-    try:
+    with closing(build_single_env(cfg)) as env:
         agent = build_agent(cfg, env)
-    finally:
-        env.close()
     load_parameters(agent, content, path, [override for override in overrides if override not in device])
     return LoadedAgent(cfg, agent, content)
 
@@ -121,11 +119,8 @@ def _fixed_horizons(cfg: DictConfig) -> list[str]:
     groups = [group for group in ("backbone", "memory") if cfg[group].get("max_horizon", 0) is None]
     if not groups:
         return []
-    env = build_single_env(cfg)
-    try:
+    with closing(build_single_env(cfg)) as env:
         return [f"{group}.max_horizon={memory_horizon(cfg, env)}" for group in groups]
-    finally:
-        env.close()
 
 
 def load_parameters(agent: PPOAgent, content: dict[str, Any], path: Path, overrides: Sequence[str] = ()) -> None:
@@ -156,7 +151,7 @@ def load_parameters(agent: PPOAgent, content: dict[str, Any], path: Path, overri
 
 def build_single_env(cfg: DictConfig) -> EnvBase:
     """Build one environment, in this process."""
-    return build_env(cfg, num_envs=1, workers=0 if "workers" in cfg.env else None)
+    return build_env(cfg, num_envs=1, workers=0)
 
 
 def build_acting_env(
@@ -169,7 +164,7 @@ def build_acting_env(
         agent: the agent.
         num_envs: number of environments.
         seed: seed of the episodes.
-        workers: replaces env.workers.
+        workers: replaces env.workers, where there is such a key.
     """
     env = build_env(cfg, num_envs=num_envs, seed=seed, workers=workers)
     freeze_statistics(env, agent.env_statistics)

@@ -8,88 +8,71 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from cyborg_torchrl.config import BACKENDS, ConfigError, flat_options
+from cyborg_torchrl.config import ConfigError
+from cyborg_torchrl.config.composition import flat_options
 from cyborg_torchrl.registry import UnavailableError
 
-MAX_PARAMETERS = 100
-"""Largest number of hyperparameters that MLflow accepts in one call."""
 
-
-class Backend(Protocol):
-    """A backend for the metrics of one run."""
+@dataclass(frozen=True)
+class Backend:
+    """A run in a backend."""
 
     logger: Any
     """A logger of TorchRL."""
     run_id: str
     """The backend's name of the run."""
-
-    def close(self) -> None:
-        """End the run in the backend."""
-        ...
+    close: Callable[[], object]
+    """Ends the run, after all metrics are sent."""
 
 
-class Wandb:
-    """A run at Weights & Biases; its files are in the run's folder."""
+def start_wandb(cfg: DictConfig, path: Path, run_id: str | None) -> Backend:
+    """Start or continue a run at Weights & Biases; its files are in the run's folder."""
+    import wandb
+    from torchrl.record.loggers import WandbLogger
 
-    def __init__(self, cfg: DictConfig, path: Path, run_id: str | None) -> None:
-        import wandb
-        from torchrl.record.loggers import WandbLogger
-
-        self.logger: Any = WandbLogger(
-            path.name,
-            save_dir=path,
-            id=run_id,
-            project=cfg.logger.project,
-            log_env_packages=False,
-            # Not TorchRL's `offline`, which would stay set for all later runs of the process.
-            mode="offline" if cfg.logger.offline else None,
-            settings=wandb.Settings(console="off"),  # the progress bar must not be logged
-        )
-        self.run_id = self.logger.experiment.id
-        self.logger.log_hparams(OmegaConf.to_container(cfg))
-
-    def close(self) -> None:
-        """End the run, after all metrics are sent."""
-        self.logger.experiment.finish()
+    logger: Any = WandbLogger(
+        path.name,
+        save_dir=path,
+        id=run_id,
+        project=cfg.logger.project,
+        log_env_packages=False,
+        # Not TorchRL's `offline`, which would stay set for all later runs of the process.
+        mode="offline" if cfg.logger.offline else None,
+        settings=wandb.Settings(console="off"),  # the progress bar must not be logged
+    )
+    logger.log_hparams(OmegaConf.to_container(cfg))
+    return Backend(logger, logger.experiment.id, logger.experiment.finish)
 
 
-class MLflow:
-    """A run in an MLflow server or database."""
+def start_mlflow(cfg: DictConfig, path: Path, run_id: str | None) -> Backend:
+    """Start or continue a run in an MLflow server or database."""
+    import mlflow
+    from torchrl.record.loggers import MLFlowLogger
 
-    def __init__(self, cfg: DictConfig, path: Path, run_id: str | None) -> None:
-        import mlflow
-        from torchrl.record.loggers import MLFlowLogger
-
-        for name in ("mlflow", "alembic"):  # they print the migrations of a new database
-            logging.getLogger(name).setLevel(logging.WARNING)
-        uri = cfg.logger.tracking_uri or str(path.parent)
-        if "://" not in uri:  # current versions of MLflow need a database, not a folder
-            Path(uri).mkdir(parents=True, exist_ok=True)
-            uri = f"sqlite:///{Path(uri).resolve()}/mlflow.db"
-        if run_id is not None:
-            os.environ["MLFLOW_RUN_ID"] = run_id  # the start of a run reads this variable and removes it
-        self.logger: Any = MLFlowLogger(cfg.logger.project, uri)
-        self.run_id = self.logger.experiment.info.run_id
-        if run_id is not None:
-            return  # the parameters are already logged, and cannot be changed
-        mlflow.set_tag("mlflow.runName", path.name)
-        parameters = list(flat_options(cfg).items())
-        for begin in range(0, len(parameters), MAX_PARAMETERS):
-            self.logger.log_hparams(dict(parameters[begin : begin + MAX_PARAMETERS]))
-
-    def close(self) -> None:
-        """End the run."""
-        import mlflow
-
-        mlflow.end_run()
+    for name in ("mlflow", "alembic"):  # they print the migrations of a new database
+        logging.getLogger(name).setLevel(logging.WARNING)
+    uri = cfg.logger.tracking_uri or str(path.parent)
+    if "://" not in uri:  # current versions of MLflow need a database, not a folder
+        Path(uri).mkdir(parents=True, exist_ok=True)
+        uri = f"sqlite:///{Path(uri).resolve()}/mlflow.db"
+    if run_id is not None:
+        os.environ["MLFLOW_RUN_ID"] = run_id  # the start of a run reads this variable and removes it
+    logger: Any = MLFlowLogger(cfg.logger.project, uri)
+    backend = Backend(logger, logger.experiment.info.run_id, mlflow.end_run)
+    if run_id is not None:
+        return backend  # the parameters are already logged, and cannot be changed
+    mlflow.set_tag("mlflow.runName", path.name)
+    logger.log_hparams(flat_options(cfg))
+    return backend
 
 
-KINDS: dict[str, Callable[[DictConfig, Path, str | None], Backend]] = dict(zip(BACKENDS, (Wandb, MLflow), strict=True))
+KINDS = {"wandb": start_wandb, "mlflow": start_mlflow}
 
 
 def require_packages(names: Iterable[str]) -> None:

@@ -11,13 +11,16 @@ from rich.progress import Progress as RichProgress
 
 
 @contextmanager
-def progress_bar(title: str, total: int) -> Generator[Callable[[int], None]]:
-    """Show a bar on stderr, and remove it at the end. Yield a function to call with the number of finished items."""
+def progress_bar(title: str, total: int) -> Generator[Callable[..., None]]:
+    """Show a bar on stderr, and remove it at the end.
+
+    Yield a function to call with the number of finished items, and with another title if it changes.
+    """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     with RichProgress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(title, total=total)
-        yield lambda done: progress.update(task, completed=done)
+        yield lambda done, text=title: progress.update(task, completed=done, description=text)
 
 
 class Progress:

@@ -15,7 +15,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from cyborg_torchrl.collectors.resume import collector_state, resume_collector
 from cyborg_torchrl.collectors.rng import random_state, set_random_state
-from cyborg_torchrl.config import ConfigError, drop_removed_keys, flat_options, load_config
+from cyborg_torchrl.config import ConfigError, load_config
+from cyborg_torchrl.config.composition import drop_removed_keys, flat_options
 from cyborg_torchrl.training.builders import Training
 from cyborg_torchrl.training.checkpoint import CheckpointError, CheckpointFolder, Content, load_checkpoint
 from cyborg_torchrl.training.distributed import Ranks
@@ -36,18 +37,16 @@ class ResumePoint(NamedTuple):
     """Folder of the run; None: the checkpoint starts a new run."""
     checkpoint: Path | None = None
     """None: the run has no checkpoint yet, and starts again."""
-    content: Content | None = None
+    content: Content = {}
     """Content of the checkpoint."""
     summary: Mapping[str, Any] | None = None
     """Summary of a run that has ended."""
 
     def is_finished(self, cfg: DictConfig) -> bool:
         """Return whether the run has ended, and `train.total_timesteps` has no room for another update."""
-        if self.summary is None or self.summary.get("is_interrupted"):
+        if self.summary is None or self.summary.get("is_interrupted") or not self.summary["total_updates"]:
             return False
         updates = self.summary["total_updates"]
-        if updates == 0:
-            return False
         steps_per_update = self.summary["total_timesteps"] // updates
         return cfg.train.total_timesteps // steps_per_update <= updates
 
@@ -62,9 +61,12 @@ def with_config_of_run(cfg: DictConfig, overrides: list[str]) -> DictConfig:
     if cfg.logger.resume in (None, "auto"):
         return cfg
     path = Path(cfg.logger.resume)
-    if (path / "config.yaml").is_file() and not list(path.glob("checkpoints/*.pt")):
+    found = _read(path)
+    if found is None:
+        if not (path / "config.yaml").is_file():
+            raise CheckpointError(f"no checkpoint in '{path / 'checkpoints'}': is '{path}' a run's folder?")
         return load_config(str(path / "config.yaml"), overrides)
-    path, content, _ = _read(path)  # `find_run` reports the faults
+    path, content, _ = found  # `find_run` reports the faults
     if _run_folder(path) is None and not any(override.startswith("logger.run_name=") for override in overrides):
         overrides = [*overrides, "logger.run_name=null"]  # the name belongs to the old run
     changed = config_from_content(content, path, overrides)
@@ -85,24 +87,17 @@ def find_run(cfg: DictConfig) -> ResumePoint | None:
     """
     if cfg.logger.resume is None:
         return None
-    if cfg.logger.resume == "auto":
-        folder = next(_candidates(cfg), None)
-        return None if folder is None else _resume_point(folder)
-    path = Path(cfg.logger.resume)
-    if path.is_dir():
-        return _resume_point(path)
-    path, content, _ = _read(path)
-    return ResumePoint(_run_folder(path), path, content)
-
-
-def _resume_point(folder: Path) -> ResumePoint:
-    summary = _summary(folder)
-    if not list((folder / "checkpoints").glob("*.pt")):
-        return ResumePoint(folder, summary=summary)
-    path, content, faults = _read(folder)
+    path = next(_candidates(cfg), None) if cfg.logger.resume == "auto" else Path(cfg.logger.resume)
+    if path is None:
+        return None
+    summary, found = _summary(path), _read(path)
+    if found is None:
+        return ResumePoint(path, summary=summary)
+    checkpoint, content, faults = found
     for fault in faults:
         LOGGER.warning("%s; the one before is taken", fault)
-    return ResumePoint(folder, path, content, summary)
+    folder = path if path.is_dir() else _run_folder(checkpoint)
+    return ResumePoint(folder, checkpoint, content, summary)
 
 
 def _run_folder(path: Path) -> Path | None:
@@ -111,15 +106,15 @@ def _run_folder(path: Path) -> Path | None:
     return folder if path.name == "last.pt" and (folder / "manifest.json").is_file() else None
 
 
-def _read(path: Path) -> tuple[Path, Content, list[str]]:
-    """Read a checkpoint, or the newest readable one of a run's folder. Return the faults of newer ones too."""
-    if not path.is_dir():
-        path = checkpoint_path(path)
-        return path, load_checkpoint(path), []
-    newest = CheckpointFolder(path / "checkpoints").newest()
-    if newest is None:
-        raise CheckpointError(f"no checkpoint in '{path / 'checkpoints'}': is '{path}' a run's folder?")
-    return newest
+def _read(path: Path) -> tuple[Path, Content, list[str]] | None:
+    """Read a checkpoint, or the newest readable one of a run's folder; None if the folder has no checkpoint.
+
+    Returns the path, the content, and the faults of newer checkpoints.
+    """
+    if path.is_dir():
+        return CheckpointFolder(path / "checkpoints").newest()
+    path = checkpoint_path(path)
+    return path, load_checkpoint(path), []
 
 
 def _candidates(cfg: DictConfig) -> Iterator[Path]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import io
+import fcntl
 import json
 import os
 import platform
@@ -46,19 +46,19 @@ class RunFolder:
         resumed_at: the update from which the run continues; metrics of later updates are dropped. None: a new run.
 
     Raises:
-        FileExistsError: if the folder already has a run, or another process uses it.
-        ConfigError: if a metric backend cannot be reached.
+        ConfigError: if the folder already has a run, another process uses it, or a metric backend cannot be reached.
+        OSError: if the folder cannot be written.
     """
 
     def __init__(self, path: Path, cfg: DictConfig, resumed_at: int | None = None) -> None:
         if resumed_at is None and (path / "manifest.json").exists():
-            raise FileExistsError(f"{path} holds a run already; choose another run name, or resume=auto.")
+            raise ConfigError(f"logger.run_name: {path} holds a run already; choose another run name, or resume=auto.")
         self.path, self.cfg = path, cfg
         require_packages(cfg.logger.backends)
         (path / "logs").mkdir(parents=True, exist_ok=True)
         lock = lock_run(path)
         if lock is None:
-            raise FileExistsError(f"another process is training {path}.")
+            raise ConfigError(f"logger.run_name: another process is training {path}.")
         self._lock = lock
         try:
             self._backends = MetricBackends(cfg, path, is_resumed=resumed_at is not None)
@@ -135,33 +135,6 @@ class RunFolder:
         return {**first, "resumed": [*first.get("resumed", []), restart]}
 
 
-class NullRun:
-    """The folder of a run that another process writes; the methods do nothing.
-
-    Args:
-        path: the folder.
-        cfg: the configuration.
-    """
-
-    def __init__(self, path: Path, cfg: DictConfig) -> None:
-        self.path, self.cfg = path, cfg
-
-    def log(self, metrics: Mapping[str, float]) -> None:
-        """Do nothing."""
-
-    def log_evaluation(self, metrics: Mapping[str, float | None], steps: int) -> None:
-        """Do nothing."""
-
-    def save(self, content: dict[str, Any], update: int, score: float | None) -> None:
-        """Do nothing."""
-
-    def write_json(self, name: str, content: Mapping[str, Any]) -> None:
-        """Do nothing."""
-
-    def close(self) -> None:
-        """Do nothing."""
-
-
 def _tensorboard_writer(folder: Path) -> Any:
     from torch.utils.tensorboard import SummaryWriter  # here, since its import takes a second
 
@@ -183,11 +156,7 @@ def lock_run(path: Path) -> IO[str] | None:
     """Lock a run's folder until the returned file is closed. Return None if another process has the lock."""
     file = (path / ".lock").open("w")
     try:
-        import fcntl
-
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:  # this system has no such locks
-        pass
     except OSError:
         file.close()
         return None
@@ -198,18 +167,10 @@ def _keep_rows(path: Path, update: int) -> list[str]:
     """Drop incomplete rows of metrics.csv, and those of later updates. Return its columns; [] without rows."""
     if not path.exists():
         return []
-    with path.open(newline="") as file:
-        reader = csv.DictReader(file)
-        columns = list(reader.fieldnames or [])
-        complete = [row for row in reader if None not in row.values() and None not in row]
-    rows = [row for row in complete if row["update"].isdigit() and int(row["update"]) <= update]
-    text = io.StringIO(newline="")
-    if rows:
-        writer = csv.DictWriter(text, columns)
-        writer.writeheader()
-        writer.writerows(rows)
-    write_whole(path, text.getvalue().encode())
-    return columns if rows else []
+    header, *lines = path.read_bytes().splitlines(keepends=True) or [b""]
+    rows = [line for line in lines if line.endswith(b"\n") and int(line.split(b",")[0]) <= update]
+    write_whole(path, b"".join([header, *rows] if rows else []))
+    return header.decode().strip().split(",") if rows else []
 
 
 def default_run_name(cfg: DictConfig) -> str:

@@ -24,7 +24,7 @@ from cyborg_torchrl.modules.nan_check import NonFiniteError, check_finite
 from cyborg_torchrl.modules.replay import as_primed, state_after
 from cyborg_torchrl.objectives import RecurrentClipPPOLoss, add_advantages, masked_standardize, measure_drift
 from cyborg_torchrl.objectives.functional import explained_variance
-from cyborg_torchrl.training.distributed import GradientMean, Ranks
+from cyborg_torchrl.training.distributed import Ranks
 
 Metrics = dict[str, float]
 LOGGED = ("loss_objective", "loss_critic", "loss_entropy", "entropy", "kl_approx", "clip_fraction", "ratio_error")
@@ -78,7 +78,7 @@ class PPOTrainer:
         self.total_updates = max(1, config.total_timesteps // buffer.num_steps)
         self.steps_per_update = buffer.num_steps * self.ranks.size
         self._moments = [module for module in loss.modules() if isinstance(module, RunningMoments)]
-        self._gradient_mean = GradientMean(self.ranks, self.parameters)
+        self._metric_names: list[str] = []
         if self.ranks.size > 1:
             self._synchronize()
 
@@ -96,9 +96,7 @@ class PPOTrainer:
 
     def share_parameters(self) -> None:
         """Send the current parameters to the collector, if it holds a copy of them."""
-        share = getattr(self.collector, "update_policy_weights_", None)
-        if share is not None:
-            share()
+        getattr(self.collector, "update_policy_weights_", _do_nothing)()
 
     def update(self, rollout: TensorDictBase | Rollout) -> Metrics:
         """Train on one rollout [N, T]. Return its metrics.
@@ -127,9 +125,7 @@ class PPOTrainer:
 
     def close(self) -> None:
         """Shut the collector down, if it has a `shutdown` method."""
-        shutdown = getattr(self.collector, "shutdown", None)
-        if shutdown is not None:
-            shutdown()
+        getattr(self.collector, "shutdown", _do_nothing)()
 
     def state_dict(self) -> dict[str, Any]:
         """Return parameters, optimiser and counters. `collector_state` returns the collector's state."""
@@ -239,14 +235,28 @@ class PPOTrainer:
         return [(part, number / total) for part, number in zip(parts, num_trained, strict=True) if number]
 
     def _average_over_ranks(self, metrics: dict[str, Tensor], batch: TensorDictBase | None) -> dict[str, Tensor]:
-        """Replace gradients by their means over all ranks. Return the means of the metrics."""
+        """Replace gradients by their means over all ranks, and return the means of the metrics, in one message.
+
+        Return the metrics as they are if no rank has trained steps. The gradients are then unchanged.
+        """
         if self.ranks.size == 1:
             return metrics
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         _check_step(metrics, nn.utils.get_total_norm(gradients))  # before averaging: only the rank at fault reports it
         if batch is None and self.loss.normalize_advantage:
             self.ranks.standardized(torch.zeros(0))  # the loss of the other ranks calls it too
-        return metrics | self._gradient_mean(metrics, 0.0 if batch is None else _num_trained(batch))
+        # A rank without a minibatch sends zeros under the names of its last metrics, with no weight.
+        self._metric_names = sorted(set(metrics) - {"ratio_error"}) or self._metric_names
+        zero = torch.zeros((), device=self.device)
+        scalars = [metrics.get(name, zero) for name in self._metric_names]
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+        weight = 0.0 if batch is None else _num_trained(batch)
+        means = self.ranks.weighted_means([*gradients, *scalars], weight)
+        if means is None:
+            return metrics
+        for parameter, gradient in zip(self.parameters, means, strict=False):
+            parameter.grad = gradient
+        return metrics | dict(zip(self._metric_names, means[len(self.parameters) :], strict=True))
 
     def _with_location(self, error: NonFiniteError, batch: TensorDictBase, rollout: Rollout) -> NonFiniteError:
         """Return the error with the first sequence of the minibatch that causes it alone."""
@@ -278,12 +288,11 @@ class PPOTrainer:
     def _drift(self, rollout: Rollout, max_envs: int = 4, max_chunks: int = 4) -> Metrics:
         """Return the state drift of some chunks of some environments; zero if chunks use only the first state."""
         buffer = self.buffer
-        if not isinstance(buffer, RecurrentRolloutBuffer) or rollout.stored_states.is_empty():
+        has_states = isinstance(buffer, RecurrentRolloutBuffer) and not rollout.stored_states.is_empty()
+        if not has_states or rollout.steps.shape[1] < 2 * buffer.seq_len:
             return {"state_drift": 0.0}
         steps = rollout.steps[:max_envs].to(self.device)
         num_chunks = steps.shape[1] // buffer.seq_len
-        if num_chunks < 2:
-            return {"state_drift": 0.0}
         chunks = torch.linspace(1, num_chunks - 1, min(max_chunks, num_chunks - 1)).long().unique()
         sequences = buffer.chunks(chunks, steps.shape[0]).to(self.device)
         first_states = rollout.stored_states[:max_envs, 0].to(self.device)
@@ -306,19 +315,17 @@ class PPOTrainer:
             reduced.append(f"states stored as {self.config.state_dtype}")
         if any(isinstance(module, Autocast) for module in self.loss.modules()):
             reduced.append("an encoder in reduced precision")
-        if reduced and ratio_error > MAX_REDUCED_RATIO_ERROR:
-            warnings.warn(
-                f"{' and '.join(reduced)} make the update's log-probs differ from the rollout's by up to "
-                f"{ratio_error:.2g} (expected < {MAX_REDUCED_RATIO_ERROR:g}): use float32.",
-                stacklevel=3,
-            )
-        elif not reduced and ratio_error > MAX_RATIO_ERROR:
-            warnings.warn(
-                f"before the first optimiser step the update's log-probs differ from the rollout's by up to "
-                f"{ratio_error:.2g} (expected < {MAX_RATIO_ERROR:g}): the update does not see the memory states "
-                "that the agent acted with. Is the primer on the environment, and are the state keys the buffer's?",
-                stacklevel=3,
-            )
+        limit = MAX_REDUCED_RATIO_ERROR if reduced else MAX_RATIO_ERROR
+        if ratio_error <= limit:
+            return
+        differ = f"the update's log-probs differ from the rollout's by up to {ratio_error:.2g} (expected < {limit:g})"
+        text = (
+            f"before the first optimiser step {differ}: the update does not see the memory states that the agent acted "
+            "with. Is the primer on the environment, and are the state keys the buffer's?"
+        )
+        if reduced:
+            text = f"{' and '.join(reduced)} make {differ}: use float32."
+        warnings.warn(text, stacklevel=3)
 
 
 def rollout_metrics(rollout: TensorDictBase, ranks: Ranks) -> Metrics:
@@ -341,6 +348,10 @@ def rollout_metrics(rollout: TensorDictBase, ranks: Ranks) -> Metrics:
     return metrics
 
 
+def _do_nothing() -> None:
+    """Replace a method that a collector does not have."""
+
+
 def _locations(num_envs: int, num_steps: int, device: torch.device | None) -> Tensor:
     """Return (environment, step) of each step of a rollout, [N, T, 2] int32."""
     environments = torch.arange(num_envs, dtype=torch.int32, device=device)
@@ -356,10 +367,9 @@ def _check_step(metrics: dict[str, Tensor], grad_norm: Tensor) -> None:
     """Raise NonFiniteError for a gradient that is not finite; it names the loss that is not finite, if there is one."""
     if math.isfinite(grad_norm):
         return
-    losses = {name: float(value) for name, value in metrics.items() if name.startswith("loss_")}
-    for name, value in losses.items():
-        if not math.isfinite(value):
-            raise NonFiniteError(name, value)
+    for name, value in metrics.items():
+        if name.startswith("loss_") and not math.isfinite(value):
+            raise NonFiniteError(name, float(value))
     raise NonFiniteError("gradient", float(grad_norm))
 
 

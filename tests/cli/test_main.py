@@ -19,7 +19,7 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert all(f"  {name} " in text for name in COMMANDS)
     modules = {path.stem for path in (ROOT / "cyborg_torchrl" / "cli").glob("*.py")}
-    assert modules - {"__init__", "arguments", "main"} == set(COMMANDS)
+    assert modules - {"__init__", "arguments", "main", "playback"} == set(COMMANDS)
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -125,7 +125,7 @@ def test_auto_continues_the_newest_unfinished_run_of_this_configuration(tmp_path
     lock = lock_run(run)
     assert lock is not None
     assert find_run(cfg()) is None, "another process trains it"
-    with pytest.raises(FileExistsError, match="another process"):
+    with pytest.raises(ConfigError, match="another process"):
         RunFolder(run, cfg(), 1)
     lock.close()
     run_experiment(cfg())

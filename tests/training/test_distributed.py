@@ -19,7 +19,7 @@ import torch
 from cyborg_torchrl.config import ConfigError, load_config
 from cyborg_torchrl.training.builders import share_of_rank
 from cyborg_torchrl.training.checkpoint import load_checkpoint
-from cyborg_torchrl.training.distributed import LaunchError, Ranks, joined_ranks
+from cyborg_torchrl.training.distributed import Ranks, joined_ranks
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = Path(__file__).parent / "rank_program.py"
@@ -125,9 +125,9 @@ def test_one_device_for_several_processes_is_refused(monkeypatch: pytest.MonkeyP
     for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "1")):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(LaunchError, match=r"use train.device=cuda"), joined_ranks("cuda:0"):
+    with pytest.raises(ConfigError, match=r"use train.device=cuda"), joined_ranks("cuda:0"):
         pass
-    with pytest.raises(LaunchError, match=r"no CUDA device: there are 1"), joined_ranks("cuda"):
+    with pytest.raises(ConfigError, match=r"no CUDA device: there are 1"), joined_ranks("cuda"):
         pass
 
 
