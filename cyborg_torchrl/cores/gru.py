@@ -150,7 +150,7 @@ class GRULayer(RecurrentLayer):
             is_init = torch.zeros(1, x.shape[0], dtype=torch.bool)
             weight_ih, bias_ih, weight, bias = self._signed()
             gates_x = F.linear(x, weight_ih, bias_ih).unsqueeze(0)
-            hidden = gru_cpp(gates_x, weight, bias, state[0], is_init, state[0]).squeeze(0)
+            hidden = gru_cpp(gates_x, weight, bias, state[0], is_init, state[0].detach()).squeeze(0)
             return hidden, (hidden,)
         gates_x = F.linear(x, self.weight_ih, self.bias_ih * self.bias_mask)
         gates_h = F.linear(state[0], self.weight_hh, self.bias_hh * self.bias_mask)
