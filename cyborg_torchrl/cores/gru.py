@@ -139,6 +139,10 @@ class GRULayer(RecurrentLayer):
         self.bias_mask: Tensor
         self.register_buffer("bias_mask", bias_mask, persistent=False)
         update = slice(hidden_size, 2 * hidden_size)
+        sign = torch.ones(3 * hidden_size)
+        sign[update] = -1.0
+        self.sign: Tensor
+        self.register_buffer("sign", sign, persistent=False)
         with torch.no_grad():
             self.weight_hh[update] *= 0.1
             self.bias_hh[update] = log_spaced_timescales(hidden_size, max_horizon).log()
@@ -150,7 +154,7 @@ class GRULayer(RecurrentLayer):
             is_init = torch.zeros(1, x.shape[0], dtype=torch.bool)
             weight_ih, bias_ih, weight, bias = self._signed()
             gates_x = F.linear(x, weight_ih, bias_ih).unsqueeze(0)
-            hidden = gru_cpp(gates_x, weight, bias, state[0], is_init, state[0].detach()).squeeze(0)
+            hidden = gru_cpp(gates_x, weight, bias, state[0], is_init, state[0]).squeeze(0)
             return hidden, (hidden,)
         gates_x = F.linear(x, self.weight_ih, self.bias_ih * self.bias_mask)
         gates_h = F.linear(state[0], self.weight_hh, self.bias_hh * self.bias_mask)
@@ -176,9 +180,7 @@ class GRULayer(RecurrentLayer):
 
     def _signed(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return weights and biases of input and state, negated for the update gate: it becomes u = 1 - z."""
-        sign = torch.ones_like(self.bias_ih)
-        sign[self.features : 2 * self.features] = -1.0
-        rows, biases = sign.unsqueeze(-1), sign * self.bias_mask
+        rows, biases = self.sign.unsqueeze(-1), self.sign * self.bias_mask
         return self.weight_ih * rows, self.bias_ih * biases, self.weight_hh * rows, self.bias_hh * biases
 
 

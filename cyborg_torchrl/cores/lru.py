@@ -156,7 +156,7 @@ class LRULayer(RecurrentLayer):
         inputs, rate = F.linear(x, *self.joined_maps()), self.decay_rates()
         if is_native(x):  # the code of `forward`, so both round alike
             is_init = torch.zeros(1, x.shape[0], dtype=torch.bool)
-            hidden = gated_recurrence_cpp(inputs.unsqueeze(0), rate, state[0], is_init, state[0].detach()).squeeze(0)
+            hidden = gated_recurrence_cpp(inputs.unsqueeze(0), rate, state[0], is_init, state[0]).squeeze(0)
         else:
             decay_gate, input_gate, value = inputs.chunk(3, -1)
             gates = _gates(decay_gate, input_gate, value, rate)

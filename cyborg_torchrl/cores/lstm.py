@@ -147,7 +147,7 @@ class LSTMLayer(RecurrentLayer):
         hidden, cell = state
         if is_native(x):  # the code of `forward`, so both round alike
             is_init, gates_x = torch.zeros(1, x.shape[0], dtype=torch.bool), self._gates_x(x).unsqueeze(0)
-            rows = lstm_cpp(gates_x, self.weight_hh, hidden, cell, is_init, hidden.detach(), cell.detach())
+            rows = lstm_cpp(gates_x, self.weight_hh, hidden, cell, is_init, hidden, cell)
             hidden, cell = rows[0].squeeze(0), rows[1].squeeze(0)
             return hidden, (hidden, cell)
         # Use the operations of `forward` in the same order, because the read-out's norm amplifies rounding.

@@ -101,7 +101,7 @@ class MambaBlock(Core):
         if self.kernel.choose(x.device, x.dtype) == "cpp":  # the code of `forward`, so both round alike
             is_init, ssm = torch.zeros(1, x.shape[0], dtype=torch.bool), state["mamba_ssm"]
             u_1, delta_1, b_1, c_1 = (row.unsqueeze(0) for row in (u, delta, b, c))
-            y, ssm = selective_scan_cpp(u_1, delta_1, -torch.exp(self.A_log), b_1, c_1, ssm, is_init, ssm.detach())
+            y, ssm = selective_scan_cpp(u_1, delta_1, -torch.exp(self.A_log), b_1, c_1, ssm, is_init, ssm)
             return self._emit(y.squeeze(0), u, z), {"mamba_conv": conv, "mamba_ssm": ssm}
         # [B, N, D] in memory, with the operations of the scan in the same order: both round alike.
         decay = torch.exp2(delta.unsqueeze(1) * (-torch.exp(self.A_log).t() * LOG2_E))

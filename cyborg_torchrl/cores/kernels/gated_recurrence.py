@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from cyborg_torchrl.cores.kernels.native import needs_gradient, run, threads_for
+from cyborg_torchrl.cores.kernels.native import distinct, needs_gradient, run, threads_for
 
 
 def gated_recurrence_cpp(
@@ -33,7 +33,7 @@ def gated_recurrence_cpp(
         RuntimeError: if the C++ kernels were not built.
     """
     tensors = [tensor.contiguous() for tensor in (inputs, rate, h_0, initial, is_init)]
-    return _GatedRecurrence.apply(*tensors) if needs_gradient(tensors) else _run(*tensors)
+    return _GatedRecurrence.apply(*distinct(tensors)) if needs_gradient(tensors) else _run(*tensors)
 
 
 def _run(inputs: Tensor, rate: Tensor, h_0: Tensor, initial: Tensor, is_init: Tensor) -> Tensor:

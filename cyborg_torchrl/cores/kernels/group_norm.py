@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -73,6 +75,6 @@ def added_layer_norms_cpp(
     total = torch.empty_like(first)
     # `norm.weight` would go through Module.__getattr__, which takes longer than the norms themselves.
     one, other = (norm._parameters for norm in norms)
-    inputs = [first, one["weight"], one["bias"], second, other["weight"], other["bias"]]
+    inputs: list[Any] = [first, one["weight"], one["bias"], second, other["weight"], other["bias"]]
     run("added_norms", (1, *first.shape), inputs, [total], eps=norms[0].eps)
     return total

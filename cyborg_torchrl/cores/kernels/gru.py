@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from cyborg_torchrl.cores.kernels.native import needs_gradient, run
+from cyborg_torchrl.cores.kernels.native import distinct, needs_gradient, run
 
 
 def gru_cpp(
@@ -37,7 +37,7 @@ def gru_cpp(
     """
     tensors = [tensor.contiguous() for tensor in (gates_x, weight_hh, bias_hh, h_0, initial, is_init)]
     if needs_gradient(tensors):
-        return _GRU.apply(*tensors)
+        return _GRU.apply(*distinct(tensors))
     states = gates_x.new_empty(gates_x.shape[0], *h_0.shape)
     _run(tensors, [states])
     return states

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from cyborg_torchrl.cores.kernels.native import needs_gradient, run
+from cyborg_torchrl.cores.kernels.native import distinct, needs_gradient, run
 
 
 def lstm_cpp(
@@ -37,7 +37,7 @@ def lstm_cpp(
     """
     tensors = [tensor.contiguous() for tensor in (gates_x, weight_hh, h_0, c_0, initial_h, initial_c, is_init)]
     if needs_gradient(tensors):
-        return _LSTM.apply(*tensors)
+        return _LSTM.apply(*distinct(tensors))
     hidden, cell = (gates_x.new_empty(gates_x.shape[0], *h_0.shape) for _ in range(2))
     _run(tensors, [hidden, cell])
     return hidden, cell

@@ -50,7 +50,7 @@ IS_BUILT = library() is not None
 
 def is_native(tensor: Tensor) -> bool:
     """Return True if the C++ functions can be used: built, for tensors of this type, and not during an export."""
-    is_supported = IS_BUILT and tensor.device.type == "cpu" and tensor.dtype in DTYPES
+    is_supported = IS_BUILT and tensor.is_cpu and tensor.dtype in DTYPES
     # An exported policy runs without our library, so it must consist of torch's operations.
     return is_supported and not torch.compiler.is_exporting()
 
@@ -58,6 +58,11 @@ def is_native(tensor: Tensor) -> bool:
 def needs_gradient(tensors: Iterable[Tensor]) -> bool:
     """Return True if the gradient of a result with respect to any of these tensors may be requested."""
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def distinct(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Return a view of each tensor. torch.compile supports no autograd function that gets the same tensor twice."""
+    return [tensor.view_as(tensor) for tensor in tensors]
 
 
 def run(

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from cyborg_torchrl.cores.kernels.native import needs_gradient, run, threads_for
+from cyborg_torchrl.cores.kernels.native import distinct, needs_gradient, run, threads_for
 
 LENGTH = 24
 """Steps per stored state. The backward pass recomputes the states in between.
@@ -45,7 +45,7 @@ def selective_scan_cpp(
     tensors = (u, delta, a.t(), b, c, h_0.transpose(1, 2), initial.transpose(1, 2), is_init)
     tensors = [tensor.contiguous() for tensor in tensors]
     if needs_gradient(tensors):
-        y, last = _SelectiveScan.apply(*tensors)
+        y, last = _SelectiveScan.apply(*distinct(tensors))
     else:
         y, last = torch.empty_like(tensors[0]), torch.empty_like(tensors[5])
         _run(tensors, [y, last])
