@@ -139,6 +139,28 @@ def _signature_owners(builder: Callable[..., Any]) -> Iterator[Callable[..., Any
                 return
 
 
+def with_options_of(shared: Callable[..., Any], *, without: Iterable[str] = ()) -> Callable[[Component], Component]:
+    """Return a decorator for a builder that passes its `**options` to another callable.
+
+    The builder's signature then lists the options of both, so they all become part of the configuration.
+
+    Args:
+        shared: the callable that gets the options.
+        without: options of `shared` that are not options of the builder.
+    """
+
+    def add(builder: Component) -> Component:
+        own = [p for p in inspect.signature(builder).parameters.values() if p.kind is not p.VAR_KEYWORD]
+        taken = {*WIRED, *without, *(p.name for p in own)}
+        others = [p for p in inspect.signature(shared).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        added = [p for p in others if p.name not in taken]
+        builder.__signature__ = inspect.Signature([*own, *added])
+        builder.__annotations__ |= {p.name: p.annotation for p in added}
+        return builder
+
+    return add
+
+
 backbones = Registry("backbone", "cyborg_torchrl.backbones")
 memories = Registry("memory", "cyborg_torchrl.memories")
 environments = Registry("environment", "cyborg_torchrl.environments")

@@ -140,6 +140,10 @@ class GRULayer(RecurrentLayer):
         self.bias_mask: Tensor
         self.register_buffer("bias_mask", bias_mask, persistent=False)
         update = slice(hidden_size, 2 * hidden_size)
+        sign = torch.ones(3 * hidden_size)
+        sign[update] = -1.0
+        self.sign: Tensor
+        self.register_buffer("sign", sign, persistent=False)
         with torch.no_grad():
             self.weight_hh[update] *= 0.1
             self.bias_hh[update] = log_spaced_timescales(hidden_size, max_horizon).log()
@@ -177,9 +181,7 @@ class GRULayer(RecurrentLayer):
 
     def _signed(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return weights and biases of input and state, negated for the update gate: it becomes u = 1 - z."""
-        sign = torch.ones_like(self.bias_ih)
-        sign[self.features : 2 * self.features] = -1.0
-        rows, biases = sign.unsqueeze(-1), sign * self.bias_mask
+        rows, biases = self.sign.unsqueeze(-1), self.sign * self.bias_mask
         return self.weight_ih * rows, self.bias_ih * biases, self.weight_hh * rows, self.bias_hh * biases
 
 

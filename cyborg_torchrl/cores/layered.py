@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from cyborg_torchrl.cores.abstract import Core, InitialState, State
 from cyborg_torchrl.cores.timescale import build_readout
+from cyborg_torchrl.registry import with_options_of
 
 LayerState = tuple[Tensor, ...]
 """State of one layer: tensors [B, H]."""
@@ -76,53 +78,41 @@ class LayeredCore(Core):
 
     def step(self, x: Float[Tensor, "B F"], state: State) -> tuple[Float[Tensor, "B D"], State]:
         """Take one step through all layers."""
-        if len(self.layers) == 1:  # a short path for the usual case, because acting calls it at every step
-            values = tuple(state[name].select(1, 0) for name in self.state_names)
-            y, after = self.layers[0].step(x, values)  # pyright: ignore[reportCallIssue]
-            return self.readouts[0](y), {n: v.unsqueeze(1) for n, v in zip(self.state_names, after, strict=True)}
-
-        def run(layer: RecurrentLayer, y: Tensor, state_l: LayerState, _: int):
-            return layer.step(y, state_l)
-
-        return self._through_layers(x, state, run)
+        y = x
+        last: list[LayerState] = []
+        for index, (layer, readout) in enumerate(zip(self.layers, self.readouts, strict=True)):
+            y, after = layer.step(y, self._of_layer(index, state))  # pyright: ignore[reportCallIssue]
+            y = readout(y)
+            last.append(after)
+        return y, self._joined(last)
 
     def forward(
         self, x: Float[Tensor, "B T F"], state: State, is_init: Bool[Tensor, "B T"]
     ) -> tuple[Float[Tensor, "B T D"], State]:
         """Run a sequence, layer after layer."""
-        is_init = is_init.transpose(0, 1).contiguous()
-        initial = self._by_layer(self.initial_state(x.shape[0]))
+        y, is_init = x.transpose(0, 1).contiguous(), is_init.transpose(0, 1).contiguous()
+        initial = self.initial_state(x.shape[0])
+        last: list[LayerState] = []
+        for index, (layer, readout) in enumerate(zip(self.layers, self.readouts, strict=True)):
+            y, after = layer(y, self._of_layer(index, state), is_init, self._of_layer(index, initial))
+            y = readout(y)
+            last.append(after)
+        return y.transpose(0, 1), self._joined(last)
 
-        def run(layer: RecurrentLayer, y: Tensor, state_l: LayerState, index: int):
-            return layer(y, state_l, is_init, initial[index])
+    def _of_layer(self, index: int, state: State) -> LayerState:
+        return tuple(state[name].select(1, index) for name in self.state_names)
 
-        y, state = self._through_layers(x.transpose(0, 1).contiguous(), state, run)
-        return y.transpose(0, 1), state
-
-    def _by_layer(self, state: State) -> list[LayerState]:
-        return list(zip(*(state[name].unbind(1) for name in self.state_names), strict=True))
-
-    def _through_layers(
-        self,
-        y: Tensor,
-        state: State,
-        run: Callable[[RecurrentLayer, Tensor, LayerState, int], tuple[Tensor, LayerState]],
-    ) -> tuple[Tensor, State]:
-        next_states: list[LayerState] = []
-        for index, state_l in enumerate(self._by_layer(state)):
-            y, next_l = run(self.layers[index], y, state_l, index)  # pyright: ignore[reportArgumentType]
-            y = self.readouts[index](y)
-            next_states.append(next_l)
-        columns = zip(*next_states, strict=True)
-        return y, {
-            name: column[0].unsqueeze(1) if len(column) == 1 else torch.stack(column, 1)
-            for name, column in zip(self.state_names, columns, strict=True)
-        }
+    def _joined(self, layers: list[LayerState]) -> State:
+        if len(layers) == 1:  # a view is faster than a copy, and acting does this at every step
+            return {name: value.unsqueeze(1) for name, value in zip(self.state_names, layers[0], strict=True)}
+        columns = zip(*layers, strict=True)
+        return {name: torch.stack(column, 1) for name, column in zip(self.state_names, columns, strict=True)}
 
 
 def layered_core_builder(layer: Callable[[int, int, int, bool], RecurrentLayer]) -> Callable[..., LayeredCore]:
     """Return a builder of cores, given a builder `layer(in_features, hidden_size, max_horizon, input_bias)`."""
 
+    @with_options_of(LayeredCore)
     def build(
         in_features: int,
         *,
@@ -130,9 +120,7 @@ def layered_core_builder(layer: Callable[[int, int, int, bool], RecurrentLayer])
         num_layers: int = 1,
         max_horizon: int | None = None,
         input_bias: bool = False,
-        readout: str = "timescale_norm",
-        readout_groups: int = 16,
-        learn_initial_state: bool = False,
+        **options: Any,
     ) -> LayeredCore:
         """Build the core.
 
@@ -143,9 +131,7 @@ def layered_core_builder(layer: Callable[[int, int, int, bool], RecurrentLayer])
             max_horizon: steps that memory should bridge. Time-scales reach ten times as far. None: 1000. A configured
                 environment with a horizon sets it.
             input_bias: add a bias to the values written into memory. Off, so that a blank step writes nothing.
-            readout: "timescale_norm" or "none".
-            readout_groups: groups of the time-scale norm.
-            learn_initial_state: make the initial state a parameter. Otherwise it is zero.
+            options: other options of `LayeredCore`.
 
         Raises:
             ValueError: if a size is below 1, or the read-out is unknown.
@@ -155,12 +141,7 @@ def layered_core_builder(layer: Callable[[int, int, int, bool], RecurrentLayer])
             if value < 1:
                 raise ValueError(f"{name} must be >= 1; got {value}.")
         widths = [in_features, *[hidden_size] * (num_layers - 1)]
-        return LayeredCore(
-            [layer(width, hidden_size, horizon, input_bias) for width in widths],
-            in_features,
-            readout=readout,
-            readout_groups=readout_groups,
-            learn_initial_state=learn_initial_state,
-        )
+        layers = [layer(width, hidden_size, horizon, input_bias) for width in widths]
+        return LayeredCore(layers, in_features, **options)
 
     return build

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from cyborg_torchrl.cores.abstract import Core, InitialState, State, Terms, restart
 from cyborg_torchrl.cores.resets import reset_steps
 from cyborg_torchrl.cores.stack import StackCore
-from cyborg_torchrl.registry import register_backbone, register_memory
+from cyborg_torchrl.registry import register_backbone, register_memory, with_options_of
 
 EPS = 1e-6
 MIN_WEIGHT = 1e-4
@@ -240,67 +240,21 @@ def _allocate(usage: Float[Tensor, "B S"]) -> Float[Tensor, "B S"]:
 
 
 @register_backbone("pmm")
-def build_pmm(
-    in_features: int,
-    *,
-    hidden_size: int = 64,
-    slots: int = 16,
-    slot_size: int = 32,
-    num_heads: int = 2,
-    max_horizon: int | None = None,
-    predictive: bool = True,
-    write_rate: float = 0.1,
-    write_rate_coef: float = 0.1,
-    prediction_coef: float = 0.1,
-    learn_initial_state: bool = True,
-) -> PMMCore:
+@with_options_of(PMMCore)
+def build_pmm(in_features: int, *, hidden_size: int = 64, max_horizon: int | None = None, **options: Any) -> PMMCore:
     """Build a `PMMCore` as a backbone. The class describes the options."""
-    return PMMCore(
-        in_features,
-        hidden_size=hidden_size,
-        slots=slots,
-        slot_size=slot_size,
-        num_heads=num_heads,
-        max_horizon=max_horizon or 1000,
-        predictive=predictive,
-        write_rate=write_rate,
-        write_rate_coef=write_rate_coef,
-        prediction_coef=prediction_coef,
-        learn_initial_state=learn_initial_state,
-    )
+    return PMMCore(in_features, hidden_size=hidden_size, max_horizon=max_horizon or 1000, **options)
 
 
 @register_memory("pmm")
-def augment_with_pmm(
-    core: Core,
-    *,
-    slots: int = 16,
-    slot_size: int = 32,
-    num_heads: int = 2,
-    max_horizon: int | None = None,
-    predictive: bool = True,
-    write_rate: float = 0.1,
-    write_rate_coef: float = 0.1,
-    prediction_coef: float = 0.1,
-    learn_initial_state: bool = True,
-) -> StackCore:
+@with_options_of(PMMCore, without=["hidden_size"])
+def augment_with_pmm(core: Core, *, max_horizon: int | None = None, **options: Any) -> StackCore:
     """Stack an external memory on a core, which becomes its controller. `PMMCore` describes the options.
 
     The core can combine inputs of different steps, and the slots store the result. Both read-outs are added.
     """
     width = core.in_features
-    memory = PMMCore(
-        width,
-        slots=slots,
-        slot_size=slot_size,
-        num_heads=num_heads,
-        max_horizon=max_horizon or 1000,
-        predictive=predictive,
-        write_rate=write_rate,
-        write_rate_coef=write_rate_coef,
-        prediction_coef=prediction_coef,
-        learn_initial_state=learn_initial_state,
-    )
+    memory = PMMCore(width, max_horizon=max_horizon or 1000, **options)
     return StackCore([core, memory], width, width)
 
 

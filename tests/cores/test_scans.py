@@ -20,7 +20,6 @@ from cyborg_torchrl.cores import (
 )
 from cyborg_torchrl.cores.causal_conv import causal_conv, causal_conv_step
 from cyborg_torchrl.cores.kernels import gated_recurrence as gated_recurrence_cpp
-from cyborg_torchrl.cores.kernels import group_norm as group_norm_cpp
 from cyborg_torchrl.cores.kernels import gru as gru_cpp
 from cyborg_torchrl.cores.kernels import lstm as lstm_cpp
 from cyborg_torchrl.cores.kernels import native
@@ -342,21 +341,12 @@ def test_the_cpp_lstm_equals_torchs(sizes, dtype, close: float, threads: int) ->
 @BUILT
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch 2.15's own checks
 def test_the_operator_passes_torchs_checks() -> None:
-    _, (u, delta, a, b, c, h_0), initial = selective_case()
-    floats = [x.detach().contiguous().requires_grad_() for x in (u, delta, a.t(), b, c)]
-    states = [x.detach().transpose(1, 2).contiguous().requires_grad_() for x in (h_0, initial)]
-    for length in (3, 32):
-        torch.library.opcheck(selective_scan_cpp._forward, (*floats, *states, torch.rand(T, B) < 0.3, length))
-    _, floats, initial = gated_case()
-    floats = [x.detach().requires_grad_() for x in (*floats, initial)]
-    torch.library.opcheck(gated_recurrence_cpp._forward, (*floats, torch.rand(T, B) < 0.3))
-    _, floats, initial = lstm_case()
-    floats = [x.detach().requires_grad_() for x in (*floats, initial)]
-    _, gru_floats, initial_h = gru_case()
-    gru_floats = [x.detach().requires_grad_() for x in (*gru_floats, initial_h)]
-    torch.library.opcheck(gru_cpp._forward, (*gru_floats, torch.rand(T, B) < 0.3))
-    torch.library.opcheck(lstm_cpp._forward, (*floats, torch.rand(T, B) < 0.3))
-    torch.library.opcheck(group_norm_cpp._forward, (double(3, 8).detach().requires_grad_(), None, 2, 1e-4))
+    inputs, rate, states = torch.randn(T, B, 3 * D), torch.rand(D), torch.randn(2, B, D)
+    is_init = torch.rand(T, B) < 0.3
+    outputs = [torch.empty(T, B, D)]
+    torch.library.opcheck(native._operator, ("recur", (T, B, D), [inputs, rate, *states], outputs, is_init, 0.0, None))
+    sizes, x = (1, 3, 8, 4), torch.randn(3, 8)
+    torch.library.opcheck(native._operator, ("norm", sizes, [x], [torch.empty(3, 8)], None, 1e-4, 2))
 
 
 @BUILT

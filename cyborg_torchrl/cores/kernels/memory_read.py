@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cyborg_torchrl.cores.kernels.native import function, integers, is_native, needs_operator
+from cyborg_torchrl.cores.kernels.native import is_native, needs_gradient, run
 
 
 def read_memory(memory: Float[Tensor, "B D N"], query: Float[Tensor, "B N"]) -> Float[Tensor, "B D"]:
@@ -20,15 +20,12 @@ def read_memory(memory: Float[Tensor, "B D N"], query: Float[Tensor, "B N"]) -> 
         memory: numbers of each channel.
         query: the read vector, shared by all channels.
     """
-    is_exporting = torch.compiler.is_exporting()
-    if not is_exporting and (memory.device.type != "cpu" or needs_operator((memory, query))):
+    is_acting = memory.device.type == "cpu" and not needs_gradient((memory, query))
+    if not is_acting and not torch.compiler.is_exporting():
         return torch.matmul(memory, query.unsqueeze(-1)).squeeze(-1)
     # Exported steps run without our library: they contain the same double precision in torch's operations.
     if not is_native(memory) or query.dtype != memory.dtype:
         return torch.matmul(memory.double(), query.double().unsqueeze(-1)).squeeze(-1).to(memory.dtype)
-    memory, query = memory.contiguous(), query.contiguous()
     result = memory.new_empty(memory.shape[:2])
-    sizes = integers(*memory.shape)
-    run = function("read", memory.dtype)
-    run(sizes, torch.get_num_threads(), memory.data_ptr(), query.data_ptr(), result.data_ptr())
+    run("read", (1, *memory.shape), [memory.contiguous(), query.contiguous()], [result])
     return result

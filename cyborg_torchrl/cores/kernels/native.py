@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -17,27 +17,15 @@ from torch import Tensor
 
 DTYPES = {torch.float32: "float32", torch.float64: "float64"}
 CAPABILITIES = ("avx512", "avx2", "default")
-INTERFACE = 11
+INTERFACE = 12
 """Version of the C interface. A library with another version is not used."""
 FOLDER = Path(__file__).parent
-POINTER, INTEGER = ctypes.c_void_p, ctypes.c_int64
+POINTER, INTEGER, NUMBER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 # ctypes needs the types of arguments: it would pass a Python integer as 32 bits.
-ARGUMENTS = {
-    "scan_forward": [POINTER, INTEGER, *[POINTER] * 5],
-    "scan_backward": [POINTER, INTEGER, *[POINTER] * 6],
-    "recur": [POINTER, INTEGER, *[POINTER] * 3],
-    "recur_backward": [POINTER, INTEGER, *[POINTER] * 6],
-    "gru": [POINTER, INTEGER, *[POINTER] * 3],
-    "gru_backward": [POINTER, INTEGER, *[POINTER] * 3],
-    "lstm": [POINTER, INTEGER, *[POINTER] * 3],
-    "lstm_backward": [POINTER, INTEGER, *[POINTER] * 3],
-    "act_lru": [POINTER, ctypes.c_double, ctypes.c_double, INTEGER, INTEGER, *[POINTER] * 6],
-    "act_lstm": [POINTER, ctypes.c_double, ctypes.c_double, INTEGER, INTEGER, *[POINTER] * 6],
-    "norm": [POINTER, INTEGER, ctypes.c_double, *[POINTER] * 3],
-    "added_norms": [INTEGER, INTEGER, INTEGER, ctypes.c_double, POINTER, POINTER],
-    "read": [POINTER, INTEGER, *[POINTER] * 3],
-    "norm_backward": [POINTER, INTEGER, ctypes.c_double, *[POINTER] * 4],
-}
+ARGUMENTS = [POINTER, INTEGER, NUMBER, POINTER, POINTER, POINTER]
+ACT_ARGUMENTS = [POINTER, NUMBER, NUMBER, INTEGER, INTEGER, *[POINTER] * 6]
+# C++ gets arrays of a fixed length. Missing sizes are zero, and missing tensors are null pointers.
+SIZES, TENSORS = INTEGER * 5, POINTER * 10
 
 
 @cache
@@ -62,15 +50,74 @@ IS_BUILT = library() is not None
 
 def is_native(tensor: Tensor) -> bool:
     """Return True if the C++ functions can be used: built, for tensors of this type, and not during an export."""
-    is_supported = IS_BUILT and tensor.device.type == "cpu" and tensor.dtype in DTYPES
+    is_supported = IS_BUILT and tensor.is_cpu and tensor.dtype in DTYPES
     # An exported policy runs without our library, so it must consist of torch's operations.
     return is_supported and not torch.compiler.is_exporting()
 
 
-def needs_operator(tensors: Iterable[Tensor]) -> bool:
-    """Return True if a C++ function must be called as a torch operator: for a gradient, or under torch.compile."""
-    is_differentiated = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    return is_differentiated or torch.compiler.is_compiling()
+def needs_gradient(tensors: Iterable[Tensor]) -> bool:
+    """Return True if the gradient of a result with respect to any of these tensors may be requested."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def distinct(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Return a view of each tensor. torch.compile supports no autograd function that gets the same tensor twice."""
+    return [tensor.view_as(tensor) for tensor in tensors]
+
+
+def run(
+    name: str,
+    sizes: Sequence[int],
+    inputs: Sequence[Tensor],
+    outputs: Sequence[Tensor],
+    is_init: Tensor | None = None,
+    eps: float = 0.0,
+    threads: int | None = None,
+) -> None:
+    """Run a C++ kernel, outside of autograd.
+
+    Args:
+        name: name of the kernel.
+        sizes: steps, rows, channels, and other sizes that the kernel reads.
+        inputs: contiguous tensors of one dtype.
+        outputs: contiguous tensors of the same dtype, which the kernel writes.
+        is_init: true where an episode begins, [steps, rows].
+        eps: a small number that norms add.
+        threads: number of threads. None: as many as torch uses.
+
+    Raises:
+        RuntimeError: if the C++ kernels were not built.
+    """
+    if torch.compiler.is_compiling():
+        # torch.compile cannot look into C++, so it sees one operator. Elsewhere we avoid the operator's overhead.
+        _operator(name, sizes, inputs, outputs, is_init, eps, threads)
+        return
+    function(name, inputs[0].dtype)(
+        integers(*sizes),
+        threads or torch.get_num_threads(),
+        eps,
+        pointers(*inputs),
+        None if is_init is None else is_init.data_ptr(),
+        pointers(*outputs),
+    )
+
+
+_operator = torch.library.custom_op(
+    "cyborg_torchrl::run",
+    mutates_args=("outputs",),
+    device_types="cpu",
+    schema="(str name, SymInt[] sizes, Tensor[] inputs, Tensor(a!)[] outputs, Tensor? is_init, float eps, int? threads)"
+    " -> ()",
+)(run)
+
+
+@torch.compiler.assume_constant_result
+def threads_for(rows: int) -> int:
+    """Return the number of threads for a kernel that sums over rows, to allocate one sum for each thread.
+
+    So threads need no locks, and the result does not depend on their timing.
+    """
+    return max(1, min(torch.get_num_threads(), rows))
 
 
 @cache
@@ -83,16 +130,17 @@ def function(name: str, dtype: torch.dtype) -> ctypes._NamedFuncPointer:
     built = library()
     if built is None:
         raise RuntimeError("nothing was built in C++ here: install the package where there is a C++ compiler.")
-    run = built[f"cyborg_{name}_{DTYPES[dtype]}"]
-    run.argtypes, run.restype = ARGUMENTS[name], None
-    return run
+    found = built[f"cyborg_{name}_{DTYPES[dtype]}"]
+    found.argtypes = ACT_ARGUMENTS if name.startswith("act_") else ARGUMENTS
+    found.restype = None
+    return found
 
 
-def pointers(*tensors: Tensor | None) -> ctypes.Array[ctypes.c_void_p]:
-    """Return the addresses of tensors as a C array. None becomes a null pointer."""
-    return (POINTER * len(tensors))(*[None if tensor is None else tensor.data_ptr() for tensor in tensors])
+def pointers(*tensors: Tensor) -> ctypes.Array[ctypes.c_void_p]:
+    """Return the addresses of tensors as a C array."""
+    return TENSORS(*[tensor.data_ptr() for tensor in tensors])
 
 
 def integers(*values: int) -> ctypes.Array[ctypes.c_int64]:
     """Return integers as a C array."""
-    return (INTEGER * len(values))(*values)
+    return SIZES(*values)

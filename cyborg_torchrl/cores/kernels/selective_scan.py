@@ -1,14 +1,16 @@
-"""The selective scan in C++, as a torch operator."""
+"""The selective scan in C++, with its gradient."""
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
 
-from cyborg_torchrl.cores.kernels.native import function, integers, needs_operator, pointers
+from cyborg_torchrl.cores.kernels.native import distinct, needs_gradient, run, threads_for
 
 LENGTH = 24
 """Steps per stored state. The backward pass recomputes the states in between.
@@ -41,122 +43,50 @@ def selective_scan_cpp(
         raise ValueError("selective_scan needs at least one step; got T == 0.")
     # C++ has N before D in states: neighbouring channels fill the lanes of a vector.
     tensors = (u, delta, a.t(), b, c, h_0.transpose(1, 2), initial.transpose(1, 2), is_init)
-    arguments: list[Any] = [tensor.contiguous() for tensor in tensors]
-    if needs_operator(arguments):
-        y, last, _ = _forward(*arguments, LENGTH)
+    tensors = [tensor.contiguous() for tensor in tensors]
+    if needs_gradient(tensors):
+        y, last = _SelectiveScan.apply(*distinct(tensors))
     else:
-        # Without a gradient: skip the overhead of a torch operator, and store no states.
-        arguments.append(0)
-        y, last, _ = _run(*arguments)
+        y, last = torch.empty_like(tensors[0]), torch.empty_like(tensors[5])
+        _run(tensors, [y, last])
     return y, last.transpose(1, 2)
 
 
-def _run(
-    u: Tensor,
-    delta: Tensor,
-    a: Tensor,
-    b: Tensor,
-    c: Tensor,
-    h_0: Tensor,
-    initial: Tensor,
-    is_init: Tensor,
-    length: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the outputs [T, B, D], the last state [B, N, D] and the states before every `length`-th step.
-
-    With `length` 0 no states are stored. States have N before D, and all tensors must be contiguous.
-    """
-    y, last = torch.empty_like(u), torch.empty_like(h_0)
-    starts = _starts(u, h_0, length)
-    function("scan_forward", u.dtype)(
-        integers(*u.shape, b.shape[-1], max(length, 1)),
-        torch.get_num_threads(),
-        pointers(u, delta, a, b, c, h_0, initial),
-        is_init.data_ptr(),
-        y.data_ptr(),
-        last.data_ptr(),
-        starts.data_ptr() if length else None,
-    )
-    return y, last, starts
+def _run(tensors: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+    """Write the outputs [T, B, D], the last state [B, N, D], and for the gradient the state before every chunk."""
+    *inputs, is_init = tensors
+    run("scan_forward", _sizes(tensors), inputs, outputs, is_init)
 
 
-_forward = torch.library.custom_op(
-    "cyborg_torchrl::selective_scan",
-    mutates_args=(),
-    device_types="cpu",
-    schema="(Tensor u, Tensor delta, Tensor a, Tensor b, Tensor c, Tensor h_0, Tensor initial, Tensor is_init, "
-    "int length) -> (Tensor, Tensor, Tensor)",
-)(_run)
+def _sizes(tensors: Sequence[Tensor]) -> tuple[int, ...]:
+    return *tensors[0].shape, tensors[3].shape[-1], LENGTH
 
 
-@torch.library.custom_op(
-    "cyborg_torchrl::selective_scan_backward",
-    mutates_args=(),
-    device_types="cpu",
-    schema="(Tensor grad_y, Tensor grad_last, Tensor u, Tensor delta, Tensor a, Tensor b, Tensor c, Tensor h_0, "
-    "Tensor initial, Tensor is_init, Tensor starts, int length) -> (" + ", ".join(["Tensor"] * 7) + ")",
-)
-def _backward(
-    grad_y: Tensor,
-    grad_last: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    a: Tensor,
-    b: Tensor,
-    c: Tensor,
-    h_0: Tensor,
-    initial: Tensor,
-    is_init: Tensor,
-    starts: Tensor,
-    length: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return gradients of the float arguments of the forward pass, in their order."""
-    # Each thread sums the gradient of `a` separately. So threads need no locks, and sums have a fixed order.
-    # No more threads than rows: C++ leaves the sums of idle threads unset.
-    threads = min(torch.get_num_threads(), u.shape[1])
-    grad_a = a.new_empty(threads, *a.shape)
-    grads = [torch.empty_like(tensor) for tensor in (u, delta, b, c, h_0)]
-    grad_u, grad_delta, grad_b, grad_c, grad_h_0 = grads
-    grad_initial = torch.zeros_like(initial)
-    function("scan_backward", u.dtype)(
-        integers(*u.shape, b.shape[-1], max(length, 1)),
-        threads,
-        pointers(u, delta, a, b, c, h_0, initial),
-        is_init.data_ptr(),
-        starts.data_ptr(),
-        grad_y.data_ptr(),
-        grad_last.data_ptr(),
-        pointers(grad_u, grad_delta, grad_a, grad_b, grad_c, grad_h_0, grad_initial),
-    )
-    return grad_u, grad_delta, grad_a.sum(0), grad_b, grad_c, grad_h_0, grad_initial
+class _SelectiveScan(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        u, h_0 = tensors[0], tensors[5]
+        y, last = torch.empty_like(u), torch.empty_like(h_0)
+        starts = u.new_empty(math.ceil(u.shape[0] / LENGTH), *h_0.shape)
+        _run(tensors, [y, last, starts])
+        # The inputs and one state per chunk are enough to recompute all other states.
+        ctx.save_for_backward(*tensors, starts)
+        return y, last
 
-
-def _starts(u: Tensor, h_0: Tensor, length: int) -> Tensor:
-    return u.new_empty((u.shape[0] + length - 1) // length if length else 0, *h_0.shape)
-
-
-def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    u, h_0, length = arguments[0], arguments[5], arguments[-1]
-    return torch.empty_like(u), torch.empty_like(h_0), _starts(u, h_0, length)
-
-
-def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    return tuple(torch.empty_like(tensor) for tensor in arguments[2:9])
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    # The inputs and one state per chunk are enough to recompute all other states.
-    *tensors, ctx.length = inputs
-    ctx.save_for_backward(*tensors, output[2])
-    ctx.mark_non_differentiable(output[2])
-
-
-def _gradients(ctx: Any, grad_y: Tensor, grad_last: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    *tensors, starts = ctx.saved_tensors
-    grads = _backward(grad_y.contiguous(), grad_last.contiguous(), *tensors, starts, ctx.length)
-    return *grads, None, None
-
-
-_forward.register_fake(_fake_forward)
-_backward.register_fake(_fake_backward)
-_forward.register_autograd(_gradients, setup_context=_setup_context)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad_y: Tensor, grad_last: Tensor) -> tuple[Tensor | None, ...]:
+        *inputs, is_init, starts = ctx.saved_tensors
+        u, delta, a, b, c, h_0, initial = inputs
+        grad_u, grad_delta, grad_b, grad_c, grad_h_0 = (torch.empty_like(tensor) for tensor in (u, delta, b, c, h_0))
+        threads = threads_for(u.shape[1])
+        grad_a, grad_initial = a.new_empty(threads, *a.shape), torch.zeros_like(initial)
+        run(
+            "scan_backward",
+            _sizes(inputs),
+            [*inputs, starts, grad_y.contiguous(), grad_last.contiguous()],
+            [grad_u, grad_delta, grad_a, grad_b, grad_c, grad_h_0, grad_initial],
+            is_init,
+            threads=threads,
+        )
+        return grad_u, grad_delta, grad_a.sum(0), grad_b, grad_c, grad_h_0, grad_initial, None

@@ -27,7 +27,7 @@ template <class T> struct LRU {
         // The caller has already applied resets to the states.
         const uint8_t never[BLOCK] = {};
         const T* const in[] = {inputs, rate, before[0], before[0]};
-        recur<T>({1, rows, D}, in, never, after[0], 0, rows);
+        recur<T>({1, rows, D, 0, 0, 0.0}, in, never, after, {0, 0, rows});
     }
 };
 
@@ -84,9 +84,10 @@ void act(const Agent& agent, const T* parameters, const T* x, const T* const* be
         for (int64_t i = 0; i < rows; ++i) std::memcpy(inputs + i * columns, p.bias, columns * sizeof(T));
         multiply<T>(mapped, p.map, inputs, rows, agent.mapped, columns);
         Memory<T>::step(rows, D, inputs, p.others, befores, afters);
-        normalise<T>({rows, D, agent.group}, T(agent.group_eps), afters[0], nullptr, readout, 0, rows);
+        const T* const of_norm[] = {afters[0], nullptr};
+        norm<T>({1, rows, D, agent.group, 0, agent.group_eps}, of_norm, nullptr, &readout, {0, 0, rows});
         const T* const of_norms[] = {readout, p.past, p.past_bias, features, p.present, p.present_bias};
-        added_norms<T>(D, T(agent.layer_eps), of_norms, joint, 0, rows);
+        added_norms<T>({1, rows, D, 0, 0, agent.layer_eps}, of_norms, nullptr, &joint, {0, 0, rows});
         for (int64_t i = 0; i < rows; ++i) {
             for (int64_t a = 0; a < A; ++a)
                 policy[(row + i) * A + a] = dot<T>(joint + i * D, p.heads + a * D, D) + p.heads_bias[a];
@@ -97,7 +98,7 @@ void act(const Agent& agent, const T* parameters, const T* x, const T* const* be
 
 }  // namespace
 
-#define INTERFACE_OF(T, name, Memory, memory)                                                                         \
+#define ACT_OF(T, name, Memory, memory)                                                                         \
     extern "C" void cyborg_act_##memory##_##name(const int64_t* sizes, double group_eps, double layer_eps,            \
                                                  int64_t batch, int64_t threads, const T* parameters, const T* x,     \
                                                  const T* const* before, T* const* after, T* policy, T* value) {      \
@@ -106,6 +107,6 @@ void act(const Agent& agent, const T* parameters, const T* x, const T* const* be
             act<T, Memory>(agent, parameters, x, before, after, policy, value, first, end);                           \
         });                                                                                                           \
     }
-#define INTERFACE(T, name) INTERFACE_OF(T, name, LRU, lru) INTERFACE_OF(T, name, LSTM, lstm)
-INTERFACE(float, float32)
-INTERFACE(double, float64)
+#define ACT(T, name) ACT_OF(T, name, LRU, lru) ACT_OF(T, name, LSTM, lstm)
+ACT(float, float32)
+ACT(double, float64)

@@ -10,16 +10,15 @@
 namespace {
 
 template <class T>
-void recur_backward(Sequence s, const T* const* in, const uint8_t* is_init, const T* states, const T* grad_states,
-                    T* const* grads, T* grad_rate, int64_t first, int64_t end) {
-    const T *inputs = in[0], *rate = in[1], *h_0 = in[2], *initial = in[3];
+void recur_backward(Sizes s, const T* const* in, const uint8_t* is_init, T* const* out, Part part) {
+    const T *inputs = in[0], *rate = in[1], *h_0 = in[2], *initial = in[3], *states = in[4], *grad_states = in[5];
     // The carried gradient is the gradient of h_0 in the end. The caller sets it and `grad_initial` to zero.
-    T *grad_inputs = grads[0], *carry = grads[1], *grad_initial = grads[2];
+    T *grad_inputs = out[0], *carry = out[1], *grad_initial = out[2], *grad_rate = out[3] + part.thread * s.channels;
     const int64_t D = s.channels;
     std::vector<Vec<T>> of_step((D + W<T> - 1) / W<T>);  // sums of one step: fewer digits are lost
     for (int64_t t = s.steps - 1; t >= 0; --t) {
         std::fill(of_step.begin(), of_step.end(), Vec<T>{});
-        for (int64_t row = first; row < end; ++row) {
+        for (int64_t row = part.first; row < part.end; ++row) {
             // Gates are recomputed here, so the forward pass stores only the states.
             const int64_t at = (t * s.batch + row) * D, state = row * D;
             const bool begins = is_init[t * s.batch + row];
@@ -59,22 +58,5 @@ void recur_backward(Sequence s, const T* const* in, const uint8_t* is_init, cons
 
 }  // namespace
 
-#define INTERFACE(T, name)                                                                                            \
-    extern "C" void cyborg_recur_##name(const int64_t* sizes, int64_t threads, const T* const* inputs,                \
-                                        const uint8_t* is_init, T* states) {                                          \
-        const Sequence s{sizes[0], sizes[1], sizes[2]};                                                               \
-        split(s.batch, threads, [=](int64_t, int64_t first, int64_t end) {                                            \
-            recur<T>(s, inputs, is_init, states, first, end);                                                         \
-        });                                                                                                           \
-    }                                                                                                                 \
-    extern "C" void cyborg_recur_backward_##name(const int64_t* sizes, int64_t threads, const T* const* inputs,       \
-                                                 const uint8_t* is_init, const T* states, const T* grad_states,       \
-                                                 T* const* grads, T* grad_rate) {                                     \
-        const Sequence s{sizes[0], sizes[1], sizes[2]};                                                               \
-        split(s.batch, threads, [=](int64_t thread, int64_t first, int64_t end) {                                     \
-            recur_backward<T>(s, inputs, is_init, states, grad_states, grads, grad_rate + thread * s.channels, first, \
-                              end);                                                                                   \
-        });                                                                                                           \
-    }
-INTERFACE(float, float32)
-INTERFACE(double, float64)
+INTERFACE(recur)
+INTERFACE(recur_backward)

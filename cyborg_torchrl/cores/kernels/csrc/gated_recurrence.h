@@ -6,8 +6,6 @@
 
 namespace {
 
-struct Sequence { int64_t steps, batch, channels; };
-
 template <class T> struct Gates {
     // loss = decay - 1. From it 1 - decay^2 = -loss (loss + 2) has no cancellation, even if decay is almost 1.
     Vec<T> loss, decay, opening, gate, power;
@@ -21,11 +19,12 @@ template <class T> struct Gates {
 };
 
 template <class T>
-void recur(Sequence s, const T* const* in, const uint8_t* is_init, T* states, int64_t first, int64_t end) {
+void recur(Sizes s, const T* const* in, const uint8_t* is_init, T* const* out, Part part) {
     const T *inputs = in[0], *rate = in[1], *h_0 = in[2], *initial = in[3];
+    T* states = out[0];
     const int64_t D = s.channels;
     for (int64_t t = 0; t < s.steps; ++t)
-        for (int64_t row = first; row < end; ++row) {
+        for (int64_t row = part.first; row < part.end; ++row) {
             const int64_t at = (t * s.batch + row) * D;
             const T* own = inputs + 3 * at;
             // `states` holds the state before this step already, so the recurrence needs no other memory.

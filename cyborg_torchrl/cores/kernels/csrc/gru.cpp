@@ -6,15 +6,14 @@
 
 namespace {
 
-struct Shape { int64_t steps, batch, size; };
-
 // out: states, and for the gradient `kept` (r, u, n, and h W + b of n) and `previous` (the state before each step).
 // Without a gradient the last two are null pointers, and one buffer is reused for all steps.
 template <class T>
-void gru(Shape s, const T* const* in, const uint8_t* is_init, T* const* out, int64_t first, int64_t end) {
+void gru(Sizes s, const T* const* in, const uint8_t* is_init, T* const* out, Part part) {
     const T *gates_x = in[0], *weight = in[1], *bias = in[2], *h_0 = in[3], *initial = in[4];
     T* states = out[0];
-    const int64_t H = s.size, rows = end - first, step = s.batch * H;
+    const int64_t first = part.first, end = part.end;
+    const int64_t H = s.channels, rows = end - first, step = s.batch * H;
     std::vector<T> gates(rows * 3 * H), room(out[2] ? 0 : rows * H);
     for (int64_t t = 0; t < s.steps; ++t) {
         T* previous = out[2] ? out[2] + t * step + first * H : room.data();
@@ -50,10 +49,11 @@ void gru(Shape s, const T* const* in, const uint8_t* is_init, T* const* out, int
 
 // In the end `carry` is the gradient of h_0. The caller sets it and `grad_initial` to zero.
 template <class T>
-void gru_backward(Shape s, const T* const* in, const uint8_t* is_init, T* const* out, int64_t first, int64_t end) {
+void gru_backward(Sizes s, const T* const* in, const uint8_t* is_init, T* const* out, Part part) {
     const T *grad_states = in[0], *weight = in[1], *kept = in[2], *previous = in[3];
     T *grad_gates_x = out[0], *grad_gates_h = out[1], *carry = out[2], *grad_initial = out[3];
-    const int64_t H = s.size, rows = end - first, step = s.batch * H;
+    const int64_t first = part.first, end = part.end;
+    const int64_t H = s.channels, rows = end - first, step = s.batch * H;
     for (int64_t t = s.steps - 1; t >= 0; --t) {
         for (int64_t row = first; row < end; ++row) {
             const int64_t at = t * step + row * H, gate = (t * s.batch + row) * 3 * H;
@@ -87,20 +87,5 @@ void gru_backward(Shape s, const T* const* in, const uint8_t* is_init, T* const*
 
 }  // namespace
 
-#define INTERFACE(T, name)                                                                                            \
-    extern "C" void cyborg_gru_##name(const int64_t* sizes, int64_t threads, const T* const* inputs,                  \
-                                      const uint8_t* is_init, T* const* outputs) {                                    \
-        const Shape s{sizes[0], sizes[1], sizes[2]};                                                                  \
-        split(s.batch, threads, [=](int64_t, int64_t first, int64_t end) {                                            \
-            gru<T>(s, inputs, is_init, outputs, first, end);                                                          \
-        });                                                                                                           \
-    }                                                                                                                 \
-    extern "C" void cyborg_gru_backward_##name(const int64_t* sizes, int64_t threads, const T* const* inputs,         \
-                                               const uint8_t* is_init, T* const* outputs) {                           \
-        const Shape s{sizes[0], sizes[1], sizes[2]};                                                                  \
-        split(s.batch, threads, [=](int64_t, int64_t first, int64_t end) {                                            \
-            gru_backward<T>(s, inputs, is_init, outputs, first, end);                                                 \
-        });                                                                                                           \
-    }
-INTERFACE(float, float32)
-INTERFACE(double, float64)
+INTERFACE(gru)
+INTERFACE(gru_backward)

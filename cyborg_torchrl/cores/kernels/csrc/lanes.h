@@ -168,4 +168,22 @@ template <class Run> void split(int64_t rows, int64_t threads, Run run) {
     for (auto& other : others) other.join();
 }
 
+// Sizes of a kernel's tensors. A kernel says what `numbers` and `length` mean, if it reads them.
+struct Sizes { int64_t steps, batch, channels, numbers, length; double eps; };
+
+// The rows [first, end) of one thread.
+struct Part { int64_t thread, first, end; };
+
+// The C interface of a kernel in both precisions: cyborg_NAME_float32 and cyborg_NAME_float64. All kernels have the
+// same arguments, see native.py. `sizes` has five entries. Missing inputs and outputs are null pointers.
+#define INTERFACE_OF(kernel, T, name)                                                                                 \
+    extern "C" void cyborg_##kernel##_##name(const int64_t* sizes, int64_t threads, double eps,                       \
+                                             const T* const* inputs, const uint8_t* is_init, T* const* outputs) {     \
+        const Sizes s{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], eps};                                         \
+        split(s.batch, threads, [=](int64_t thread, int64_t first, int64_t end) {                                     \
+            kernel<T>(s, inputs, is_init, outputs, Part{thread, first, end});                                         \
+        });                                                                                                           \
+    }
+#define INTERFACE(kernel) INTERFACE_OF(kernel, float, float32) INTERFACE_OF(kernel, double, float64)
+
 }  // namespace

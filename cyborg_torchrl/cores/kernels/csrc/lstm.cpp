@@ -8,11 +8,12 @@ namespace {
 
 // In the end carry_h and carry_c are the gradients of h_0 and c_0. The caller sets all four states to zero.
 template <class T>
-void lstm_backward(Hidden s, const T* const* in, const uint8_t* is_init, T* const* out, int64_t first, int64_t end) {
+void lstm_backward(Sizes s, const T* const* in, const uint8_t* is_init, T* const* out, Part part) {
     const T *grad_hidden = in[0], *grad_cell = in[1], *weight = in[2], *gates = in[3], *cell = in[4], *c_0 = in[5],
             *initial_c = in[6];
     T *grad_gates = out[0], *carry_h = out[1], *carry_c = out[2], *grad_initial_h = out[3], *grad_initial_c = out[4];
-    const int64_t H = s.size, rows = end - first, step = s.batch * H;
+    const int64_t first = part.first, end = part.end;
+    const int64_t H = s.channels, rows = end - first, step = s.batch * H;
     for (int64_t t = s.steps - 1; t >= 0; --t) {
         for (int64_t row = first; row < end; ++row) {
             const int64_t at = t * step + row * H, state = row * H, gate = (t * s.batch + row) * 4 * H;
@@ -49,20 +50,5 @@ void lstm_backward(Hidden s, const T* const* in, const uint8_t* is_init, T* cons
 
 }  // namespace
 
-#define INTERFACE(T, name)                                                                                            \
-    extern "C" void cyborg_lstm_##name(const int64_t* sizes, int64_t threads, const T* const* inputs,                 \
-                                       const uint8_t* is_init, T* const* outputs) {                                   \
-        const Hidden s{sizes[0], sizes[1], sizes[2]};                                                                 \
-        split(s.batch, threads, [=](int64_t, int64_t first, int64_t end) {                                            \
-            lstm<T>(s, inputs, is_init, outputs, first, end);                                                         \
-        });                                                                                                           \
-    }                                                                                                                 \
-    extern "C" void cyborg_lstm_backward_##name(const int64_t* sizes, int64_t threads, const T* const* inputs,        \
-                                                const uint8_t* is_init, T* const* outputs) {                          \
-        const Hidden s{sizes[0], sizes[1], sizes[2]};                                                                 \
-        split(s.batch, threads, [=](int64_t, int64_t first, int64_t end) {                                            \
-            lstm_backward<T>(s, inputs, is_init, outputs, first, end);                                                \
-        });                                                                                                           \
-    }
-INTERFACE(float, float32)
-INTERFACE(double, float64)
+INTERFACE(lstm)
+INTERFACE(lstm_backward)

@@ -6,8 +6,6 @@
 
 namespace {
 
-struct Hidden { int64_t steps, batch, size; };
-
 // Address of a row's state before step t: the initial state at a reset, else the state of step t - 1 or the first one.
 template <class T> INLINE const T* before(const T* now, const T* first, const T* initial, bool begins, int64_t t,
                                           int64_t step, int64_t at, int64_t state) {
@@ -37,10 +35,11 @@ INLINE void cell_step(int64_t H, T* own, const T* before, T* cell, T* hidden) {
 // out: hidden, cell, and for the gradient `gates` and `previous_h`. Without a gradient the last two are null pointers,
 // and one buffer is reused for all steps.
 template <class T>
-void lstm(Hidden s, const T* const* in, const uint8_t* is_init, T* const* out, int64_t first, int64_t end) {
+void lstm(Sizes s, const T* const* in, const uint8_t* is_init, T* const* out, Part part) {
     const T *gates_x = in[0], *weight = in[1], *h_0 = in[2], *c_0 = in[3], *initial_h = in[4], *initial_c = in[5];
     T *hidden = out[0], *cell = out[1];
-    const int64_t H = s.size, rows = end - first, step = s.batch * H;
+    const int64_t first = part.first, end = part.end;
+    const int64_t H = s.channels, rows = end - first, step = s.batch * H;
     const Room<T> gates_room(out[2] ? 0 : rows * 4 * H), previous_room(out[3] ? 0 : rows * H);
     for (int64_t t = 0; t < s.steps; ++t) {
         T* gates = out[2] ? out[2] + (t * s.batch + first) * 4 * H : gates_room.data();

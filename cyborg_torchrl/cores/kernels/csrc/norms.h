@@ -6,8 +6,6 @@
 
 namespace {
 
-struct Groups { int64_t rows, channels, size; };
-
 // Four independent sums: an addition does not wait for the result of the previous one.
 template <class T, class Term> INLINE T total(int64_t size, Term term) {
     T sums[4] = {0, 0, 0, 0};
@@ -26,20 +24,22 @@ template <class T> INLINE T loudness(const T* x, const T* scales, int64_t size, 
 }
 
 template <class T>
-INLINE void normalise_groups(int64_t size, Groups s, T eps, const T* x, const T* scales, T* y, int64_t first, int64_t end) {
-    for (int64_t at = first * s.channels; at < end * s.channels; at += size) {
+INLINE void normalise_groups(int64_t size, Sizes s, const T* x, const T* scales, T* y, Part part) {
+    for (int64_t at = part.first * s.channels; at < part.end * s.channels; at += size) {
         const T* own = scales ? scales + at % s.channels : nullptr;
-        const T factor = loudness(x + at, own, size, eps);
+        const T factor = loudness(x + at, own, size, T(s.eps));
         for (int64_t i = 0; i < size; ++i) y[at + i] = x[at + i] * (own ? factor * own[i] : factor);
     }
 }
 
+// in: x and its scales, if there are any. s.numbers: channels in a group.
 template <class T>
-void normalise(Groups s, T eps, const T* x, const T* scales, T* y, int64_t first, int64_t end) {
+void norm(Sizes s, const T* const* in, const uint8_t*, T* const* out, Part part) {
+    const T *x = in[0], *scales = in[1];
     // The usual lengths are constants, so that the compiler can unroll the loops.
-    if (s.size == 8 && !scales) normalise_groups<T>(8, s, eps, x, nullptr, y, first, end);
-    else if (s.size == 4 && !scales) normalise_groups<T>(4, s, eps, x, nullptr, y, first, end);
-    else normalise_groups<T>(s.size, s, eps, x, scales, y, first, end);
+    if (s.numbers == 8 && !scales) normalise_groups<T>(8, s, x, nullptr, out[0], part);
+    else if (s.numbers == 4 && !scales) normalise_groups<T>(4, s, x, nullptr, out[0], part);
+    else normalise_groups<T>(s.numbers, s, x, scales, out[0], part);
 }
 
 template <class T> INLINE Vec<T> less_mean(const T* x, int64_t d, int k, T mean) {
@@ -61,12 +61,15 @@ template <class T> INLINE void moments(const T* x, int64_t size, T eps, T& mean,
 }
 
 // in: a, the weight and bias of its norm, then b, the weight and bias of its norm
-template <class T> void added_norms(int64_t size, T eps, const T* const* in, T* y, int64_t first, int64_t end) {
-    for (int64_t row = first; row < end; ++row) {
+template <class T>
+void added_norms(Sizes s, const T* const* in, const uint8_t*, T* const* out, Part part) {
+    const int64_t size = s.channels;
+    T* y = out[0];
+    for (int64_t row = part.first; row < part.end; ++row) {
         const T *a = in[0] + row * size, *b = in[3] + row * size;
         T mean_a, scale_a, mean_b, scale_b;
-        moments<T>(a, size, eps, mean_a, scale_a);
-        moments<T>(b, size, eps, mean_b, scale_b);
+        moments<T>(a, size, T(s.eps), mean_a, scale_a);
+        moments<T>(b, size, T(s.eps), mean_b, scale_b);
         for (int64_t d = 0; d < size; d += W<T>) {
             const int k = int(std::min<int64_t>(W<T>, size - d));
             const Vec<T> of_a = (load<T>(a + d, k) - mean_a) * scale_a * load<T>(in[1] + d, k) + load<T>(in[2] + d, k);
