@@ -102,7 +102,8 @@ class NormalizeObservation(Transform):
         self, observation_spec: Composite, in_keys: Sequence[NestedKey], batch_dims: int = 1, limit: float = 10.0
     ) -> None:
         super().__init__(in_keys=list(in_keys), out_keys=list(in_keys))
-        self.moments = nn.ModuleList(RunningMoments(observation_spec[key].shape[batch_dims:]) for key in in_keys)
+        shapes = [observation_spec[key].shape[batch_dims:] for key in in_keys]
+        self.moments: nn.ModuleList = nn.ModuleList(map(RunningMoments, shapes))
         self.limit, self.is_frozen = limit, False
 
     def transform_observation_spec(self, observation_spec: Composite) -> Composite:
