@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, cast
 
 import torch
 from tensordict import TensorDictBase
@@ -103,7 +103,7 @@ class NormalizeObservation(Transform):
     ) -> None:
         super().__init__(in_keys=list(in_keys), out_keys=list(in_keys))
         shapes = [observation_spec[key].shape[batch_dims:] for key in in_keys]
-        self.moments: nn.ModuleList = nn.ModuleList(map(RunningMoments, shapes))
+        self.moments = nn.ModuleList(RunningMoments(shape) for shape in shapes)
         self.limit, self.is_frozen = limit, False
 
     def transform_observation_spec(self, observation_spec: Composite) -> Composite:
@@ -121,7 +121,8 @@ class NormalizeObservation(Transform):
         return self._normalize(next_tensordict, None)
 
     def _normalize(self, tensordict: TensorDictBase, mask: Tensor | None) -> TensorDictBase:
-        for key, moments in zip(self.in_keys, self.moments, strict=True):
+        all_moments = cast("Iterable[RunningMoments]", self.moments)
+        for key, moments in zip(self.in_keys, all_moments, strict=True):
             seen = tensordict.get(key)
             if not self.is_frozen:
                 rows = seen.reshape(-1, *moments.mean.shape)
