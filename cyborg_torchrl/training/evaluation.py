@@ -130,7 +130,7 @@ def _steps(
 def _steps_on_tensors(
     policy: TensorDictModuleBase, env: EnvBase, stepped: EnvStep, *, is_greedy: bool
 ) -> Iterator[FlatDict]:
-    acts, _ = policy_step(policy, env, is_greedy=is_greedy)
+    acts = policy_step(policy, env, is_greedy=is_greedy)
     acts.begin(env.batch_size.numel())
     carried, may_begin = flat(env.reset()), True
     while True:
