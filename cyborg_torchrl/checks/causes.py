@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
 from tensordict import TensorDictBase
+from tensordict.utils import NestedKey
 from torch import Tensor
 
 from cyborg_torchrl.checks.policy_under_test import PolicyUnderTest
@@ -60,48 +60,27 @@ def suspect(
     """Return the likeliest cause of a log-ratio that is not zero."""
     if not is_single_wrong:
         return SHUFFLED if discontinuity > tolerance else SEQUENCE
-    tries: list[tuple[Suspicion, Callable[[PolicyUnderTest, TensorDictBase, float], bool]]] = [
-        (SHIFTED, _fits_shifted),
-        (SWAPPED, _fits_swapped),
-    ]
-    if _are_alike(tested, rollout):
+    states = tested.states_of(rollout.steps).values()
+    if all(bool((value == value[:1, :1]).all()) for value in states):
         return ZEROED
-    for cause, fits in tries:
-        if fits(tested, rollout.steps, tolerance):
-            return cause
+    for by in (1, -1):
+        other = _rolled(rollout.steps, tested.input_keys, by, dim=1)
+        if float(_share(tested, other, rollout.steps, tolerance).mean()) >= SHARE:
+            return SHIFTED
+    steps = rollout.steps[:MAX_ENVS]
+    for by in range(1, steps.shape[0]):
+        other = _rolled(steps, tested.state_keys, by, dim=0)
+        if bool((_share(tested, other, steps, tolerance) >= SHARE).any()):
+            return SWAPPED
     return UNKNOWN
 
 
-def _are_alike(tested: PolicyUnderTest, rollout: Rollout) -> bool:
-    states = tested.states_of(rollout.steps).values()
-    return all(bool((value == value[:1, :1]).all()) for value in states)
-
-
-def _fits_shifted(tested: PolicyUnderTest, steps: TensorDictBase, tolerance: float) -> bool:
-    return any(_fits(tested, _shift(tested, steps, by), steps, tolerance) for by in (1, -1))
-
-
-def _fits_swapped(tested: PolicyUnderTest, steps: TensorDictBase, tolerance: float) -> bool:
-    """Return whether the log-probs of an environment fit the states of another one."""
-    steps = steps[:MAX_ENVS]
-    fitting = torch.zeros(steps.shape[0], dtype=torch.bool)
-    for by in range(1, steps.shape[0]):
-        other = steps.clone()
-        for key in tested.state_keys:
-            other.set(key, steps.get(key).roll(by, 0))
-        fitting |= _share(tested, other, steps, tolerance).cpu() >= SHARE
-    return bool(fitting.any())
-
-
-def _shift(tested: PolicyUnderTest, steps: TensorDictBase, by: int) -> TensorDictBase:
+def _rolled(steps: TensorDictBase, entries: Iterable[NestedKey], by: int, *, dim: int) -> TensorDictBase:
+    """Return a copy with some entries of other environments (dim 0) or of other steps (dim 1)."""
     other = steps.clone()
-    for key in tested.input_keys:
-        other.set(key, steps.get(key).roll(by, 1))
+    for key in entries:
+        other.set(key, steps.get(key).roll(by, dim))
     return other
-
-
-def _fits(tested: PolicyUnderTest, other: TensorDictBase, steps: TensorDictBase, tolerance: float) -> bool:
-    return float(_share(tested, other, steps, tolerance).mean()) >= SHARE
 
 
 def _share(tested: PolicyUnderTest, other: TensorDictBase, steps: TensorDictBase, tolerance: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""Leaks over a reset, or from one environment to another."""
+"""Leaks over a reset or between environments; and whether outputs repeat and both modes agree."""
 
 from __future__ import annotations
 
@@ -13,19 +13,14 @@ from cyborg_torchrl.checks.probe import Probe, distance
 EXACT = 1e-5
 """Relative limit; another order of summation already changes about 1e-6."""
 MODES = ("step", "sequence")
-REPEATABLE, ALONE = "repeatable", "environments alone and together"
-
-
-def leak_name(kind: str, mode: str) -> str:
-    """Return the name of a finding; kind is "reset", "reset gradient", "environment" or "environment gradient"."""
-    return f"{kind} leak: {mode} mode"
+REPEATABLE, SAME_MODES = "repeatable", "step against sequence"
+ALONE = "environments alone and together"
 
 
 @torch.no_grad()
 def check_repeatable(probe: Probe) -> Finding:
     """Check that the same input gives the same distribution twice."""
-    everywhere = torch.ones(probe.steps.shape, dtype=torch.bool)
-    error = max(distance(probe.run(mode).params, probe.run(mode).params, everywhere) for mode in MODES)
+    error = max(distance(probe.run(mode).params, probe.run(mode).params) for mode in MODES)
     return judge(
         REPEATABLE,
         error,
@@ -34,6 +29,20 @@ def check_repeatable(probe: Probe) -> Finding:
         failed="The same input gives another distribution the second time: dropout or noise is on, or the module "
         "keeps a state outside the tensordict.",
         cure="Call policy.eval() or drop the noise, and keep memory under the state keys alone.",
+    )
+
+
+@torch.no_grad()
+def check_modes(probe: Probe, tolerance: float) -> Finding:
+    """Compare the distribution parameters of both modes, from the same states and with resets."""
+    return judge(
+        SAME_MODES,
+        distance(probe.run("step").params, probe.run("sequence").params),
+        tolerance,
+        passed="Sequence mode gives what step mode gives, step by step.",
+        failed="Sequence mode gives other distributions than the same steps one by one: it starts from another "
+        "state, restarts elsewhere, or does not carry memory along the sequence.",
+        cure="Make the sequence a loop of the step from the first step's stored state first; then make it fast.",
     )
 
 
@@ -86,7 +95,7 @@ def _disturb(
     kind: str, mode: str, probe: Probe, where: Tensor, rows: Tensor, *, after: Tensor, texts: dict[str, Any]
 ) -> Finding:
     """Change observations at `where` and the states of `rows`, and check that outputs at `after` do not change."""
-    name = leak_name(kind, mode)
+    name = f"{kind} leak: {mode} mode"
     with torch.no_grad():
         original = probe.run(mode).params
         changed = probe.disturbed(where, is_state=rows).run(mode).params
@@ -97,7 +106,7 @@ def _disturb(
 
 def _gradient(kind: str, mode: str, probe: Probe, where: Tensor, after: Tensor, texts: dict[str, Any]) -> Finding:
     """Check that the gradient of outputs at `after` to observations and states at `where` is exactly zero."""
-    name = leak_name(kind, mode)
+    name = f"{kind} leak: {mode} mode"
     leafy, observations, states = probe.with_gradient()
     params = leafy.run(mode).params
     if not params.requires_grad:
@@ -116,5 +125,4 @@ def _alone(probe: Probe, tolerance: float, texts: dict[str, Any]) -> Finding:
     together = probe.run("sequence").params
     rows = range(min(3, probe.steps.shape[0]))
     alone = torch.cat([probe.tested.run_sequence(probe.steps[row : row + 1]).params for row in rows])
-    where = torch.ones(alone.shape[:2], dtype=torch.bool)
-    return judge(ALONE, distance(together[: len(rows)], alone, where), tolerance, **texts)
+    return judge(ALONE, distance(together[: len(rows)], alone), tolerance, **texts)

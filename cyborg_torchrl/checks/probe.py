@@ -95,8 +95,16 @@ def build_probe(
     return Probe(tested, steps, first_reset, rollout.is_primed, generator)
 
 
-def distance(a: Tensor, b: Tensor, where: Tensor) -> float:
-    """Return the largest difference of parameters [B, L, P] at the steps `where`, relative to the largest parameter."""
+def distance(a: Tensor, b: Tensor, where: Tensor | None = None) -> float:
+    """Return the largest difference of parameters [B, L, P], relative to the largest parameter.
+
+    Args:
+        a: the parameters of a run.
+        b: those of another run.
+        where: the steps to compare, [B, L]; None: all.
+    """
+    if where is None:
+        where = torch.ones(a.shape[:2], dtype=torch.bool)
     if not bool(where.any()):
         return 0.0
     change = (a.detach() - b.detach())[where.to(a.device)].abs().max()

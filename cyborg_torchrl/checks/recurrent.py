@@ -10,17 +10,15 @@ from tensordict.utils import NestedKey
 from torchrl.envs import EnvBase
 
 from cyborg_torchrl import keys
-from cyborg_torchrl.checks.drift import report_drift
 from cyborg_torchrl.checks.findings import Finding
 from cyborg_torchrl.checks.horizon import check_horizon
-from cyborg_torchrl.checks.leaks import check_environment_leak, check_repeatable, check_reset_leak
-from cyborg_torchrl.checks.modes import check_modes
+from cyborg_torchrl.checks.leaks import check_environment_leak, check_modes, check_repeatable, check_reset_leak
 from cyborg_torchrl.checks.policy_under_test import PolicyUnderTest
 from cyborg_torchrl.checks.probe import build_probe
 from cyborg_torchrl.checks.report import HorizonCurve, Report
-from cyborg_torchrl.checks.rollout import Rollout, collect, prepare
+from cyborg_torchrl.checks.rollout import collect, prepare
 from cyborg_torchrl.checks.same_state import check_same_state
-from cyborg_torchrl.checks.storage import report_storage
+from cyborg_torchrl.checks.stored_states import report_drift, report_storage
 
 PROBE_LENGTH = 8
 """Steps of the sequences for the leak checks, which take many runs."""
@@ -75,24 +73,10 @@ def check_recurrent(
     tested = PolicyUnderTest(policy, state_keys, is_init_key)
     on_progress("rollout", 0.0)
     recorded = prepare(tested, collect(tested, env, steps, seed) if rollout is None else rollout)
-    drift = (drift_updates, drift_learning_rate)
-    return _run(tested, recorded, tuple(chunk_lengths), seed, tolerance, drift, on_progress)
-
-
-def _run(
-    tested: PolicyUnderTest,
-    rollout: Rollout,
-    chunk_lengths: tuple[int, ...],
-    seed: int,
-    tolerance: float,
-    drift: tuple[int, float],
-    on_progress: Callable[[str, float], None],
-) -> Report:
-    num_envs, steps = rollout.steps.shape
-    longest = min(max(chunk_lengths), steps // 2)
-    probe = build_probe(tested, rollout, PROBE_LENGTH, seed)
-    long_probe = build_probe(tested, rollout, longest, seed)
-    unbroken = build_probe(tested, rollout, longest, seed, has_resets=False)
+    longest = min(max(chunk_lengths), recorded.steps.shape[1] // 2)
+    probe = build_probe(tested, recorded, PROBE_LENGTH, seed)
+    long_probe = build_probe(tested, recorded, longest, seed)
+    unbroken = build_probe(tested, recorded, longest, seed, has_resets=False)
     curves: list[HorizonCurve] = []
 
     def horizon() -> list[Finding]:
@@ -102,13 +86,13 @@ def _run(
 
     parts: dict[str, Callable[[], list[Finding]]] = {
         "repeatable": lambda: [check_repeatable(probe)],
-        "same state": lambda: check_same_state(tested, rollout, chunk_lengths, tolerance),
+        "same state": lambda: check_same_state(tested, recorded, chunk_lengths, tolerance),
         "step against sequence": lambda: [check_modes(long_probe, tolerance)],
         "resets": lambda: check_reset_leak(probe),
         "environments": lambda: check_environment_leak(probe, tolerance),
         "gradient horizon": horizon,
-        "drift": lambda: report_drift(tested, rollout, longest, *drift),
-        "storage": lambda: report_storage(tested, rollout, longest),
+        "drift": lambda: report_drift(tested, recorded, longest, drift_updates, drift_learning_rate),
+        "storage": lambda: report_storage(tested, recorded, longest),
     }
     findings: list[Finding] = []
     for index, (name, check) in enumerate(parts.items()):
@@ -116,4 +100,4 @@ def _run(
         findings += check()
     on_progress("done", 1.0)
     names = tuple("/".join(key) if isinstance(key, tuple) else key for key in tested.state_keys)
-    return Report(tested.name, names, num_envs, steps, seed, tuple(findings), curves[0])
+    return Report(tested.name, names, *recorded.steps.shape, seed, tuple(findings), curves[0])

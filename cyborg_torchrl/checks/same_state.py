@@ -26,16 +26,6 @@ SINGLE, WHOLE, CONTINUITY, POWER = (
 AS_RECORDED = "The log-probs recomputed from the stored states equal those of the rollout."
 
 
-def chunk_name(length: int) -> str:
-    """Return the name of the finding for chunks of a length."""
-    return f"same state: chunks of {length}"
-
-
-def buffer_name(length: int) -> str:
-    """Return the name of the finding for chunks from our buffer."""
-    return f"same state: RecurrentRolloutBuffer, seq_len {length}"
-
-
 @torch.no_grad()
 def check_same_state(
     tested: PolicyUnderTest, rollout: Rollout, chunk_lengths: Sequence[int], tolerance: float
@@ -46,13 +36,14 @@ def check_same_state(
     single_log_prob, following = tested.step_from(steps)
     recorded = tested.recorded_log_prob(steps)
     errors = {SINGLE: (single_log_prob - recorded).abs()}
-    for length in sorted({*chunk_lengths} - {total}):
-        if length <= total:
-            errors[chunk_name(length)] = _chunk_errors(tested, steps, length)
+    shorter = sorted({length for length in chunk_lengths if length < total})
+    for length in shorter:
+        errors[f"same state: chunks of {length}"] = _chunk_errors(tested, steps, length)
     errors[WHOLE] = _chunk_errors(tested, steps, total)
-    for length in sorted({length for length in chunk_lengths if 1 < length < total and total % length == 0}):
-        if tested.is_init_key == keys.IS_INIT:
-            errors[buffer_name(length)] = _buffer_errors(tested, steps, length)
+    for length in shorter:
+        if length > 1 and total % length == 0 and tested.is_init_key == keys.IS_INIT:
+            name = f"same state: RecurrentRolloutBuffer, seq_len {length}"
+            errors[name] = _buffer_errors(tested, steps, length)
     follow = _continuity(tested, rollout, following)
     power = _power(tested, steps)
     is_wrong = {name: not float(error.max()) <= tolerance for name, error in errors.items()}

@@ -56,7 +56,7 @@ class RolloutWriter:
             for key, rows in self._before.items():
                 self._put(key, rows)
             for key, rows in self._after.items():
-                self._put((keys.NEXT, *key) if isinstance(key, tuple) else (keys.NEXT, key), rows)
+                self._put(unravel_key((keys.NEXT, key)), rows)
             self._begin += count
 
     def _put(self, key: NestedKey, rows: list[Tensor]) -> None:

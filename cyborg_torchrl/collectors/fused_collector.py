@@ -94,7 +94,7 @@ class FusedCollector(Collector):
             written = policy(carried, may_begin=may_begin)
             after, begins, is_over = env.step(carried, written)
             if not now:
-                now = [key for key in written if not _is_next(key)]
+                now = [key for key in written if key[0] != keys.NEXT]  # without ("next", ...)
             before = {**carried, **{key: written[key] for key in now}}
             writer.append(before.items(), after.items())
             if self.track_traj_ids:
@@ -162,7 +162,3 @@ class FusedCollector(Collector):
         ended = is_over.view(traj_ids.shape).to(traj_ids.device)
         fresh = self._traj_pool.get_traj_and_increment(ended.sum(), device=ended.device)
         return traj_ids.masked_scatter(ended, fresh)
-
-
-def _is_next(key: NestedKey) -> bool:
-    return isinstance(key, tuple) and key[0] == keys.NEXT

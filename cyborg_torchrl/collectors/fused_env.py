@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import cast
 
 import torch
 from tensordict import TensorDict
@@ -53,6 +53,7 @@ class FusedEnv:
                 self.defaults |= _defaults(transform, task)
             else:
                 raise NotFusable(f"the environment has a {type(transform).__name__}")
+        self._next_keys = {key: unravel_key((keys.NEXT, key)) for key in self.defaults}
 
     def step(self, carried: FlatDict, written: FlatDict) -> Step:
         """Take a step.
@@ -79,9 +80,9 @@ class FusedEnv:
         for then in self._then:
             then(after, carried)
         # Entries that were not written in this step keep their values.
-        for key in self.defaults:
+        for key, next_key in self._next_keys.items():
             if key not in after:
-                after[key] = written.get((keys.NEXT, *_parts(key)), carried[key])
+                after[key] = written.get(next_key, carried[key])
         # The next step begins with the same tensors; the reward belongs to "next" only.
         begins = dict(after)
         del begins[keys.REWARD]
@@ -113,10 +114,6 @@ def _clip(transform: RewardClipping) -> Callable[[FlatDict, FlatDict], None]:
         after[keys.REWARD] = after[keys.REWARD].clamp(low, high)
 
     return then
-
-
-def _parts(key: NestedKey) -> tuple[Any, ...]:
-    return key if isinstance(key, tuple) else (key,)
 
 
 def _unwrapped(env: EnvBase) -> tuple[list[Transform], EnvBase]:

@@ -256,8 +256,8 @@ PolicyStep = FusedPolicy | OpaquePolicy
 
 def policy_step(
     policy: TensorDictModuleBase, env: EnvBase, *, compiled_step: bool = True, is_greedy: bool = False
-) -> tuple[PolicyStep, str]:
-    """Return the step of a policy on entries, and why the policy has to be called as a whole; empty if it has not.
+) -> PolicyStep:
+    """Return the step of a policy on entries. A policy that cannot be taken apart is called as a whole.
 
     Args:
         policy: acts in the environment.
@@ -266,6 +266,6 @@ def policy_step(
         is_greedy: see `FusedPolicy`. A policy that is called as a whole follows TorchRL's exploration type instead.
     """
     try:
-        return FusedPolicy(policy, compiled_step=compiled_step, is_greedy=is_greedy), ""
-    except NotFusable as reason:
-        return OpaquePolicy(policy, env), str(reason)
+        return FusedPolicy(policy, compiled_step=compiled_step, is_greedy=is_greedy)
+    except NotFusable:
+        return OpaquePolicy(policy, env)

@@ -9,8 +9,6 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 from cyborg_torchrl.registry import UnavailableError
@@ -49,7 +47,8 @@ class RayCluster:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         import ray
 
-        self._ray = ray
+        self.ray = ray
+        """The package, connected to the cluster."""
         self._shares = {"num_cpus": num_cpus, "num_gpus": num_gpus}
         self.num_threads = max(1, int(num_cpus))
         """CPU threads of a worker."""
@@ -70,67 +69,38 @@ class RayCluster:
             self.shutdown()
             raise
 
-    def actor_class(self, plain: type) -> Any:
-        """Return a class whose objects run on the cluster, each in another process."""
-        return self._ray.remote(plain)
-
     def share_of_worker(self, *, is_replacement: bool) -> dict[str, Any]:
         """Return the resources of a worker. Replacements request no CPU, so that they start at once."""
         shares = {**self._shares, "num_cpus": 0} if is_replacement else self._shares
         return {**shares, "scheduling_strategy": "SPREAD"}
 
-    def put(self, content: Any) -> Any:
-        """Store an object on the cluster, and return a reference, which actors receive as the object."""
-        return self._ray.put(content)
-
-    def get(self, reference: Any) -> Any:
-        """Return the object of a reference, or the objects of a list of references.
-
-        Raises:
-            One of `deaths` or `faults`.
-        """
-        return self._ray.get(reference)
-
-    def first_done(self, references: Sequence[Any], seconds: float) -> Any:
-        """Return the first reference with a result or an error; None if time is up."""
-        done, _ = self._ray.wait(list(references), timeout=seconds)
-        return done[0] if done else None
-
-    def wait_for_all(self, references: Sequence[Any], seconds: float) -> None:
-        """Wait until all references have a result, or time is up."""
-        self._ray.wait(list(references), num_returns=len(references), timeout=seconds)
-
-    def end(self, actor: Any) -> None:
-        """Kill an actor's process."""
-        self._ray.kill(actor)
-
     def shutdown(self) -> None:
         """Disconnect from the cluster, unless the program was connected before; end a local one."""
         if self.is_ours:
-            self._ray.shutdown()
-            self._ray._private.worker._worker_logs_enabled = True
+            self.ray.shutdown()
+            self.ray._private.worker._worker_logs_enabled = True
         self.is_ours = False
 
     def _connect(self, address: str | None, num_workers: int) -> None:
         if address:
             _check_reachable(os.environ.get("RAY_ADDRESS", "auto") if address == "auto" else address)
         # Messages about dead workers ignore the log settings and go to stdout. Ray's debugger silences them like this.
-        self._ray._private.worker._worker_logs_enabled = False
+        self.ray._private.worker._worker_logs_enabled = False
         local = {"num_cpus": max(1, math.ceil(num_workers * self._shares["num_cpus"])), "include_dashboard": False}
+        options = {"address": address} if address else {"address": "local", **local}
+        on_sigterm = signal.getsignal(signal.SIGTERM)
         try:
-            with _sigterm_kept():
-                self._ray.init(
-                    address=address or "local",
-                    log_to_driver=False,
-                    logging_level=logging.ERROR,
-                    **({} if address else local),
-                )
+            self.ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
         except (OSError, RuntimeError, ValueError, *self.faults) as error:
             raise _no_cluster(address or "local", error) from None
+        finally:
+            # Ray replaces the handler of SIGTERM, which only the main thread can set.
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, signal.SIG_DFL if on_sigterm is None else on_sigterm)
 
     def _check_size(self, num_workers: int) -> None:
         # Ray would wait without a message for resources that the cluster does not have.
-        there = self._ray.cluster_resources()
+        there = self.ray.cluster_resources()
         for name, key in (("CPU", "num_cpus"), ("GPU", "num_gpus")):
             needed, found = num_workers * self._shares[key], there.get(name, 0.0)
             if needed > found:
@@ -159,16 +129,3 @@ def _no_cluster(address: str, error: BaseException) -> ClusterError:
         f"no Ray cluster at '{address}' ({reason}): start one with 'ray start --head', or leave the address out to "
         "start a local one."
     )
-
-
-@contextmanager
-def _sigterm_kept() -> Generator[None]:
-    """Keep the handler of SIGTERM, which Ray would replace."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)

@@ -16,6 +16,7 @@ from cyborg_torchrl.collectors.ray_cluster import RayCluster
 from cyborg_torchrl.collectors.ray_worker import RayWorker, named_tensors
 from cyborg_torchrl.collectors.rollout_collector import rollout_steps
 from cyborg_torchrl.data import Rollout
+from cyborg_torchrl.modules.nan_check import NonFiniteError
 
 LOGGER = logging.getLogger(__name__)
 WAIT_MESSAGE_TIMEOUT = 60.0
@@ -74,13 +75,13 @@ class RayRolloutCollector:
         batch = rollout_steps(frames_per_batch, total_frames, len(makers))
         self.frames_per_batch, self.total_frames, self.frames = frames_per_batch, total_frames, 0
         self.device, self.deaths = torch.device(device), 0
-        self._makers, self._cluster, self._seed = list(makers), cluster, seed
+        self._makers, self._cluster, self._ray, self._seed = list(makers), cluster, cluster.ray, seed
         self._modules = nn.ModuleList([policy, value_operator])
         self._options = {"frames_per_batch": batch, "total_frames": batch, **options}
         self._starts = [0] * len(makers)
-        self._worker = cluster.actor_class(RayWorker)
+        self._worker = cluster.ray.remote(RayWorker)
         # The networks are sent once, and later only their parameters, which are sent once for all workers.
-        self._copy = cluster.put(copy.deepcopy(self._modules).cpu())
+        self._copy = cluster.ray.put(copy.deepcopy(self._modules).cpu())
         self._parameters: Any = None
         self.update_policy_weights_()
         self._workers = [self._started(index) for index in range(len(makers))]
@@ -100,14 +101,13 @@ class RayRolloutCollector:
         deaths = [0] * len(self._workers)
         running = {self._ask(index): index for index in range(len(self._workers))}
         while running:
-            reference = self._cluster.first_done(list(running), WAIT_MESSAGE_TIMEOUT)
-            if reference is None:
+            done, _ = self._ray.wait(list(running), timeout=WAIT_MESSAGE_TIMEOUT)
+            if not done:
                 LOGGER.warning("still waiting for workers %s.", sorted(running.values()))
                 continue
-            index = running.pop(reference)
+            index = running.pop(done[0])
             try:
-                part = self._cluster.get(reference)
-                parts[index] = part if isinstance(part, Rollout) else part.refuse(index)
+                part = self._ray.get(done[0])
             except self._cluster.deaths as error:
                 # Only this worker plays again; the results of the others stay.
                 deaths[index] += 1
@@ -115,6 +115,10 @@ class RayRolloutCollector:
                 running[self._ask(index)] = index
             except self._cluster.faults as error:
                 raise WorkerError(f"worker {index} failed: {_last_line(error)}") from error
+            else:
+                if not isinstance(part, Rollout):
+                    raise NonFiniteError(**part)
+                parts[index] = part
         return _joined([part for part in parts if part is not None], self.device)
 
     def update_policy_weights_(self, policy: TensorDictModuleBase | None = None) -> None:
@@ -125,9 +129,8 @@ class RayRolloutCollector:
         """
         if policy is not None and policy is not self._modules[0]:
             self._modules[0].load_state_dict(policy.state_dict())
-        self._parameters = self._cluster.put(
-            {name: value.cpu() for name, value in named_tensors(self._modules).items()}
-        )
+        parameters = {name: value.cpu() for name, value in named_tensors(self._modules).items()}
+        self._parameters = self._ray.put(parameters)
 
     def set_seed(self, seed: int) -> int:
         """Seed the workers, each with another seed, and return a seed for the next collector."""
@@ -139,7 +142,7 @@ class RayRolloutCollector:
     def state_dict(self) -> dict[str, Any] | None:
         """Return the state of the workers between two rollouts; None if one has no state or is dead."""
         try:
-            states = self._cluster.get([worker.state_dict.remote() for worker in self._workers])
+            states = self._ray.get([worker.state_dict.remote() for worker in self._workers])
         except self._cluster.deaths:  # the next rollout replaces it
             return None
         if any(state["collector"] is None for state in states):
@@ -157,7 +160,7 @@ class RayRolloutCollector:
             raise ValueError(f"the state is for {saved} workers; this collector has {len(self._workers)}.")
         pairs = zip(self._workers, state["workers"], strict=True)
         try:
-            lost = self._cluster.get([worker.load_state_dict.remote(own) for worker, own in pairs])
+            lost = self._ray.get([worker.load_state_dict.remote(own) for worker, own in pairs])
         except (*self._cluster.deaths, *self._cluster.faults) as error:
             raise ValueError(f"a worker could not be restored: {_last_line(error)}") from error
         self._starts, self.frames = list(state["starts"]), state["frames"]
@@ -167,17 +170,17 @@ class RayRolloutCollector:
         """Close the environments and end the workers, and the cluster if it was started for them."""
         workers, self._workers = self._workers, []
         if workers:
-            self._cluster.wait_for_all([worker.close.remote() for worker in workers], CLOSE_TIMEOUT)
+            closing = [worker.close.remote() for worker in workers]
+            self._ray.wait(closing, num_returns=len(closing), timeout=CLOSE_TIMEOUT)
         for worker in workers:
-            self._cluster.end(worker)
+            self._ray.kill(worker)
         self._cluster.shutdown()
 
     def _started(self, index: int) -> Any:
         """Start a worker without waiting for it."""
         worker = self._worker.options(**self._cluster.share_of_worker(is_replacement=self._starts[index] > 0))
-        return worker.remote(
-            self._makers[index], self._seed_of(index), self._copy, self._options, self._cluster.num_threads
-        )
+        seed, num_threads = self._seed_of(index), self._cluster.num_threads
+        return worker.remote(index, self._makers[index], seed, self._copy, self._options, num_threads)
 
     def _seed_of(self, index: int) -> int:
         """Return the seed of a worker; replacements continue the sequence of seeds."""
@@ -196,7 +199,7 @@ class RayRolloutCollector:
             ) from error
         self.deaths += 1
         LOGGER.warning("worker %d died; its unfinished batch is lost, and a new worker replaces it.", index)
-        self._cluster.end(self._workers[index])
+        self._ray.kill(self._workers[index])
         # The replacement has another seed; otherwise it would repeat the episodes of the dead worker.
         self._starts[index] += 1
         self._workers[index] = self._started(index)

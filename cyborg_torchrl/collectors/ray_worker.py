@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, NoReturn
+from typing import Any
 
 import torch
-from tensordict.utils import NestedKey
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torchrl.envs import EnvBase
@@ -18,27 +17,12 @@ from cyborg_torchrl.data import Rollout
 from cyborg_torchrl.modules.nan_check import NonFiniteError
 
 
-class NonFinite(NamedTuple):
-    """Content of a `NonFiniteError` for the network, with the worker's number of environments."""
-
-    key: NestedKey
-    value: float
-    num_envs: int
-    environment: int | None
-    step: int | None
-    record: dict[str, Any]
-
-    def refuse(self, index: int) -> NoReturn:
-        """Raise the error with the number that the environment has among those of all workers."""
-        environment = None if self.environment is None else self.environment + index * self.num_envs
-        raise NonFiniteError(self.key, self.value, environment, self.step, self.record)
-
-
 class RayWorker:
     """A Ray actor with some environments and a copy of the policy."""
 
     def __init__(
         self,
+        index: int,
         make_env: Callable[[int], EnvBase],
         seed: int,
         modules: nn.ModuleList,
@@ -48,13 +32,14 @@ class RayWorker:
         # A worker is a process of the cluster, so it sets threads and denormals for itself.
         prepare_cpu(num_threads)
         env = make_env(seed)
+        self.first_environment = index * env.batch_size.numel()
         torch.manual_seed(seed)
         self.modules = modules.to(env.device)
         self.collector = RolloutCollector(env, modules[0], value_operator=modules[1], **options)
         self.set_seed(seed)
 
-    def rollout(self, parameters: Mapping[str, Tensor]) -> Rollout | NonFinite:
-        """Collect a rollout with these parameters."""
+    def rollout(self, parameters: Mapping[str, Tensor]) -> Rollout | dict[str, Any]:
+        """Collect a rollout with these parameters; return the arguments of a `NonFiniteError` if there is one."""
         # In place: the collector holds this policy, and perhaps a compiled step over its tensors.
         with torch.no_grad():
             for name, value in named_tensors(self.modules).items():
@@ -62,8 +47,11 @@ class RayWorker:
         try:
             rollout = self.collector.rollout()
         except NonFiniteError as error:
-            num_envs = self.collector.env.batch_size.numel()
-            return NonFinite(error.key, error.value, num_envs, error.environment, error.step, error.record)
+            found = {"key": error.key, "value": error.value, "step": error.step, "record": error.record}
+            if error.environment is not None:
+                # Its number among the environments of all workers.
+                found["environment"] = self.first_environment + error.environment
+            return found
         return Rollout(rollout.steps.cpu().contiguous(), rollout.stored_states.cpu().contiguous(), rollout.state_steps)
 
     def set_seed(self, seed: int) -> None:

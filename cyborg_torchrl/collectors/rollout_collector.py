@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase, lazy_stack
@@ -17,12 +17,13 @@ from torchrl.modules import set_recurrent_mode
 from torchrl.modules.utils.utils import _maybe_append_env_transforms_from_module as append_transforms
 
 from cyborg_torchrl import keys
-from cyborg_torchrl.collectors.env_stepper import EnvStepper
-from cyborg_torchrl.collectors.flat_dict import NotFusable
-from cyborg_torchrl.collectors.fused_policy import policy_step
+from cyborg_torchrl.collectors.flat_dict import NotFusable, RolloutWriter, flat
+from cyborg_torchrl.collectors.fused_env import EnvStep, env_step
+from cyborg_torchrl.collectors.fused_policy import PolicyStep, policy_step
 from cyborg_torchrl.collectors.resume import restore_stepper, stepper_state
 from cyborg_torchrl.collectors.runtime import rare_garbage_collection
 from cyborg_torchrl.data import Rollout
+from cyborg_torchrl.modules.nan_check import check_finite
 from cyborg_torchrl.modules.replay import memory_state_keys
 from cyborg_torchrl.objectives import value_after
 from cyborg_torchrl.registry import did_you_mean
@@ -56,6 +57,7 @@ class RolloutCollector:
     Raises:
         ValueError: if `frames_per_batch` is not a multiple of the number of environments, or `total_frames` of
             `frames_per_batch`; or if an excluded entry is needed or does not exist.
+        NonFiniteError: while collecting on tensors, if an entry that the update reads is not finite.
     """
 
     def __init__(
@@ -77,16 +79,16 @@ class RolloutCollector:
         self.policy, self.value_operator = policy, value_operator
         self.frames_per_batch, self.total_frames, self.frames = frames_per_batch, total_frames, 0
         self.state_steps = tuple(state_steps(self.steps)) if state_steps else (0,)
+        self._state_steps = set(self.state_steps)
         self.state_keys = memory_state_keys(policy)
-        excluded = excluded_keys(exclude_keys, self.env, policy)
-        self._dropped = [*self.state_keys, *(unravel_key((keys.NEXT, key)) for key in self.state_keys), *excluded]
+        next_states = [unravel_key((keys.NEXT, key)) for key in self.state_keys]
+        self._dropped = [*self.state_keys, *next_states, *excluded_keys(exclude_keys, self.env, policy)]
         with torch.no_grad():  # a reset here, as in TorchRL's collectors, so that both draw the same random numbers
             self._carried = self.env.reset()
-        self._stepper: EnvStepper | None = None
+        self._fused: tuple[PolicyStep, EnvStep] | None = None
         if is_fused and keys.VALUE in policy.out_keys:
             with contextlib.suppress(NotFusable):
-                acts, _ = policy_step(policy, self.env, compiled_step=compiled_step)
-                self._stepper = EnvStepper(self.env, acts, value_operator, self.state_keys, self.state_steps, excluded)
+                self._fused = policy_step(policy, self.env, compiled_step=compiled_step), env_step(self.env)[0]
 
     def __iter__(self) -> Iterator[Rollout]:
         """Yield rollouts until `total_frames` steps have been taken."""
@@ -101,8 +103,11 @@ class RolloutCollector:
     def rollout(self) -> Rollout:
         """Collect one rollout; episodes continue from the last one."""
         with set_exploration_type(ExplorationType.RANDOM), set_recurrent_mode(False):
-            steps, states = self._rollout_on_tensors(self._stepper) if self._stepper else self._rollout()
-        stored_states = stacked_states(states, self.state_keys, self.env)
+            steps, states = self._rollout_on_tensors(*self._fused) if self._fused else self._rollout()
+        # Stacked lazily, since the buffer copies the states anyway.
+        stored_states: TensorDictBase = TensorDict({}, [*self.env.batch_size, 0])
+        if states:
+            stored_states = lazy_stack([state.clear_device_() for state in states], len(self.env.batch_size))
         # Buffers and losses expect a batch of environments, so a single environment becomes a batch of one.
         if len(self.env.batch_size) == 0:
             steps, stored_states = steps.unsqueeze(0), stored_states.unsqueeze(0)
@@ -112,23 +117,54 @@ class RolloutCollector:
         """Return the steps [*N, T], and the states before the steps `state_steps`."""
         rows: list[TensorDictBase] = []
         states: list[TensorDictBase] = []
-        state_steps = set(self.state_steps)
         for t in range(self.steps):
-            if t in state_steps:
+            if t in self._state_steps:
                 # No copy is needed: a step makes new tensors and never writes into these.
                 states.append(self._carried.select(*self.state_keys))
             played, self._carried = self.env.step_and_maybe_reset(self.policy(self._carried))
             rows.append(self._recorded(played, is_last=t == self.steps - 1))
-        return cast("TensorDictBase", torch.stack(rows, len(self.env.batch_size))), states
+        return torch.stack(rows, len(self.env.batch_size)), states
 
-    def _rollout_on_tensors(self, stepper: EnvStepper) -> tuple[TensorDictBase, list[TensorDictBase]]:
+    def _rollout_on_tensors(self, policy: PolicyStep, env: EnvStep) -> tuple[TensorDictBase, list[TensorDictBase]]:
         """Do the same on flat dictionaries."""
-        stepper.begin(self._carried, self.steps)
-        stepper.policy.begin(self.env.batch_size.numel())
-        for _ in range(self.steps):
-            stepper.step()
-        steps, self._carried = stepper.end()
-        return steps, stepper.states
+        batch_size = self.env.batch_size
+        dropped_before = set(self._dropped)
+        dropped_after = {unravel_key(key[1:]) for key in self._dropped if key[0] == keys.NEXT and len(key) > 1}
+        writer = RolloutWriter(self.steps)
+        states: list[TensorDictBase] = []
+        last_values: list[tuple[int, Tensor, Tensor]] = []
+        carried, may_begin = flat(self._carried), True
+        policy.begin(batch_size.numel())
+        for t in range(self.steps):
+            if t in self._state_steps:
+                states.append(TensorDict({key: carried[key] for key in self.state_keys}, batch_size))
+            written = policy(carried, may_begin=may_begin)
+            after, begins, is_over = env.step(carried, written)
+            # Entries of the policy win over carried ones with the same name, as in a tensordict.
+            before = {**carried, **written}
+            writer.append(
+                [(key, value) for key, value in before.items() if key not in dropped_before],
+                [(key, value) for key, value in after.items() if key not in dropped_after],
+            )
+            # The value of a truncated episode needs the memory state of its last observation, which exists only now.
+            is_last = t == self.steps - 1
+            if is_last or (env.is_ever_cut and is_over is not None):
+                following = TensorDict(after, batch_size)
+                is_cut = _is_cut(following, is_last=is_last)
+                if bool(is_cut.any()):
+                    last_values.append((t, is_cut, value_after(following[is_cut], self.value_operator)))
+            carried, may_begin = begins, is_over is not None
+        # One tensordict for the whole rollout; the steps themselves never were tensordicts.
+        steps = TensorDict(writer.tensors, [*batch_size, self.steps])
+        read = [*policy.in_keys, keys.VALUE, keys.ACTION_LOG_PROB, (keys.NEXT, keys.REWARD)]
+        check_finite(steps, read)
+        policy.check(writer.tensors)
+        value = torch.zeros_like(steps.get(keys.VALUE))
+        for t, is_cut, last_value in last_values:
+            value[is_cut, t] = last_value
+        steps.set((keys.NEXT, keys.VALUE), value)
+        self._carried = TensorDict(carried, batch_size, device=self.env.device)
+        return steps, states
 
     def state_dict(self) -> dict[str, Any] | None:
         """Return the state between two rollouts; None if the environment has no state."""
@@ -157,15 +193,19 @@ class RolloutCollector:
         if record.get(keys.VALUE, None) is None:
             read = played.select(*self.value_operator.in_keys, strict=False)
             record.set(keys.VALUE, self.value_operator(read).get(keys.VALUE))
-        terminated = following.get(keys.TERMINATED)
-        # Episodes still running at the end of a rollout are bootstrapped like truncated ones.
-        is_cut = ~terminated if is_last else following.get(keys.DONE) & ~terminated
+        is_cut = _is_cut(following, is_last=is_last)
         value = torch.zeros_like(record.get(keys.VALUE))
         if bool(is_cut.any()):
-            mask = is_cut.squeeze(-1)
-            value[mask] = value_after(following[mask], self.value_operator)
+            value[is_cut] = value_after(following[is_cut], self.value_operator)
         record.set((keys.NEXT, keys.VALUE), value)
         return record
+
+
+def _is_cut(following: TensorDictBase, *, is_last: bool) -> Tensor:
+    """Return where an episode is truncated, [*N]. Episodes that run at the end of a rollout are bootstrapped alike."""
+    terminated = following.get(keys.TERMINATED)
+    is_cut = ~terminated if is_last else following.get(keys.DONE) & ~terminated
+    return is_cut.squeeze(-1)
 
 
 def rollout_steps(frames_per_batch: int, total_frames: int, num_envs: int) -> int:
@@ -207,28 +247,3 @@ def excluded_keys(exclude_keys: Sequence[NestedKey], env: EnvBase, policy: Tenso
         if key not in known:
             raise ValueError(f"no entry {key!r} to exclude: {did_you_mean(str(key), sorted(map(str, known)))}")
     return excluded
-
-
-def stacked_states(states: Sequence[TensorDictBase], state_keys: Sequence[NestedKey], env: EnvBase) -> TensorDict:
-    """Return memory states [*N] of several steps as one tensordict [*N, steps]."""
-    dim = len(env.batch_size)
-    entries = _whole_entries(states[0], state_keys) if states else []
-    kept = {entry: _stack([state.get(entry) for state in states], dim) for entry in entries}
-    return TensorDict(kept, [*env.batch_size, len(states)])
-
-
-def _whole_entries(tensordict: TensorDictBase, state_keys: Sequence[NestedKey]) -> list[NestedKey]:
-    """Return the state keys; keys that fill a nested tensordict become its key, for fewer look-ups."""
-    entries: dict[NestedKey, None] = {}
-    for key in state_keys:
-        parent = key[:-1] if isinstance(key, tuple) else ()
-        whole = parent and all((*parent, leaf) in state_keys for leaf in tensordict.get(parent).keys())
-        entries[unravel_key(parent) if whole else key] = None
-    return list(entries)
-
-
-def _stack(values: Sequence[TensorDictBase | Tensor], dim: int) -> TensorDictBase | Tensor:
-    """Stack tensors by a copy, and tensordicts lazily, since the buffer copies them anyway."""
-    if isinstance(values[0], Tensor):
-        return torch.stack(values, dim)
-    return lazy_stack([value.clear_device_() for value in values], dim)

@@ -121,7 +121,7 @@ def _steps(
             played, tensordict = env.step_and_maybe_reset(policy(tensordict))
             yield played.get(keys.NEXT)
 
-    acts, _ = policy_step(policy, env, is_greedy=is_greedy)
+    acts = policy_step(policy, env, is_greedy=is_greedy)
     acts.begin(env.batch_size.numel())
     carried, may_begin = flat(env.reset()), True
     while True:

@@ -326,7 +326,7 @@ def test_our_collector_yields_the_same_with_and_without(options: list[str]) -> N
             is_fused=is_fused,
             compiled_step=False,
         )
-        assert (made._stepper is not None) == is_fused
+        assert (made._fused is not None) == is_fused
         made.set_seed(3)
         torch.manual_seed(5)
         rollouts.append(list(made))
@@ -392,7 +392,7 @@ def test_what_is_no_tensor_is_left_to_torchrl() -> None:
         total_frames=6,
         value_operator=agent.get_value_operator(),
     )
-    assert made._stepper is None
+    assert made._fused is None
     assert made.rollout().steps["observation"].shape == (3, 2, 6)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import re
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from math import ceil, floor, log10
 from statistics import median
@@ -18,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter, StrMethodFormatter
 
 from cyborg_torchrl.checks import HorizonCurve
-from cyborg_torchrl.memory_benchmarks.report.groups import Group, by_place
+from cyborg_torchrl.memory_benchmarks.report.groups import Group, group_by
 from cyborg_torchrl.memory_benchmarks.report.runs import Array, Columns, has_numbers
 from cyborg_torchrl.memory_benchmarks.report.xray import Episode
 from cyborg_torchrl.training.stats import Estimate
@@ -101,7 +100,7 @@ def look_of(series: int) -> dict[str, Any]:
 
 def curve_charts(groups: Sequence[Group], series: Series) -> list[Chart]:
     """Draw the learning curves of each task and horizon, one line for each backbone."""
-    places = by_place(group for group in groups if group.curve is not None)
+    places = group_by((group for group in groups if group.curve is not None), lambda group: group.place)
     return [_curve_chart(f"curve-{i}", place, places[place], series) for i, place in enumerate(places)]
 
 
@@ -134,10 +133,8 @@ def _curve_chart(name: str, place: str, groups: Sequence[Group], series: Series)
 
 def horizon_charts(groups: Sequence[Group], series: Series) -> list[Chart]:
     """Draw final scores against the horizon, for each task with several horizons."""
-    tasks: dict[str, list[Group]] = defaultdict(list)
-    for group in groups:
-        if group.horizon is not None and group.scores:
-            tasks[group.task].append(group)
+    known = [group for group in groups if group.horizon is not None and group.scores]
+    tasks = group_by(known, lambda group: group.task)
     several = {task: same for task, same in tasks.items() if len({group.horizon for group in same}) > 1}
     return [_horizon_chart(f"horizon-{i}", task, several[task], series) for i, task in enumerate(several)]
 
@@ -145,12 +142,9 @@ def horizon_charts(groups: Sequence[Group], series: Series) -> list[Chart]:
 def _horizon_chart(name: str, task: str, groups: Sequence[Group], series: Series) -> Chart:
     measure = groups[0].measure
     axes = _new_axes("horizon (steps from cue to question)", f"final {measure}")
-    lines: dict[str, list[Group]] = defaultdict(list)
-    for group in groups:
-        lines[group.backbone].append(group)
     rows: Rows = []
     ends: list[str] = []
-    for label, line in lines.items():
+    for label, line in group_by(groups, lambda group: group.backbone).items():
         x = [group.horizon for group in line]
         point, low, high = np.array([group.score for group in line]).T
         reach = np.clip([point - low, high - point], 0.0, None)
@@ -173,8 +167,9 @@ def _horizon_chart(name: str, task: str, groups: Sequence[Group], series: Series
 
 def score_charts(groups: Sequence[Group], series: Series) -> list[Chart]:
     """Draw the final scores of each task and horizon."""
+    places = group_by((group for group in groups if group.scores), lambda group: group.place)
     charts: list[Chart] = []
-    for index, (place, same) in enumerate(by_place(group for group in groups if group.scores).items()):
+    for index, (place, same) in enumerate(places.items()):
         bars = [Bar(group.backbone, group.score, group.scores) for group in same]
         charts.append(_bar_chart(f"score-{index}", place, bars, series, f"final {same[0].measure}", digits=3))
     return charts
@@ -182,17 +177,16 @@ def score_charts(groups: Sequence[Group], series: Series) -> list[Chart]:
 
 def speed_charts(groups: Sequence[Group], series: Series) -> list[Chart]:
     """Draw the environment steps per second of each task and horizon."""
-    places: dict[str, list[Bar]] = defaultdict(list)
-    for group in groups:
-        rates = group.figures(lambda run: run.figure("steps_per_second"))
-        if rates:
+    places = group_by((group for group in groups if group.figures("steps_per_second")), lambda group: group.place)
+    charts: list[Chart] = []
+    for index, (place, same) in enumerate(places.items()):
+        bars: list[Bar] = []
+        for group in same:
+            rates = group.figures("steps_per_second")
             middle = Estimate(np.float64(median(rates)), np.float64(min(rates)), np.float64(max(rates)))
-            places[group.place].append(Bar(group.backbone, middle, rates))
-    unit = "environment steps / s"
-    return [
-        _bar_chart(f"speed-{index}", place, bars, series, unit, digits=0)
-        for index, (place, bars) in enumerate(places.items())
-    ]
+            bars.append(Bar(group.backbone, middle, rates))
+        charts.append(_bar_chart(f"speed-{index}", place, bars, series, "environment steps / s", digits=0))
+    return charts
 
 
 def _bar_chart(name: str, place: str, bars: Sequence[Bar], series: Series, unit: str, *, digits: int) -> Chart:
@@ -266,8 +260,8 @@ def state_charts(episode: Episode) -> list[Chart]:
             f"{largest.min():.2g} and {largest.max():.2g}."
         )
         shares = (channels / np.maximum(largest, FLOOR)).T
-        chart = _heat_map(f"xray-state-{index}", f"State: {name}", shares, ("channel", "share"), (-1.0, 1.0), caption)
-        charts.append(chart._replace(rows=rows))
+        title, units = f"State: {name}", ("channel", "share")
+        charts.append(_heat_map(f"xray-state-{index}", title, shares, units, (-1.0, 1.0), caption, rows))
     return charts
 
 
@@ -286,22 +280,22 @@ def slot_charts(episode: Episode) -> list[Chart]:
                 rows.append(row | {"at step": str(weight.argmax())})
             caption = f"Weight {'after' if 'usage' in title else 'of'} each step, between 0 and 1."
             limits = (0.0, max(float(values.max()), FLOOR))
-            chart = _heat_map(f"xray-slots-{layer}-{part}", title, values.T, ("slot", "weight"), limits, caption)
-            charts.append(chart._replace(rows=rows))
+            name, units = f"xray-slots-{layer}-{part}", ("slot", "weight")
+            charts.append(_heat_map(name, title, values.T, units, limits, caption, rows))
     return charts
 
 
 def _heat_map(
-    name: str, title: str, values: Array, units: tuple[str, str], limits: tuple[float, float], caption: str
+    name: str, title: str, values: Array, units: tuple[str, str], limits: tuple[float, float], caption: str, rows: Rows
 ) -> Chart:
     """Draw rows over time as pixels; `values` [rows, T], `units` of the rows and of the values."""
-    rows, steps = values.shape
-    cells = values[np.ix_(_evenly(rows, MAX_CHANNELS), _evenly(steps, MAX_STEPS))]
+    height, steps = values.shape
+    cells = values[np.ix_(_evenly(height, MAX_CHANNELS), _evenly(steps, MAX_STEPS))]
     axes = _new_axes("step of the episode", units[0])
     colours = "RdBu_r" if limits[0] < 0 else "viridis"
     image = axes.imshow(
         cells, aspect="auto", interpolation="none", cmap=colours, vmin=limits[0], vmax=limits[1], origin="lower",
-        extent=(-0.5, steps - 0.5, -0.5, rows - 0.5),
+        extent=(-0.5, steps - 0.5, -0.5, height - 0.5),
     )  # fmt: skip
     axes.grid(visible=False)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
@@ -310,9 +304,9 @@ def _heat_map(
     colorbar.outline.set_visible(False)
     colorbar.solids.set_rasterized(True)
     if cells.size < values.size:
-        caption += f" {cells.shape[0]:,} of {rows:,} rows and {cells.shape[1]:,} of {steps:,} steps are drawn."
-    label = f"Heat map of {rows} rows over {steps} steps. {title}. {caption}"
-    return Chart(title, inline_svg(axes.get_figure(), name, label), caption, [])
+        caption += f" {cells.shape[0]:,} of {height:,} rows and {cells.shape[1]:,} of {steps:,} steps are drawn."
+    label = f"Heat map of {height} rows over {steps} steps. {title}. {caption}"
+    return Chart(title, inline_svg(axes.get_figure(), name, label), caption, rows)
 
 
 def drift_charts(metrics: Columns) -> list[Chart]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -18,6 +18,8 @@ from cyborg_torchrl.training.stats import Estimate, interquartile_mean
 
 Flat = Mapping[str, Any]
 Text = Mapping[str, str]
+Item = TypeVar("Item")
+Key = TypeVar("Key", bound=Hashable)
 TASK_KEYS = ("env.horizon", "env.num_envs", "env.workers")
 """Keys of an environment that do not make it another task."""
 NAMED = ("env.name", "env.id", "env.horizon", "backbone.name", "train.seed")
@@ -64,7 +66,7 @@ class Group:
     @property
     def scores(self) -> list[float]:
         """Final scores of the finished runs."""
-        return self.figures(lambda run: run.score)
+        return [run.score for run in self.finished if run.score is not None]
 
     @cached_property
     def score(self) -> Estimate:
@@ -93,9 +95,9 @@ class Group:
         """Task and horizon."""
         return self.task if self.horizon is None else f"{self.task}, horizon {self.horizon:,}"
 
-    def figures(self, of: Callable[[Run], float | None]) -> list[float]:
-        """Return a number of each finished run that has it."""
-        values = [of(run) for run in self.finished]
+    def figures(self, name: str) -> list[float]:
+        """Return a number of the summaries of the finished runs that have it."""
+        values = [run.figure(name) for run in self.finished]
         return [value for value in values if value is not None]
 
 
@@ -119,12 +121,12 @@ def steps_to(target: float, curves: Sequence[tuple[Array, Array]]) -> float | No
     return float(middle) if np.isfinite(middle) else None
 
 
-def by_place(groups: Iterable[Group]) -> dict[str, list[Group]]:
-    """Return the groups of each task and horizon."""
-    places: dict[str, list[Group]] = defaultdict(list)
-    for group in groups:
-        places[group.place].append(group)
-    return places
+def group_by(items: Iterable[Item], key: Callable[[Item], Key]) -> dict[Key, list[Item]]:
+    """Return the items of each key, in the order of their first appearance."""
+    members: dict[Key, list[Item]] = defaultdict(list)
+    for item in items:
+        members[key(item)].append(item)
+    return members
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -161,100 +163,97 @@ def build_groups(runs: Sequence[Run]) -> list[Group]:
 
     Two groups never have the same task, horizon and backbone label.
     """
-    members: dict[str, list[Run]] = defaultdict(list)
-    for run in runs:
-        if run.config.get("env", {}).get("name") and run.config.get("backbone", {}).get("name"):
-            members[_identity(_settings(run))].append(run)
-    grouped = list(members.values())
-    task_settings: list[Flat] = []
-    other_settings: list[Flat] = []
+    known = [
+        run for run in runs if run.config.get("env", {}).get("name") and run.config.get("backbone", {}).get("name")
+    ]
+    grouped = list(group_by(known, lambda run: _identity(_settings(run))).values())
+    tasks: list[Label] = []
+    backbones: list[Label] = []
     for group in grouped:
-        flat = _settings(group[0])
-        of_task = {key for key in flat if key.startswith("env.") and key not in TASK_KEYS}
-        task_settings.append({key: flat[key] for key in flat if key in of_task})
-        other_settings.append({key: flat[key] for key in flat if key not in of_task})
-    tasks, _ = labels([_task(group) for group in grouped], task_settings, [()] * len(grouped))
-    horizons = [_horizon(group) for group in grouped]
-    places = list(zip(tasks, horizons, strict=True))
-    backbones, missing = labels([_backbone(group[0].config) for group in grouped], other_settings, places)
+        settings = _settings(group[0])
+        of_task = {key for key in settings if key.startswith("env.") and key not in TASK_KEYS}
+        tasks.append(Label(_task(group), {key: settings[key] for key in settings if key in of_task}))
+        others = {key: settings[key] for key in settings if key not in of_task}
+        backbones.append(Label(_backbone(group[0].config), others))
+    write_labels(tasks)
+    for group, task, backbone in zip(grouped, tasks, backbones, strict=True):
+        backbone.scope = task.text, _horizon(group)
+    write_labels(backbones)
     groups = []
-    for index, group in enumerate(grouped):
-        group.sort(key=lambda run: run.seed or 0)
+    for group, task, backbone in zip(grouped, tasks, backbones, strict=True):
+        members = tuple(sorted(group, key=lambda run: run.seed or 0))
         target = target_of(group[0].config["env"])
-        groups.append(Group(tasks[index], backbones[index], horizons[index], target, tuple(group), missing[index]))
+        groups.append(Group(task.text, backbone.text, _horizon(group), target, members, backbone.missing))
     return sorted(groups, key=lambda group: (group.task, group.horizon or 0, group.backbone))
 
 
-def _settings(run: Run) -> dict[str, Any]:
+def _settings(run: Run) -> dict[str, str]:
     """Return the flat configuration without the seed, and without logging options that do not change the score."""
     flat = flatten(run.config)
     ignored = {key for key in flat if key.startswith("logger.")} - {"logger.eval_actions"} | {"train.seed"}
-    return {key: flat[key] for key in flat if key not in ignored}
+    return {key: shown(flat[key]) for key in flat if key not in ignored}
 
 
-def labels(names: Sequence[str], settings: Sequence[Flat], scopes: Sequence[Any]) -> tuple[list[str], list[list[str]]]:
-    """Return short labels, and the keys that each lacks although others of the same name and scope have them.
+@dataclass
+class Label:
+    """A name, and the settings that tell it apart from labels of other settings in the same scope."""
 
-    A label is a name with the keys that have different values, at most `MAX_KEYS`. Runs of another version of this
-    package may lack keys, so a missing key is not a value. Labels that are still equal say how many keys are
-    missing, or have a number.
+    name: str
+    settings: Text
+    scope: Hashable = None
+    text: str = ""
+    missing: list[str] = field(default_factory=list[str])
+    """Keys that it lacks although others of the same name and scope have them."""
+
+
+def write_labels(labels: Sequence[Label]) -> None:
+    """Write short texts and missing keys into labels.
+
+    A text is a name with the keys that have different values, at most `MAX_KEYS`. Runs of another version of this
+    package may lack keys, so a missing key is not a value. Texts that are still equal say how many keys are missing,
+    or have a number.
     """
-    texts = [{key: shown(flat[key]) for key in flat} for flat in settings]
-    compared: dict[tuple[str, Any], list[Text]] = defaultdict(list)
-    for name, scope, text in zip(names, scopes, texts, strict=True):
-        compared[name, scope].append(text)
     differing: dict[str, set[str]] = defaultdict(set)
     partial: dict[str, set[str]] = defaultdict(set)
-    for (name, _), others in compared.items():
-        for key in {key for text in others for key in text}:
-            values = {text[key] for text in others if key in text}
+    for (name, _), others in group_by(labels, lambda label: (label.name, label.scope)).items():
+        for key in {key for label in others for key in label.settings}:
+            values = {label.settings[key] for label in others if key in label.settings}
             if len(values) > 1:
                 differing[name].add(key)
-            elif values != {"null"} and any(key not in text for text in others):
+            elif values != {"null"} and any(key not in label.settings for label in others):
                 partial[name].add(key)
-    missing = [sorted(partial[name] - text.keys()) for name, text in zip(names, texts, strict=True)]
-    result = [_label(name, text, differing[name]) for name, text in zip(names, texts, strict=True)]
-    identities = [_identity(flat) for flat in settings]
-    counts = [f" (missing keys: {len(keys)})" if keys else "" for keys in missing]
-    result = _tell_apart(result, identities, scopes, counts)
-    variants: dict[str, list[str]] = defaultdict(list)
-    for label, identity in zip(result, identities, strict=True):
-        if identity not in variants[label]:
-            variants[label].append(identity)
-    numbers = [f" ({variants[label].index(identity) + 1})" for label, identity in zip(result, identities, strict=True)]
-    return _tell_apart(result, identities, scopes, numbers), missing
+    for label in labels:
+        label.missing = sorted(partial[label.name] - label.settings.keys())
+        label.text = _short_text(label, differing[label.name])
+    for label in _ambiguous(labels):
+        label.text += f" (missing keys: {len(label.missing)})" if label.missing else ""
+    for same in group_by(_ambiguous(labels), lambda label: label.text).values():
+        identities = list(dict.fromkeys(_identity(label.settings) for label in same))
+        for label in same:
+            label.text += f" ({identities.index(_identity(label.settings)) + 1})"
 
 
-def _identity(settings: Flat) -> str:
+def _identity(settings: Text) -> str:
     """Return the settings as text. A key without a value equals no key, because new options often default to null."""
-    return json.dumps(
-        {key: settings[key] for key in settings if settings[key] is not None}, sort_keys=True, default=str
-    )
+    return json.dumps({key: value for key, value in settings.items() if value != "null"}, sort_keys=True)
 
 
-def _label(name: str, text: Text, differing: set[str]) -> str:
-    keys = sorted(differing & text.keys())
-    parts = [name]
+def _ambiguous(labels: Sequence[Label]) -> list[Label]:
+    """Return the labels whose text is also that of other settings in the same scope."""
+    same = group_by(labels, lambda label: (label.text, label.scope))
+    shared = {text for (text, _), found in same.items() if len({_identity(label.settings) for label in found}) > 1}
+    return [label for label in labels if label.text in shared]
+
+
+def _short_text(label: Label, differing: set[str]) -> str:
+    keys = sorted(differing & label.settings.keys())
+    parts = [label.name]
     for key in keys[:MAX_KEYS]:
-        value = text[key] if len(text[key]) <= MAX_VALUE else f"{text[key][: MAX_VALUE - 1]}…"
-        parts.append(f"{_short(key)}={value}")
+        value = label.settings[key]
+        short_value = value if len(value) <= MAX_VALUE else f"{value[: MAX_VALUE - 1]}…"
+        short_key = key.removeprefix("train.").removeprefix("backbone.").removeprefix("env.")
+        parts.append(f"{short_key}={short_value}")
     return ", ".join([*parts, "..."] if len(keys) > MAX_KEYS else parts)
-
-
-def _tell_apart(
-    equal: Sequence[str], identities: Sequence[str], scopes: Sequence[Any], suffixes: Sequence[str]
-) -> list[str]:
-    """Return the labels, with a suffix for those that different settings of a scope share."""
-    owners: dict[tuple[str, Any], str] = {}
-    shared = set()
-    for label, identity, scope in zip(equal, identities, scopes, strict=True):
-        if owners.setdefault((label, scope), identity) != identity:
-            shared.add(label)
-    return [label + suffix if label in shared else label for label, suffix in zip(equal, suffixes, strict=True)]
-
-
-def _short(key: str) -> str:
-    return key.removeprefix("train.").removeprefix("backbone.").removeprefix("env.")
 
 
 def _task(group: Sequence[Run]) -> str:

@@ -20,7 +20,7 @@ from markupsafe import Markup
 from cyborg_torchrl.checks import Report
 from cyborg_torchrl.memory_benchmarks.report import charts
 from cyborg_torchrl.memory_benchmarks.report.charts import Chart, Rows, Series
-from cyborg_torchrl.memory_benchmarks.report.groups import Group, build_groups, differences, flatten
+from cyborg_torchrl.memory_benchmarks.report.groups import Group, build_groups, differences, flatten, group_by
 from cyborg_torchrl.memory_benchmarks.report.runs import Run
 from cyborg_torchrl.memory_benchmarks.report.xray import XRay
 from cyborg_torchrl.training.stats import interquartile_mean
@@ -146,9 +146,9 @@ def speed_table(groups: Sequence[Group]) -> Rows:
     """Return a row for each group: speed, memory, time."""
     rows: Rows = []
     for index, group in enumerate(groups):
-        rates = group.figures(lambda run: run.figure("steps_per_second"))
-        peaks = group.figures(lambda run: run.figure("peak_rss_mb"))
-        times = group.figures(lambda run: run.figure("total_seconds"))
+        rates = group.figures("steps_per_second")
+        peaks = group.figures("peak_rss_mb")
+        times = group.figures("total_seconds")
         rows.append({
             "task": group.place,
             "backbone": _link(group.backbone, f"group-{index + 1}"),
@@ -204,7 +204,7 @@ def _findings(report: Report) -> Rows:
 
 def runs_table(runs: Sequence[Run], groups: Sequence[Group]) -> Rows:
     """Return a row for each run, the runs of a group together. A run's number is its position among all runs."""
-    letters = _setup_letters(runs)
+    letters = {run.path: letter for letter, same in _setups(runs).items() for run in same}
     differing = differences([flatten(run.config) for run in runs])
     base = _common_folder(runs)
     positions = {run.path: index for index, run in enumerate(runs)}
@@ -228,7 +228,7 @@ def runs_table(runs: Sequence[Run], groups: Sequence[Group]) -> Rows:
             "seed": "-" if run.seed is None else str(run.seed),
             "score": "-" if run.score is None else f"{run.score:.3f}",
             "steps": f"{run.steps:,}",
-            "setup": letters.get(_setup(run), "-"),
+            "setup": letters.get(run.path, "-"),
             "differs in": " ".join(differs) or "-",
             "note": run.note or "-",
             "folder": str(run.path.absolute().relative_to(base) if base else run.path),
@@ -239,31 +239,28 @@ def runs_table(runs: Sequence[Run], groups: Sequence[Group]) -> Rows:
 def setups_table(runs: Sequence[Run]) -> Rows:
     """Return a row for each setup: commit, versions, machine, number of runs."""
     rows: Rows = []
-    for setup, letter in _setup_letters(runs).items():
-        same = [run for run in runs if _setup(run) == setup]
-        commit, versions, machine = json.loads(setup)
+    for letter, same in _setups(runs).items():
+        versions, machine = (same[0].manifest.get(key) or {} for key in ("versions", "machine"))
         started = sorted(str(run.manifest.get("started", "?")) for run in same)
         rows.append({
             "setup": letter,
             "runs": str(len(same)),
-            "commit": str(commit or "-"),
-            "versions": ", ".join(f"{name} {number}" for name, number in (versions or {}).items()) or "-",
-            "machine": ", ".join(f"{name} {value}" for name, value in (machine or {}).items() if value) or "-",
+            "commit": str(same[0].manifest.get("commit") or "-"),
+            "versions": ", ".join(f"{name} {number}" for name, number in versions.items()) or "-",
+            "machine": ", ".join(f"{name} {value}" for name, value in machine.items() if value) or "-",
             "started": " to ".join(dict.fromkeys((started[0], started[-1]))),
         })  # fmt: skip
     return rows
 
 
-def _setup(run: Run) -> str:
-    """Return commit, versions and machine of a run as JSON; empty if they are unknown."""
-    parts = [run.manifest.get(key) for key in ("commit", "versions", "machine")]
-    return json.dumps(parts, sort_keys=True) if run.manifest else ""
+def _setups(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Return the runs of each commit, versions and machine, by letters: A to Z, then AA, BB."""
 
+    def setup(run: Run) -> str:
+        return json.dumps([run.manifest.get(key) for key in ("commit", "versions", "machine")], sort_keys=True)
 
-def _setup_letters(runs: Sequence[Run]) -> dict[str, str]:
-    """Return a letter for each setup: A to Z, then AA, BB."""
-    setups = list(dict.fromkeys(_setup(run) for run in runs if run.manifest))
-    return {setup: chr(ord("A") + index % 26) * (1 + index // 26) for index, setup in enumerate(setups)}
+    setups = group_by((run for run in runs if run.manifest), setup)
+    return {chr(ord("A") + i % 26) * (1 + i // 26): same for i, same in enumerate(setups.values())}
 
 
 def _common_folder(runs: Sequence[Run]) -> Path | None:

@@ -160,27 +160,17 @@ def record_episode(cfg: DictConfig, agent: PPOAgent) -> Episode:
     env = _build_env(cfg, agent, 1)
     is_greedy = cfg.logger.eval_actions == "greedy"
     mode = ExplorationType.DETERMINISTIC if is_greedy else ExplorationType.RANDOM
-    states: dict[str, list[Tensor]] = {name: [] for name in agent.backbone.state_keys}
-    rewards: list[float] = []
-    is_done, success = False, None
     try:
         with set_exploration_type(mode), set_recurrent_mode(False), _recorded_slots(agent) as notes:
-            tensordict = env.reset()
-            while not is_done and len(rewards) < MAX_STEPS:
-                played, tensordict = env.step_and_maybe_reset(agent(tensordict))
-                after = played.get(keys.NEXT)
-                for name, key in agent.backbone.state_keys.items():
-                    states[name].append(after.get(key)[0].clone())
-                rewards.append(float(after.get(keys.REWARD).reshape(-1)[0]))
-                is_done = bool(after.get(keys.DONE).reshape(-1)[0])
-                success = after.get(keys.SUCCESS, None)
+            after = env.rollout(MAX_STEPS, agent).get(keys.NEXT)[0]
     finally:
         env.close()
+    success = after.get(keys.SUCCESS, None)
     return Episode(
-        {name: torch.stack(values).float().cpu().numpy() for name, values in states.items()},
-        np.array(rewards, dtype=np.float32),
-        is_done,
-        None if success is None else float(success.reshape(-1)[0]),
+        {name: after.get(key).float().cpu().numpy() for name, key in agent.backbone.state_keys.items()},
+        after.get(keys.REWARD).flatten().float().cpu().numpy(),
+        bool(after.get(keys.DONE)[-1]),
+        None if success is None else float(success[-1]),
         [_slots(layer) for layer in notes],
     )
 

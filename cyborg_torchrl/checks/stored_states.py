@@ -1,4 +1,4 @@
-"""Drift of stored states: their distance from those of the new parameters after some updates."""
+"""Stored states: their distance from those of the new parameters after some updates, and their memory."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from cyborg_torchrl.checks.findings import Finding, inform, skip
 from cyborg_torchrl.checks.policy_under_test import Pass, PolicyUnderTest
 from cyborg_torchrl.checks.probe import TINY
 from cyborg_torchrl.checks.rollout import Rollout
-from cyborg_torchrl.objectives.functional import masked_standardize
+from cyborg_torchrl.objectives.functional import generalized_advantage, masked_standardize
 
 KL, OUTPUT, STATE = "drift: KL(fresh || stored)", "drift: |dparams| / max |params|", "drift: |dh| / |h|"
 CLIP, GAMMA = 0.2, 0.99
 SAMPLES = 256
+STEPS, MEGABYTE = 100_000, 1e6
 
 
 def report_drift(
@@ -72,10 +73,8 @@ def _advantage(steps: TensorDictBase, is_init_key: NestedKey) -> Tensor:
         return noise
     reward = reward.reshape(*steps.shape, -1).sum(-1).float()
     ends = steps.get(is_init_key).squeeze(-1).roll(-1, 1)
-    running, returns = torch.zeros_like(reward[:, 0]), torch.empty_like(reward)
-    for t in range(reward.shape[1] - 1, -1, -1):
-        running = reward[:, t] + GAMMA * running * ~ends[:, t]
-        returns[:, t] = running
+    zero = torch.zeros_like(reward)
+    returns, _ = generalized_advantage(reward, zero, zero, ends, ends, GAMMA, 1.0)
     return masked_standardize(returns) if float(returns.std()) > 0 else noise
 
 
@@ -112,3 +111,17 @@ def _kl_of(p: distributions.Distribution, q: distributions.Distribution) -> Tens
         with torch.random.fork_rng():
             action = p.sample(torch.Size([SAMPLES]))
         return (p.log_prob(action) - q.log_prob(action)).mean(0)
+
+
+def report_storage(tested: PolicyUnderTest, rollout: Rollout, length: int) -> list[Finding]:
+    """Report the megabytes (10^6 bytes) of states, stored at each step and once a chunk."""
+    states = tested.states_of(rollout.steps).values()
+    size = sum(value[0, 0].numel() * value.element_size() for value in states)
+    megabytes = size * STEPS / MEGABYTE
+    name = "states, MB per 100,000 steps"
+    every = f"{size} bytes a state; a TorchRL rollout holds it a second time under 'next'."
+    once = "For a buffer that stores the state before each chunk and replays the rest."
+    return [
+        inform(f"{name}: each step stored", megabytes, every),
+        inform(f"{name}: one a chunk of {length}", megabytes / length, once),
+    ]
