@@ -16,7 +16,7 @@ from cyborg_torchrl.checks.leaks import check_environment_leak, check_modes, che
 from cyborg_torchrl.checks.policy_under_test import PolicyUnderTest
 from cyborg_torchrl.checks.probe import build_probe
 from cyborg_torchrl.checks.report import HorizonCurve, Report
-from cyborg_torchrl.checks.rollout import collect, prepare
+from cyborg_torchrl.checks.rollout import Rollout, collect, prepare
 from cyborg_torchrl.checks.same_state import check_same_state
 from cyborg_torchrl.checks.stored_states import report_drift, report_storage
 
@@ -73,10 +73,23 @@ def check_recurrent(
     tested = PolicyUnderTest(policy, state_keys, is_init_key)
     on_progress("rollout", 0.0)
     recorded = prepare(tested, collect(tested, env, steps, seed) if rollout is None else rollout)
-    longest = min(max(chunk_lengths), recorded.steps.shape[1] // 2)
-    probe = build_probe(tested, recorded, PROBE_LENGTH, seed)
-    long_probe = build_probe(tested, recorded, longest, seed)
-    unbroken = build_probe(tested, recorded, longest, seed, has_resets=False)
+    drift = (drift_updates, drift_learning_rate)
+    return _run(tested, recorded, chunk_lengths, seed, tolerance, drift, on_progress)
+
+
+def _run(
+    tested: PolicyUnderTest,
+    rollout: Rollout,
+    chunk_lengths: Sequence[int],
+    seed: int,
+    tolerance: float,
+    drift: tuple[int, float],
+    on_progress: Callable[[str, float], None],
+) -> Report:
+    longest = min(max(chunk_lengths), rollout.steps.shape[1] // 2)
+    probe = build_probe(tested, rollout, PROBE_LENGTH, seed)
+    long_probe = build_probe(tested, rollout, longest, seed)
+    unbroken = build_probe(tested, rollout, longest, seed, has_resets=False)
     curves: list[HorizonCurve] = []
 
     def horizon() -> list[Finding]:
@@ -86,13 +99,13 @@ def check_recurrent(
 
     parts: dict[str, Callable[[], list[Finding]]] = {
         "repeatable": lambda: [check_repeatable(probe)],
-        "same state": lambda: check_same_state(tested, recorded, chunk_lengths, tolerance),
+        "same state": lambda: check_same_state(tested, rollout, chunk_lengths, tolerance),
         "step against sequence": lambda: [check_modes(long_probe, tolerance)],
         "resets": lambda: check_reset_leak(probe),
         "environments": lambda: check_environment_leak(probe, tolerance),
         "gradient horizon": horizon,
-        "drift": lambda: report_drift(tested, recorded, longest, drift_updates, drift_learning_rate),
-        "storage": lambda: report_storage(tested, recorded, longest),
+        "drift": lambda: report_drift(tested, rollout, longest, *drift),
+        "storage": lambda: report_storage(tested, rollout, longest),
     }
     findings: list[Finding] = []
     for index, (name, check) in enumerate(parts.items()):
@@ -100,4 +113,4 @@ def check_recurrent(
         findings += check()
     on_progress("done", 1.0)
     names = tuple("/".join(key) if isinstance(key, tuple) else key for key in tested.state_keys)
-    return Report(tested.name, names, *recorded.steps.shape, seed, tuple(findings), curves[0])
+    return Report(tested.name, names, *rollout.steps.shape, seed, tuple(findings), curves[0])

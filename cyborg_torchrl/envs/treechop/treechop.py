@@ -71,7 +71,7 @@ def build_treechop(
     """
     if backend not in TITLES:
         raise ValueError(f"unknown backend '{backend}': {did_you_mean(backend, TITLES)}")
-    if backend == "crafter" and port is not None:
+    if port is not None and backend == "crafter":
         raise ValueError("port belongs to backend=minerl.")
     import_package("gymnasium", command="pip install 'cyborg-torchrl[benchmarks]'")
     actions = actions or DEFAULT_ACTIONS[backend]
@@ -86,9 +86,7 @@ def build_treechop(
         makers = [partial(_make_minerl, actions, max_episode_steps, frame_skip, port) for port in ports]
     longest = math.ceil(max_episode_steps / frame_skip)
     env = batch(makers, num_envs, workers=workers, max_episode_steps=longest, device=device, seed=seed)
-    if frame_stack == 1:
-        return env
-    return TransformedEnv(env, CatFrames(frame_stack, -1, in_keys=[keys.PIXELS]))
+    return env if frame_stack == 1 else TransformedEnv(env, CatFrames(frame_stack, -1, in_keys=[keys.PIXELS]))
 
 
 def _check_counts(num_envs: int, max_episode_steps: int, regrow: int | None, frame_skip: int, frame_stack: int) -> None:
