@@ -59,10 +59,10 @@ class FusedPolicy:
         self._networks: Networks | None = None
         if isinstance(policy, PPOAgent):
             _check_plain(policy, PPOAgent)
-            parts = Networks(policy.encoder, policy.backbone, policy.fusion, policy.policy_head, policy.value_head)
-            self.calls = [self._call(part) for part in (*parts, policy.sampler)]
+            self.calls = [self._call(part) for part in (*policy.networks, policy.sampler)]
             self.written = tuple(unravel_key(key) for key in policy.out_keys)
-            self._networks = parts if compiled_step else None
+            if compiled_step and policy.critic_backbone is None:
+                self._networks = Networks(*policy.networks)
         else:
             self.calls = list(self._flat(policy))
         self._rollout_calls = self.calls

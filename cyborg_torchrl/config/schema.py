@@ -60,6 +60,27 @@ class FusionConfig:
 
 
 @dataclass
+class AgentConfig:
+    """The heads of the agent, and its critic."""
+
+    policy_hidden_sizes: list[int] = field(default_factory=list, metadata={"above": 0})
+    """Sizes of the hidden layers of the policy head."""
+    value_hidden_sizes: list[int] = field(default_factory=list, metadata={"above": 0})
+    """Sizes of the hidden layers of the value head."""
+    separate_critic: bool = False
+    """Give the critic its own encoder and memory. The critic then costs as much as the actor."""
+    std_from_features: bool = False
+    """Compute the standard deviation of continuous actions from the features. false: one parameter for each action."""
+    log_std_init: float = 0.0
+    """Logarithm of the first standard deviation of continuous actions, in units of half their range."""
+    squash: bool = False
+    """Squash continuous actions into their bounds by tanh. false: actions beyond the bounds are clipped."""
+    action_mask: str | None = "action_mask"
+    """Entry that marks the valid actions of categorical choices, if the environment has it. Nested keys with dots.
+    null: all actions are valid."""
+
+
+@dataclass
 class TrainConfig:
     """PPO."""
 
@@ -204,6 +225,7 @@ GROUPS = {"backbone": backbones, "memory": memories, "env": environments}
 NODES = {
     "encoder": EncoderConfig,
     "fusion": FusionConfig,
+    "agent": AgentConfig,
     "transforms": TransformsConfig,
     "train": TrainConfig,
     "collector": CollectorConfig,
@@ -225,6 +247,7 @@ class Config:
     """An external memory around the backbone: none or pmm."""
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     fusion: FusionConfig = field(default_factory=FusionConfig)
+    agent: AgentConfig = field(default_factory=AgentConfig)
     transforms: TransformsConfig = field(default_factory=TransformsConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     collector: CollectorConfig = field(default_factory=CollectorConfig)

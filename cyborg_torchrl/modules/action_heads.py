@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, distributions, nn
 from torchrl.data import Bounded, Categorical, MultiCategorical, OneHot, TensorSpec, Unbounded
 from torchrl.data.tensor_specs import ContinuousBox
-from torchrl.modules import IndependentNormal, OneHotCategorical
+from torchrl.modules import IndependentNormal, OneHotCategorical, TanhNormal
+
+from cyborg_torchrl.modules.mlp import with_hidden_layers
 
 
 class MultiDiscrete(distributions.Distribution):
@@ -51,23 +53,75 @@ class MultiDiscrete(distributions.Distribution):
         return torch.stack([choice.mode for choice in self.choices], -1)
 
 
-class NormalHead(nn.Module):
-    """Mean from the features, standard deviation from a free parameter, both in units of half the action range."""
+LOG_STD_RANGE = (-5.0, 2.0)
+"""Limits of a standard deviation that depends on the features, as its logarithm."""
 
-    def __init__(self, in_features: int, low: Tensor, high: Tensor) -> None:
+
+class NormalHead(nn.Module):
+    """Mean and standard deviation of continuous actions, both in units of half the action range.
+
+    Args:
+        in_features: width of the features.
+        low: lower bounds, [A].
+        high: upper bounds, [A].
+        log_std_init: logarithm of the standard deviation at the start.
+        std_from_features: compute the standard deviation from the features. False: a free parameter for each action.
+        is_squashed: the action is squashed into its bounds by tanh afterwards, so nothing is scaled here.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        low: Tensor,
+        high: Tensor,
+        *,
+        log_std_init: float = 0.0,
+        std_from_features: bool = False,
+        is_squashed: bool = False,
+    ) -> None:
         super().__init__()
         self.mean = nn.Linear(in_features, low.numel())
-        self.log_std = nn.Parameter(torch.zeros(low.numel()))
+        self.log_std = nn.Parameter(torch.full((low.numel(),), log_std_init))
+        self.log_std_change = nn.Linear(in_features, low.numel(), bias=False) if std_from_features else None
+        if self.log_std_change is not None:
+            nn.init.zeros_(self.log_std_change.weight)
         is_finite = torch.isfinite(high - low)  # TorchRL's unbounded specs reach from -max to max
+        if is_squashed and not bool(is_finite.all()):
+            raise ValueError("squashed actions need bounds; the action space has none.")
+        is_scaled = is_finite & (not is_squashed)
         self.centre: Tensor
         self.half_range: Tensor
-        self.register_buffer("centre", torch.where(is_finite, (low + high) / 2, torch.zeros_like(low)))
-        self.register_buffer("half_range", torch.where(is_finite, (high - low) / 2, torch.ones_like(low)))
+        self.register_buffer("centre", torch.where(is_scaled, (low + high) / 2, torch.zeros_like(low)))
+        self.register_buffer("half_range", torch.where(is_scaled, (high - low) / 2, torch.ones_like(low)))
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation, [*B, A]."""
         mean = self.centre + self.half_range * self.mean(features)
-        return mean, (self.half_range * self.log_std.exp()).expand_as(mean)
+        log_std = self.log_std
+        if self.log_std_change is not None:
+            log_std = (log_std + self.log_std_change(features)).clamp(*LOG_STD_RANGE)
+        return mean, (self.half_range * log_std.exp()).expand_as(mean)
+
+
+MASKED_LOGIT = -1e8
+"""Logit of an invalid action: its probability is exactly zero, and the entropy stays finite."""
+
+
+class MaskedLogits(nn.Module):
+    """Logits with those of invalid actions replaced, so that no invalid action is ever drawn.
+
+    Args:
+        network: computes the logits, [*B, n].
+        mask_shape: shape of one mask.
+    """
+
+    def __init__(self, network: nn.Module, mask_shape: Sequence[int]) -> None:
+        super().__init__()
+        self.network, self.mask_dims = network, len(mask_shape)
+
+    def forward(self, features: Tensor, mask: Tensor) -> Tensor:
+        """Return the logits. The mask is true for valid actions, [*B, *mask_shape]."""
+        return self.network(features).masked_fill(~mask.flatten(-self.mask_dims).bool(), MASKED_LOGIT)
 
 
 @dataclass(frozen=True)
@@ -81,36 +135,54 @@ class ActionHead:
 
 
 def build_action_head(
-    action_spec: TensorSpec, in_features: int, *, scale: float = 0.01, batch_dims: int = 0
+    action_spec: TensorSpec,
+    in_features: int,
+    *,
+    scale: float = 0.01,
+    batch_dims: int = 0,
+    hidden_sizes: Sequence[int] = (),
+    log_std_init: float = 0.0,
+    std_from_features: bool = False,
+    squash: bool = False,
 ) -> ActionHead:
-    """Build the head that fits an action spec: categorical, one-hot, multi-categorical, or continuous (normal).
+    """Build the head that fits an action spec: categorical, one-hot, multi-categorical, or continuous.
+
+    Continuous actions have a normal distribution, or a normal distribution squashed by tanh.
 
     Args:
         action_spec: the action spec of the environment.
         in_features: width of the features.
         scale: factor on the initial weights, so that the first policy is near uniform.
         batch_dims: number of leading batch dimensions in the spec's shape.
+        hidden_sizes: widths of hidden layers.
+        log_std_init: see `NormalHead`.
+        std_from_features: see `NormalHead`.
+        squash: squash continuous actions into their bounds by tanh. False: the environment clips them.
 
     Raises:
-        ValueError: if no head fits the spec.
+        ValueError: if no head fits the spec, or actions without bounds cannot be squashed.
     """
+    width = hidden_sizes[-1] if hidden_sizes else in_features
     event_dims = len(action_spec.shape) - batch_dims
     if isinstance(action_spec, MultiCategorical) and event_dims == 1:
         sizes = [int(n) for n in action_spec.nvec.reshape(-1, action_spec.nvec.shape[-1])[0]]
-        linear = nn.Linear(in_features, sum(sizes))
-        head = ActionHead(linear, ["logits"], MultiDiscrete, {"sizes": sizes})
+        network = linear = nn.Linear(width, sum(sizes))
+        head = ActionHead(network, ["logits"], MultiDiscrete, {"sizes": sizes})
     elif type(action_spec) is Categorical and event_dims == 0:
-        linear = nn.Linear(in_features, int(action_spec.space.n))
-        head = ActionHead(linear, ["logits"], distributions.Categorical)
+        network = linear = nn.Linear(width, int(action_spec.space.n))
+        head = ActionHead(network, ["logits"], distributions.Categorical)
     elif type(action_spec) is OneHot and event_dims == 1:
-        linear = nn.Linear(in_features, int(action_spec.space.n))
-        head = ActionHead(linear, ["logits"], OneHotCategorical)
+        network = linear = nn.Linear(width, int(action_spec.space.n))
+        head = ActionHead(network, ["logits"], OneHotCategorical)
     elif isinstance(action_spec, (Bounded, Unbounded)) and event_dims == 1 and action_spec.dtype.is_floating_point:
         box = cast("ContinuousBox", action_spec.space)
         low, high = (bound.reshape(-1, action_spec.shape[-1])[0] for bound in (box.low, box.high))
-        network = NormalHead(in_features, low, high)
-        head = ActionHead(network, ["loc", "scale"], IndependentNormal)
+        network = NormalHead(
+            width, low, high, log_std_init=log_std_init, std_from_features=std_from_features, is_squashed=squash
+        )
         linear = network.mean
+        kind, options = (TanhNormal, {"low": low, "high": high}) if squash else (IndependentNormal, {})
+        head = ActionHead(network, ["loc", "scale"], kind, options)
     else:
         raise ValueError(
             f"no action head fits {type(action_spec).__name__} of shape {tuple(action_spec.shape)}; categorical, "
@@ -119,4 +191,4 @@ def build_action_head(
     with torch.no_grad():
         linear.weight *= scale
         linear.bias.zero_()
-    return head
+    return replace(head, network=with_hidden_layers(in_features, hidden_sizes, network))

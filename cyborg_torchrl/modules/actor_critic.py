@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -13,6 +14,7 @@ from tensordict.nn import (
     TensorDictModuleBase,
     TensorDictSequential,
 )
+from tensordict.utils import NestedKey
 from torch import Tensor, distributions, nn
 from torchrl.data import TensorSpec
 from torchrl.envs.utils import ExplorationType
@@ -20,9 +22,10 @@ from torchrl.modules import set_recurrent_mode
 
 from cyborg_torchrl import keys
 from cyborg_torchrl.cores import State
-from cyborg_torchrl.modules.action_heads import build_action_head
+from cyborg_torchrl.modules.action_heads import ActionHead, MaskedLogits, build_action_head
 from cyborg_torchrl.modules.backbone import Backbone
 from cyborg_torchrl.modules.fusion import PastPresentFusion
+from cyborg_torchrl.modules.mlp import with_hidden_layers
 from cyborg_torchrl.modules.nan_check import check_finite
 
 
@@ -40,7 +43,7 @@ class ActionEvaluation(NamedTuple):
 
 
 class PPOAgent(TensorDictModuleBase):
-    """Actor and critic over one memory.
+    """Actor and critic over one memory, or over one memory each.
 
     As a policy for collectors, it reads a tensordict and writes the action, its log-prob, the value and the next memory
     state. TorchRL's losses call `get_dist`. `evaluate_actions` does the same over plain tensors.
@@ -53,8 +56,18 @@ class PPOAgent(TensorDictModuleBase):
         policy_scale: factor on the policy head's initial weights.
         value_scale: factor on the value head's initial weights.
         is_gated: let the present gate the past in the fusion.
+        critic: encoder and memory of the critic, which write "critic_features" and "critic_memory_features", with the
+            state "critic_state". None: the critic shares encoder and memory of the actor.
+        policy_hidden_sizes: widths of hidden layers in the policy head.
+        value_hidden_sizes: widths of hidden layers in the value head.
+        action_mask: entry that marks the valid actions, [*B, *shape] of booleans; None: all actions are valid.
+        mask_shape: shape of one mask.
         env_statistics: running statistics of the environment's transforms. They are saved and loaded with the agent,
             and not used here.
+        **head_options: options of continuous actions (see `build_action_head`).
+
+    Raises:
+        ValueError: if no head fits the actions, or continuous actions have a mask.
     """
 
     def __init__(
@@ -67,25 +80,40 @@ class PPOAgent(TensorDictModuleBase):
         policy_scale: float = 0.01,
         value_scale: float = 0.1,
         is_gated: bool = False,
+        critic: tuple[TensorDictModule, Backbone] | None = None,
+        policy_hidden_sizes: Sequence[int] = (),
+        value_hidden_sizes: Sequence[int] = (),
+        action_mask: NestedKey | None = None,
+        mask_shape: Sequence[int] = (),
         env_statistics: nn.Module | None = None,
+        **head_options: Any,
     ) -> None:
         super().__init__()
         self.env_statistics = env_statistics
-        core = backbone.core
-        width = core.out_features
-        head = build_action_head(action_spec, width, scale=policy_scale, batch_dims=batch_dims)
-        self.encoder, self.backbone = encoder, backbone
-        self.fusion = TensorDictModule(
-            PastPresentFusion(core.in_features, width, is_gated=is_gated),
-            in_keys=[keys.FEATURES, keys.MEMORY_FEATURES],
-            out_keys=[keys.JOINT_FEATURES],
+        width = backbone.core.out_features
+        head = build_action_head(
+            action_spec,
+            width,
+            scale=policy_scale,
+            batch_dims=batch_dims,
+            hidden_sizes=policy_hidden_sizes,
+            **head_options,
         )
-        self.policy_head = TensorDictModule(head.network, in_keys=[keys.JOINT_FEATURES], out_keys=head.param_keys)
-        value_network = nn.Linear(width, 1)
+        self.encoder, self.backbone = encoder, backbone
+        self.fusion = _fusion(backbone, keys.JOINT_FEATURES, is_gated=is_gated)
+        self.policy_head = _policy_head(head, action_mask, mask_shape)
+        self.critic_encoder, self.critic_backbone = critic or (None, None)
+        value_key = keys.JOINT_FEATURES if critic is None else keys.CRITIC_JOINT_FEATURES
+        self.critic_fusion = None
+        if self.critic_backbone is not None:
+            self.critic_fusion = _fusion(self.critic_backbone, value_key, is_gated=is_gated)
+            width = self.critic_backbone.core.out_features
+        last = nn.Linear(value_hidden_sizes[-1] if value_hidden_sizes else width, 1)
         with torch.no_grad():
-            value_network.weight *= value_scale
-            value_network.bias.zero_()
-        self.value_head = TensorDictModule(value_network, in_keys=[keys.JOINT_FEATURES], out_keys=[keys.VALUE])
+            last.weight *= value_scale
+            last.bias.zero_()
+        value_network = with_hidden_layers(width, value_hidden_sizes, last)
+        self.value_head = TensorDictModule(value_network, in_keys=[value_key], out_keys=[keys.VALUE])
         self.sampler = ProbabilisticTensorDictModule(
             in_keys=head.param_keys,
             out_keys=[keys.ACTION],
@@ -95,14 +123,29 @@ class PPOAgent(TensorDictModuleBase):
             return_log_prob=True,
             log_prob_key=keys.ACTION_LOG_PROB,
         )
-        self.in_keys = list(dict.fromkeys([*encoder.in_keys, *backbone.in_keys[1:]]))
+        encoders = [each for each in (encoder, self.critic_encoder) if each is not None]
+        observed = [key for each in encoders for key in each.in_keys]
+        masks = [] if action_mask is None else [action_mask]
+        states = [key for each in self.backbones for key in each.in_keys[1:]]
+        self.in_keys = list(dict.fromkeys([*observed, *masks, *states]))
         self.out_keys = [
-            *backbone.out_keys[1:],
+            *(key for each in self.backbones for key in each.out_keys[1:]),
             *head.param_keys,
             keys.VALUE,
             keys.ACTION,
             keys.ACTION_LOG_PROB,
         ]
+
+    @property
+    def backbones(self) -> list[Backbone]:
+        """The memory of the actor, and that of the critic if it has one."""
+        return [self.backbone] if self.critic_backbone is None else [self.backbone, self.critic_backbone]
+
+    @property
+    def networks(self) -> list[TensorDictModuleBase]:
+        """All networks in the order in which they run; the sampler comes after them."""
+        critic = [each for each in (self.critic_encoder, self.critic_backbone, self.critic_fusion) if each is not None]
+        return [self.encoder, self.backbone, self.fusion, self.policy_head, *critic, self.value_head]
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Act: one step for each environment. The features stay out of the tensordict.
@@ -111,7 +154,7 @@ class PPOAgent(TensorDictModuleBase):
             NonFiniteError: if an input or a distribution parameter is not finite.
         """
         work = tensordict.select(*self.in_keys, strict=False)
-        for module in (self.encoder, self.backbone, self.fusion, self.policy_head, self.value_head):
+        for module in self.networks:
             work = module(work)
         try:
             work = self.sampler(work)
@@ -126,7 +169,20 @@ class PPOAgent(TensorDictModuleBase):
 
         In recurrent mode it runs over sequences [*B, T], from the state of each sequence's first step.
         """
-        return self._pass(tensordict)[0]
+        self.encoder(tensordict)
+        self.backbone(tensordict)
+        self.policy_head(self.fusion(tensordict))
+        return self.sampler.get_dist(tensordict)
+
+    def run_memories(self, tensordict: TensorDictBase) -> dict[NestedKey, Tensor]:
+        """Run the encoders and the memories over sequences. Return the states after the last step by their keys."""
+        with set_recurrent_mode(True):
+            self.encoder(tensordict)
+            states = self._run(self.backbone, tensordict)
+            if self.critic_encoder is not None and self.critic_backbone is not None:
+                self.critic_encoder(tensordict)
+                states |= self._run(self.critic_backbone, tensordict)
+        return states
 
     def evaluate_actions(
         self,
@@ -140,7 +196,8 @@ class PPOAgent(TensorDictModuleBase):
         Args:
             obs: observations [B, T, ...]; a tensordict [B, T] if the encoder reads several keys.
             actions: [B, T] or [B, T, A].
-            state: memory state before the first step, {name: [B, *shape]}; None: the initial state.
+            state: memory state before the first step, {name: [B, *shape]}; None: the initial state. The names of the
+                critic's own memory begin with "critic_".
             is_init: true where episodes begin, [B, T] or [B, T, 1]; None: no episode begins within the sequences.
 
         Returns:
@@ -163,20 +220,26 @@ class PPOAgent(TensorDictModuleBase):
             if len(self.encoder.in_keys) != 1:
                 raise ValueError(f"the encoder reads {self.encoder.in_keys}: pass obs as a tensordict with these keys.")
             tensordict = TensorDict({self.encoder.in_keys[0]: obs}, batch)
+        entries = self._state_entries()
         if state is None:
             flags = torch.cat([torch.ones_like(flags[:, :1]), flags[:, 1:]], 1)
-            state = self.backbone.core.initial_state(batch[0])
+            state = {name: initial for name, (_, initial) in entries.items()}
         tensordict.set(self.backbone.is_init_key, flags)
-        for name, key in self.backbone.state_keys.items():
-            value = state[name]
-            expected = (batch[0], *self.backbone.core.state_shapes[name])
+        for name, (key, initial) in entries.items():
+            value = state[name].expand(batch[0], *state[name].shape[1:]) if state[name] is initial else state[name]
+            expected = (batch[0], *initial.shape[1:])
             if value.shape != expected:
                 raise ValueError(f"state '{name}' must have shape {expected}; got {tuple(value.shape)}.")
             tensordict.set(key, value.unsqueeze(1).expand(batch[0], batch[1], *value.shape[1:]))
+        states = self.run_memories(tensordict)
         with set_recurrent_mode(True):
-            dist, last = self._pass(tensordict)
+            self.policy_head(self.fusion(tensordict))
+            if self.critic_fusion is not None:
+                self.critic_fusion(tensordict)
+        dist = self.sampler.get_dist(tensordict)
         value = self.value_head(tensordict).get(keys.VALUE).squeeze(-1)
-        return ActionEvaluation(dist.log_prob(actions), dist.entropy(), value, last)
+        after = {name: states[key] for name, (key, _) in entries.items()}
+        return ActionEvaluation(dist.log_prob(actions), entropy_of(dist), value, after)
 
     def get_policy_operator(self) -> ProbabilisticTensorDictSequential:
         """Return the actor alone, in the form that TorchRL's losses and collectors take; parameters are shared."""
@@ -186,14 +249,48 @@ class PPOAgent(TensorDictModuleBase):
 
     def get_value_operator(self) -> TensorDictSequential:
         """Return the critic alone, from observations to values; parameters are shared."""
-        return TensorDictSequential(self.encoder, self.backbone, self.fusion, self.value_head)
+        if self.critic_encoder is None or self.critic_backbone is None or self.critic_fusion is None:
+            return TensorDictSequential(self.encoder, self.backbone, self.fusion, self.value_head)
+        return TensorDictSequential(self.critic_encoder, self.critic_backbone, self.critic_fusion, self.value_head)
 
-    def get_value_head(self) -> TensorDictModule:
-        """Return the critic that reads the actor's features, so that one backbone pass serves both."""
-        return self.value_head
+    def get_value_head(self) -> TensorDictModuleBase:
+        """Return the critic for a tensordict that `get_dist` has filled.
 
-    def _pass(self, tensordict: TensorDictBase) -> tuple[distributions.Distribution, State]:
-        self.encoder(tensordict)
-        last = self.backbone.run(tensordict)
-        self.policy_head(self.fusion(tensordict))
-        return self.sampler.get_dist(tensordict), last
+        A shared critic is only its head, so that one pass of the backbone serves both.
+        """
+        return self.value_head if self.critic_backbone is None else self.get_value_operator()
+
+    @staticmethod
+    def _run(backbone: Backbone, tensordict: TensorDictBase) -> dict[NestedKey, Tensor]:
+        reached = backbone.run(tensordict)
+        return {key: reached[name] for name, key in backbone.state_keys.items()}
+
+    def _state_entries(self) -> dict[str, tuple[NestedKey, Tensor]]:
+        """Return the key and the initial value [1, *shape] of each memory state by its name."""
+        entries: dict[str, tuple[NestedKey, Tensor]] = {}
+        for backbone, prefix in zip(self.backbones, ("", "critic_"), strict=False):
+            for name, initial in backbone.core.initial_state(1).items():
+                entries[prefix + name] = backbone.state_keys[name], initial
+        return entries
+
+
+def entropy_of(dist: distributions.Distribution) -> Tensor:
+    """Return the entropy of a distribution, [*B]; for one without a formula, an estimate from one sample."""
+    try:
+        return dist.entropy()
+    except NotImplementedError:  # squashed by tanh
+        return -dist.log_prob(dist.rsample())
+
+
+def _fusion(backbone: Backbone, out_key: str, *, is_gated: bool) -> TensorDictModule:
+    network = PastPresentFusion(backbone.core.in_features, backbone.core.out_features, is_gated=is_gated)
+    return TensorDictModule(network, in_keys=[backbone.in_key, backbone.out_key], out_keys=[out_key])
+
+
+def _policy_head(head: ActionHead, action_mask: NestedKey | None, mask_shape: Sequence[int]) -> TensorDictModule:
+    if action_mask is None:
+        return TensorDictModule(head.network, in_keys=[keys.JOINT_FEATURES], out_keys=head.param_keys)
+    if head.param_keys != ["logits"]:
+        raise ValueError(f"continuous actions cannot be masked: the environment has an entry '{action_mask}'.")
+    network = MaskedLogits(head.network, mask_shape)
+    return TensorDictModule(network, in_keys=[keys.JOINT_FEATURES, action_mask], out_keys=head.param_keys)

@@ -38,11 +38,7 @@ def state_after(
         value = state.get(key)
         work.set(key, value.unsqueeze(1).expand(-1, steps.shape[1], *value.shape[1:]))
     if isinstance(policy, PPOAgent):
-        with set_recurrent_mode(True):
-            policy.encoder(work)
-            reached = policy.backbone.run(work)
-        entries = {key: reached[name] for name, key in policy.backbone.state_keys.items()}
-        last = TensorDict(entries, steps.batch_size[:1])
+        last = TensorDict(policy.run_memories(work), steps.batch_size[:1])
     else:
         last = _by_steps(policy, work, state_keys)
     return last if home is None else last.to(home)

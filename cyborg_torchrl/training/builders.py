@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from tensordict.nn import TensorDictModule
 from tensordict.utils import unravel_key
 from torchrl.collectors import Collector, MultiSyncCollector
 from torchrl.data import LazyMemmapStorage, LazyTensorStorage
@@ -116,18 +117,32 @@ def build_agent(cfg: DictConfig, env: EnvBase) -> PPOAgent:
         ConfigError: if the encoder, the core or the environment does not fit.
     """
     batch_dims = len(env.batch_size)
-    with _refusals("encoder"):
-        encoder = build_encoder(env.observation_spec, batch_dims=batch_dims, **OmegaConf.to_container(cfg.encoder))
-    core = build_core(cfg, cfg.encoder.features, env)
+
+    def encoder(out_key: str) -> TensorDictModule:
+        options = OmegaConf.to_container(cfg.encoder)
+        with _refusals("encoder"):
+            return build_encoder(env.observation_spec, batch_dims=batch_dims, out_key=out_key, **options)
+
+    actor = encoder(keys.FEATURES), Backbone(build_core(cfg, cfg.encoder.features, env))
+    critic = None
+    if cfg.agent.separate_critic:
+        core = build_core(cfg, cfg.encoder.features, env)
+        critic_keys = keys.CRITIC_FEATURES, keys.CRITIC_MEMORY_FEATURES, keys.CRITIC_STATE
+        critic = encoder(keys.CRITIC_FEATURES), Backbone(core, *critic_keys)
+    options = {str(key): value for key, value in cfg.agent.items() if key not in ("separate_critic", "action_mask")}
+    mask = tuple((cfg.agent.action_mask or "").split("."))
+    if mask in {(key,) if isinstance(key, str) else key for key in env.observation_spec.keys(True, True)}:
+        options |= {"action_mask": unravel_key(mask), "mask_shape": env.observation_spec[mask].shape[batch_dims:]}
     with _refusals("env"):
         agent = PPOAgent(
-            encoder,
-            Backbone(core),
+            *actor,
             env.action_spec,
             batch_dims=batch_dims,
+            critic=critic,
             is_gated=cfg.fusion.gate,
             value_scale=0.1 if cfg.train.vf_coef else 0.0,  # an untrained critic must return zero
             env_statistics=statistics_of(env),
+            **options,
         )
     return agent.to(resolve_device(cfg.train.device))
 

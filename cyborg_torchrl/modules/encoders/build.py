@@ -28,6 +28,7 @@ PREVIOUS = (keys.PREVIOUS_ACTION, keys.PREVIOUS_REWARD)
 BOOKKEEPING = frozenset(
     {
         keys.SUCCESS,
+        keys.ACTION_MASK,
         keys.IS_INIT,
         keys.EPISODE_REWARD,
         keys.REWARD,
@@ -54,6 +55,7 @@ def build_encoder(
     discrete: str = "one_hot",
     embedding_size: int = 16,
     autocast: str | None = None,
+    out_key: NestedKey = keys.FEATURES,
 ) -> TensorDictModule:
     """Build the encoder that fits the observations of an environment.
 
@@ -82,6 +84,7 @@ a convolutional network; bytes become [0, 1], and floats too if all have the sam
         discrete: how categories are read, "one_hot" or "embedding".
         embedding_size: width of the embedding of a category, or of a number in a grid.
         autocast: "bfloat16" or "float16": computes in it (see `Autocast`); None: float32.
+        out_key: entry of the features.
 
     Raises:
         ValueError: if a key is missing, a choice unknown, or an observation is of a kind that no encoder reads.
@@ -93,7 +96,7 @@ a convolutional network; bytes become [0, 1], and floats too if all have the sam
     specs = {key: observation_spec[key] for key in chosen}
     if all(_is_float(spec) and len(spec.shape) == batch_dims + 1 for spec in specs.values()):
         width = sum(spec.shape[-1] for spec in specs.values())
-        return _module(VectorEncoder(width, features, hidden_sizes), chosen, autocast)
+        return _module(VectorEncoder(width, features, hidden_sizes), chosen, autocast, out_key)
     readers: list[VectorReader | ImageReader] = []
     for key, spec in specs.items():
         reader = _build_reader(spec, batch_dims, features, convolutions, discrete, embedding_size)
@@ -102,7 +105,7 @@ a convolutional network; bytes become [0, 1], and floats too if all have the sam
         readers.append(reader)
     is_one_image = len(readers) == 1 and not isinstance(readers[0], VectorReader)
     network: nn.Module = readers[0] if is_one_image else MixedEncoder(readers, features, hidden_sizes)
-    return _module(network, chosen, autocast)
+    return _module(network, chosen, autocast, out_key)
 
 
 def _build_reader(
@@ -115,9 +118,11 @@ def _build_reader(
     return image or _build_vector(spec, batch_dims, discrete, embedding_size)
 
 
-def _module(network: nn.Module, read: Sequence[NestedKey], autocast: str | None) -> TensorDictModule:
+def _module(
+    network: nn.Module, read: Sequence[NestedKey], autocast: str | None, out_key: NestedKey
+) -> TensorDictModule:
     network = network if autocast is None else Autocast(network, autocast)
-    return TensorDictModule(network, in_keys=read, out_keys=[keys.FEATURES])
+    return TensorDictModule(network, in_keys=read, out_keys=[out_key])
 
 
 def default_observations(spec: Composite) -> list[NestedKey]:
