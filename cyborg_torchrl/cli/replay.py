@@ -53,9 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 @torch.no_grad()
 def _log_probs(agent, row: TensorDictBase) -> Tensor:
     """Return log-probs [T] of the steps by the dump's agent, from the initial state on."""
-    observed = row.select(*agent.encoder.in_keys).unsqueeze(0)
+    observed = row.select(*agent.observed_keys).unsqueeze(0)
     is_init = row.get(keys.IS_INIT).reshape(1, -1)
-    obs = observed if len(agent.encoder.in_keys) > 1 else observed.get(agent.encoder.in_keys[0])
+    obs = observed if len(agent.observed_keys) > 1 else observed.get(agent.observed_keys[0])
     actions = row.get(keys.ACTION).unsqueeze(0)
     try:
         return agent.evaluate_actions(obs, actions, is_init=is_init).log_prob[0]

@@ -23,8 +23,9 @@ from cyborg_torchrl.collectors.fused_policy import PolicyStep, policy_step
 from cyborg_torchrl.collectors.resume import restore_stepper, stepper_state
 from cyborg_torchrl.collectors.runtime import rare_garbage_collection
 from cyborg_torchrl.data import Rollout
+from cyborg_torchrl.modules.action_heads import NoValidActionError
 from cyborg_torchrl.modules.nan_check import check_finite
-from cyborg_torchrl.modules.replay import memory_state_keys
+from cyborg_torchrl.modules.replay import acting_policy, memory_state_keys
 from cyborg_torchrl.objectives import value_after
 from cyborg_torchrl.registry import did_you_mean
 
@@ -46,7 +47,7 @@ class RolloutCollector:
         frames_per_batch: steps of a rollout, over all environments.
         total_frames: steps in total; a multiple of `frames_per_batch`.
         value_operator: from an observation and a memory state to "state_value"; also called at every step if the policy
-            does not write it.
+            does not write it. A critic with a memory of its own acts beside the policy, and its states are stored.
         state_steps: from T to the steps before which states are stored; None: before the first.
         exclude_keys: other entries that are not stored; ("next", key) for those after a step, such as observations,
             which are also stored as those of the next step.
@@ -57,6 +58,7 @@ class RolloutCollector:
     Raises:
         ValueError: if `frames_per_batch` is not a multiple of the number of environments, or `total_frames` of
             `frames_per_batch`; or if an excluded entry is needed or does not exist.
+        NoValidActionError: while collecting, if an action mask allows no action.
         NonFiniteError: while collecting on tensors, if an entry that the update reads is not finite.
     """
 
@@ -73,6 +75,7 @@ class RolloutCollector:
         is_fused: bool = True,
         compiled_step: bool = True,
     ) -> None:
+        policy = acting_policy(policy, value_operator)
         num_envs = env.batch_size.numel()
         self.steps = rollout_steps(frames_per_batch, total_frames, num_envs)
         self.env = append_transforms(env, policy)  # as TorchRL's collectors do
@@ -80,6 +83,8 @@ class RolloutCollector:
         self.frames_per_batch, self.total_frames, self.frames = frames_per_batch, total_frames, 0
         self.state_steps = tuple(state_steps(self.steps)) if state_steps else (0,)
         self._state_steps = set(self.state_steps)
+        self._step = 0
+        """The present step of the rollout, for messages."""
         self.state_keys = memory_state_keys(policy)
         next_states = [unravel_key((keys.NEXT, key)) for key in self.state_keys]
         self._dropped = [*self.state_keys, *next_states, *excluded_keys(exclude_keys, self.env, policy)]
@@ -103,7 +108,10 @@ class RolloutCollector:
     def rollout(self) -> Rollout:
         """Collect one rollout; episodes continue from the last one."""
         with set_exploration_type(ExplorationType.RANDOM), set_recurrent_mode(False):
-            steps, states = self._rollout_on_tensors(*self._fused) if self._fused else self._rollout()
+            try:
+                steps, states = self._rollout_on_tensors(*self._fused) if self._fused else self._rollout()
+            except NoValidActionError as error:
+                raise NoValidActionError(error.row, self._step) from None
         # Stacked lazily, since the buffer copies the states anyway.
         stored_states: TensorDictBase = TensorDict({}, [*self.env.batch_size, 0])
         if states:
@@ -118,6 +126,7 @@ class RolloutCollector:
         rows: list[TensorDictBase] = []
         states: list[TensorDictBase] = []
         for t in range(self.steps):
+            self._step = t
             if t in self._state_steps:
                 # No copy is needed: a step makes new tensors and never writes into these.
                 states.append(self._carried.select(*self.state_keys))
@@ -136,6 +145,7 @@ class RolloutCollector:
         carried, may_begin = flat(self._carried), True
         policy.begin(batch_size.numel())
         for t in range(self.steps):
+            self._step = t
             if t in self._state_steps:
                 states.append(TensorDict({key: carried[key] for key in self.state_keys}, batch_size))
             written = policy(carried, may_begin=may_begin)

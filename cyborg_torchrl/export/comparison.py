@@ -103,7 +103,7 @@ def _acted(
             shown.set(keys.IS_INIT, shown[keys.IS_INIT] | is_forced)
             with set_exploration_type(ExplorationType.DETERMINISTIC), set_recurrent_mode(False):
                 acted = agent(shown)
-            yield acted, {dotted(key): bare[key] for key in agent.encoder.in_keys}, shown[keys.IS_INIT].reshape(rows)
+            yield acted, {dotted(key): bare[key] for key in agent.observed_keys}, shown[keys.IS_INIT].reshape(rows)
             shown = env.step_and_maybe_reset(acted)[1]
             if plain is not None:
                 bare = plain.step_and_maybe_reset(bare.set(keys.ACTION, acted[keys.ACTION]))[1]

@@ -44,7 +44,7 @@ def describe(cfg: DictConfig, agent: PPOAgent, env: EnvBase) -> dict[str, Any]:
         "observation": {
             dotted(key): _entry(env.observation_spec[key], batch_dims)
             | {"meaning": MEANINGS.get(unravel_key(key), frames or "as the environment shows it")}
-            for key in agent.encoder.in_keys
+            for key in agent.observed_keys
         },
         "is_init": {"shape": [], "dtype": "bool", "meaning": "an episode begins: memory starts from its initial state"},
         "state": {

@@ -11,6 +11,7 @@ from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchrl.envs import EnvBase
+from torchrl.modules import TanhNormal
 
 from cyborg_torchrl.cores import State, restart
 from cyborg_torchrl.envs.transforms.normalization import NormalizeObservation, transforms_of
@@ -33,30 +34,37 @@ class StreamingStep(nn.Module):
 
     def __init__(self, agent: PPOAgent, normalized: Mapping[str, nn.Module] | None = None) -> None:
         super().__init__()
-        self.observation_keys = {dotted(key): key for key in agent.encoder.in_keys}
+        self.encoded = [dotted(key) for key in agent.encoder.in_keys]
+        self.masks = [dotted(key) for key in agent.policy_head.in_keys[1:]]
+        self.observation_keys = {dotted(key): key for key in agent.observed_keys}
         self.parameter_names = list(agent.policy_head.out_keys)
         self.encoder, self.core = agent.encoder.module, agent.backbone.core
         self.fusion, self.policy_head = agent.fusion.module, agent.policy_head.module
         self.normalizers = nn.ModuleDict({_safe(name): module for name, module in (normalized or {}).items()})
         self.distribution = agent.sampler.distribution_class
-        self.sizes: Sequence[int] = (agent.sampler.distribution_kwargs or {}).get("sizes", ())
+        options = agent.sampler.distribution_kwargs or {}
+        self.sizes: Sequence[int] = options.get("sizes", ())
+        self.is_squashed = self.distribution is TanhNormal
+        if self.is_squashed:
+            self.register_buffer("low", options["low"].clone())
+            self.register_buffer("high", options["high"].clone())
 
     def forward(self, observation: FlatDict, state: State, is_init: Bool[Tensor, " B"]) -> dict[str, Any]:
         """Take one step.
 
         Args:
-            observation: {name: [B, *shape]}, in the order of `observation_keys`.
+            observation: {name: [B, *shape]}, in the order of `observation_keys`. A mask of valid actions comes last.
             state: memory before the step, {name: [B, *shape]}, in the order of the core's `state_shapes`.
             is_init: true where an episode begins.
 
         Returns:
             "action" [B, ...]; the parameters of its distribution: "logits", or "loc" and "scale"; and "state".
         """
-        seen = (self._normalized(name, observation[name]) for name in self.observation_keys)
+        seen = (self._normalized(name, observation[name]) for name in self.encoded)
         features = self.encoder(*seen)
         state = restart(state, self.core.initial_state(is_init.shape[0]), is_init)
         memory, state = self.core.step(features, state)
-        parameters = self.policy_head(self.fusion(features, memory))
+        parameters = self.policy_head(self.fusion(features, memory), *(observation[name] for name in self.masks))
         parameters = (parameters,) if isinstance(parameters, Tensor) else parameters
         named = dict(zip(self.parameter_names, parameters, strict=True))
         return {"action": self._likeliest(named), **named, "state": {n: state[n] for n in self.core.state_shapes}}
@@ -66,6 +74,8 @@ class StreamingStep(nn.Module):
 
     def _likeliest(self, parameters: Mapping[str, Tensor]) -> Tensor:
         """Return the mode of the distribution: an index, indices, a one-hot vector of integers, or numbers."""
+        if self.is_squashed:
+            return self.low + (self.high - self.low) * (1.0 + torch.tanh(parameters["loc"])) / 2.0
         if "loc" in parameters:
             return parameters["loc"].clone()  # two outputs must not share memory
         logits = parameters["logits"]

@@ -107,21 +107,54 @@ MASKED_LOGIT = -1e8
 """Logit of an invalid action: its probability is exactly zero, and the entropy stays finite."""
 
 
+class NoValidActionError(ValueError):
+    """A mask that allows no action.
+
+    Args:
+        row: number of the mask in its batch, which while acting is the number of the environment.
+        step: step of the rollout; None if unknown.
+    """
+
+    def __init__(self, row: int, step: int | None = None) -> None:
+        when = "" if step is None else f" at step {step} of the rollout"
+        super().__init__(f"the action mask of environment {row} allows no action{when}.")
+        self.row, self.step = row, step
+
+
 class MaskedLogits(nn.Module):
     """Logits with those of invalid actions replaced, so that no invalid action is ever drawn.
 
     Args:
         network: computes the logits, [*B, n].
-        mask_shape: shape of one mask.
+        sizes: numbers of options of the choices, which sum to n.
+        mask_shape: shape of one mask, n booleans.
+
+    Raises:
+        ValueError: if a mask has not n booleans.
     """
 
-    def __init__(self, network: nn.Module, mask_shape: Sequence[int]) -> None:
+    def __init__(self, network: nn.Module, sizes: Sequence[int], mask_shape: Sequence[int]) -> None:
         super().__init__()
-        self.network, self.mask_dims = network, len(mask_shape)
+        self.network, self.sizes, self.mask_dims = network, list(sizes), len(mask_shape)
+        if torch.Size(mask_shape).numel() != sum(sizes):
+            raise ValueError(f"the action mask has shape {list(mask_shape)}; needed: {sum(sizes)} booleans.")
 
     def forward(self, features: Tensor, mask: Tensor) -> Tensor:
-        """Return the logits. The mask is true for valid actions, [*B, *mask_shape]."""
-        return self.network(features).masked_fill(~mask.flatten(-self.mask_dims).bool(), MASKED_LOGIT)
+        """Return the logits. The mask is true for valid actions, [*B, *mask_shape].
+
+        Raises:
+            NoValidActionError: if a choice has no valid option. It is not checked in exported programs and CUDA graphs.
+        """
+        mask = mask.flatten(-self.mask_dims).bool()
+        if not torch.compiler.is_exporting() and not _is_captured(mask):
+            is_valid = torch.stack([part.any(-1) for part in mask.split(self.sizes, -1)]).all(0).reshape(-1)
+            if not bool(is_valid.all()):
+                raise NoValidActionError(int((~is_valid).nonzero()[0]))
+        return self.network(features).masked_fill(~mask, MASKED_LOGIT)
+
+
+def _is_captured(tensor: Tensor) -> bool:
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 @dataclass(frozen=True)
@@ -132,6 +165,8 @@ class ActionHead:
     param_keys: list[str]
     distribution_class: type[distributions.Distribution]
     distribution_kwargs: dict[str, Any] = field(default_factory=dict)
+    sizes: list[int] = field(default_factory=list)
+    """Number of options of each categorical choice."""
 
 
 def build_action_head(
@@ -167,13 +202,13 @@ def build_action_head(
     if isinstance(action_spec, MultiCategorical) and event_dims == 1:
         sizes = [int(n) for n in action_spec.nvec.reshape(-1, action_spec.nvec.shape[-1])[0]]
         network = linear = nn.Linear(width, sum(sizes))
-        head = ActionHead(network, ["logits"], MultiDiscrete, {"sizes": sizes})
+        head = ActionHead(network, ["logits"], MultiDiscrete, {"sizes": sizes}, sizes)
     elif type(action_spec) is Categorical and event_dims == 0:
         network = linear = nn.Linear(width, int(action_spec.space.n))
-        head = ActionHead(network, ["logits"], distributions.Categorical)
+        head = ActionHead(network, ["logits"], distributions.Categorical, sizes=[linear.out_features])
     elif type(action_spec) is OneHot and event_dims == 1:
         network = linear = nn.Linear(width, int(action_spec.space.n))
-        head = ActionHead(network, ["logits"], OneHotCategorical)
+        head = ActionHead(network, ["logits"], OneHotCategorical, sizes=[linear.out_features])
     elif isinstance(action_spec, (Bounded, Unbounded)) and event_dims == 1 and action_spec.dtype.is_floating_point:
         box = cast("ContinuousBox", action_spec.space)
         low, high = (bound.reshape(-1, action_spec.shape[-1])[0] for bound in (box.low, box.high))

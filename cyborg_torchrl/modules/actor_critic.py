@@ -123,11 +123,12 @@ class PPOAgent(TensorDictModuleBase):
             return_log_prob=True,
             log_prob_key=keys.ACTION_LOG_PROB,
         )
-        encoders = [each for each in (encoder, self.critic_encoder) if each is not None]
+        encoders = [encoder] if self.critic_encoder is None else [encoder, self.critic_encoder]
         observed = [key for each in encoders for key in each.in_keys]
-        masks = [] if action_mask is None else [action_mask]
+        self.observed_keys: list[NestedKey] = list(dict.fromkeys([*observed, *self.policy_head.in_keys[1:]]))
+        """The observations that are read, and the mask of the actions at the end."""
         states = [key for each in self.backbones for key in each.in_keys[1:]]
-        self.in_keys = list(dict.fromkeys([*observed, *masks, *states]))
+        self.in_keys = list(dict.fromkeys([*self.observed_keys, *states]))
         self.out_keys = [
             *(key for each in self.backbones for key in each.out_keys[1:]),
             *head.param_keys,
@@ -194,7 +195,7 @@ class PPOAgent(TensorDictModuleBase):
         """Evaluate actions taken along sequences.
 
         Args:
-            obs: observations [B, T, ...]; a tensordict [B, T] if the encoder reads several keys.
+            obs: observations [B, T, ...]; a tensordict [B, T] if the agent reads several keys.
             actions: [B, T] or [B, T, A].
             state: memory state before the first step, {name: [B, *shape]}; None: the initial state. The names of the
                 critic's own memory begin with "critic_".
@@ -217,9 +218,9 @@ class PPOAgent(TensorDictModuleBase):
         if isinstance(obs, TensorDictBase):
             tensordict = obs.copy()
         else:
-            if len(self.encoder.in_keys) != 1:
-                raise ValueError(f"the encoder reads {self.encoder.in_keys}: pass obs as a tensordict with these keys.")
-            tensordict = TensorDict({self.encoder.in_keys[0]: obs}, batch)
+            if len(self.observed_keys) != 1:
+                raise ValueError(f"the agent reads {self.observed_keys}: pass obs as a tensordict with these keys.")
+            tensordict = TensorDict({self.observed_keys[0]: obs}, batch)
         entries = self._state_entries()
         if state is None:
             flags = torch.cat([torch.ones_like(flags[:, :1]), flags[:, 1:]], 1)
@@ -292,5 +293,5 @@ def _policy_head(head: ActionHead, action_mask: NestedKey | None, mask_shape: Se
         return TensorDictModule(head.network, in_keys=[keys.JOINT_FEATURES], out_keys=head.param_keys)
     if head.param_keys != ["logits"]:
         raise ValueError(f"continuous actions cannot be masked: the environment has an entry '{action_mask}'.")
-    network = MaskedLogits(head.network, mask_shape)
+    network = MaskedLogits(head.network, head.sizes, mask_shape)
     return TensorDictModule(network, in_keys=[keys.JOINT_FEATURES, action_mask], out_keys=head.param_keys)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from tensordict import TensorDict, TensorDictBase
-from tensordict.nn import TensorDictModuleBase
+from tensordict.nn import TensorDictModuleBase, TensorDictSequential
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor
 from torchrl.envs.utils import ExplorationType, set_exploration_type
@@ -48,6 +48,13 @@ def memory_state_keys(policy: TensorDictModuleBase) -> list[NestedKey]:
     """Return the memory states of a policy: the entries that it reads, and writes again under "next"."""
     written = {unravel_key(key) for key in policy.out_keys}
     return [key for key in map(unravel_key, policy.in_keys) if unravel_key((keys.NEXT, key)) in written]
+
+
+def acting_policy(actor: TensorDictModuleBase, critic: TensorDictModuleBase | None) -> TensorDictModuleBase:
+    """Return the actor, followed by the critic if the critic has a memory that the actor does not carry."""
+    if critic is None or not set(memory_state_keys(critic)) - set(memory_state_keys(actor)):
+        return actor
+    return TensorDictSequential(actor, critic)
 
 
 def as_primed(states: TensorDictBase, is_init: Tensor) -> TensorDictBase:

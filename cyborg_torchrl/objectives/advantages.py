@@ -11,6 +11,7 @@ from torch import Tensor
 from torchrl.modules import set_recurrent_mode
 
 from cyborg_torchrl import keys
+from cyborg_torchrl.modules.replay import memory_state_keys
 from cyborg_torchrl.objectives.functional import generalized_advantage
 
 AnyRollout = TypeVar("AnyRollout")
@@ -34,21 +35,22 @@ def add_advantages(
         gae_lambda: lambda of the estimator in [0, 1].
 
     Raises:
-        ValueError: if the rollout is not [N, T].
+        ValueError: if the rollout is not [N, T], or has neither values nor the critic's memory states.
     """
     steps: Any = getattr(rollout, "steps", rollout)
     if steps.ndim != 2:
         raise ValueError(f"a rollout has batch size [N, T]; got {list(steps.batch_size)}.")
+    done = steps.get((keys.NEXT, keys.DONE)).squeeze(-1)
+    terminated = steps.get((keys.NEXT, keys.TERMINATED)).squeeze(-1)
+    is_cut = done & ~terminated
+    is_cut[:, -1] = ~terminated[:, -1]
     if steps.get(keys.VALUE, None) is None:
+        _check_memory(steps, value_operator, has_cuts=bool(is_cut.any()))
         with set_recurrent_mode(True):
             steps.set(keys.VALUE, value_operator(steps.copy()).get(keys.VALUE))
     value_t = steps.get(keys.VALUE).squeeze(-1)
     reward = steps.get((keys.NEXT, keys.REWARD)).squeeze(-1)
-    done = steps.get((keys.NEXT, keys.DONE)).squeeze(-1)
-    terminated = steps.get((keys.NEXT, keys.TERMINATED)).squeeze(-1)
     value_tp1 = torch.cat([value_t[:, 1:], torch.zeros_like(value_t[:, :1])], 1)
-    is_cut = done & ~terminated
-    is_cut[:, -1] = ~terminated[:, -1]
     if bool(is_cut.any()):
         following = steps.get(keys.NEXT)
         recorded = following.get(keys.VALUE, None)
@@ -62,6 +64,19 @@ def add_advantages(
     steps.set(keys.ADVANTAGE, advantage.unsqueeze(-1))
     steps.set(keys.VALUE_TARGET, target.unsqueeze(-1))
     return rollout
+
+
+def _check_memory(steps: TensorDictBase, value_operator: TensorDictModuleBase, *, has_cuts: bool) -> None:
+    """Refuse a rollout without the states of the critic's memory, unless it holds whole episodes only."""
+    missing = [key for key in memory_state_keys(value_operator) if steps.get(key, None) is None]
+    is_init = steps.get(keys.IS_INIT, None)
+    begins_with_episodes = is_init is not None and bool(is_init[:, 0].all())
+    if missing and (has_cuts or not begins_with_episodes):
+        raise ValueError(
+            f"the critic has a memory {missing}, which the rollout does not hold. It begins or ends within episodes, "
+            "so the values would be those of another memory. Collect with RolloutCollector, which lets the critic act "
+            "too, or give another collector TensorDictSequential(actor, critic) as its policy."
+        )
 
 
 @torch.no_grad()

@@ -41,15 +41,15 @@ def measure_drift(
     used = loss.after_burn_in(used)
     length, envs = used.shape[1], steps.shape[0]
     fresh: list[TensorDictBase] = []
-    with loss.actor() as actor:
+    with loss.policy() as policy, loss.actor() as actor:
         state, reached = start, 0
         for first in begin:
             if first > reached:
-                state = state_after(actor, steps[:, reached:first], state, loss.state_keys)
+                state = state_after(policy, steps[:, reached:first], state, loss.state_keys)
             reached = first
             chunk = steps[:, first : first + length].exclude(*loss.state_keys)
             fresh.append(with_states(chunk, as_primed(state, chunk.get(keys.IS_INIT)[:, 0])))
-        needed = [*actor.in_keys, keys.ACTION]
+        needed = [*actor.in_keys, *loss.state_keys, keys.ACTION]
         both = torch.cat([part.select(*needed, strict=False) for part in (torch.cat(fresh), used)])
         with set_recurrent_mode(True):
             dist = actor.get_dist(both.clone(recurse=False))

@@ -16,7 +16,7 @@ from torchrl.objectives import ClipPPOLoss
 from cyborg_torchrl import keys
 from cyborg_torchrl.cores import Core
 from cyborg_torchrl.modules import Backbone, PPOAgent
-from cyborg_torchrl.modules.replay import as_primed, memory_state_keys, state_after, with_states
+from cyborg_torchrl.modules.replay import acting_policy, as_primed, memory_state_keys, state_after, with_states
 from cyborg_torchrl.objectives.functional import masked_standardize
 
 
@@ -55,6 +55,8 @@ class RecurrentClipPPOLoss(ClipPPOLoss):
                 actor_network = actor_network.get_policy_operator()
         super().__init__(actor_network, critic_network, functional=functional, **options)
         self.state_keys = memory_state_keys(actor_network)
+        if critic_network is not None:  # a critic may have a memory of its own
+            self.state_keys = list(dict.fromkeys([*self.state_keys, *memory_state_keys(critic_network)]))
         self.standardize: Callable[[Tensor, Tensor | None], Tensor] | None = None
         """Replacement for standardising the advantages of each minibatch, called with advantages and mask."""
         self._log_weights = torch.zeros(1)
@@ -120,12 +122,12 @@ class RecurrentClipPPOLoss(ClipPPOLoss):
         rows = torch.arange(len(replayed), device=replayed.device).unsqueeze(1)
         trained = tensordict.exclude(*self.state_keys)[rows, (replayed.unsqueeze(1) + offsets)]
         states = tensordict.select(*self.state_keys, strict=False)[:, 0].clone()
-        with self.actor() as actor:
+        with self.policy() as policy:
             for length in replayed.unique().tolist():
                 if length and not states.is_empty():
                     of_length = replayed == length
                     burn_in = tensordict[of_length][:, :length]
-                    states[of_length] = state_after(actor, burn_in, states[of_length], self.state_keys)
+                    states[of_length] = state_after(policy, burn_in, states[of_length], self.state_keys)
         trained = trained.exclude(keys.BURN_IN)
         if bool(trained.get(keys.TRAIN_MASK).all()):
             trained = trained.exclude(keys.TRAIN_MASK)
@@ -144,6 +146,16 @@ class RecurrentClipPPOLoss(ClipPPOLoss):
             return
         with self.actor_network_params.to_module(self.actor_network, preserve_module_state=False):
             yield self.actor_network
+
+    @contextmanager
+    def policy(self) -> Generator[TensorDictModuleBase]:
+        """Give access to the actor, together with the critic if that has a memory of its own."""
+        with self.actor() as actor:
+            if not self.functional or self.critic_network is None:
+                yield acting_policy(actor, self.critic_network)
+                return
+            with self.critic_network_params.to_module(self.critic_network, preserve_module_state=False):
+                yield acting_policy(actor, self.critic_network)
 
     def _metrics_of_trained_steps(self) -> dict[str, Tensor]:
         """Return the metrics that TorchRL computes over all steps, padding included."""

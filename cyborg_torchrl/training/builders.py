@@ -270,7 +270,7 @@ def build_collector(
 
 def _recorded_entries(agent: PPOAgent, buffer: Buffer, env: EnvBase) -> dict[str, Any]:
     """Return the options that select the entries of a rollout: no entry that an update does not read."""
-    next_observations = [unravel_key((keys.NEXT, key)) for key in agent.encoder.in_keys]
+    next_observations = [unravel_key((keys.NEXT, key)) for key in agent.observed_keys]
     before_step = [key for key in (keys.SUCCESS, keys.EPISODE_REWARD) if key in env.observation_spec]
     return {
         "value_operator": agent.get_value_operator(),

@@ -165,7 +165,8 @@ class PPOTrainer:
             rollout = Rollout.from_steps(rollout, self.loss.state_keys, self.buffer.state_steps(steps.shape[1]))
         trained = steps.select(*self._trained, strict=False)
         trained.set(keys.LOCATION, _locations(*steps.shape, device=steps.get(keys.ADVANTAGE).device))
-        self.buffer.store(Rollout(trained, rollout.stored_states, rollout.state_steps), self.loss.actor_network)
+        with self.loss.policy() as policy:
+            self.buffer.store(Rollout(trained, rollout.stored_states, rollout.state_steps), policy)
         return rollout, metrics
 
     def _run_epochs(self, rollout: Rollout, history: dict[str, list[Tensor]]) -> int:
@@ -279,9 +280,9 @@ class PPOTrainer:
         if not isinstance(self.buffer, RecurrentRolloutBuffer) or rollout.stored_states.is_empty():
             return
         states = [rollout.stored_states[:, 0]]
-        with self.loss.actor() as actor:
+        with self.loss.policy() as policy:
             for begin, end in itertools.pairwise(rollout.state_steps):
-                state = state_after(actor, rollout.steps[:, begin:end], states[-1], self.loss.state_keys)
+                state = state_after(policy, rollout.steps[:, begin:end], states[-1], self.loss.state_keys)
                 states.append(as_primed(state, rollout.steps.get(keys.IS_INIT)[:, end]))
         self.buffer.replace_states(Rollout(rollout.steps, torch.stack(states, 1), rollout.state_steps))
 
