@@ -38,9 +38,10 @@ class NativeBuildHook(BuildHookInterface):
             build_data["tag"] = f"py3-none-{system}"
 
     def _compile(self, target: Path, flags: list[str], sources: list[Path]) -> Path | None:
-        target.unlink(missing_ok=True)
+        # A library of an earlier build stays if this one fails: other programs may use it (an editable installation).
+        temporary = target.with_suffix(".tmp")
         compiler = shlex.split(os.environ.get("CXX", "")) or [shutil.which("c++") or shutil.which("g++") or ""]
-        command = [*compiler, *FLAGS, *flags, "-o", str(target), *map(str, sources)]
+        command = [*compiler, *FLAGS, *flags, "-o", str(temporary), *map(str, sources)]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
         except (OSError, subprocess.TimeoutExpired) as error:
@@ -49,4 +50,5 @@ class NativeBuildHook(BuildHookInterface):
         if done.returncode:
             self.app.display_info(f"{target.stem} was not built: {done.stderr.strip()[-500:]}")
             return None
+        temporary.replace(target)
         return target
