@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from omegaconf import DictConfig, OmegaConf
 from tensordict.nn import TensorDictModule
-from tensordict.utils import unravel_key
+from tensordict.utils import NestedKey, unravel_key
 from torchrl.collectors import Collector, MultiSyncCollector
 from torchrl.data import LazyMemmapStorage, LazyTensorStorage
 from torchrl.envs import EnvBase
@@ -118,10 +118,13 @@ def build_agent(cfg: DictConfig, env: EnvBase) -> PPOAgent:
     """
     batch_dims = len(env.batch_size)
 
+    mask_key = _mask_key(cfg, env)
+    masks = [] if mask_key is None else [mask_key]
+
     def encoder(out_key: str) -> TensorDictModule:
-        options = OmegaConf.to_container(cfg.encoder)
+        options = {"batch_dims": batch_dims, "out_key": out_key, "ignored_keys": masks}
         with _refusals("encoder"):
-            return build_encoder(env.observation_spec, batch_dims=batch_dims, out_key=out_key, **options)
+            return build_encoder(env.observation_spec, **options, **OmegaConf.to_container(cfg.encoder))
 
     actor = encoder(keys.FEATURES), Backbone(build_core(cfg, cfg.encoder.features, env))
     critic = None
@@ -130,9 +133,8 @@ def build_agent(cfg: DictConfig, env: EnvBase) -> PPOAgent:
         critic_keys = keys.CRITIC_FEATURES, keys.CRITIC_MEMORY_FEATURES, keys.CRITIC_STATE
         critic = encoder(keys.CRITIC_FEATURES), Backbone(core, *critic_keys)
     options = {str(key): value for key, value in cfg.agent.items() if key not in ("separate_critic", "action_mask")}
-    mask = tuple((cfg.agent.action_mask or "").split("."))
-    if mask in {(key,) if isinstance(key, str) else key for key in env.observation_spec.keys(True, True)}:
-        options |= {"action_mask": unravel_key(mask), "mask_shape": env.observation_spec[mask].shape[batch_dims:]}
+    if mask_key is not None:
+        options |= {"action_mask": mask_key, "mask_shape": env.observation_spec[mask_key].shape[batch_dims:]}
     with _refusals("env"):
         agent = PPOAgent(
             *actor,
@@ -145,6 +147,16 @@ def build_agent(cfg: DictConfig, env: EnvBase) -> PPOAgent:
             **options,
         )
     return agent.to(resolve_device(cfg.train.device))
+
+
+def _mask_key(cfg: DictConfig, env: EnvBase) -> NestedKey | None:
+    """Return the entry of the action mask, alone or in a Dict observation; None if the environment has no mask."""
+    if cfg.agent.action_mask is None:
+        return None
+    path = tuple(cfg.agent.action_mask.split("."))
+    known = {unravel_key(key) for key in env.observation_spec.keys(True, True)}
+    places = [unravel_key(path), unravel_key((keys.OBSERVATION, *path))]
+    return next((key for key in places if key in known), None)
 
 
 def build_loss(cfg: DictConfig, agent: PPOAgent) -> RecurrentClipPPOLoss:

@@ -168,6 +168,7 @@ def build_acting_env(
     """
     env = build_env(cfg, num_envs=num_envs, seed=seed, workers=workers)
     freeze_statistics(env, agent.env_statistics)
-    if agent.backbone.state_keys:
-        env.append_transform(agent.backbone.make_tensordict_primer())
+    for backbone in agent.backbones:
+        if backbone.state_keys:
+            env.append_transform(backbone.make_tensordict_primer())
     return env

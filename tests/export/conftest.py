@@ -29,9 +29,10 @@ OBSERVATIONS = {
 
 
 class NoiseGame(gymnasium.Env[Any, Any]):
-    """Random observations; episodes end at random."""
+    """Random observations; episodes end at random. With `masked`, about half of the options are valid."""
 
-    def __init__(self, observation: str = "vector", action: str = "discrete") -> None:
+    def __init__(self, observation: str = "vector", action: str = "discrete", masked: bool = False) -> None:
+        self.masked = masked
         # spaces have random numbers of their own
         self.observation_space, self.action_space = deepcopy(OBSERVATIONS[observation]), deepcopy(ACTIONS[action])
 
@@ -39,11 +40,21 @@ class NoiseGame(gymnasium.Env[Any, Any]):
         super().reset(seed=seed)
         if seed is not None:
             self.observation_space.seed(seed)
-        return self.observation_space.sample(), {}
+        return self.observation_space.sample(), self._info()
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         is_over = bool(self.np_random.random() < 0.05)
-        return self.observation_space.sample(), float(self.np_random.normal()), is_over, False, {}
+        return self.observation_space.sample(), float(self.np_random.normal()), is_over, False, self._info()
+
+    def _info(self) -> dict[str, Any]:
+        if not self.masked:
+            return {}
+        space = self.action_space
+        sizes = [int(space.n)] if isinstance(space, spaces.Discrete) else [int(n) for n in space.nvec]
+        masks = [self.np_random.random(n) < 0.5 for n in sizes]
+        for mask in masks:
+            mask[self.np_random.integers(len(mask))] = True
+        return {"action_mask": tuple(masks) if len(masks) > 1 else masks[0]}
 
 
 gymnasium.register("DeploymentTest/Noise-v0", NoiseGame, max_episode_steps=60)

@@ -43,6 +43,14 @@ CASES = {
     "two layers": ("backbone=gru", "backbone.num_layers=2", "backbone.learn_initial_state=true"),
     "external memory": ("backbone=gru", "memory=pmm"),
     "named kernel": ("backbone=mamba", "backbone.kernel=torch"),
+    "hidden heads": ("backbone=gru", "agent.policy_hidden_sizes=[16,8]", "agent.value_hidden_sizes=[8]"),
+    "separate critic": ("backbone=lru", "agent.separate_critic=true"),
+    "squashed": (
+        *NOISE, "+env.options.action=continuous", "agent.squash=true", "agent.std_from_features=true",
+        "agent.log_std_init=-0.5", "backbone=gru",
+    ),
+    "masked": (*NOISE, "+env.options.masked=true", "backbone=lru"),
+    "masked choices": (*NOISE, "+env.options.masked=true", "+env.options.action=multi_discrete", "backbone=gru"),
     "no read-out norm": ("backbone=lstm", "backbone.readout=none"),
     "memoryless": ("train=none", "backbone=gru"),
     "normalized": (
@@ -51,6 +59,9 @@ CASES = {
         "backbone=gru",
     ),
 }  # fmt: skip
+
+
+QUICK = ("multi-discrete", "nature", "normalized", "memoryless", "squashed", "masked")
 
 
 def quick_first(names: Iterable[str], quick: Sequence[str]) -> list[ParameterSet]:
@@ -89,7 +100,7 @@ def test_every_backbone(name: str, kind: str, build_trained: Build) -> None:
     compare(build_trained, kind, 120, f"backbone={name}", "env.horizon=20", "env.num_envs=4", *SMALL)
 
 
-@pytest.mark.parametrize(("case", "kind"), quick_first(CASES, ("multi-discrete", "nature", "normalized", "memoryless")))
+@pytest.mark.parametrize(("case", "kind"), quick_first(CASES, QUICK))
 def test_every_kind_of_agent(case: str, kind: str, build_trained: Build) -> None:
     compare(build_trained, kind, 60, *CASES[case], rows=3)
 

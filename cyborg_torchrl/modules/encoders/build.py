@@ -56,6 +56,7 @@ def build_encoder(
     embedding_size: int = 16,
     autocast: str | None = None,
     out_key: NestedKey = keys.FEATURES,
+    ignored_keys: Sequence[NestedKey] = (),
 ) -> TensorDictModule:
     """Build the encoder that fits the observations of an environment.
 
@@ -85,6 +86,7 @@ a convolutional network; bytes become [0, 1], and floats too if all have the sam
         embedding_size: width of the embedding of a category, or of a number in a grid.
         autocast: "bfloat16" or "float16": computes in it (see `Autocast`); None: float32.
         out_key: entry of the features.
+        ignored_keys: entries that are no observations, such as an action mask.
 
     Raises:
         ValueError: if a key is missing, a choice unknown, or an observation is of a kind that no encoder reads.
@@ -92,7 +94,8 @@ a convolutional network; bytes become [0, 1], and floats too if all have the sam
     for name, value, choices in (("discrete", discrete, DISCRETE), ("convolutions", convolutions, SMALLEST)):
         if value not in choices:
             raise ValueError(f"unknown {name} '{value}': {did_you_mean(value, choices)}")
-    chosen = _chosen_keys(observation_spec, observation_keys)
+    ignored = {unravel_key(key) for key in ignored_keys}
+    chosen = [key for key in _chosen_keys(observation_spec, observation_keys) if key not in ignored]
     specs = {key: observation_spec[key] for key in chosen}
     if all(_is_float(spec) and len(spec.shape) == batch_dims + 1 for spec in specs.values()):
         width = sum(spec.shape[-1] for spec in specs.values())
@@ -136,9 +139,9 @@ def default_observations(spec: Composite) -> list[NestedKey]:
 
 
 def _observations(spec: Composite) -> list[NestedKey]:
-    """Return the leaves that are observations."""
+    """Return the leaves that are observations: all below "pixels" and "observation", whatever they are called."""
     known: list[NestedKey] = [unravel_key(key) for key in spec.keys(True, True)]
-    return [key for key in known if not BOOKKEEPING.intersection((_path(key)[0], _path(key)[-1]))]
+    return [key for key in known if _path(key)[0] in MAIN or not BOOKKEEPING.intersection(_path(key))]
 
 
 def _below(leaves: Sequence[NestedKey], key: NestedKey) -> list[NestedKey]:
