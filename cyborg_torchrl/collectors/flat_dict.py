@@ -54,12 +54,14 @@ class RolloutWriter:
         count = len(self._before[keys.ACTION])
         if count == STEPS_PER_WRITE or self._begin + count == self._steps:
             for key, rows in self._before.items():
-                self._put(key, rows)
+                self._put(key, rows, count)
             for key, rows in self._after.items():
-                self._put(unravel_key((keys.NEXT, key)), rows)
+                self._put(unravel_key((keys.NEXT, key)), rows, count)
             self._begin += count
 
-    def _put(self, key: NestedKey, rows: list[Tensor]) -> None:
+    def _put(self, key: NestedKey, rows: list[Tensor], count: int) -> None:
+        if len(rows) != count:  # otherwise the missing rows would be memory that nobody has written
+            raise RuntimeError(f"the entry {key!r} was written in {len(rows)} of {count} steps; every step needs it.")
         first = rows[0]
         if key not in self.tensors:
             # Time first in memory, so that each write is one contiguous block.

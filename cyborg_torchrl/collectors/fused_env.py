@@ -39,12 +39,13 @@ class FusedEnv:
         self.never = torch.zeros(task.num_envs, 1, dtype=torch.bool, device=task.device)
         self.defaults: FlatDict = {}
         """Values of entries at an episode's first step: sums of rewards, memory states."""
-        self.has_is_init = False
+        self.init_keys: list[NestedKey] = []
+        """Flags of an episode's first step: one for each InitTracker."""
         self._then: list[Callable[[FlatDict, FlatDict], None]] = []
         # Exact types, since a subclass may do something else.
         for transform in transforms:
             if type(transform) is InitTracker:
-                self.has_is_init = True
+                self.init_keys += map(unravel_key, transform.init_keys)
             elif type(transform) is RewardSum and list(transform.in_keys) == [keys.REWARD]:
                 self._then.append(self._sum(unravel_key(transform.out_keys[0])))
             elif type(transform) is RewardClipping:
@@ -75,8 +76,8 @@ class FusedEnv:
             keys.TERMINATED: terminated,
             keys.TRUNCATED: self.never,
         }
-        if self.has_is_init:
-            after[keys.IS_INIT] = self.never
+        for key in self.init_keys:
+            after[key] = self.never
         for then in self._then:
             then(after, carried)
         # Entries that were not written in this step keep their values.
@@ -91,8 +92,8 @@ class FusedEnv:
             return after, begins, None
         begins[keys.OBSERVATION], begins[keys.SUCCESS] = self.task.restart(terminated.squeeze(-1))
         begins[keys.DONE] = begins[keys.TERMINATED] = self.never
-        if self.has_is_init:
-            begins[keys.IS_INIT] = terminated
+        for key in self.init_keys:
+            begins[key] = terminated
         for key, default in self.defaults.items():
             is_over = terminated.view(-1, *(1,) * (default.ndim - 1))
             begins[key] = torch.where(is_over, default, after[key])

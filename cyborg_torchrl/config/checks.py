@@ -62,6 +62,8 @@ def _check_keys(cfg: DictConfig) -> None:
             names = _option_names(cfg, group)
             if key not in names:
                 raise ConfigError(f"unknown key '{group}.{key}': {did_you_mean(str(key), names)}")
+            if OmegaConf.is_missing(cfg[group], key):
+                raise ConfigError(f"{group}.{key} must be given: {group}={cfg[group].name} has no default for it.")
 
 
 def _option_names(cfg: DictConfig, group: str) -> list[str]:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from omegaconf import MISSING
+from omegaconf import MISSING, OmegaConf
 
 from cyborg_torchrl.registry import backbones, environments, memories, option_types, options_of
 
@@ -266,7 +266,7 @@ def config_class_of(name: str, builder: Callable[..., Any]) -> type:
 def _node_type(hint: Any) -> Any:
     """Return an annotation that OmegaConf supports: sequences become lists, mappings become Any."""
     origin = typing.get_origin(hint)
-    if any(typing.get_origin(part) is dict for part in typing.get_args(hint)):
+    if any(part is dict or typing.get_origin(part) is dict for part in (hint, *typing.get_args(hint))):
         return Any  # Hydra cannot merge keys into a typed mapping
     return list[typing.get_args(hint)[0]] if origin in (Sequence, tuple) else hint
 
@@ -276,4 +276,6 @@ def _node_default(default: Any) -> Any:
         return field(default=MISSING)
     if isinstance(default, (list, tuple)):
         return field(default_factory=lambda: list(default))
+    if isinstance(default, dict):
+        return field(default_factory=lambda: OmegaConf.create(dict(default), flags={"struct": False}))
     return field(default=default)

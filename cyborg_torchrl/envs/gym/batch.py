@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
-from torchrl.data import Binary, MultiCategorical
+from torchrl.data import Binary, Composite, MultiCategorical, TensorSpec
 from torchrl.envs import EnvBase, GymWrapper
 from torchrl.envs.gym_like import BaseInfoDictReader, GymLikeEnv
 from torchrl.envs.libs.gym import _gym_to_torchrl_spec_transform
@@ -35,9 +35,7 @@ class GymnasiumEnv(GymWrapper):
         super()._make_specs(env, batch_size)
         for name in ("observation", "action"):
             space = getattr(env, f"single_{name}_space")
-            spec = _gym_to_torchrl_spec_transform(space, device=self.device, categorical_action_encoding=True)
-            if hasattr(space, "nvec"):  # TorchRL would merge choices of equal size
-                spec = MultiCategorical(space.nvec, device=self.device)
+            spec = _spec_of(space, self.device)
             setattr(self, f"{name}_spec", spec.expand(*self.batch_size, *spec.shape))
 
     def _reset(self, tensordict: TensorDictBase | None = None, **options: Any) -> TensorDictBase:
@@ -57,6 +55,15 @@ class GymnasiumEnv(GymWrapper):
     def set_state(self, state: dict[str, Any]) -> Tensor:
         """Restore the episodes. Return the environments that failed, [N] bool."""
         return self._env.set_state(state)
+
+
+def _spec_of(space: Any, device: torch.device | None) -> TensorSpec:
+    """Return the spec of a gymnasium space. TorchRL's would rename entries called "state", and merge equal choices."""
+    if hasattr(space, "spaces"):
+        return Composite({key: _spec_of(part, device) for key, part in space.spaces.items()}, device=device)
+    if hasattr(space, "nvec"):
+        return MultiCategorical(space.nvec, device=device)
+    return _gym_to_torchrl_spec_transform(space, device=device, categorical_action_encoding=True)
 
 
 class SuccessReader(BaseInfoDictReader):
