@@ -400,3 +400,21 @@ def test_the_log_of_sums_is_torchs_bit_by_bit() -> None:
     for scale in (1e-3, 1.0, 50.0):
         logits = scale * torch.randn(1000, 7)
         assert torch.equal(_logsumexp(logits), logits.logsumexp(-1, keepdim=True))
+
+
+@pytest.mark.parametrize("steps", [12, 20])  # in one block of writes, and in two
+@pytest.mark.parametrize("kind", [FusedCollector, RolloutCollector])
+def test_every_init_tracker_marks_the_starts_of_episodes(kind, steps) -> None:
+    rollouts = []
+    for each in (Collector, kind):
+        _, env, agent = parts(["env=delayed_cue", "env.horizon=3", "backbone=gru"])
+        env.append_transform(InitTracker(init_key="begins"))
+        options = {"frames_per_batch": 3 * steps, "total_frames": 3 * steps}
+        more = {"auto_register_policy_transforms": True}
+        if each is RolloutCollector:
+            more = {"value_operator": agent.get_value_operator()}
+        rollout = next(iter(each(env, agent, **options, **more)))
+        rollouts.append(getattr(rollout, "steps", rollout))
+    expected, ours = rollouts
+    assert torch.equal(ours["begins"], expected["begins"])
+    assert torch.equal(ours["begins"], ours["is_init"])

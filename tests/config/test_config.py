@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 from cyborg_torchrl import register_backbone
 from cyborg_torchrl.config import ConfigError, TrainConfig, load_config
 from cyborg_torchrl.cores import LayeredCore, MemorylessCore, build_gru
-from cyborg_torchrl.registry import backbones, options_of
+from cyborg_torchrl.registry import backbones, environments, options_of
 from cyborg_torchrl.training.builders import build_agent, build_core, build_env, rollout_length
 
 
@@ -192,3 +192,38 @@ def test_a_broken_package_leaves_the_other_backbones_usable(monkeypatch, caplog)
     monkeypatch.setattr(backbones, "_entry_points", lambda: [broken])
     assert load_config(overrides=["backbone=lru"]).backbone.name == "lru"
     assert "backbone 'broken' cannot be used: ModuleNotFoundError: No module named 'nowhere_at_all'" in caplog.text
+
+
+@pytest.fixture
+def dict_environments():
+    """Environments with options without a default, and with mappings."""
+
+    def no_default(num_envs: int = 2, *, path: str, device=None, seed=None):
+        return path
+
+    def bare(num_envs: int = 2, *, table: dict | None = None, device=None, seed=None):
+        return table
+
+    def plain(num_envs: int = 2, *, table: dict = {}, device=None, seed=None):  # noqa: B006
+        return table
+
+    builders = {"no_default": no_default, "bare": bare, "plain": plain}
+    for name, builder in builders.items():
+        environments.register(name)(builder)
+    yield
+    for name in builders:
+        del environments._components[name]
+
+
+@pytest.mark.usefixtures("dict_environments")
+def test_an_option_without_a_default_must_be_given():
+    with pytest.raises(ConfigError, match=r"^env.path must be given: env=no_default has no default for it.$"):
+        load_config(overrides=["env=no_default"])
+    assert load_config(overrides=["env=no_default", "env.path=a"]).env.path == "a"
+
+
+@pytest.mark.usefixtures("dict_environments")
+@pytest.mark.parametrize(("name", "default"), [("bare", None), ("plain", {})])
+def test_mappings_are_options(name, default):
+    assert load_config(overrides=[f"env={name}"]).env.table == default
+    assert load_config(overrides=[f"env={name}", "env.table={a: 1}"]).env.table == {"a": 1}

@@ -163,24 +163,39 @@ def test_no_illegal_action_in_100_000_steps():
     assert max(update["ratio_error"] for update in updates) <= 1e-5
 
 
-def test_entries_with_the_names_of_bookkeeping_are_observations():
-    class Named(gymnasium.Env):
-        action_space = spaces.Discrete(2)
-        observation_space = spaces.Dict(
-            {name: spaces.Box(-1, 1, (1,), np.float32) for name in ("reward", "success", "done", "step_count", "x")}
-        )
+class Named(gymnasium.Env):
+    """A Dict observation whose entries have names that TorchRL uses for other things."""
 
-        def reset(self, *, seed=None, options=None):
-            super().reset(seed=seed)
-            return self.observation_space.sample(), {}
+    action_space = spaces.Discrete(2)
 
-        def step(self, action):
-            return self.observation_space.sample(), 0.0, False, False, {}
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self.observation_space = spaces.Dict({name: spaces.Box(-1, 1, (1,), np.float32) for name in names})
 
-    gymnasium.register("AgentOptions/Named-v0", Named)
-    try:
-        cfg = load_config("public_benchmark", ["env=gymnasium", "id=AgentOptions/Named-v0", *SMALL])
-        agent = build_agent(cfg, build_env(cfg))
-        assert {key[-1] for key in agent.encoder.in_keys} == {"reward", "success", "done", "step_count", "x"}
-    finally:
-        del gymnasium.registry["AgentOptions/Named-v0"]
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        return self.observation_space.sample(), 0.0, False, False, {}
+
+
+gymnasium.register("AgentOptions/Named-v0", Named)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("reward", "success", "done", "step_count", "is_init", "x"),
+        ("state",),
+        ("state", "goal"),
+        ("state", "observation"),
+    ],
+    ids=" ".join,
+)
+def test_all_entries_of_a_dict_observation_are_read(names):
+    options = ["env=gymnasium", "id=AgentOptions/Named-v0", f"+env.options.names=[{','.join(names)}]", *SMALL]
+    cfg = load_config("public_benchmark", options)
+    env = build_env(cfg)
+    agent = build_agent(cfg, env)
+    assert {key[-1] for key in agent.encoder.in_keys} == set(names)
+    assert env.rollout(3)["observation"].keys() >= set(names)
