@@ -60,7 +60,7 @@ class RolloutWriter:
             self._begin += count
 
     def _put(self, key: NestedKey, rows: list[Tensor], count: int) -> None:
-        if len(rows) != count:  # otherwise the missing rows would be memory that nobody has written
+        if len(rows) != count:  # otherwise the missing rows would be uninitialised memory
             raise RuntimeError(f"the entry {key!r} was written in {len(rows)} of {count} steps; every step needs it.")
         first = rows[0]
         if key not in self.tensors:

@@ -47,7 +47,7 @@ class RolloutCollector:
         frames_per_batch: steps of a rollout, over all environments.
         total_frames: steps in total; a multiple of `frames_per_batch`.
         value_operator: from an observation and a memory state to "state_value"; also called at every step if the policy
-            does not write it. A critic with a memory of its own acts beside the policy, and its states are stored.
+            does not write it. A critic with a separate memory acts after the policy, and its states are stored.
         state_steps: from T to the steps before which states are stored; None: before the first.
         exclude_keys: other entries that are not stored; ("next", key) for those after a step, such as observations,
             which are also stored as those of the next step.

@@ -44,10 +44,10 @@ class StreamingStep(nn.Module):
         self.distribution = agent.sampler.distribution_class
         options = agent.sampler.distribution_kwargs or {}
         self.sizes: Sequence[int] = options.get("sizes", ())
-        self.is_squashed = self.distribution is TanhNormal
-        if self.is_squashed:
-            self.register_buffer("low", options["low"].clone())
-            self.register_buffer("high", options["high"].clone())
+        self.bounds: Tensor | None
+        self.register_buffer("bounds", None)
+        if self.distribution is TanhNormal:
+            self.bounds = torch.stack([options["low"], options["high"]])
 
     def forward(self, observation: FlatDict, state: State, is_init: Bool[Tensor, " B"]) -> dict[str, Any]:
         """Take one step.
@@ -74,8 +74,9 @@ class StreamingStep(nn.Module):
 
     def _likeliest(self, parameters: Mapping[str, Tensor]) -> Tensor:
         """Return the mode of the distribution: an index, indices, a one-hot vector of integers, or numbers."""
-        if self.is_squashed:
-            return self.low + (self.high - self.low) * (1.0 + torch.tanh(parameters["loc"])) / 2.0
+        if self.bounds is not None:
+            low, high = self.bounds
+            return low + (high - low) * (1.0 + torch.tanh(parameters["loc"])) / 2.0
         if "loc" in parameters:
             return parameters["loc"].clone()  # two outputs must not share memory
         logits = parameters["logits"]

@@ -55,7 +55,7 @@ class RecurrentClipPPOLoss(ClipPPOLoss):
                 actor_network = actor_network.get_policy_operator()
         super().__init__(actor_network, critic_network, functional=functional, **options)
         self.state_keys = memory_state_keys(actor_network)
-        if critic_network is not None:  # a critic may have a memory of its own
+        if critic_network is not None:  # a critic may have a separate memory
             self.state_keys = list(dict.fromkeys([*self.state_keys, *memory_state_keys(critic_network)]))
         self.standardize: Callable[[Tensor, Tensor | None], Tensor] | None = None
         """Replacement for standardising the advantages of each minibatch, called with advantages and mask."""
@@ -149,7 +149,7 @@ class RecurrentClipPPOLoss(ClipPPOLoss):
 
     @contextmanager
     def policy(self) -> Generator[TensorDictModuleBase]:
-        """Give access to the actor, together with the critic if that has a memory of its own."""
+        """Give access to the actor, together with a critic that has a separate memory."""
         with self.actor() as actor:
             if not self.functional or self.critic_network is None:
                 yield acting_policy(actor, self.critic_network)
