@@ -116,6 +116,8 @@ def _load(target: str) -> tuple[Any, Any]:
         function = getattr(importlib.import_module(module_name), function_name)
     except (ImportError, AttributeError, ValueError) as error:
         raise UsageError(f"--policy {target}: {error}; it must name a function, as in my_module:build.") from error
+    if not callable(function):
+        raise UsageError(f"--policy {target} is no function; give one that returns (policy, env).")
     built = function()
     if not isinstance(built, tuple) or len(built) != 2:
         raise UsageError(f"--policy {target}: the function must return (policy, env); got {type(built).__name__}.")

@@ -104,6 +104,7 @@ def test_a_policy_of_somebody_else(third_party: str, tmp_path: Path, capsys: pyt
         (["--policy", "their_policy:biuld"], "biuld"),
         (["--policy", "no_such_module:build"], "no_such_module"),
         (["--policy", "their_policy"], "must name a function"),
+        (["--policy", "os:path"], "is no function"),
         (["--policy", "their_policy:build_nothing"], "must return (policy, env)"),
         (["--policy", "their_policy:build_without_primer"], "get_primers_from_module"),
     ],

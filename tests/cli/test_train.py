@@ -159,6 +159,8 @@ def test_an_interrupted_run_ends_the_sweep(tmp_path: Path, monkeypatch, capsys) 
         (["sweep", "train.seed=0,1", "--folder", __file__], "--folder: cannot write to"),
         (["sweep", "train.seed=0,1", "hydra.sweep.dir=x"], "--folder replaces hydra.sweep.dir"),
         (["sweep", "train.seed=0,1", "logger.run_name=x"], "a sweep names its runs"),
+        (["sweep", "train.seed=0,1", "resume=runs/x"], "a sweep resumes its own runs"),
+        (["sweep", "train.seed=1,2,2"], "has a value twice"),
         (["sweep", "train.seed=0,1", "--markdown", "nowhere/x"], "there is no folder 'nowhere'"),
     ],
 )
