@@ -108,7 +108,7 @@ def _first_configuration(config: str, overrides: Sequence[str]) -> DictConfig:
             raise UsageError("--folder replaces hydra.sweep.dir")
         if key == "logger.run_name" or (override.is_sweep_override() and key.startswith("logger.")):
             raise UsageError(f"a sweep names its runs, and logs them alike: leave '{override.input_line}' out")
-        if key == "logger.resume" and override.value() != "auto":
+        if key in ("resume", "logger.resume") and override.value() != "auto":
             raise UsageError(f"a sweep resumes its own runs, by --folder: leave '{override.input_line}' out")
         if override.value_type in (ValueType.CHOICE_SWEEP, ValueType.SIMPLE_CHOICE_SWEEP):
             values = list(override.sweep_string_iterator())
