@@ -9,7 +9,8 @@ import gymnasium
 import numpy as np
 
 from cyborg_torchrl import keys
-from cyborg_torchrl.registry import UnavailableError, did_you_mean
+from cyborg_torchrl.envs.gym.environment import import_package
+from cyborg_torchrl.registry import did_you_mean
 
 SIZE = 64
 TABLES = {"all": None, "chop": ("noop", "move_left", "move_right", "move_up", "move_down", "do")}
@@ -101,11 +102,7 @@ def make_game(seed: int | None = None) -> Any:
     Raises:
         UnavailableError: if crafter is missing.
     """
-    try:
-        import crafter
-    except ImportError as error:
-        command = "pip install 'cyborg-torchrl[benchmarks]'"
-        raise UnavailableError(f"backend=crafter needs {error.name}: {command}") from None
+    crafter: Any = import_package("crafter")
     return crafter.Env(size=(SIZE, SIZE), length=0, seed=seed)
 
 

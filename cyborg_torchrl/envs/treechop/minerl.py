@@ -8,8 +8,8 @@ import socket
 import subprocess
 import time
 import warnings
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, SupportsInt
 
@@ -216,12 +216,9 @@ def check_minecraft() -> None:
         raise UnavailableError(f"{NO_MINECRAFT} '{java}' is {(version.splitlines() or ['of an unknown version'])[0]}.")
 
 
-@contextmanager
-def _old_packages() -> Generator[None]:
+def _old_packages() -> AbstractContextManager[Any]:
     """Silence the warnings of gym and MineRL, which are no longer maintained."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    return warnings.catch_warnings(action="ignore")
 
 
 def _command(action: Action) -> dict[str, Any]:

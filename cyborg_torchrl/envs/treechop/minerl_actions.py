@@ -34,10 +34,6 @@ def _attacking(*pressed: str, pitch: float = 0.0, yaw: float = 0.0) -> Action:
     return Action(frozenset(("attack", *pressed)), pitch, yaw)
 
 
-def _walking(*pressed: str, yaw: float = 0.0) -> Action:
-    return _attacking("forward", *pressed, yaw=yaw)
-
-
 def _seven(degrees: float) -> ActionTable:
     return ActionTable(
         (
@@ -55,7 +51,13 @@ def _seven(degrees: float) -> ActionTable:
 TABLES: Mapping[str, ActionTable] = {
     "seven": _seven(10.0),
     "five": ActionTable(
-        (_walking(), _attacking(), _walking("jump"), _walking(yaw=-10.0), _walking(yaw=10.0)),
+        (
+            _attacking("forward"),
+            _attacking(),
+            _attacking("forward", "jump"),
+            _attacking("forward", yaw=-10.0),
+            _attacking("forward", yaw=10.0),
+        ),
         frame_skip=4,
         frame_stack=4,
     ),
