@@ -51,7 +51,7 @@ class EpisodeBuffer(SequenceBuffer):
                 into a row.
         """
         del policy
-        self._check_rollout(rollout.steps if isinstance(rollout, Rollout) else rollout)
+        self._checked_steps(rollout)
         if not isinstance(rollout, Rollout):
             rollout = Rollout.from_steps(rollout, self.state_keys, [0])
         steps = rollout.steps

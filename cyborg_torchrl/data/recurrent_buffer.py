@@ -102,8 +102,7 @@ class RecurrentRolloutBuffer(SequenceBuffer):
             ValueError: if it is not [N, T], has another number of steps than the buffer, or has other states than
                 those of `state_steps`.
         """
-        steps = rollout.steps if isinstance(rollout, Rollout) else rollout
-        self._check_rollout(steps)
+        steps = self._checked_steps(rollout)
         self._check_lengths(*steps.shape)
         state_steps = self.state_steps(steps.shape[1])
         if not isinstance(rollout, Rollout):

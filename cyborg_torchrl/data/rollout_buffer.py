@@ -84,13 +84,14 @@ class OneRolloutBuffer(ReplayBuffer):
                 self._clear_prefetch_queue_locked()
         self.sampler._empty()
 
-    def _check_rollout(self, steps: TensorDictBase) -> None:
-        """Check the shape of a rollout.
+    def _checked_steps(self, rollout: TensorDictBase | Rollout) -> TensorDictBase:
+        """Check the shape of a rollout, and return its steps.
 
         Raises:
             ValueError: if it is not [N, T], or has another number of steps than the buffer.
             KeyError: if it has no `is_init`.
         """
+        steps = rollout.steps if isinstance(rollout, Rollout) else rollout
         if steps.ndim != 2:
             raise ValueError(
                 f"a rollout has batch size [N, T]; got {list(steps.batch_size)}. Without a batch of environments, "
@@ -105,6 +106,7 @@ class OneRolloutBuffer(ReplayBuffer):
             raise ValueError(
                 f"the buffer was made for rollouts of {self.num_steps} steps; got {steps.shape[0]} x {steps.shape[1]}."
             )
+        return steps
 
 
 class SequenceBuffer(OneRolloutBuffer):
@@ -151,6 +153,5 @@ class RolloutBuffer(OneRolloutBuffer):
             ValueError: if it is not [N, T], or has another number of steps than the buffer.
         """
         del policy
-        steps = rollout.steps if isinstance(rollout, Rollout) else rollout
-        self._check_rollout(steps)
+        steps = self._checked_steps(rollout)
         self._replace_rows(steps.exclude(keys.NEXT, *self.state_keys).reshape(-1))

@@ -103,37 +103,21 @@ class Backbone(TensorDictModuleBase):
 
     def _run_step(self, tensordict: TensorDictBase) -> State:
         x, is_init = self._inputs(tensordict)
-        batch_shape = x.shape[:-1]
-        state = self._state(tensordict, is_init, first_step=False)
-        y, state = self.core.step(x.reshape(batch_shape.numel(), -1), self.restarted(state, is_init))
+        batch_shape, batch = x.shape[:-1], x.shape[:-1].numel()
+        state = self._flat(self._state(tensordict, is_init, first_step=False), batch)
+        state = restart(state, self.core.initial_state(batch), is_init.reshape(batch))
+        y, state = self.core.step(x.reshape(batch, -1), state)
         tensordict.set(self.out_key, y.reshape(*batch_shape, -1))
-        return self.set_next(tensordict, state, batch_shape)
-
-    def restarted(self, state: State, is_init: Tensor) -> State:
-        """Return the states before a step, with the initial state in rows where an episode begins.
-
-        Args:
-            state: stored states, {name: [*B, *shape]}; empty: the initial state everywhere.
-            is_init: true where an episode begins, [*B] or [*B, 1].
-
-        Returns:
-            {name: [B, *shape]}, with one batch dimension.
-        """
-        batch = is_init.numel()
-        return restart(self._flat(state, batch), self.core.initial_state(batch), is_init.reshape(batch))
+        state = {name: value.reshape(*batch_shape, *value.shape[1:]) for name, value in state.items()}
+        for name, key in self.state_keys.items():
+            tensordict.set(self._next(key), state[name])
+        return state
 
     def _flat(self, state: State, batch: int) -> State:
         """Return states with one batch dimension, in the core's precision; the initial state if there are none."""
         dtype, shapes = self._dtype(), self.core.state_shapes  # states may be stored in another precision
         flat = {name: value.reshape(batch, *shapes[name]).to(dtype) for name, value in state.items()}
         return flat or self.core.initial_state(batch)
-
-    def set_next(self, tensordict: TensorDictBase, state: State, batch_shape: torch.Size) -> State:
-        """Write the state after a step, {name: [B, *shape]}, and return it as written, {name: [*B, *shape]}."""
-        state = {name: value.reshape(*batch_shape, *value.shape[1:]) for name, value in state.items()}
-        for name, key in self.state_keys.items():
-            tensordict.set(self._next(key), state[name])
-        return state
 
     def _inputs(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor]:
         x = tensordict.get(self.in_key, None)

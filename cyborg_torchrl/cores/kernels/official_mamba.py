@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from cyborg_torchrl.cores.kernels.native import DTYPES, library
-from cyborg_torchrl.registry import did_you_mean
+from cyborg_torchrl.registry import check_known
 
 LOGGER = logging.getLogger(__name__)
 TINY_STEP = 1e-9
@@ -41,8 +41,7 @@ class Kernel:
     """
 
     def __init__(self, name: str, scans: dict[str, Callable[..., Any]], is_cuda_exact: bool = True) -> None:
-        if name not in ("auto", *scans):
-            raise ValueError(f"unknown kernel '{name}': {did_you_mean(name, ('auto', *scans))}")
+        check_known("kernel", name, ("auto", *scans))
         self.name, self.scans, self.is_cuda_exact = name, scans, is_cuda_exact
 
     def choose(self, device: torch.device, dtype: torch.dtype) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 
 from cyborg_torchrl import keys
 from cyborg_torchrl.envs.gym.environment import import_package
-from cyborg_torchrl.registry import did_you_mean
+from cyborg_torchrl.registry import check_known
 
 SIZE = 64
 TABLES = {"all": None, "chop": ("noop", "move_left", "move_right", "move_up", "move_down", "do")}
@@ -42,15 +42,12 @@ class CrafterWood(gymnasium.Env[Any, Any]):
     Source: Hafner (2022), "Benchmarking the Spectrum of Agent Capabilities"; crafter 1.8.3.
     """
 
-    observation_space = gymnasium.spaces.Dict(
-        {keys.PIXELS: gymnasium.spaces.Box(0, 255, (SIZE, SIZE, 3), np.uint8)},
-    )
+    observation_space = gymnasium.spaces.Dict({keys.PIXELS: gymnasium.spaces.Box(0, 255, (SIZE, SIZE, 3), np.uint8)})
 
     def __init__(
         self, actions: str = "all", max_episode_steps: int = 8000, *, mortal: bool = True, regrow: int | None = None
     ) -> None:
-        if actions not in TABLES:
-            raise ValueError(f"unknown actions '{actions}': {did_you_mean(actions, TABLES)}")
+        check_known("actions", actions, TABLES)
         self.max_episode_steps, self.mortal, self.regrow = max_episode_steps, mortal, regrow
         self._stumps: deque[tuple[int, tuple[int, int]]] = deque()
         self._game = make_game()

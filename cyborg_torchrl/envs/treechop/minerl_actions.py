@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from cyborg_torchrl.registry import did_you_mean
+from cyborg_torchrl.registry import check_known
 
 KEYS = ("attack", "back", "forward", "jump", "left", "right", "sneak", "sprint")
 """Keys of MineRL's action, each 0 or 1."""
@@ -72,6 +72,5 @@ def action_table(name: str) -> ActionTable:
     Raises:
         ValueError: if it is unknown; the message names the nearest one.
     """
-    if name not in TABLES:
-        raise ValueError(f"unknown actions '{name}': {did_you_mean(name, TABLES)}")
+    check_known("actions", name, TABLES)
     return TABLES[name]
