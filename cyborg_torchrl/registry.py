@@ -10,7 +10,7 @@ import difflib
 import functools
 import inspect
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
@@ -42,6 +42,18 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     if near:
         return f"did you mean '{folded[near[0]]}'?"
     return f"known: {', '.join(names[:MAX_NAMED]) or '(none)'}{', ...' if len(names) > MAX_NAMED else '.'}"
+
+
+def check_known(kind: str, name: str, known: Collection[str]) -> None:
+    """Raise ValueError if a name is unknown. The message suggests the nearest known name.
+
+    Args:
+        kind: noun for what is named, such as "backend".
+        name: the name.
+        known: all names.
+    """
+    if name not in known:
+        raise ValueError(f"unknown {kind} '{name}': {did_you_mean(name, known)}")
 
 
 class Registry:

@@ -17,7 +17,6 @@ import signal
 import sys
 import time
 import traceback
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stderr
@@ -37,6 +36,7 @@ from rich.table import Table
 from cyborg_torchrl.cli.train import hydra_parser, parse_overrides, run_hydra
 from cyborg_torchrl.config import load_config
 from cyborg_torchrl.config.checks import validate
+from cyborg_torchrl.memory_benchmarks.report.groups import group_by
 from cyborg_torchrl.memory_benchmarks.results import Job, Row, folder_name, override_keys, write_rows
 from cyborg_torchrl.registry import UnavailableError
 from cyborg_torchrl.training.builders import prepare_process
@@ -205,9 +205,7 @@ def table(rows: Sequence[Row], target: float | None = None) -> tuple[list[str], 
     """
     varied = [key for key in override_keys(rows) if len({row.get(key, "") for row in rows}) > 1]
     names = ["task", "backbone", *varied]
-    groups: dict[tuple[str, ...], list[Row]] = defaultdict(list)
-    for row in rows:
-        groups[tuple(str(row.get(name, "")) for name in names)].append(row)
+    groups = group_by(rows, lambda row: tuple(str(row.get(name, "")) for name in names))
     measured = ("horizon", "steps", "mean", "95 %", "min", "seeds", "target", "solved", "s/run", "MiB")
     return [*names, *measured], [[*group, *_measured(runs, target)] for group, runs in sorted(groups.items())]
 

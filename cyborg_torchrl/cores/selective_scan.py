@@ -21,8 +21,10 @@ BLOCK_NUMEL = 2**19
 """Numbers in an expanded block. A few such blocks fit into the cache of one processor core."""
 
 
-def _block_length(steps: int, numel_per_step: int) -> int:
-    return max(1, min(steps, BLOCK_NUMEL // numel_per_step))
+def _spans(steps: int, numel_per_step: int) -> list[slice]:
+    """Return the blocks of steps, in order. Only the last may be shorter."""
+    length = max(1, BLOCK_NUMEL // numel_per_step)
+    return [slice(start, min(start + length, steps)) for start in range(0, steps, length)]
 
 
 class _Block:
@@ -70,15 +72,13 @@ class _SelectiveScan(torch.autograd.Function):
         is_init: Tensor,
         initial: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        steps = u.shape[0]
-        length = _block_length(steps, h_0.numel())
+        spans = _spans(u.shape[0], h_0.numel())
         resets = reset_steps(is_init)
         inputs = (delta * u, delta, a, b)
-        block = _Block(length, h_0)
+        block = _Block(spans[0].stop, h_0)
         y = torch.empty_like(u)
         starts = [h_0]
-        for start in range(0, steps, length):
-            span = slice(start, min(start + length, steps))
+        for span in spans:
             _, states, work = block.recur(span, starts[-1], inputs, resets, is_init, initial)
             torch.sum(torch.mul(states[1:], c[span].unsqueeze(3), out=work), 2, out=y[span])
             starts.append(states[-1].clone())
@@ -89,23 +89,22 @@ class _SelectiveScan(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, grad_y: Tensor, grad_last: Tensor) -> tuple[Tensor | None, ...]:
         u, delta, a, b, c, is_init, initial, *starts = ctx.saved_tensors
-        steps, length = u.shape[0], _block_length(u.shape[0], initial.numel())
+        spans = _spans(u.shape[0], initial.numel())
         resets = reset_steps(is_init)
         u_dt = delta * u
-        block, grads = _Block(length, initial), initial.new_empty(length, *initial.shape)
+        block, grads = _Block(spans[0].stop, initial), initial.new_empty(spans[0].stop, *initial.shape)
         grad_u_dt, grad_delta = torch.empty_like(u), torch.empty_like(u)
         grad_a, grad_b, grad_c = torch.zeros_like(a), torch.empty_like(b), torch.empty_like(c)
         grad_initial = torch.zeros_like(initial)
         carried = grad_last.clone()  # gradient of the state after the block
-        for index, start in reversed(list(enumerate(range(0, steps, length)))):
-            span = slice(start, min(start + length, steps))
-            decay, states, work = block.recur(span, starts[index], (u_dt, delta, a, b), resets, is_init, initial)
+        for span, start in reversed(list(zip(spans, starts, strict=True))):
+            decay, states, work = block.recur(span, start, (u_dt, delta, a, b), resets, is_init, initial)
             torch.sum(torch.mul(states[1:], grad_y[span].unsqueeze(2), out=work), 3, out=grad_c[span])
             grad = torch.mul(grad_y[span].unsqueeze(2), c[span].unsqueeze(3), out=grads[: decay.shape[0]])
             for i, (a_t, grad_t) in reversed(list(enumerate(zip(decay.unbind(0), grad.unbind(0), strict=True)))):
                 grad_t += carried
                 torch.mul(a_t, grad_t, out=carried)
-                t = start + i
+                t = span.start + i
                 if resets[t]:
                     mask = is_init[t, :, None, None]
                     grad_initial += carried.masked_fill(~mask, 0.0)

@@ -14,13 +14,9 @@ from cyborg_torchrl.cores.abstract import Core, State, Terms
 from cyborg_torchrl.cores.mamba import MambaBlock
 from cyborg_torchrl.cores.mamba2 import Mamba2Block
 from cyborg_torchrl.cores.pseudo_mamba import PseudoMambaBlock
-from cyborg_torchrl.registry import backbones, did_you_mean, register_backbone
+from cyborg_torchrl.registry import backbones, check_known, did_you_mean, register_backbone
 
-BLOCKS: dict[str, Callable[..., Core]] = {
-    "mamba": MambaBlock,
-    "mamba2": Mamba2Block,
-    "pseudo_mamba": PseudoMambaBlock,
-}
+BLOCKS: dict[str, Callable[..., Core]] = {"mamba": MambaBlock, "mamba2": Mamba2Block, "pseudo_mamba": PseudoMambaBlock}
 """Blocks that need the norms and residuals of a stack. They are not backbones by themselves."""
 
 
@@ -136,8 +132,7 @@ def build_layer(layer: str | Mapping[str, Any], width: int, defaults: Mapping[st
     name = layer if isinstance(layer, str) else options.pop("name", None)
     if not isinstance(name, str):
         raise ValueError(f"a layer is a name, or a mapping with a 'name'; got {layer!r}.")
-    if name not in BLOCKS and name not in backbones.names():
-        raise ValueError(f"unknown layer '{name}': {did_you_mean(name, {*BLOCKS, *backbones.names()})}")
+    check_known("layer", name, {*BLOCKS, *backbones.names()})
     builder = BLOCKS.get(name) or backbones.get(name)
     known = list(inspect.signature(builder).parameters)[1:]
     for option in options:

@@ -112,11 +112,9 @@ def pack_episodes(is_init: Bool[Tensor, "N T"], row_length: int) -> Packing:
 
 def _best_fit(length: Int[Tensor, " E"], is_continued: Bool[Tensor, " E"], row_length: int) -> list[list[int]]:
     """Return the episodes of each row. Continued episodes come first, since each of them begins a row."""
-    # Longest first: large episodes leave gaps that small ones fill later.
-    longest_first = torch.argsort(length, descending=True, stable=True)
-    is_continued_too = is_continued[longest_first]
-    order = torch.cat([longest_first[is_continued_too], longest_first[~is_continued_too]]).tolist()
     lengths, continued = length.tolist(), is_continued.tolist()
+    # Then longest first: large episodes leave gaps that small ones fill later.
+    order = sorted(range(len(lengths)), key=lambda episode: (not continued[episode], -lengths[episode]))
     rows: list[list[int]] = []
     room: list[tuple[int, int]] = []  # (steps left, row), in ascending order for the binary search
     for episode in order:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
-from tensordict.utils import NestedKey
 from torch import Tensor
-from torchrl.data import LazyTensorStorage
 
 from cyborg_torchrl import keys
 from cyborg_torchrl.data.chunks import Packing, ceil_div, pack_episodes
@@ -33,28 +30,17 @@ class EpisodeBuffer(SequenceBuffer):
         row_length: steps of a row, at least those of the longest episode in a rollout.
         batch_size: rows in a minibatch.
         num_envs: N.
-        state_keys: entries that are memory states, or tensordicts of them.
-        storage: default `LazyTensorStorage`.
-        **options: those of TorchRL's `ReplayBuffer`.
+        **options: `state_keys`, entries that are memory states, or tensordicts of them; `storage`, a storage, or a
+            function that makes one with a number of rows; those of TorchRL's `ReplayBuffer`.
 
     Raises:
         ValueError: if the storage is too small for a rollout.
     """
 
-    def __init__(
-        self,
-        num_steps: int,
-        row_length: int,
-        batch_size: int,
-        *,
-        num_envs: int,
-        state_keys: Sequence[NestedKey] = (keys.MEMORY_STATE,),
-        storage: LazyTensorStorage | None = None,
-        **options: Any,
-    ) -> None:
+    def __init__(self, num_steps: int, row_length: int, batch_size: int, *, num_envs: int, **options: Any) -> None:
         # Any two rows together hold more steps than one row, except for rows that continued episodes begin.
         rows = num_envs + 2 * ceil_div(num_steps, row_length)
-        super().__init__(num_steps, rows, batch_size, state_keys, storage, options)
+        super().__init__(num_steps, rows, batch_size, **options)
         self.row_length, self.num_envs = row_length, num_envs
 
     def store(self, rollout: TensorDictBase | Rollout, policy: TensorDictModuleBase | None = None) -> None:
@@ -65,11 +51,10 @@ class EpisodeBuffer(SequenceBuffer):
                 into a row.
         """
         del policy
+        self._checked_steps(rollout)
         if not isinstance(rollout, Rollout):
-            self._check_rollout(rollout)
             rollout = Rollout.from_steps(rollout, self.state_keys, [0])
         steps = rollout.steps
-        self._check_rollout(steps)
         packing = pack_episodes(steps.get(keys.IS_INIT).squeeze(-1), self.row_length)
         rows = self._packed_steps(steps, packing)
         # The first step of a row decides its state: the environment in which that step was taken.

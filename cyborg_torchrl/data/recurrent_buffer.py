@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +10,6 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey
 from torch import Tensor
-from torchrl.data import LazyTensorStorage
 
 from cyborg_torchrl import keys
 from cyborg_torchrl.data.chunks import Windows, ceil_div, window_starts, windows
@@ -50,9 +48,9 @@ class RecurrentRolloutBuffer(SequenceBuffer):
         state_dtype: precision of the stored states; None: that of the rollout.
         start_state: "stored", or "initial": every sequence starts from the initial state, even in the middle of an
             episode. Many libraries do the latter; it is wrong and exists here for comparison.
-        state_keys: entries that are memory states, or tensordicts of them.
-        storage: default `LazyTensorStorage` with one row a stretch. Pass another to use a memmap or a device.
-        **options: those of TorchRL's `ReplayBuffer`.
+        **options: `state_keys`, entries that are memory states, or tensordicts of them; `storage`, a storage with one
+            row a stretch, or a function that makes one with a number of rows, to use a memmap or a device; those of
+            TorchRL's `ReplayBuffer`.
 
     Raises:
         ValueError: if the numbers do not fit together, or the storage is too small for a rollout.
@@ -69,8 +67,6 @@ class RecurrentRolloutBuffer(SequenceBuffer):
         state_stride: int | None = None,
         state_dtype: torch.dtype | None = None,
         start_state: str = "stored",
-        state_keys: Sequence[NestedKey] = (keys.MEMORY_STATE,),
-        storage: LazyTensorStorage | None = None,
         **options: Any,
     ) -> None:
         stride = seq_len if state_stride is None else state_stride
@@ -83,7 +79,7 @@ class RecurrentRolloutBuffer(SequenceBuffer):
         stretches = ceil_div(steps_per_env, stride)
         rows = stretches * (num_envs or 1)
         rows_per_batch = ceil_div(batch_size * stretches, chunks)
-        super().__init__(num_steps, rows, rows_per_batch, state_keys, storage, options)
+        super().__init__(num_steps, rows, rows_per_batch, **options)
         self.seq_len, self.num_envs, self.burn_in = seq_len, num_envs, burn_in
         self.state_stride, self.state_dtype, self.start_state = stride, state_dtype, start_state
         self.steps_per_env = steps_per_env
@@ -106,8 +102,7 @@ class RecurrentRolloutBuffer(SequenceBuffer):
             ValueError: if it is not [N, T], has another number of steps than the buffer, or has other states than
                 those of `state_steps`.
         """
-        steps = rollout.steps if isinstance(rollout, Rollout) else rollout
-        self._check_rollout(steps)
+        steps = self._checked_steps(rollout)
         self._check_lengths(*steps.shape)
         state_steps = self.state_steps(steps.shape[1])
         if not isinstance(rollout, Rollout):
@@ -146,10 +141,7 @@ class RecurrentRolloutBuffer(SequenceBuffer):
 
     def replace_states(self, rollout: Rollout) -> None:
         """Replace the stored states by those of a rollout, such as states recomputed with new parameters."""
-        target = self._stored_rows().get(STORED_STATE)
-        states = self._states_of_rows(rollout)
-        for key in target.keys(include_nested=True, leaves_only=True):
-            target.get(key).copy_(states.get(key))
+        self._stored_rows().get(STORED_STATE).update_(self._states_of_rows(rollout))
 
     @property
     def _chunks_per_env(self) -> int:
@@ -193,12 +185,14 @@ class RecurrentRolloutBuffer(SequenceBuffer):
     def _numbered_sequences(self, rows: TensorDictBase, row: Tensor) -> tuple[TensorDictBase, Tensor]:
         """Return the sequences of stored rows, and the number of each chunk, counted over all environments."""
         if self._rows_are_sequences():
-            sequences, chunk = with_states(rows.get(STEPS), self._states_in_full_precision(rows)), row
+            sequences, states, chunk = rows.get(STEPS), self._states_in_full_precision(rows), row
         else:
-            sequences, chunk = self._cut_sequences(rows, row)
-        if self.start_state == "initial":
-            self._restart(sequences, rows)
-        return sequences, chunk
+            sequences, states, chunk = self._cut_sequences(rows, row)
+        if self.start_state == "initial":  # as if an episode began at the first step of every sequence
+            is_init = sequences.get(keys.IS_INIT).clone()
+            is_init[:, 0] = True
+            sequences, states = sequences.set(keys.IS_INIT, is_init), torch.zeros_like(states)
+        return with_states(sequences, states), chunk
 
     def _rows_are_sequences(self) -> bool:
         """Return whether stored rows need no cutting: one chunk a row, no burn-in, no padding."""
@@ -211,8 +205,11 @@ class RecurrentRolloutBuffer(SequenceBuffer):
         states = {key: stored.get(key).to(dtype) for key, dtype in self._dtypes.items()}
         return TensorDict(states, stored.batch_size, device=stored.device)
 
-    def _cut_sequences(self, rows: TensorDictBase, row: Tensor) -> tuple[TensorDictBase, Tensor]:
-        """Return the sequences that overlap (burn-in), end early (padding), or start between stored states."""
+    def _cut_sequences(self, rows: TensorDictBase, row: Tensor) -> tuple[TensorDictBase, TensorDictBase, Tensor]:
+        """Return sequences that overlap (burn-in), end early (padding), or start between stored states.
+
+        Also return the state before each sequence, and the number of its chunk.
+        """
         steps = self._stored_rows().get(STEPS).reshape(-1)
         is_init = steps.get(keys.IS_INIT)
         states = self._states_in_full_precision(rows)
@@ -239,7 +236,7 @@ class RecurrentRolloutBuffer(SequenceBuffer):
             sequences.append(sequence)
             first_states.append(states)
             chunks.append(chunk)
-        return with_states(torch.cat(sequences), torch.cat(first_states)), torch.cat(chunks)
+        return torch.cat(sequences), torch.cat(first_states), torch.cat(chunks)
 
     def _advance(self, steps: TensorDictBase, begin: Tensor, end: Tensor, states: TensorDictBase) -> TensorDictBase:
         """Return the states before the steps `end`, from those before the steps `begin`, with the policy that acted."""
@@ -253,15 +250,6 @@ class RecurrentRolloutBuffer(SequenceBuffer):
                 positions = begin[rows].unsqueeze(1) + torch.arange(length, device=begin.device)
                 states[rows] = state_after(self._behaviour, steps[positions], states[rows], self.state_keys)
         return states
-
-    def _restart(self, sequences: TensorDictBase, rows: TensorDictBase) -> None:
-        """Let every sequence start from the initial state, as if an episode began there."""
-        is_init = sequences.get(keys.IS_INIT).clone()
-        is_init[:, 0] = True
-        sequences.set(keys.IS_INIT, is_init)
-        for key in rows.get(STORED_STATE).keys(include_nested=True, leaves_only=True):
-            state = sequences.get(key)
-            sequences.set(key, torch.zeros_like(state[:, :1]).expand_as(state))
 
 
 def _check_sizes(

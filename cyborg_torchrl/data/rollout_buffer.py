@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,8 @@ from cyborg_torchrl.data.rollout import Rollout
 
 STEPS, STORED_STATE = "steps", "stored_state"
 """Entries of a row of sequences: those of each step, and the memory state before the first."""
+StorageOption = LazyTensorStorage | Callable[[int], LazyTensorStorage] | None
+"""A storage, or a function that makes one with a number of rows."""
 
 
 class OneRolloutBuffer(ReplayBuffer):
@@ -29,7 +31,7 @@ class OneRolloutBuffer(ReplayBuffer):
         rows: rows of the storage.
         batch_size: rows in a minibatch.
         state_keys: entries that are memory states, or tensordicts of them.
-        storage: default `LazyTensorStorage(rows)`.
+        storage: a storage, or a function that makes one with a number of rows; default `LazyTensorStorage`.
         **options: those of TorchRL's `ReplayBuffer`.
 
     Raises:
@@ -41,13 +43,16 @@ class OneRolloutBuffer(ReplayBuffer):
         num_steps: int,
         rows: int,
         batch_size: int,
-        state_keys: Sequence[NestedKey],
-        storage: LazyTensorStorage | None,
-        options: dict[str, Any],
+        *,
+        state_keys: Sequence[NestedKey] = (keys.MEMORY_STATE,),
+        storage: StorageOption = None,
+        **options: Any,
     ) -> None:
         if storage is None:
-            storage = LazyTensorStorage(rows)
-        elif storage.max_size < rows:
+            storage = LazyTensorStorage
+        if callable(storage):
+            storage = storage(rows)
+        if storage.max_size < rows:
             raise ValueError(f"the storage holds {storage.max_size} rows; a rollout has {rows}.")
         # Without replacement, so that an epoch covers every row exactly once.
         super().__init__(storage=storage, sampler=SamplerWithoutReplacement(), batch_size=batch_size, **options)
@@ -79,13 +84,14 @@ class OneRolloutBuffer(ReplayBuffer):
                 self._clear_prefetch_queue_locked()
         self.sampler._empty()
 
-    def _check_rollout(self, steps: TensorDictBase) -> None:
-        """Check the shape of a rollout.
+    def _checked_steps(self, rollout: TensorDictBase | Rollout) -> TensorDictBase:
+        """Check the shape of a rollout, and return its steps.
 
         Raises:
             ValueError: if it is not [N, T], or has another number of steps than the buffer.
             KeyError: if it has no `is_init`.
         """
+        steps = rollout.steps if isinstance(rollout, Rollout) else rollout
         if steps.ndim != 2:
             raise ValueError(
                 f"a rollout has batch size [N, T]; got {list(steps.batch_size)}. Without a batch of environments, "
@@ -100,6 +106,7 @@ class OneRolloutBuffer(ReplayBuffer):
             raise ValueError(
                 f"the buffer was made for rollouts of {self.num_steps} steps; got {steps.shape[0]} x {steps.shape[1]}."
             )
+        return steps
 
 
 class SequenceBuffer(OneRolloutBuffer):
@@ -132,21 +139,12 @@ class RolloutBuffer(OneRolloutBuffer):
     Args:
         num_steps: steps of one rollout, over all environments.
         batch_size: steps in a minibatch.
-        state_keys: entries that are memory states; they are not stored.
-        storage: default `LazyTensorStorage(num_steps)`.
-        **options: those of TorchRL's `ReplayBuffer`.
+        **options: `state_keys`, entries that are memory states and not stored; `storage`, a storage, or a function that
+            makes one with a number of rows; those of TorchRL's `ReplayBuffer`.
     """
 
-    def __init__(
-        self,
-        num_steps: int,
-        batch_size: int,
-        *,
-        state_keys: Sequence[NestedKey] = (keys.MEMORY_STATE,),
-        storage: LazyTensorStorage | None = None,
-        **options: Any,
-    ) -> None:
-        super().__init__(num_steps, num_steps, batch_size, state_keys, storage, options)
+    def __init__(self, num_steps: int, batch_size: int, **options: Any) -> None:
+        super().__init__(num_steps, num_steps, batch_size, **options)
 
     def store(self, rollout: TensorDictBase | Rollout, policy: TensorDictModuleBase | None = None) -> None:
         """Store a rollout [N, T]; `policy` is not used.
@@ -155,6 +153,5 @@ class RolloutBuffer(OneRolloutBuffer):
             ValueError: if it is not [N, T], or has another number of steps than the buffer.
         """
         del policy
-        steps = rollout.steps if isinstance(rollout, Rollout) else rollout
-        self._check_rollout(steps)
+        steps = self._checked_steps(rollout)
         self._replace_rows(steps.exclude(keys.NEXT, *self.state_keys).reshape(-1))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
 from typing import NamedTuple
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 from tensordict import TensorDictBase
 from torch import Tensor
+from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import set_recurrent_mode
 
@@ -91,11 +93,13 @@ def _acted(
     With normalised observations there are two environments with the same seed and the same actions: the agent's, and
     one without normalisation.
     """
-    options = {"num_envs": rows, "seed": cfg.train.seed, "workers": 0 if "workers" in cfg.env else None}
-    env = build_acting_env(cfg, agent, **options)
-    plain = build_env(unnormalized(cfg), **options) if cfg.transforms.normalize_observation else None
+    options = {"num_envs": rows, "seed": cfg.train.seed, "workers": 0}
     generator = torch.Generator().manual_seed(cfg.train.seed)
-    try:
+    with ExitStack() as stack:
+        env = stack.enter_context(closing(build_acting_env(cfg, agent, **options)))
+        plain: EnvBase | None = None
+        if cfg.transforms.normalize_observation:
+            plain = stack.enter_context(closing(build_env(unnormalized(cfg), **options)))
         shown = env.reset()
         bare = shown if plain is None else plain.reset()
         for _ in range(steps):
@@ -105,14 +109,7 @@ def _acted(
                 acted = agent(shown)
             yield acted, {dotted(key): bare[key] for key in agent.observed_keys}, shown[keys.IS_INIT].reshape(rows)
             shown = env.step_and_maybe_reset(acted)[1]
-            if plain is not None:
-                bare = plain.step_and_maybe_reset(bare.set(keys.ACTION, acted[keys.ACTION]))[1]
-            else:
-                bare = shown
-    finally:
-        for each in (env, plain):
-            if each is not None:
-                each.close()
+            bare = shown if plain is None else plain.step_and_maybe_reset(bare.set(keys.ACTION, acted[keys.ACTION]))[1]
 
 
 def _distance(value: Tensor, reference: Tensor) -> float:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from importlib.metadata import version
 from typing import Any
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 from tensordict.utils import unravel_key
 from torch import Tensor
@@ -37,7 +36,6 @@ def describe(cfg: DictConfig, agent: PPOAgent, env: EnvBase) -> dict[str, Any]:
     batch_dims = len(env.batch_size)
     stacked = cfg.transforms.frame_stack
     frames = f"the last {stacked} frames, oldest first, the first of an episode repeated" if stacked > 1 else None
-    initial = {name: value[0].detach() for name, value in agent.backbone.core.initial_state(1).items()}
     return {
         "version": version("cyborg-torchrl"),
         "task": environments.title(cfg.env.name, cfg.env),
@@ -48,12 +46,8 @@ def describe(cfg: DictConfig, agent: PPOAgent, env: EnvBase) -> dict[str, Any]:
         },
         "is_init": {"shape": [], "dtype": "bool", "meaning": "an episode begins: memory starts from its initial state"},
         "state": {
-            name: {
-                "shape": list(agent.backbone.core.state_shapes[name]),
-                "dtype": _name(initial[name].dtype),
-                "initial": _numbers(initial[name]),
-            }
-            for name in agent.backbone.core.state_shapes
+            name: _entry(value[0], 0) | {"initial": _numbers(value[0].detach())}
+            for name, value in agent.backbone.core.initial_state(1).items()
         },
         "action": _action(env, batch_dims),
         "parameters": list(agent.policy_head.out_keys),
@@ -61,8 +55,8 @@ def describe(cfg: DictConfig, agent: PPOAgent, env: EnvBase) -> dict[str, Any]:
     }
 
 
-def _entry(spec: TensorSpec, batch_dims: int) -> dict[str, Any]:
-    return {"shape": list(spec.shape[batch_dims:]), "dtype": _name(spec.dtype)}
+def _entry(entry: TensorSpec | Tensor, batch_dims: int) -> dict[str, Any]:
+    return {"shape": list(entry.shape[batch_dims:]), "dtype": str(entry.dtype).removeprefix("torch.")}
 
 
 def _action(env: EnvBase, batch_dims: int) -> dict[str, Any]:
@@ -83,7 +77,3 @@ def _numbers(value: Tensor) -> Any:
     """Return one number if all are equal, else all of them."""
     first = value.flatten()[0].item()
     return first if bool((value == first).all()) else value.tolist()
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,17 +14,6 @@ from cyborg_torchrl.export.programs import EXTRA, ExportError
 from cyborg_torchrl.registry import UnavailableError
 
 FlatDict = dict[str, Tensor]
-
-
-@runtime_checkable
-class Runner(Protocol):
-    """An exported program together with its runtime."""
-
-    description: dict[str, Any]
-
-    def __call__(self, observation: FlatDict, state: FlatDict, is_init: Tensor) -> dict[str, Any]:
-        """Take one step; inputs and outputs are those of `StreamingStep`."""
-        ...
 
 
 class TorchRunner:
@@ -40,7 +29,7 @@ class TorchRunner:
         self.description = json.loads(extra[f"{METADATA}.json"])
 
     def __call__(self, observation: FlatDict, state: FlatDict, is_init: Tensor) -> dict[str, Any]:
-        """Take one step."""
+        """Take one step; inputs and outputs are those of `StreamingStep`."""
         return self._step(observation, state, is_init)
 
 
@@ -70,9 +59,13 @@ class OnnxRunner:
         self.description = json.loads(self._session.get_modelmeta().custom_metadata_map[METADATA])
 
     def __call__(self, observation: FlatDict, state: FlatDict, is_init: Tensor) -> dict[str, Any]:
-        """Take one step."""
+        """Take one step, as `TorchRunner` does."""
         inputs = observation | {f"state.{name}": value for name, value in state.items()} | {"is_init": is_init}
         arrays = self._session.run(None, {name: value.numpy(force=True) for name, value in inputs.items()})
         results = {name: torch.from_numpy(array) for name, array in zip(self._outputs, arrays, strict=True)}
         following = {name: results.pop(f"next_state.{name}") for name in state}
         return {**results, "state": following}
+
+
+Runner = TorchRunner | OnnxRunner
+"""An exported program together with its runtime."""

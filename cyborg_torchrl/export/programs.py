@@ -80,8 +80,7 @@ def onnx_file(program: ExportedProgram, description: dict[str, Any]) -> bytes:
     level = logger.level
     logger.setLevel(logging.ERROR)  # it reports each missing operation of torchvision
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # warnings for the exporter's authors
+        with warnings.catch_warnings(action="ignore"):  # warnings for the exporter's authors
             made = torch.onnx.export(
                 program.run_decompositions(ACCURATE),
                 dynamo=True,

@@ -92,10 +92,7 @@ class Backbone(TensorDictModuleBase):
         x, is_init = self._inputs(tensordict)
         *batch_shape, steps, features = x.shape
         batch = x[..., 0, 0].numel()
-        state = self._state(tensordict, is_init, first_step=True)
-        state = {
-            name: value.reshape(batch, *self.core.state_shapes[name]).to(self._dtype()) for name, value in state.items()
-        } or self.core.initial_state(batch)
+        state = self._flat(self._state(tensordict, is_init, first_step=True), batch)
         y, last, terms = self.core.forward_with_terms(
             x.reshape(batch, steps, features), state, is_init.reshape(batch, steps)
         )
@@ -106,33 +103,21 @@ class Backbone(TensorDictModuleBase):
 
     def _run_step(self, tensordict: TensorDictBase) -> State:
         x, is_init = self._inputs(tensordict)
-        batch_shape = x.shape[:-1]
-        state = self._state(tensordict, is_init, first_step=False)
-        y, state = self.core.step(x.reshape(batch_shape.numel(), -1), self.restarted(state, is_init))
+        batch_shape, batch = x.shape[:-1], x.shape[:-1].numel()
+        state = self._flat(self._state(tensordict, is_init, first_step=False), batch)
+        state = restart(state, self.core.initial_state(batch), is_init.reshape(batch))
+        y, state = self.core.step(x.reshape(batch, -1), state)
         tensordict.set(self.out_key, y.reshape(*batch_shape, -1))
-        return self.set_next(tensordict, state, batch_shape)
-
-    def restarted(self, state: State, is_init: Tensor) -> State:
-        """Return the states before a step, with the initial state in rows where an episode begins.
-
-        Args:
-            state: stored states, {name: [*B, *shape]}; empty: the initial state everywhere.
-            is_init: true where an episode begins, [*B] or [*B, 1].
-
-        Returns:
-            {name: [B, *shape]}, with one batch dimension.
-        """
-        batch, dtype = is_init.numel(), self._dtype()  # states may be stored in another precision
-        initial = self.core.initial_state(batch)
-        flat = {n: v.reshape(batch, *self.core.state_shapes[n]).to(dtype) for n, v in state.items()}
-        return restart(flat or initial, initial, is_init.reshape(batch))
-
-    def set_next(self, tensordict: TensorDictBase, state: State, batch_shape: torch.Size) -> State:
-        """Write the state after a step, {name: [B, *shape]}, and return it as written, {name: [*B, *shape]}."""
         state = {name: value.reshape(*batch_shape, *value.shape[1:]) for name, value in state.items()}
         for name, key in self.state_keys.items():
             tensordict.set(self._next(key), state[name])
         return state
+
+    def _flat(self, state: State, batch: int) -> State:
+        """Return states with one batch dimension, in the core's precision; the initial state if there are none."""
+        dtype, shapes = self._dtype(), self.core.state_shapes  # states may be stored in another precision
+        flat = {name: value.reshape(batch, *shapes[name]).to(dtype) for name, value in state.items()}
+        return flat or self.core.initial_state(batch)
 
     def _inputs(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor]:
         x = tensordict.get(self.in_key, None)
@@ -153,10 +138,10 @@ class Backbone(TensorDictModuleBase):
     def _state(self, tensordict: TensorDictBase, is_init: Tensor, *, first_step: bool) -> State:
         """Return the stored state, or {} if there is none. Warn if that loses memory in the middle of an episode."""
         values = {name: tensordict.get(key, None) for name, key in self.state_keys.items()}
-        missing = [self.state_keys[name] for name, value in values.items() if value is None]
+        state: State = {name: value for name, value in values.items() if value is not None}
+        missing = [key for name, key in self.state_keys.items() if name not in state]
         if missing:
-            flags = is_init[..., 0] if first_step else is_init
-            if not bool(flags.all()):
+            if not bool((is_init[..., 0] if first_step else is_init).all()):
                 warnings.warn(
                     f"the memory state {missing} is not in the tensordict in the middle of an episode: memory "
                     "starts afresh there. Add backbone.make_tensordict_primer() to the environment, or let the "
@@ -164,10 +149,10 @@ class Backbone(TensorDictModuleBase):
                     stacklevel=5,
                 )
             return {}
-        if first_step:
-            dims = {name: len(shape) for name, shape in self.core.state_shapes.items()}
-            return {name: value.select(-1 - dims[name], 0) for name, value in values.items() if value is not None}
-        return {name: value for name, value in values.items() if value is not None}
+        if not first_step:
+            return state
+        dims = {name: len(shape) for name, shape in self.core.state_shapes.items()}
+        return {name: value.select(-1 - dims[name], 0) for name, value in state.items()}
 
     def _dtype(self) -> torch.dtype:
         return next((p.dtype for p in self.core.parameters()), torch.get_default_dtype())

@@ -1,8 +1,7 @@
-"""Build the parts of a training run from its configuration, or one rank's share of them."""
+"""Build the parts of a training run from its configuration."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from functools import partial
@@ -30,13 +29,11 @@ from cyborg_torchrl.envs.transforms.normalization import statistics_of
 from cyborg_torchrl.modules import Backbone, PPOAgent, build_encoder
 from cyborg_torchrl.objectives import RecurrentClipPPOLoss
 from cyborg_torchrl.registry import Registry, backbones, environments, memories, options_of
-from cyborg_torchrl.training.distributed import Ranks
+from cyborg_torchrl.training.distributed import Ranks, share_of_rank
 from cyborg_torchrl.training.trainer import PPOTrainer
 
 DEFAULT_STEPS = 128
 """Steps of a rollout if neither the configuration nor the environment defines them."""
-RANK_SEEDS = 10_007
-"""Difference between the seeds of two ranks, larger than the number of workers of one rank."""
 Buffer = RolloutBuffer | RecurrentRolloutBuffer | EpisodeBuffer
 
 
@@ -117,7 +114,6 @@ def build_agent(cfg: DictConfig, env: EnvBase) -> PPOAgent:
         ConfigError: if the encoder, the core or the environment does not fit.
     """
     batch_dims = len(env.batch_size)
-
     mask_key = _mask_key(cfg, env)
     masks = [] if mask_key is None else [mask_key]
 
@@ -182,7 +178,8 @@ def rollout_length(cfg: DictConfig, env: EnvBase) -> int:
         ConfigError: if a rollout has fewer stored rows than minibatches.
     """
     steps = cfg.train.n_steps or episode_attribute(env, "max_episode_steps") or DEFAULT_STEPS
-    rows = env.batch_size.numel() * ceil_div(steps, _stored_row_length(cfg, steps, env))
+    _, stored = _row_lengths(cfg, steps, env)
+    rows = env.batch_size.numel() * ceil_div(steps, stored)
     if cfg.train.num_minibatches > rows:
         raise ConfigError(
             f"train.num_minibatches = {cfg.train.num_minibatches}, but a rollout has only {rows} sequences to split; "
@@ -195,25 +192,23 @@ def build_buffer(cfg: DictConfig, env: EnvBase, steps: int) -> Buffer:
     """Build the buffer of the recurrent mode, for rollouts of `steps` steps of each environment."""
     train, num_envs = cfg.train, env.batch_size.numel()
     num_steps = num_envs * steps
-    row_length = _row_length(cfg, steps, env)
+    row_length, stored_length = _row_lengths(cfg, steps, env)
     batch_size = ceil_div(num_envs * ceil_div(steps, row_length), train.num_minibatches)
+    storage = partial(_storage, cfg)
     if train.recurrent_mode == "none":
-        return RolloutBuffer(num_steps, batch_size, storage=_storage(cfg, num_steps))
+        return RolloutBuffer(num_steps, batch_size, storage=storage)
     if train.recurrent_mode == "episode":
-        rows = num_envs + 2 * ceil_div(num_steps, row_length)
-        return EpisodeBuffer(num_steps, row_length, batch_size, num_envs=num_envs, storage=_storage(cfg, rows))
-    stride = _stored_row_length(cfg, steps, env)
-    padded_steps = row_length * ceil_div(steps, row_length)
+        return EpisodeBuffer(num_steps, row_length, batch_size, num_envs=num_envs, storage=storage)
     return RecurrentRolloutBuffer(
         num_steps,
         row_length,
         batch_size,
         num_envs=num_envs,
         burn_in=train.burn_in,
-        state_stride=stride,
+        state_stride=stored_length,
         state_dtype=None if train.state_dtype == "float32" else getattr(torch, train.state_dtype),
         start_state=train.start_state,
-        storage=_storage(cfg, num_envs * ceil_div(steps, min(stride, padded_steps))),
+        storage=storage,
     )
 
 
@@ -223,20 +218,14 @@ def _storage(cfg: DictConfig, rows: int) -> LazyTensorStorage:
     return LazyTensorStorage(rows, device=resolve_device(cfg.train.device) if cfg.train.storage == "device" else "cpu")
 
 
-def _row_length(cfg: DictConfig, steps: int, env: EnvBase) -> int:
-    """Return the steps of a sequence in a minibatch."""
-    mode = cfg.train.recurrent_mode
-    if mode == "none":
-        return 1
-    if mode == "episode":
-        return min(steps, episode_attribute(env, "max_episode_steps") or steps)
-    return min(steps, cfg.train.seq_len or steps)
-
-
-def _stored_row_length(cfg: DictConfig, steps: int, env: EnvBase) -> int:
-    """Return the steps of a stored row, which has one memory state."""
-    row_length = _row_length(cfg, steps, env)
-    return row_length if row_length == steps else cfg.train.state_stride or row_length
+def _row_lengths(cfg: DictConfig, steps: int, env: EnvBase) -> tuple[int, int]:
+    """Return the steps of a sequence in a minibatch, and those of a stored row, which has one memory state."""
+    train = cfg.train
+    if train.recurrent_mode == "none":
+        return 1, 1
+    longest = episode_attribute(env, "max_episode_steps") if train.recurrent_mode == "episode" else train.seq_len
+    length = min(steps, longest or steps)
+    return length, length if length == steps else train.state_stride or length
 
 
 def build_collector(
@@ -352,29 +341,6 @@ def prepare_process(cfg: DictConfig) -> None:
     For programs: `build_trainer` and `run_experiment` leave the process as it is.
     """
     prepare_cpu(cfg.train.num_threads)
-
-
-def share_of_rank(cfg: DictConfig, ranks: Ranks) -> DictConfig:
-    """Return the configuration of one rank: its part of the environments and steps, and its seed.
-
-    Raises:
-        ConfigError: if environments, or their worker processes, cannot be shared evenly.
-    """
-    if ranks.size == 1:
-        return cfg
-    cfg = copy.deepcopy(cfg)
-    for key, number in (("num_envs", cfg.env.get("num_envs", 1)), ("workers", cfg.env.get("workers") or 0)):
-        if number % ranks.size:
-            nearest = max(1, round(number / ranks.size)) * ranks.size
-            raise ConfigError(
-                f"env.{key} = {number} cannot be shared evenly by the {ranks.size} processes of this run; the nearest "
-                f"that can is {nearest}."
-            )
-        if key in cfg.env:
-            cfg.env[key] = number // ranks.size
-    cfg.train.total_timesteps = max(1, cfg.train.total_timesteps // ranks.size)
-    cfg.train.seed += ranks.rank * RANK_SEEDS
-    return cfg
 
 
 def build_trainer(

@@ -1,7 +1,8 @@
-"""Training of one agent by several processes: collective operations, and joining a launcher's processes."""
+"""Training of one agent by several processes: each rank's share, collective operations, and joining the processes."""
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
@@ -9,12 +10,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from omegaconf import DictConfig
 from torch import Tensor
 
 from cyborg_torchrl.config import ConfigError
 
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """Environment variables that torchrun, and other launchers of torch.distributed, set for each process."""
+RANK_SEEDS = 10_007
+"""Difference between the seeds of two ranks, larger than the number of workers of one rank."""
 
 
 class PeerLostError(RuntimeError):
@@ -188,3 +192,26 @@ def _peer_errors() -> Generator[None]:
 
 def _first_line(error: BaseException) -> str:
     return (str(error) or type(error).__name__).splitlines()[0][:200]
+
+
+def share_of_rank(cfg: DictConfig, ranks: Ranks) -> DictConfig:
+    """Return the configuration of one rank: its part of the environments and steps, and its seed.
+
+    Raises:
+        ConfigError: if environments, or their worker processes, cannot be shared evenly.
+    """
+    if ranks.size == 1:
+        return cfg
+    cfg = copy.deepcopy(cfg)
+    for key, number in (("num_envs", cfg.env.get("num_envs", 1)), ("workers", cfg.env.get("workers") or 0)):
+        if number % ranks.size:
+            nearest = max(1, round(number / ranks.size)) * ranks.size
+            raise ConfigError(
+                f"env.{key} = {number} cannot be shared evenly by the {ranks.size} processes of this run; the nearest "
+                f"that can is {nearest}."
+            )
+        if key in cfg.env:
+            cfg.env[key] = number // ranks.size
+    cfg.train.total_timesteps = max(1, cfg.train.total_timesteps // ranks.size)
+    cfg.train.seed += ranks.rank * RANK_SEEDS
+    return cfg

@@ -31,9 +31,8 @@ from cyborg_torchrl.training.builders import (
     build_env,
     build_loss,
     rollout_length,
-    share_of_rank,
 )
-from cyborg_torchrl.training.distributed import Ranks, joined_ranks
+from cyborg_torchrl.training.distributed import Ranks, joined_ranks, share_of_rank
 from cyborg_torchrl.training.trainer import PPOTrainer
 
 NUM_ENVS = 8

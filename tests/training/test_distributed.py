@@ -17,9 +17,8 @@ import pytest
 import torch
 
 from cyborg_torchrl.config import ConfigError, load_config
-from cyborg_torchrl.training.builders import share_of_rank
 from cyborg_torchrl.training.checkpoint import load_checkpoint
-from cyborg_torchrl.training.distributed import Ranks, joined_ranks
+from cyborg_torchrl.training.distributed import Ranks, joined_ranks, share_of_rank
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = Path(__file__).parent / "rank_program.py"

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from cyborg_torchrl.cores.kernels.native import DTYPES, library
-from cyborg_torchrl.registry import did_you_mean
+from cyborg_torchrl.registry import check_known
 
 LOGGER = logging.getLogger(__name__)
 TINY_STEP = 1e-9
@@ -41,8 +41,7 @@ class Kernel:
     """
 
     def __init__(self, name: str, scans: dict[str, Callable[..., Any]], is_cuda_exact: bool = True) -> None:
-        if name not in ("auto", *scans):
-            raise ValueError(f"unknown kernel '{name}': {did_you_mean(name, ('auto', *scans))}")
+        check_known("kernel", name, ("auto", *scans))
         self.name, self.scans, self.is_cuda_exact = name, scans, is_cuda_exact
 
     def choose(self, device: torch.device, dtype: torch.dtype) -> str:
@@ -57,7 +56,7 @@ class Kernel:
         fast = self.name if self.name != "auto" else ("cuda" if device.type == "cuda" else "cpp")
         if fast not in self.scans:
             return "torch"
-        reason = _why_no_cuda(device, dtype) if fast == "cuda" else _why_no_cpp(device, dtype)
+        reason = _why_not_for(fast, device, dtype)
         if fast == "cuda" and self.name == "auto" and not self.is_cuda_exact:
             reason = "mamba-ssm's kernels round what they multiply; kernel 'cuda' takes them nevertheless"
         if reason and self.name != "auto":
@@ -185,19 +184,15 @@ def _operations() -> dict[str, Callable[..., Any]]:
     return {"selective_scan_fn": selective_scan_fn, "mamba_chunk_scan_combined": mamba_chunk_scan_combined}
 
 
-def _why_no_cuda(device: torch.device, dtype: torch.dtype) -> str:
-    if device.type != "cuda":
+def _why_not_for(scan: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Return the reason why the "cuda" or the "cpp" scan cannot be used for such tensors, or an empty string."""
+    wanted, dtypes = ("cuda", KERNEL_DTYPES) if scan == "cuda" else ("cpu", DTYPES)
+    if device.type != wanted:
         return f"the tensors are on {device}"
-    if dtype not in KERNEL_DTYPES:
+    if dtype not in dtypes:
         return f"the tensors are {dtype}"
-    return _why_not()
-
-
-def _why_no_cpp(device: torch.device, dtype: torch.dtype) -> str:
-    if device.type != "cpu":
-        return f"the tensors are on {device}"
-    if dtype not in DTYPES:
-        return f"the tensors are {dtype}"
+    if scan == "cuda":
+        return _why_not()
     return "" if library() else "it was not built here, where the package was installed without a C++ compiler"
 
 

@@ -9,7 +9,8 @@ import gymnasium
 import numpy as np
 
 from cyborg_torchrl import keys
-from cyborg_torchrl.registry import UnavailableError, did_you_mean
+from cyborg_torchrl.envs.gym.environment import import_package
+from cyborg_torchrl.registry import check_known
 
 SIZE = 64
 TABLES = {"all": None, "chop": ("noop", "move_left", "move_right", "move_up", "move_down", "do")}
@@ -41,15 +42,12 @@ class CrafterWood(gymnasium.Env[Any, Any]):
     Source: Hafner (2022), "Benchmarking the Spectrum of Agent Capabilities"; crafter 1.8.3.
     """
 
-    observation_space = gymnasium.spaces.Dict(
-        {keys.PIXELS: gymnasium.spaces.Box(0, 255, (SIZE, SIZE, 3), np.uint8)},
-    )
+    observation_space = gymnasium.spaces.Dict({keys.PIXELS: gymnasium.spaces.Box(0, 255, (SIZE, SIZE, 3), np.uint8)})
 
     def __init__(
         self, actions: str = "all", max_episode_steps: int = 8000, *, mortal: bool = True, regrow: int | None = None
     ) -> None:
-        if actions not in TABLES:
-            raise ValueError(f"unknown actions '{actions}': {did_you_mean(actions, TABLES)}")
+        check_known("actions", actions, TABLES)
         self.max_episode_steps, self.mortal, self.regrow = max_episode_steps, mortal, regrow
         self._stumps: deque[tuple[int, tuple[int, int]]] = deque()
         self._game = make_game()
@@ -101,11 +99,7 @@ def make_game(seed: int | None = None) -> Any:
     Raises:
         UnavailableError: if crafter is missing.
     """
-    try:
-        import crafter
-    except ImportError as error:
-        command = "pip install 'cyborg-torchrl[benchmarks]'"
-        raise UnavailableError(f"backend=crafter needs {error.name}: {command}") from None
+    crafter: Any = import_package("crafter")
     return crafter.Env(size=(SIZE, SIZE), length=0, seed=seed)
 
 

@@ -8,8 +8,8 @@ import socket
 import subprocess
 import time
 import warnings
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, SupportsInt
 
@@ -98,12 +98,12 @@ class MineRLTreechop(gymnasium.Env[Any, Any]):
                 with _old_packages():
                     observation, _ = env.reset(seed=world)
             except (EOFError, FileNotFoundError, PermissionError) as error:  # raised by the launch script and by gradle
-                self._discard()
+                self.close()
                 if not self._has_run:
                     raise UnavailableError(f"{NO_MINECRAFT} Its message: {_cause(error)}") from error
                 LOGGER.warning("MineRL: Minecraft did not start (attempt %d of %d)", attempt + 1, self.attempts)
             except Exception as error:  # the client raises many kinds when Minecraft is gone
-                self._discard()
+                self.close()
                 LOGGER.warning("MineRL: no episode (attempt %d of %d): %r", attempt + 1, self.attempts, error)
             else:
                 self._has_run = True
@@ -123,7 +123,7 @@ class MineRLTreechop(gymnasium.Env[Any, Any]):
             observation, reward, terminated, truncated, error = None, 0.0, False, False, repr(failure)
         if error:
             LOGGER.warning("MineRL: Minecraft was lost at step %d, the episode is truncated: %s", self._steps, error)
-            self._discard()
+            self.close()
             return {keys.PIXELS: self._last.copy()}, 0.0, False, True, {"error": str(error)}
         # MineRL reports its time limit as a termination, which would look like a success.
         is_over = bool(terminated) and not is_time_up
@@ -131,8 +131,13 @@ class MineRLTreechop(gymnasium.Env[Any, Any]):
         return self._observed(observation), float(reward), is_over, is_cut, {"TimeLimit.truncated": is_cut}
 
     def close(self) -> None:
-        """Close Minecraft."""
-        self._discard()
+        """Close Minecraft, which may be dead already. The next reset starts another."""
+        env, self._env = self._env, None
+        if env is not None:
+            try:
+                env.close()
+            except Exception as error:
+                LOGGER.debug("MineRL: closing failed: %r", error)
 
     def _running(self) -> gymnasium.Env[Any, Any]:
         """Return MineRL's environment; rebuild it if its Minecraft does not answer.
@@ -140,21 +145,13 @@ class MineRLTreechop(gymnasium.Env[Any, Any]):
         MineRL itself would start another Minecraft and lose track of it.
         """
         if self._env is not None and not all(map(_is_listening, self._env.unwrapped.gym_env.unwrapped.instances)):
-            self._discard()
+            self.close()
         if self._env is None:
             from shimmy import GymV21CompatibilityV0
 
             with _old_packages():
                 self._env = GymV21CompatibilityV0(env=self._make())
         return self._env
-
-    def _discard(self) -> None:
-        env, self._env = self._env, None
-        if env is not None:
-            try:
-                env.close()
-            except Exception as error:  # Minecraft may be dead already
-                LOGGER.debug("MineRL: closing failed: %r", error)
 
     def _observed(self, observation: Any) -> dict[str, np.ndarray]:
         self._last = np.ascontiguousarray(observation["pov"])  # a copy, since MineRL's array has negative strides
@@ -216,12 +213,9 @@ def check_minecraft() -> None:
         raise UnavailableError(f"{NO_MINECRAFT} '{java}' is {(version.splitlines() or ['of an unknown version'])[0]}.")
 
 
-@contextmanager
-def _old_packages() -> Generator[None]:
+def _old_packages() -> AbstractContextManager[Any]:
     """Silence the warnings of gym and MineRL, which are no longer maintained."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    return warnings.catch_warnings(action="ignore")
 
 
 def _command(action: Action) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from cyborg_torchrl.registry import did_you_mean
+from cyborg_torchrl.registry import check_known
 
 KEYS = ("attack", "back", "forward", "jump", "left", "right", "sneak", "sprint")
 """Keys of MineRL's action, each 0 or 1."""
@@ -34,10 +34,6 @@ def _attacking(*pressed: str, pitch: float = 0.0, yaw: float = 0.0) -> Action:
     return Action(frozenset(("attack", *pressed)), pitch, yaw)
 
 
-def _walking(*pressed: str, yaw: float = 0.0) -> Action:
-    return _attacking("forward", *pressed, yaw=yaw)
-
-
 def _seven(degrees: float) -> ActionTable:
     return ActionTable(
         (
@@ -55,7 +51,13 @@ def _seven(degrees: float) -> ActionTable:
 TABLES: Mapping[str, ActionTable] = {
     "seven": _seven(10.0),
     "five": ActionTable(
-        (_walking(), _attacking(), _walking("jump"), _walking(yaw=-10.0), _walking(yaw=10.0)),
+        (
+            _attacking("forward"),
+            _attacking(),
+            _attacking("forward", "jump"),
+            _attacking("forward", yaw=-10.0),
+            _attacking("forward", yaw=10.0),
+        ),
         frame_skip=4,
         frame_stack=4,
     ),
@@ -70,6 +72,5 @@ def action_table(name: str) -> ActionTable:
     Raises:
         ValueError: if it is unknown; the message names the nearest one.
     """
-    if name not in TABLES:
-        raise ValueError(f"unknown actions '{name}': {did_you_mean(name, TABLES)}")
+    check_known("actions", name, TABLES)
     return TABLES[name]

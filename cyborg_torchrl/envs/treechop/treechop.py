@@ -15,7 +15,7 @@ from cyborg_torchrl import keys
 from cyborg_torchrl.envs.gym.batch import batch
 from cyborg_torchrl.envs.gym.environment import import_package
 from cyborg_torchrl.envs.treechop.minerl_actions import ActionTable, action_table
-from cyborg_torchrl.registry import did_you_mean, register_environment
+from cyborg_torchrl.registry import check_known, register_environment
 
 TITLES = {"crafter": "crafter_collect_wood", "minerl": "minerl_treechop"}
 """Name of each backend in logs and summaries."""
@@ -69,8 +69,7 @@ def build_treechop(
         ValueError: if an option is impossible, or belongs to the other backend.
         UnavailableError: if a package or Java is missing.
     """
-    if backend not in TITLES:
-        raise ValueError(f"unknown backend '{backend}': {did_you_mean(backend, TITLES)}")
+    check_known("backend", backend, TITLES)
     if port is not None and backend == "crafter":
         raise ValueError("port belongs to backend=minerl.")
     import_package("gymnasium", command="pip install 'cyborg-torchrl[benchmarks]'")
@@ -78,7 +77,8 @@ def build_treechop(
     table = ActionTable(()) if backend == "crafter" else action_table(actions)
     frame_skip = table.frame_skip if frame_skip is None else frame_skip
     frame_stack = table.frame_stack if frame_stack is None else frame_stack
-    _check_counts(num_envs, max_episode_steps, regrow, frame_skip, frame_stack)
+    counts = {"num_envs": num_envs, "frame_skip": frame_skip, "frame_stack": frame_stack}
+    _check_counts(max_episode_steps=max_episode_steps, regrow=1 if regrow is None else regrow, **counts)
     if backend == "crafter":
         makers = [partial(_make_crafter, actions, max_episode_steps, mortal, regrow, frame_skip)] * num_envs
     else:
@@ -89,14 +89,7 @@ def build_treechop(
     return env if frame_stack == 1 else TransformedEnv(env, CatFrames(frame_stack, -1, in_keys=[keys.PIXELS]))
 
 
-def _check_counts(num_envs: int, max_episode_steps: int, regrow: int | None, frame_skip: int, frame_stack: int) -> None:
-    counts = {
-        "num_envs": num_envs,
-        "max_episode_steps": max_episode_steps,
-        "regrow": 1 if regrow is None else regrow,
-        "frame_skip": frame_skip,
-        "frame_stack": frame_stack,
-    }
+def _check_counts(**counts: int) -> None:
     for name, value in counts.items():
         if not isinstance(value, Integral) or value < 1:
             raise ValueError(f"{name} must be an integer >= 1; got {value!r}.")

@@ -110,8 +110,7 @@ def _curve_chart(name: str, place: str, groups: Sequence[Group], series: Series)
     rows: Rows = []
     ends: list[str] = []
     for group in groups:
-        if group.curve is None:
-            continue
+        assert group.curve is not None
         steps, (point, low, high) = group.curve
         look = look_of(series[group.backbone])
         axes.fill_between(steps, low, high, color=look["color"], alpha=0.18, linewidth=0)

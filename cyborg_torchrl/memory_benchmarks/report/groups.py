@@ -171,10 +171,9 @@ def build_groups(runs: Sequence[Run]) -> list[Group]:
     backbones: list[Label] = []
     for group in grouped:
         settings = _settings(group[0])
-        of_task = {key for key in settings if key.startswith("env.") and key not in TASK_KEYS}
-        tasks.append(Label(_task(group), {key: settings[key] for key in settings if key in of_task}))
-        others = {key: settings[key] for key in settings if key not in of_task}
-        backbones.append(Label(_backbone(group[0].config), others))
+        task_keys = [key for key in settings if key.startswith("env.") and key not in TASK_KEYS]
+        tasks.append(Label(_task(group), {key: settings.pop(key) for key in task_keys}))
+        backbones.append(Label(_backbone(group[0].config), settings))
     write_labels(tasks)
     for group, task, backbone in zip(grouped, tasks, backbones, strict=True):
         backbone.scope = task.text, _horizon(group)

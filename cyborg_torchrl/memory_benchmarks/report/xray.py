@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -135,9 +135,8 @@ def check_agent(cfg: DictConfig, agent: PPOAgent, on_progress: Callable[[str], N
         ConfigError: if the environment cannot be built.
         ValueError: if the policy cannot be checked.
     """
-    env = _build_env(cfg, agent, NUM_ENVS)
-    chunk = max(4, min(episode_attribute(env, "max_episode_steps") or MAX_CHUNK, MAX_CHUNK))
-    try:
+    with closing(_build_env(cfg, agent, NUM_ENVS)) as env:
+        chunk = max(4, min(episode_attribute(env, "max_episode_steps") or MAX_CHUNK, MAX_CHUNK))
         return check_recurrent(
             agent,
             env,
@@ -146,8 +145,6 @@ def check_agent(cfg: DictConfig, agent: PPOAgent, on_progress: Callable[[str], N
             seed=cfg.train.seed,
             on_progress=lambda name, _: on_progress(name),
         )
-    finally:
-        env.close()
 
 
 @torch.no_grad()
@@ -157,14 +154,15 @@ def record_episode(cfg: DictConfig, agent: PPOAgent) -> Episode:
     Raises:
         ConfigError: if the environment cannot be built.
     """
-    env = _build_env(cfg, agent, 1)
     is_greedy = cfg.logger.eval_actions == "greedy"
     mode = ExplorationType.DETERMINISTIC if is_greedy else ExplorationType.RANDOM
-    try:
-        with set_exploration_type(mode), set_recurrent_mode(False), _recorded_slots(agent) as notes:
-            after = env.rollout(MAX_STEPS, agent).get(keys.NEXT)[0]
-    finally:
-        env.close()
+    with (
+        closing(_build_env(cfg, agent, 1)) as env,
+        _recorded_slots(agent) as notes,
+        set_exploration_type(mode),
+        set_recurrent_mode(False),
+    ):
+        after = env.rollout(MAX_STEPS, agent).get(keys.NEXT)[0]
     success = after.get(keys.SUCCESS, None)
     return Episode(
         {name: after.get(key).float().cpu().numpy() for name, key in agent.backbone.state_keys.items()},
@@ -176,9 +174,7 @@ def record_episode(cfg: DictConfig, agent: PPOAgent) -> Episode:
 
 
 def _build_env(cfg: DictConfig, agent: PPOAgent, num_envs: int) -> EnvBase:
-    workers = 0 if "workers" in cfg.env else None
-    seed = cfg.train.seed + EVALUATION_SEED_OFFSET
-    return build_acting_env(cfg, agent, num_envs=num_envs, seed=seed, workers=workers)
+    return build_acting_env(cfg, agent, num_envs=num_envs, seed=cfg.train.seed + EVALUATION_SEED_OFFSET, workers=0)
 
 
 @contextmanager

@@ -30,18 +30,16 @@ class MixedEncoder(nn.Module):
     ) -> None:
         super().__init__()
         self.readers = nn.ModuleList(readers)
-        self._is_vector = tuple(isinstance(reader, VectorReader) for reader in readers)
         width = sum(reader.width for reader in readers if isinstance(reader, VectorReader))
         self.vector = VectorEncoder(width, features, hidden_sizes) if width else None
 
     def forward(self, *observations: Tensor) -> Float[Tensor, "*B F"]:
         """Encode observations [*B, *shape], one for each reader."""
-        read = [reader(observation) for reader, observation in zip(self.readers, observations, strict=True)]
-        vectors = [value for value, is_vector in zip(read, self._is_vector, strict=True) if is_vector]
-        parts = [value for value, is_vector in zip(read, self._is_vector, strict=True) if not is_vector]
+        vectors: list[Tensor] = []
+        parts: list[Tensor] = []
+        for reader, observation in zip(self.readers, observations, strict=True):
+            group = vectors if isinstance(reader, VectorReader) else parts
+            group.append(reader(observation))
         if self.vector is not None:
             parts.append(self.vector(*vectors))
-        total = parts[0]
-        for part in parts[1:]:
-            total = total + part
-        return total
+        return sum(parts[1:], start=parts[0])

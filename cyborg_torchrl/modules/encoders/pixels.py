@@ -11,7 +11,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from cyborg_torchrl.modules.encoders.images import image_layout
-from cyborg_torchrl.registry import did_you_mean
+from cyborg_torchrl.registry import check_known
 
 SMALLEST = {"impala": 8, "nature": 36}
 """Least side of an image for each network."""
@@ -92,8 +92,7 @@ class PixelEncoder(nn.Module):
         float_bounds: tuple[float, float] = (0.0, 1.0),
     ) -> None:
         super().__init__()
-        if convolutions not in SMALLEST:
-            raise ValueError(f"unknown convolutions '{convolutions}': {did_you_mean(convolutions, SMALLEST)}")
+        check_known("convolutions", convolutions, SMALLEST)
         self.layout = image_layout(shape)
         self.byte_bounds, self.float_bounds = byte_bounds, float_bounds
         channels, height, width = self.layout[2:]
