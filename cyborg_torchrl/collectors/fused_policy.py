@@ -61,7 +61,7 @@ class FusedPolicy:
             _check_plain(policy, PPOAgent)
             self.calls = [self._call(part) for part in (*policy.networks, policy.sampler)]
             self.written = tuple(unravel_key(key) for key in policy.out_keys)
-            if compiled_step and policy.critic_backbone is None:
+            if compiled_step and not policy.critic:
                 self._networks = Networks(*policy.networks)
         else:
             self.calls = list(self._flat(policy))

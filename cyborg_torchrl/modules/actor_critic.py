@@ -102,12 +102,12 @@ class PPOAgent(TensorDictModuleBase):
         self.encoder, self.backbone = encoder, backbone
         self.fusion = _fusion(backbone, keys.JOINT_FEATURES, is_gated=is_gated)
         self.policy_head = _policy_head(head, action_mask, mask_shape)
-        self.critic_encoder, self.critic_backbone = critic or (None, None)
-        value_key = keys.JOINT_FEATURES if critic is None else keys.CRITIC_JOINT_FEATURES
-        self.critic_fusion = None
-        if self.critic_backbone is not None:
-            self.critic_fusion = _fusion(self.critic_backbone, value_key, is_gated=is_gated)
-            width = self.critic_backbone.core.out_features
+        self.critic = nn.ModuleList()
+        """Encoder, memory and fusion of a separate critic; empty if it shares those of the actor."""
+        value_key = keys.JOINT_FEATURES
+        if critic is not None:
+            value_key, width = keys.CRITIC_JOINT_FEATURES, critic[1].core.out_features
+            self.critic.extend([*critic, _fusion(critic[1], value_key, is_gated=is_gated)])
         last = nn.Linear(value_hidden_sizes[-1] if value_hidden_sizes else width, 1)
         with torch.no_grad():
             last.weight *= value_scale
@@ -123,14 +123,13 @@ class PPOAgent(TensorDictModuleBase):
             return_log_prob=True,
             log_prob_key=keys.ACTION_LOG_PROB,
         )
-        encoders = [encoder] if self.critic_encoder is None else [encoder, self.critic_encoder]
-        observed = [key for each in encoders for key in each.in_keys]
+        observed = [key for each, _ in self.memories for key in each.in_keys]
         self.observed_keys: list[NestedKey] = list(dict.fromkeys([*observed, *self.policy_head.in_keys[1:]]))
         """The observations that are read, and the mask of the actions at the end."""
-        states = [key for each in self.backbones for key in each.in_keys[1:]]
+        states = [key for _, each in self.memories for key in each.in_keys[1:]]
         self.in_keys = list(dict.fromkeys([*self.observed_keys, *states]))
         self.out_keys = [
-            *(key for each in self.backbones for key in each.out_keys[1:]),
+            *(key for _, each in self.memories for key in each.out_keys[1:]),
             *head.param_keys,
             keys.VALUE,
             keys.ACTION,
@@ -138,15 +137,15 @@ class PPOAgent(TensorDictModuleBase):
         ]
 
     @property
-    def backbones(self) -> list[Backbone]:
-        """The memory of the actor, and that of the critic if it has one."""
-        return [self.backbone] if self.critic_backbone is None else [self.backbone, self.critic_backbone]
+    def memories(self) -> list[tuple[TensorDictModule, Backbone]]:
+        """Encoder and memory of the actor, and those of a separate critic."""
+        critic: Any = self.critic
+        return [(self.encoder, self.backbone), (critic[0], critic[1])] if critic else [(self.encoder, self.backbone)]
 
     @property
-    def networks(self) -> list[TensorDictModuleBase]:
+    def networks(self) -> list[Any]:
         """All networks in the order in which they run; the sampler comes after them."""
-        critic = [each for each in (self.critic_encoder, self.critic_backbone, self.critic_fusion) if each is not None]
-        return [self.encoder, self.backbone, self.fusion, self.policy_head, *critic, self.value_head]
+        return [self.encoder, self.backbone, self.fusion, self.policy_head, *self.critic, self.value_head]
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Act: one step for each environment. The features stay out of the tensordict.
@@ -177,12 +176,12 @@ class PPOAgent(TensorDictModuleBase):
 
     def run_memories(self, tensordict: TensorDictBase) -> dict[NestedKey, Tensor]:
         """Run the encoders and the memories over sequences. Return the states after the last step by their keys."""
+        states: dict[NestedKey, Tensor] = {}
         with set_recurrent_mode(True):
-            self.encoder(tensordict)
-            states = self._run(self.backbone, tensordict)
-            if self.critic_encoder is not None and self.critic_backbone is not None:
-                self.critic_encoder(tensordict)
-                states |= self._run(self.critic_backbone, tensordict)
+            for encoder, backbone in self.memories:
+                encoder(tensordict)
+                reached = backbone.run(tensordict)
+                states |= {key: reached[name] for name, key in backbone.state_keys.items()}
         return states
 
     def evaluate_actions(
@@ -235,8 +234,8 @@ class PPOAgent(TensorDictModuleBase):
         states = self.run_memories(tensordict)
         with set_recurrent_mode(True):
             self.policy_head(self.fusion(tensordict))
-            if self.critic_fusion is not None:
-                self.critic_fusion(tensordict)
+            if self.critic:
+                self.critic[2](tensordict)
         dist = self.sampler.get_dist(tensordict)
         value = self.value_head(tensordict).get(keys.VALUE).squeeze(-1)
         after = {name: states[key] for name, (key, _) in entries.items()}
@@ -250,26 +249,20 @@ class PPOAgent(TensorDictModuleBase):
 
     def get_value_operator(self) -> TensorDictSequential:
         """Return the critic alone, from observations to values; parameters are shared."""
-        if self.critic_encoder is None or self.critic_backbone is None or self.critic_fusion is None:
-            return TensorDictSequential(self.encoder, self.backbone, self.fusion, self.value_head)
-        return TensorDictSequential(self.critic_encoder, self.critic_backbone, self.critic_fusion, self.value_head)
+        before: Any = self.critic or (self.encoder, self.backbone, self.fusion)
+        return TensorDictSequential(*before, self.value_head)
 
     def get_value_head(self) -> TensorDictModuleBase:
         """Return the critic for a tensordict that `get_dist` has filled.
 
         A shared critic is only its head, so that one pass of the backbone serves both.
         """
-        return self.value_head if self.critic_backbone is None else self.get_value_operator()
-
-    @staticmethod
-    def _run(backbone: Backbone, tensordict: TensorDictBase) -> dict[NestedKey, Tensor]:
-        reached = backbone.run(tensordict)
-        return {key: reached[name] for name, key in backbone.state_keys.items()}
+        return self.get_value_operator() if self.critic else self.value_head
 
     def _state_entries(self) -> dict[str, tuple[NestedKey, Tensor]]:
         """Return the key and the initial value [1, *shape] of each memory state by its name."""
         entries: dict[str, tuple[NestedKey, Tensor]] = {}
-        for backbone, prefix in zip(self.backbones, ("", "critic_"), strict=False):
+        for (_, backbone), prefix in zip(self.memories, ("", "critic_"), strict=False):
             for name, initial in backbone.core.initial_state(1).items():
                 entries[prefix + name] = backbone.state_keys[name], initial
         return entries

@@ -168,7 +168,7 @@ def build_acting_env(
     """
     env = build_env(cfg, num_envs=num_envs, seed=seed, workers=workers)
     freeze_statistics(env, agent.env_statistics)
-    for backbone in agent.backbones:
+    for _, backbone in agent.memories:
         if backbone.state_keys:
             env.append_transform(backbone.make_tensordict_primer())
     return env

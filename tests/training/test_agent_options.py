@@ -95,9 +95,7 @@ def test_the_actors_parameters_are_those_of_an_agent_without_a_separate_critic_a
     shared, separate = agents
     for name, parameter in shared.backbone.named_parameters():
         assert torch.equal(parameter, separate.backbone.get_parameter(name))
-    assert {id(p) for p in separate.backbone.parameters()}.isdisjoint(
-        id(p) for p in separate.critic_backbone.parameters()
-    )
+    assert {id(p) for p in separate.backbone.parameters()}.isdisjoint(id(p) for p in separate.critic.parameters())
 
 
 @pytest.mark.parametrize("squash", [False, True])
