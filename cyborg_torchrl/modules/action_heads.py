@@ -146,15 +146,12 @@ class MaskedLogits(nn.Module):
             NoValidActionError: if a choice has no valid option. It is not checked in exported programs and CUDA graphs.
         """
         mask = mask.flatten(-self.mask_dims).bool()
-        if not torch.compiler.is_exporting() and not _is_captured(mask):
+        is_captured = mask.is_cuda and torch.cuda.is_current_stream_capturing()
+        if not (is_captured or torch.compiler.is_exporting()):
             is_valid = torch.stack([part.any(-1) for part in mask.split(self.sizes, -1)]).all(0).reshape(-1)
             if not bool(is_valid.all()):
                 raise NoValidActionError(int((~is_valid).nonzero()[0]))
         return self.network(features).masked_fill(~mask, MASKED_LOGIT)
-
-
-def _is_captured(tensor: Tensor) -> bool:
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 @dataclass(frozen=True)

@@ -42,12 +42,9 @@ def _is_for_onednn(x: Tensor, weight: Tensor) -> bool:
 
 @cache
 def _is_faster_here() -> bool:
-    if not (torch.backends.mkl.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
-        return False
-    try:
-        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
-    except OSError:  # not Linux
-        return False
+    processor = Path("/proc/cpuinfo")  # Linux has it
+    has_both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    return has_both and processor.exists() and "AuthenticAMD" in processor.read_text()
 
 
 def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
