@@ -48,7 +48,7 @@ def check_known(kind: str, name: str, known: Collection[str]) -> None:
     """Raise ValueError if a name is unknown. The message suggests the nearest known name.
 
     Args:
-        kind: noun for what is named, such as "backend".
+        kind: noun for the named thing, such as "backend".
         name: the name.
         known: all names.
     """

@@ -30,8 +30,8 @@ class EpisodeBuffer(SequenceBuffer):
         row_length: steps of a row, at least those of the longest episode in a rollout.
         batch_size: rows in a minibatch.
         num_envs: N.
-        **options: `state_keys`, entries that are memory states, or tensordicts of them; `storage`, a storage, or a
-            function that makes one with a number of rows; those of TorchRL's `ReplayBuffer`.
+        **options: `state_keys`, `storage` and those of TorchRL's `ReplayBuffer`. `state_keys` are the entries that are
+            memory states, or tensordicts of them. `storage` may be a function that makes one with a number of rows.
 
     Raises:
         ValueError: if the storage is too small for a rollout.

@@ -48,9 +48,9 @@ class RecurrentRolloutBuffer(SequenceBuffer):
         state_dtype: precision of the stored states; None: that of the rollout.
         start_state: "stored", or "initial": every sequence starts from the initial state, even in the middle of an
             episode. Many libraries do the latter; it is wrong and exists here for comparison.
-        **options: `state_keys`, entries that are memory states, or tensordicts of them; `storage`, a storage with one
-            row a stretch, or a function that makes one with a number of rows, to use a memmap or a device; those of
-            TorchRL's `ReplayBuffer`.
+        **options: `state_keys`, `storage` and those of TorchRL's `ReplayBuffer`. `state_keys` are the entries that are
+            memory states, or tensordicts of them. `storage` has one row a stretch, on a memmap or a device, for
+            example. It may be a function that makes one with a number of rows.
 
     Raises:
         ValueError: if the numbers do not fit together, or the storage is too small for a rollout.

@@ -139,8 +139,8 @@ class RolloutBuffer(OneRolloutBuffer):
     Args:
         num_steps: steps of one rollout, over all environments.
         batch_size: steps in a minibatch.
-        **options: `state_keys`, entries that are memory states and not stored; `storage`, a storage, or a function that
-            makes one with a number of rows; those of TorchRL's `ReplayBuffer`.
+        **options: `state_keys`, `storage` and those of TorchRL's `ReplayBuffer`. `state_keys` are the entries that are
+            memory states, which are not stored. `storage` may be a function that makes one with a number of rows.
     """
 
     def __init__(self, num_steps: int, batch_size: int, **options: Any) -> None:
