@@ -85,9 +85,7 @@ def _make_bsuite(env_id: str, max_episode_steps: int | None, options: dict[str, 
     return env
 
 
-build_bsuite = register_environment("bsuite")(
-    partial(build_by_id, _make_bsuite, id="memory_len/10", num_envs=64),
-)
+build_bsuite = register_environment("bsuite")(partial(build_by_id, _make_bsuite, id="memory_len/10", num_envs=64))
 """Build bsuite environments (Osband et al. 2020) through shimmy; success is not defined.
 
 All ends of bsuite are terminations, including the time limits of its control tasks. An id is the experiment and the

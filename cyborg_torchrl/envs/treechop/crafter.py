@@ -9,8 +9,7 @@ import gymnasium
 import numpy as np
 
 from cyborg_torchrl import keys
-from cyborg_torchrl.envs.gym.environment import import_package
-from cyborg_torchrl.registry import check_known
+from cyborg_torchrl.registry import UnavailableError, check_known
 
 SIZE = 64
 TABLES = {"all": None, "chop": ("noop", "move_left", "move_right", "move_up", "move_down", "do")}
@@ -99,7 +98,11 @@ def make_game(seed: int | None = None) -> Any:
     Raises:
         UnavailableError: if crafter is missing.
     """
-    crafter: Any = import_package("crafter")
+    try:
+        import crafter
+    except ImportError as error:
+        command = "pip install 'cyborg-torchrl[benchmarks]'"
+        raise UnavailableError(f"backend=crafter needs {error.name}: {command}") from None
     return crafter.Env(size=(SIZE, SIZE), length=0, seed=seed)
 
 
