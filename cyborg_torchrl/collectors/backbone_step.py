@@ -27,6 +27,7 @@ class BackboneStep:
     def begin(self, num_envs: int) -> None:
         """Look up the precision and compute the initial state, before a rollout."""
         self.dtype = next((p.dtype for p in self.backbone.core.parameters()), torch.get_default_dtype())
+        # A learned initial state changes between rollouts.
         self.initial = self.backbone.core.initial_state(num_envs)
 
     def __call__(self, entries: FlatDict) -> None:
@@ -37,6 +38,7 @@ class BackboneStep:
 
     def before(self, entries: FlatDict) -> State:
         """Return the state before the step: the initial state where an episode begins."""
+        # States may be stored in another precision than that of the core.
         state = {name: entries[key].to(self.dtype) for name, key in self.backbone.state_keys.items()}
         # Most steps begin no episode; then the restart, which reads every state, is skipped.
         if self.may_begin:

@@ -101,10 +101,12 @@ class FusedCollector(Collector):
                 begins[TRAJ_IDS] = self._next_traj_ids(carried[TRAJ_IDS], is_over)
             carried, may_begin = begins, is_over is not None
         rollout = TensorDict(writer.tensors, self._final_rollout.batch_size, names=self._final_rollout.names)
+        # The check names environment and step, so it needs these two dimensions.
         if rollout.ndim == 2:
             read = getattr(self._orig_policy, "in_keys", ())
             check_finite(rollout, [*read, keys.VALUE, keys.ACTION_LOG_PROB, (keys.NEXT, keys.REWARD)])
         policy.check(writer.tensors)
+        # TorchRL's collector and checkpoints read the carried entries from this tensordict.
         for key, value in {**before, **carried}.items():
             self._carrier.set(key, value)
         if self.return_same_td:

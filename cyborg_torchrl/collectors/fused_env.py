@@ -76,6 +76,7 @@ class FusedEnv:
             keys.TERMINATED: terminated,
             keys.TRUNCATED: self.never,
         }
+        # Only the first step of an episode is marked, and "next" is never a first step.
         for key in self.init_keys:
             after[key] = self.never
         for then in self._then:

@@ -116,6 +116,7 @@ class RayRolloutCollector:
             except self._cluster.faults as error:
                 raise WorkerError(f"worker {index} failed: {_last_line(error)}") from error
             else:
+                # A worker that finds NaN returns the arguments of the error instead of a rollout.
                 if not isinstance(part, Rollout):
                     raise NonFiniteError(**part)
                 parts[index] = part

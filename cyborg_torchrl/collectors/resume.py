@@ -38,6 +38,7 @@ def restore_stepper(env: EnvBase, state: Mapping[str, Any]) -> tuple[TensorDictB
 
 def collector_state(collector: Any) -> dict[str, Any] | None:
     """Return the state of a collector; None if it has none."""
+    # Our collectors return their state themselves; that of TorchRL is assembled below.
     if type(collector).__module__.startswith("cyborg_torchrl") and not isinstance(collector, Collector):
         return collector.state_dict()
     if not isinstance(collector, Collector):

@@ -75,6 +75,7 @@ class RolloutCollector:
         is_fused: bool = True,
         compiled_step: bool = True,
     ) -> None:
+        # A critic with a separate memory has to act at every step, or its state would be lost.
         policy = acting_policy(policy, value_operator)
         num_envs = env.batch_size.numel()
         self.steps = rollout_steps(frames_per_batch, total_frames, num_envs)

@@ -42,5 +42,6 @@ class Rollout:
             raise ValueError(f"the rollout has no memory state {missing}, but has the others of state_keys.")
         stored_states = steps.select(*state_keys, strict=False)[:, list(state_steps)]
         next_states = [(keys.NEXT, *((key,) if isinstance(key, str) else key)) for key in state_keys]
+        # Without its entries, the tensordict of the states would stay behind, empty.
         without_states = steps.exclude(*state_keys, *next_states).filter_empty_()
         return Rollout(without_states, stored_states, tuple(state_steps))

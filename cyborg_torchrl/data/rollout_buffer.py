@@ -50,6 +50,7 @@ class OneRolloutBuffer(ReplayBuffer):
     ) -> None:
         if storage is None:
             storage = LazyTensorStorage
+        # Only here the number of rows is known.
         if callable(storage):
             storage = storage(rows)
         if storage.max_size < rows:
