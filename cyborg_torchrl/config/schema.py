@@ -69,8 +69,12 @@ class AgentConfig:
     """Sizes of the hidden layers of the value head."""
     separate_critic: bool = False
     """Give the critic its own encoder and memory. The critic then costs as much as the actor."""
+    std_from_features: bool = False
+    """Compute the standard deviation of continuous actions from the features. false: one parameter for each action."""
     log_std_init: float = 0.0
     """Logarithm of the first standard deviation of continuous actions, in units of half their range."""
+    squash: bool = False
+    """Squash continuous actions into their bounds by tanh. false: actions beyond the bounds are clipped."""
     action_mask: str | None = "action_mask"
     """Entry that marks the valid actions of categorical choices, if the environment has it. Nested keys with dots.
     null: all actions are valid."""

@@ -11,6 +11,7 @@ from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchrl.envs import EnvBase
+from torchrl.modules import TanhNormal
 
 from cyborg_torchrl.cores import State, restart
 from cyborg_torchrl.envs.transforms.normalization import NormalizeObservation, transforms_of
@@ -41,7 +42,12 @@ class StreamingStep(nn.Module):
         self.fusion, self.policy_head = agent.fusion.module, agent.policy_head.module
         self.normalizers = nn.ModuleDict({_safe(name): module for name, module in (normalized or {}).items()})
         self.distribution = agent.sampler.distribution_class
-        self.sizes: Sequence[int] = (agent.sampler.distribution_kwargs or {}).get("sizes", ())
+        options = agent.sampler.distribution_kwargs or {}
+        self.sizes: Sequence[int] = options.get("sizes", ())
+        self.bounds: Tensor | None
+        self.register_buffer("bounds", None)
+        if self.distribution is TanhNormal:
+            self.bounds = torch.stack([options["low"], options["high"]])
 
     def forward(self, observation: FlatDict, state: State, is_init: Bool[Tensor, " B"]) -> dict[str, Any]:
         """Take one step.
@@ -68,6 +74,9 @@ class StreamingStep(nn.Module):
 
     def _likeliest(self, parameters: Mapping[str, Tensor]) -> Tensor:
         """Return the mode of the distribution: an index, indices, a one-hot vector of integers, or numbers."""
+        if self.bounds is not None:
+            low, high = self.bounds
+            return low + (high - low) * (1.0 + torch.tanh(parameters["loc"])) / 2.0
         if "loc" in parameters:
             return parameters["loc"].clone()  # two outputs must not share memory
         logits = parameters["logits"]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, distributions, nn
 from torchrl.data import Bounded, Categorical, MultiCategorical, OneHot, TensorSpec, Unbounded
 from torchrl.data.tensor_specs import ContinuousBox
-from torchrl.modules import IndependentNormal, OneHotCategorical
+from torchrl.modules import IndependentNormal, OneHotCategorical, TanhNormal
 
 from cyborg_torchrl.modules.mlp import with_hidden_layers
 
@@ -53,14 +53,20 @@ class MultiDiscrete(distributions.Distribution):
         return torch.stack([choice.mode for choice in self.choices], -1)
 
 
+LOG_STD_RANGE = (-5.0, 2.0)
+"""Limits of a standard deviation that depends on the features, as its logarithm."""
+
+
 class NormalHead(nn.Module):
-    """Mean from the features, standard deviation from a free parameter, both in units of half the action range.
+    """Mean and standard deviation of continuous actions, both in units of half the action range.
 
     Args:
         in_features: width of the features.
         low: lower bounds, [A].
         high: upper bounds, [A].
         log_std_init: logarithm of the standard deviation at the start.
+        std_from_features: compute the standard deviation from the features. False: a free parameter for each action.
+        is_squashed: the action is squashed into its bounds by tanh afterwards, so nothing is scaled here.
     """
 
     def __init__(
@@ -70,20 +76,31 @@ class NormalHead(nn.Module):
         high: Tensor,
         *,
         log_std_init: float = 0.0,
+        std_from_features: bool = False,
+        is_squashed: bool = False,
     ) -> None:
         super().__init__()
         self.mean = nn.Linear(in_features, low.numel())
         self.log_std = nn.Parameter(torch.full((low.numel(),), log_std_init))
+        self.log_std_change = nn.Linear(in_features, low.numel(), bias=False) if std_from_features else None
+        if self.log_std_change is not None:
+            nn.init.zeros_(self.log_std_change.weight)
         is_finite = torch.isfinite(high - low)  # TorchRL's unbounded specs reach from -max to max
+        if is_squashed and not bool(is_finite.all()):
+            raise ValueError("squashed actions need bounds; the action space has none.")
+        is_scaled = is_finite & (not is_squashed)
         self.centre: Tensor
         self.half_range: Tensor
-        self.register_buffer("centre", torch.where(is_finite, (low + high) / 2, torch.zeros_like(low)))
-        self.register_buffer("half_range", torch.where(is_finite, (high - low) / 2, torch.ones_like(low)))
+        self.register_buffer("centre", torch.where(is_scaled, (low + high) / 2, torch.zeros_like(low)))
+        self.register_buffer("half_range", torch.where(is_scaled, (high - low) / 2, torch.ones_like(low)))
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation, [*B, A]."""
         mean = self.centre + self.half_range * self.mean(features)
-        return mean, (self.half_range * self.log_std.exp()).expand_as(mean)
+        log_std = self.log_std
+        if self.log_std_change is not None:
+            log_std = (log_std + self.log_std_change(features)).clamp(*LOG_STD_RANGE)
+        return mean, (self.half_range * log_std.exp()).expand_as(mean)
 
 
 MASKED_LOGIT = -1e8
@@ -157,8 +174,12 @@ def build_action_head(
     batch_dims: int = 0,
     hidden_sizes: Sequence[int] = (),
     log_std_init: float = 0.0,
+    std_from_features: bool = False,
+    squash: bool = False,
 ) -> ActionHead:
-    """Build the head that fits an action spec: categorical, one-hot, multi-categorical, or continuous (normal).
+    """Build the head that fits an action spec: categorical, one-hot, multi-categorical, or continuous.
+
+    Continuous actions have a normal distribution, or a normal distribution squashed by tanh.
 
     Args:
         action_spec: the action spec of the environment.
@@ -167,9 +188,11 @@ def build_action_head(
         batch_dims: number of leading batch dimensions in the spec's shape.
         hidden_sizes: widths of hidden layers.
         log_std_init: see `NormalHead`.
+        std_from_features: see `NormalHead`.
+        squash: squash continuous actions into their bounds by tanh. False: the environment clips them.
 
     Raises:
-        ValueError: if no head fits the spec.
+        ValueError: if no head fits the spec, or actions without bounds cannot be squashed.
     """
     width = hidden_sizes[-1] if hidden_sizes else in_features
     event_dims = len(action_spec.shape) - batch_dims
@@ -186,9 +209,12 @@ def build_action_head(
     elif isinstance(action_spec, (Bounded, Unbounded)) and event_dims == 1 and action_spec.dtype.is_floating_point:
         box = cast("ContinuousBox", action_spec.space)
         low, high = (bound.reshape(-1, action_spec.shape[-1])[0] for bound in (box.low, box.high))
-        network = NormalHead(width, low, high, log_std_init=log_std_init)
+        network = NormalHead(
+            width, low, high, log_std_init=log_std_init, std_from_features=std_from_features, is_squashed=squash
+        )
         linear = network.mean
-        head = ActionHead(network, ["loc", "scale"], IndependentNormal)
+        kind, options = (TanhNormal, {"low": low, "high": high}) if squash else (IndependentNormal, {})
+        head = ActionHead(network, ["loc", "scale"], kind, options)
     else:
         raise ValueError(
             f"no action head fits {type(action_spec).__name__} of shape {tuple(action_spec.shape)}; categorical, "

@@ -64,7 +64,7 @@ class PPOAgent(TensorDictModuleBase):
         mask_shape: shape of one mask.
         env_statistics: running statistics of the environment's transforms. They are saved and loaded with the agent,
             and not used here.
-        log_std_init: see `NormalHead`.
+        **head_options: options of continuous actions (see `build_action_head`).
 
     Raises:
         ValueError: if no head fits the actions, or continuous actions have a mask.
@@ -86,7 +86,7 @@ class PPOAgent(TensorDictModuleBase):
         action_mask: NestedKey | None = None,
         mask_shape: Sequence[int] = (),
         env_statistics: nn.Module | None = None,
-        log_std_init: float = 0.0,
+        **head_options: Any,
     ) -> None:
         super().__init__()
         self.env_statistics = env_statistics
@@ -97,7 +97,7 @@ class PPOAgent(TensorDictModuleBase):
             scale=policy_scale,
             batch_dims=batch_dims,
             hidden_sizes=policy_hidden_sizes,
-            log_std_init=log_std_init,
+            **head_options,
         )
         self.encoder, self.backbone = encoder, backbone
         self.fusion = _fusion(backbone, keys.JOINT_FEATURES, is_gated=is_gated)
@@ -239,7 +239,7 @@ class PPOAgent(TensorDictModuleBase):
         dist = self.sampler.get_dist(tensordict)
         value = self.value_head(tensordict).get(keys.VALUE).squeeze(-1)
         after = {name: states[key] for name, (key, _) in entries.items()}
-        return ActionEvaluation(dist.log_prob(actions), dist.entropy(), value, after)
+        return ActionEvaluation(dist.log_prob(actions), entropy_of(dist), value, after)
 
     def get_policy_operator(self) -> ProbabilisticTensorDictSequential:
         """Return the actor alone, in the form that TorchRL's losses and collectors take; parameters are shared."""
@@ -266,6 +266,14 @@ class PPOAgent(TensorDictModuleBase):
             for name, initial in backbone.core.initial_state(1).items():
                 entries[prefix + name] = backbone.state_keys[name], initial
         return entries
+
+
+def entropy_of(dist: distributions.Distribution) -> Tensor:
+    """Return the entropy of a distribution, [*B]; for one without a formula, an estimate from one sample."""
+    try:
+        return dist.entropy()
+    except NotImplementedError:  # squashed by tanh
+        return -dist.log_prob(dist.rsample())
 
 
 def _fusion(backbone: Backbone, out_key: str, *, is_gated: bool) -> TensorDictModule:

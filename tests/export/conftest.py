@@ -35,28 +35,26 @@ class NoiseGame(gymnasium.Env[Any, Any]):
         self.masked = masked
         # spaces have random numbers of their own
         self.observation_space, self.action_space = deepcopy(OBSERVATIONS[observation]), deepcopy(ACTIONS[action])
-        if masked:
-            size = self.action_space.n if action == "discrete" else self.action_space.nvec.sum()
-            entries = {"seen": self.observation_space, "action_mask": spaces.MultiBinary(int(size))}
-            self.observation_space = spaces.Dict(entries)
 
     def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
         super().reset(seed=seed)
         if seed is not None:
             self.observation_space.seed(seed)
-        return self._sample(), {}
+        return self.observation_space.sample(), self._info()
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         is_over = bool(self.np_random.random() < 0.05)
-        return self._sample(), float(self.np_random.normal()), is_over, False, {}
+        return self.observation_space.sample(), float(self.np_random.normal()), is_over, False, self._info()
 
-    def _sample(self) -> Any:
-        seen = self.observation_space.sample()
-        if self.masked:
-            sizes = [self.action_space.n] if isinstance(self.action_space, spaces.Discrete) else self.action_space.nvec
-            starts = np.cumsum([0, *sizes[:-1]])
-            seen["action_mask"][starts + self.np_random.integers(sizes)] = 1  # each choice has a valid option
-        return seen
+    def _info(self) -> dict[str, Any]:
+        if not self.masked:
+            return {}
+        space = self.action_space
+        sizes = [int(space.n)] if isinstance(space, spaces.Discrete) else [int(n) for n in space.nvec]
+        masks = [self.np_random.random(n) < 0.5 for n in sizes]
+        for mask in masks:
+            mask[self.np_random.integers(len(mask))] = True
+        return {"action_mask": tuple(masks) if len(masks) > 1 else masks[0]}
 
 
 gymnasium.register("DeploymentTest/Noise-v0", NoiseGame, max_episode_steps=60)

@@ -45,6 +45,10 @@ CASES = {
     "named kernel": ("backbone=mamba", "backbone.kernel=torch"),
     "hidden heads": ("backbone=gru", "agent.policy_hidden_sizes=[16,8]", "agent.value_hidden_sizes=[8]"),
     "separate critic": ("backbone=lru", "agent.separate_critic=true"),
+    "squashed": (
+        *NOISE, "+env.options.action=continuous", "agent.squash=true", "agent.std_from_features=true",
+        "agent.log_std_init=-0.5", "backbone=gru",
+    ),
     "masked": (*NOISE, "+env.options.masked=true", "backbone=lru"),
     "masked choices": (*NOISE, "+env.options.masked=true", "+env.options.action=multi_discrete", "backbone=gru"),
     "no read-out norm": ("backbone=lstm", "backbone.readout=none"),
@@ -57,7 +61,7 @@ CASES = {
 }  # fmt: skip
 
 
-QUICK = ("multi-discrete", "nature", "normalized", "memoryless", "masked")
+QUICK = ("multi-discrete", "nature", "normalized", "memoryless", "squashed", "masked")
 
 
 def quick_first(names: Iterable[str], quick: Sequence[str]) -> list[ParameterSet]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from gymnasium import spaces
 from torch import nn
+from torchrl.modules import TanhNormal
 
 from cyborg_torchrl.config import load_config
 from cyborg_torchrl.training.builders import build_agent, build_env, build_trainer
@@ -27,15 +28,17 @@ MODES = {
 
 
 class Legal(gymnasium.Env):
-    """Counts the illegal actions that it gets. The observation has a mask with any name."""
+    """Counts the illegal actions that it gets. The mask is in the info, or in the observation."""
 
     illegal = steps = 0
 
-    def __init__(self, where: str = "action_mask", many: bool = False) -> None:
+    def __init__(self, where: str = "info", many: bool = False) -> None:
         self.where, self.sizes = where, [3, 2] if many else [5]
         self.action_space = spaces.MultiDiscrete(self.sizes) if many else spaces.Discrete(5)
-        seen = spaces.Box(-1, 1, (3,), np.float32)
-        self.observation_space = spaces.Dict({"seen": seen, where: spaces.MultiBinary(sum(self.sizes))})
+        self.observation_space = spaces.Box(-1, 1, (3,), np.float32)
+        if where != "info":
+            entries = {"seen": self.observation_space, where: spaces.MultiBinary(sum(self.sizes))}
+            self.observation_space = spaces.Dict(entries)
 
     def _show(self):
         masks = [self.np_random.random(n) < 0.3 for n in self.sizes]
@@ -43,6 +46,8 @@ class Legal(gymnasium.Env):
             mask[self.np_random.integers(len(mask))] = True
         self.masks = masks
         seen = self.np_random.uniform(-1, 1, 3).astype(np.float32)
+        if self.where == "info":
+            return seen, {"action_mask": tuple(masks) if len(masks) > 1 else masks[0].astype(np.int8)}
         return {"seen": seen, self.where: np.concatenate(masks).astype(np.int8)}, {}
 
     def reset(self, *, seed=None, options=None):
@@ -93,14 +98,28 @@ def test_the_actors_parameters_are_those_of_an_agent_without_a_separate_critic_a
     assert {id(p) for p in separate.backbone.parameters()}.isdisjoint(id(p) for p in separate.critic.parameters())
 
 
-def test_continuous_actions_start_with_the_given_deviation():
-    options = ["env=gymnasium", "id=Pendulum-v1", "agent.log_std_init=-1.5"]
-    cfg = load_config("public_benchmark", [*options, *SMALL])
-    agent = build_agent(cfg, build_env(cfg))
+@pytest.mark.parametrize("squash", [False, True])
+@pytest.mark.parametrize("std_from_features", [False, True])
+def test_continuous_actions(squash, std_from_features):
+    updates = train(
+        "env=gymnasium", "id=Pendulum-v1", "train=tbptt", "train.seq_len=10", f"agent.squash={squash}",
+        f"agent.std_from_features={std_from_features}", "agent.log_std_init=-1",
+    )  # fmt: skip
+    assert all(update["ratio_error"] <= 1e-5 for update in updates)
+
+
+def test_squashed_actions_stay_inside_and_start_with_the_given_deviation():
+    cfg = load_config("public_benchmark", ["env=gymnasium", "id=Pendulum-v1", "agent.squash=true", *SMALL])
+    env = build_env(cfg)
+    agent = build_agent(cfg, env)
+    assert agent.sampler.distribution_class is TanhNormal
+    env.append_transform(agent.backbone.make_tensordict_primer())
+    action = env.rollout(20, agent, break_when_any_done=False, auto_cast_to_device=True)["action"]
+    assert action.abs().max() <= 2.0
+    cfg = load_config("public_benchmark", ["env=gymnasium", "id=Pendulum-v1", "agent.log_std_init=-1.5", *SMALL])
+    agent = build_agent(cfg, env)
     _, scale = agent.policy_head.module(torch.randn(3, 16))
     torch.testing.assert_close(scale, torch.full((3, 1), 2.0 * float(np.exp(-1.5))))  # the range is [-2, 2]
-    updates = train(*options, "train=tbptt", "train.seq_len=10")
-    assert all(update["ratio_error"] <= 1e-5 for update in updates)
 
 
 def test_hidden_layers_are_orthogonal():
@@ -115,7 +134,7 @@ def test_hidden_layers_are_orthogonal():
 
 
 @pytest.mark.parametrize("many", [False, True])
-@pytest.mark.parametrize("where", ["action_mask", "legal"])
+@pytest.mark.parametrize("where", ["info", "action_mask", "legal"])
 def test_no_illegal_action_in_training(where, many):
     Legal.illegal = Legal.steps = 0
     named = [] if where != "legal" else ["agent.action_mask=legal"]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torchrl.envs import EnvBase
 
+from cyborg_torchrl import keys
 from cyborg_torchrl.envs.gym.batch import batch
 from cyborg_torchrl.registry import UnavailableError, did_you_mean, register_environment
 
@@ -36,6 +37,8 @@ def import_package(name: str, *, command: str | None = None) -> ModuleType:
 def wrap(env: Any, *, frame_skip: int = 1) -> Any:
     """Add the usual wrappers to one gymnasium environment.
 
+    It is reset once, to see whether its info has an action mask.
+
     Args:
         env: the environment.
         frame_skip: environment steps for each action.
@@ -43,14 +46,16 @@ def wrap(env: Any, *, frame_skip: int = 1) -> Any:
     Raises:
         ValueError: if frame_skip is below 1, no part of the observation can be read, or no policy has such actions.
     """
-    from cyborg_torchrl.envs.gym.vector import FrameSkip, Plain, PlainActions
+    from cyborg_torchrl.envs.gym.vector import FrameSkip, MaskFromInfo, Plain, PlainActions
 
     if frame_skip < 1:
         raise ValueError(f"frame_skip must be >= 1; got {frame_skip}.")
     env = PlainActions(env)
     if frame_skip > 1:
         env = FrameSkip(env, frame_skip)
-    return Plain(env)
+    env = Plain(env)
+    _, info = env.reset(seed=0)
+    return MaskFromInfo(env) if keys.ACTION_MASK in info else env
 
 
 def make_registered(env_id: str, max_episode_steps: int | None = None, options: dict[str, Any] | None = None) -> Any:

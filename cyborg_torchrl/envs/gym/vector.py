@@ -9,6 +9,7 @@ import gymnasium
 import numpy as np
 from gymnasium import spaces
 
+from cyborg_torchrl import keys
 from cyborg_torchrl.modules.encoders.images import is_picture
 
 Info = dict[str, Any]
@@ -128,6 +129,42 @@ class Plain(gymnasium.ObservationWrapper):
     def observation(self, observation: Any) -> Info:
         """Convert an observation."""
         return {self.key: _plain_value(self.inner, observation)}
+
+
+class MaskFromInfo(gymnasium.Wrapper):
+    """`info["action_mask"]` as an entry of the observation, next to the others.
+
+    A mask of several choices may be a tuple of masks. They are joined.
+    """
+
+    def __init__(self, env: gymnasium.Env) -> None:
+        super().__init__(env)
+        space = env.action_space
+        size = int(space.n) if isinstance(space, spaces.Discrete) else int(np.sum(space.nvec))
+        assert isinstance(env.observation_space, spaces.Dict)
+        entries = {**env.observation_space.spaces, keys.ACTION_MASK: spaces.MultiBinary(size)}
+        self.observation_space = spaces.Dict(entries)
+
+    def reset(self, *, seed: int | None = None, options: Info | None = None) -> tuple[Any, Info]:
+        """Reset, and add the mask."""
+        observation, info = self.env.reset(seed=seed, options=options)
+        return self._masked(observation, info), info
+
+    def step(self, action: Any) -> Stepped:
+        """Take a step, and add the mask."""
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        return self._masked(observation, info), float(reward), terminated, truncated, info
+
+    def _masked(self, observation: Info, info: Info) -> Info:
+        space = self.observation_space[keys.ACTION_MASK]
+        mask = info.get(keys.ACTION_MASK)
+        if mask is None:  # at the end of an episode nothing is chosen any more
+            mask = np.ones(space.shape, np.int8)
+        parts = [np.asarray(part) for part in mask] if isinstance(mask, (tuple, list)) else [np.asarray(mask)]
+        joined = np.concatenate([part.reshape(-1) for part in parts]).astype(np.int8)
+        if joined.shape != space.shape:
+            raise ValueError(f'info["action_mask"] has {joined.size} entries; the actions have {space.shape[0]}.')
+        return {**observation, keys.ACTION_MASK: joined}
 
 
 def _plain_space(space: spaces.Space) -> spaces.Space | None:
