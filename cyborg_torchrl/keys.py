@@ -35,6 +35,8 @@ CRITIC_STATE: Final = "critic_state"
 """The same four entries for a critic with a memory that is not the actor's."""
 ACTION_MASK: Final = "action_mask"
 """True for valid actions, [*B, T, n]."""
+EXPLORATION_NOISE: Final = "exploration_noise"
+"""Standard normal numbers from which continuous actions take their randomness while acting, [*B, A]."""
 MEMORY_METRICS: Final = "memory_metrics"
 """Metrics of each step that a core reports, [*B, T, 1]: (MEMORY_METRICS, "write_rate"), ..."""
 

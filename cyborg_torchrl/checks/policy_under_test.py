@@ -58,7 +58,8 @@ class PolicyUnderTest:
             )
         samplers = [m for m in policy.modules() if isinstance(m, ProbabilisticTensorDictModule)]
         sampler = samplers[-1] if samplers else None
-        self.param_keys = list(sampler.in_keys) if sampler is not None else []
+        inputs = {unravel_key(key) for key in policy.in_keys}  # such as noise from outside
+        self.param_keys = [] if sampler is None else [key for key in sampler.in_keys if unravel_key(key) not in inputs]
         self.action_key = unravel_key(sampler.out_keys[0]) if sampler is not None else keys.ACTION
         # Without return_log_prob there is no such key; the check of the rollout reports it.
         log_prob_key = sampler.log_prob_key if sampler is not None else None

@@ -204,7 +204,7 @@ def _sampler(module: ProbabilisticTensorDictModule, *, is_greedy: bool) -> Call:
 
         def call(entries: FlatDict) -> None:
             dist = module.distribution_class(
-                **{name: entries[key] for name, key in zip(names, reads, strict=True)}, **options
+                **{name: entries.get(key) for name, key in zip(names, reads, strict=True)}, **options
             )
             entries[action_key] = action = _action(dist, is_greedy=is_greedy)
             if log_prob_key is not None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from cyborg_torchrl.config.presets import PRESETS
 from cyborg_torchrl.config.schema import GROUPS, NODES
 from cyborg_torchrl.registry import UnknownNameError, did_you_mean, options_of
 
@@ -39,8 +40,7 @@ def validate(cfg: DictConfig) -> None:
         for field in dataclasses.fields(node):
             _check_limits(f"{group}.{field.name}", cfg[group][field.name], field.metadata)
     _check_limits("env.num_envs", cfg.env.get("num_envs"), {"above": 0})
-    _check_owners(cfg)
-    _check_chunks(cfg.train)
+    _check_limits("preset", cfg.preset, {"choices": ("auto", *PRESETS)})
     name = cfg.logger.run_name
     if name is not None and (Path(name).is_absolute() or ".." in Path(name).parts):
         raise ConfigError(f"logger.run_name must be the name of a folder in logger.base_dir; got '{name}'.")
@@ -105,9 +105,15 @@ def _check_owners(cfg: DictConfig) -> None:
                 )
 
 
-def _check_chunks(train: Any) -> None:
-    """Check that the options of chunks and stored states fit together."""
-    if train.recurrent_mode == "tbptt" and train.seq_len is None:
+def check_chunks(cfg: DictConfig) -> None:
+    """Check that the options of the recurrent mode fit together, once a preset is chosen.
+
+    Raises:
+        ConfigError: at the first that does not fit.
+    """
+    _check_owners(cfg)
+    train = cfg.train
+    if train.recurrent_mode == "tbptt" and train.seq_len is None and cfg.preset != "general":
         raise ConfigError("train.seq_len must be given with recurrent_mode=tbptt: how far a gradient reaches back.")
     if train.state_stride is None:
         return

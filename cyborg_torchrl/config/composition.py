@@ -23,8 +23,9 @@ from hydra.version import VersionBase
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from cyborg_torchrl.config.checks import ConfigError, validate
-from cyborg_torchrl.config.schema import GROUPS, NODES, REMOVED_KEYS, SHORT_KEYS, Config, LoggerConfig, config_class_of
+from cyborg_torchrl.config.checks import ConfigError, check_chunks, validate
+from cyborg_torchrl.config.presets import choose_preset
+from cyborg_torchrl.config.schema import GROUPS, NODES, REMOVED_KEYS, SHORT_KEYS, Config, config_class_of
 from cyborg_torchrl.registry import did_you_mean
 
 LOGGER = logging.getLogger(__name__)
@@ -61,6 +62,8 @@ def load_config(config: str = DEFAULT_CONFIG, overrides: Sequence[str] = ()) -> 
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise explained(error, config, overrides) from None
     validate(cfg)
+    choose_preset(cfg)
+    check_chunks(cfg)
     return cfg
 
 
@@ -216,7 +219,8 @@ def _store_nodes() -> None:
     store.store(name="config_schema", node=Config)
     for group, node in NODES.items():
         store.store(group=group, name=f"{group}_schema", node=node)
-    store.store(group="logger", name="default", node=LoggerConfig)
+    for group in ("train", "logger"):
+        store.store(group=group, name="default", node=NODES[group])
     for group, registry in GROUPS.items():
         for name in registry.names():
             try:

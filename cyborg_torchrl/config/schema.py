@@ -35,8 +35,8 @@ class EncoderConfig:
 
     features: int = option(64, above=0)
     """Size of the features."""
-    hidden_sizes: list[int] = field(default_factory=list, metadata={"above": 0})
-    """Sizes of the layers before the features."""
+    hidden_sizes: list[int] | None = field(default=None, metadata={"above": 0})
+    """Sizes of the layers before the features. null: by the preset."""
     observation_keys: list[str] | None = None
     """Observations to read; nested keys with dots. null: "pixels" if there are any, else "observation", else all.
     "previous_action" and "previous_reward" are always read if they exist."""
@@ -63,10 +63,10 @@ class FusionConfig:
 class AgentConfig:
     """The heads of the agent, and its critic."""
 
-    policy_hidden_sizes: list[int] = field(default_factory=list, metadata={"above": 0})
-    """Sizes of the hidden layers of the policy head."""
-    value_hidden_sizes: list[int] = field(default_factory=list, metadata={"above": 0})
-    """Sizes of the hidden layers of the value head."""
+    policy_hidden_sizes: list[int] | None = field(default=None, metadata={"above": 0})
+    """Sizes of the hidden layers of the policy head. null: by the preset."""
+    value_hidden_sizes: list[int] | None = field(default=None, metadata={"above": 0})
+    """Sizes of the hidden layers of the value head. null: by the preset."""
     separate_critic: bool = False
     """Give the critic its own encoder and memory. The critic then costs as much as the actor."""
     std_from_features: bool = False
@@ -87,14 +87,16 @@ class TrainConfig:
     total_timesteps: int = option(200_000, above=0)
     """Environment steps in total. As many whole rollouts are collected as fit, and at least one."""
     n_steps: int | None = option(None, above=0)
-    """Steps of each environment in a rollout. null: one full episode if the environment knows its length, else 128."""
-    recurrent_mode: str = option("none", choices=("none", "burn_in", "tbptt", "episode"))
+    """Steps of each environment in a rollout. null: by the preset general 128; else, and with recurrent_mode=episode,
+    one full episode if the environment knows its length."""
+    recurrent_mode: str | None = option(None, choices=("none", "burn_in", "tbptt", "episode"))
     """none: no memory, for comparison. burn_in: chunks of seq_len from stored states, after burn_in replayed steps.
-    tbptt: the same without replay. episode: whole episodes."""
+    tbptt: the same without replay. episode: whole episodes. null: by the preset."""
     burn_in: int = option(0, minimum=0, belongs_to=("burn_in",))
     """Steps replayed without gradient before each chunk (mode burn_in)."""
     seq_len: int | None = option(None, above=0, belongs_to=("burn_in", "tbptt"))
-    """Steps in a chunk, and the reach of the gradient (modes burn_in and tbptt). null: the whole rollout."""
+    """Steps in a chunk, and the reach of the gradient (modes burn_in and tbptt). null: by the preset general half of
+    n_steps; else the whole rollout."""
     state_stride: int | None = option(None, above=0, belongs_to=("burn_in", "tbptt"))
     """Steps for each stored state, a multiple of seq_len (modes burn_in and tbptt). null: seq_len."""
     state_dtype: str = option("float32", choices=("float32", "bfloat16", "float16"), belongs_to=("burn_in", "tbptt"))
@@ -105,23 +107,23 @@ class TrainConfig:
     """Recompute the stored states with the current parameters before each epoch except the first."""
     storage: str = option("ram", choices=("ram", "memmap", "device"))
     """Storage of the rollout: ram, memmap (files in a temporary folder), or device (the one of train.device)."""
-    n_epochs: int = option(15, above=0)
-    """Passes over each rollout."""
-    num_minibatches: int = option(8, above=0)
-    """Minibatches in a pass. They split environments or chunks, never the order of time."""
+    n_epochs: int | None = option(None, above=0)
+    """Passes over each rollout. null: by the preset."""
+    num_minibatches: int | None = option(None, above=0)
+    """Minibatches in a pass. They split environments or chunks, never the order of time. null: by the preset."""
     micro_batch_steps: int | None = option(32_768, above=0)
     """Steps of a minibatch that pass through the network at once. The gradients of larger minibatches are added up from
     parts, except with normalize_advantage=minibatch or a core that has its own loss. null: no limit."""
-    learning_rate: float = option(3e-3, above=0)
-    """Step size of Adam."""
+    learning_rate: float | None = option(None, above=0)
+    """Step size of Adam. null: by the preset."""
     lr_schedule: str = option("linear", choices=("constant", "linear"))
     """linear (to zero over the run, so that a solved task stays solved) or constant."""
     adam_eps: float = option(1e-5, above=0)
     """Epsilon of Adam."""
-    gamma: float = option(0.999, interval=[0, 1])
-    """Discount factor."""
-    gae_lambda: float = option(0.95, interval=[0, 1])
-    """Lambda of generalised advantage estimation."""
+    gamma: float | None = option(None, interval=[0, 1])
+    """Discount factor. null: by the preset."""
+    gae_lambda: float | None = option(None, interval=[0, 1])
+    """Lambda of generalised advantage estimation. null: by the preset."""
     clip_range: float = option(0.2, above=0)
     """Clip range of the probability ratio."""
     clip_range_vf: float | None = option(None, above=0)
@@ -129,8 +131,8 @@ class TrainConfig:
     vf_coef: float = option(0.5, minimum=0)
     """Weight of the critic's loss. 0: no critic, and all values are zero. The baseline of a return is then its mean
     over the environments at that step, if gae_lambda=1 and normalize_advantage=step."""
-    ent_coef: float = option(0.0, minimum=0)
-    """Weight of the entropy bonus."""
+    ent_coef: float | None = option(None, minimum=0)
+    """Weight of the entropy bonus. null: by the preset."""
     max_grad_norm: float = option(0.5, above=0)
     """Largest norm of the gradient; larger gradients are scaled down."""
     target_kl: float | None = option(None, above=0)
@@ -148,7 +150,7 @@ class TrainConfig:
 
 @dataclass
 class TransformsConfig:
-    """Transforms between the environment and the agent; all off by default."""
+    """Transforms between the environment and the agent."""
 
     previous_action: bool = False
     """Show the previous action as "previous_action": one-hot, or scaled to [-1, 1]; zero at an episode's first step."""
@@ -156,13 +158,17 @@ class TransformsConfig:
     """Show the previous reward as "previous_reward", unscaled; zero at an episode's first step."""
     frame_stack: int = option(1, above=0)
     """Number of consecutive observations that are concatenated. 1: only the current one."""
-    normalize_observation: bool = False
+    normalize_observation: bool | None = None
     """Normalise float observations by their running mean and standard deviation, clipped to [-10, 10]. The statistics
-    are saved with the agent."""
-    normalize_reward: bool = False
-    """Divide rewards by the running standard deviation of the discounted return. mean_reward stays raw."""
+    are saved with the agent. null: by the preset."""
+    normalize_reward: bool | None = None
+    """Divide rewards by the running standard deviation of the discounted return. mean_reward stays raw. null: by the
+    preset."""
     clip_reward: float | None = option(None, above=0)
     """Clip rewards to [-clip_reward, clip_reward], after normalisation. null: no clipping."""
+    noise_steps: float | None = option(None, minimum=1)
+    """Steps over which the exploration noise of continuous actions is correlated, so that an agent explores in one
+    direction for some steps. 1: independent noise at each step. null: by the preset."""
 
 
 @dataclass
@@ -243,6 +249,9 @@ class Config:
 
     env: Any = MISSING
     backbone: Any = MISSING
+    preset: str = "auto"
+    """Values of the options that are null: memory_task (short rollouts of whole episodes, large steps), general (any
+    other task), or auto: memory_task for the memory tasks of this package, else general."""
     memory: Any = field(default_factory=lambda: {"name": "none"})
     """An external memory around the backbone: none or pmm."""
     encoder: EncoderConfig = field(default_factory=EncoderConfig)

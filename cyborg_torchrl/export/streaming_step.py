@@ -46,7 +46,7 @@ class StreamingStep(nn.Module):
         self.sizes: Sequence[int] = options.get("sizes", ())
         self.bounds: Tensor | None
         self.register_buffer("bounds", None)
-        if self.distribution is TanhNormal:
+        if issubclass(self.distribution, TanhNormal):
             self.bounds = torch.stack([options["low"], options["high"]])
 
     def forward(self, observation: FlatDict, state: State, is_init: Bool[Tensor, " B"]) -> dict[str, Any]:

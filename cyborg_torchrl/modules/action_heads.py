@@ -53,6 +53,51 @@ class MultiDiscrete(distributions.Distribution):
         return torch.stack([choice.mode for choice in self.choices], -1)
 
 
+class NormalWithNoise(IndependentNormal):
+    """A normal distribution whose samples can take their randomness from outside.
+
+    Args:
+        loc: mean, [*B, A].
+        scale: standard deviation, [*B, A].
+        noise: standard normal numbers, [*B, A]; None: new ones.
+    """
+
+    def __init__(self, loc: Tensor, scale: Tensor, noise: Tensor | None = None) -> None:
+        super().__init__(loc, scale)
+        self.noise = noise
+
+    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """Draw actions, [*sample_shape, *B, A]."""
+        if self.noise is None or sample_shape:
+            return super().rsample(torch.Size(sample_shape))
+        return self.base_dist.loc + self.base_dist.scale * self.noise
+
+
+class TanhNormalWithNoise(TanhNormal):
+    """The same, squashed into bounds by tanh.
+
+    Args:
+        loc: mean before squashing, [*B, A].
+        scale: standard deviation before squashing, [*B, A].
+        noise: standard normal numbers, [*B, A]; None: new ones.
+        low: lower bounds, [A].
+        high: upper bounds, [A].
+    """
+
+    def __init__(self, loc: Tensor, scale: Tensor, noise: Tensor | None = None, *, low: Tensor, high: Tensor) -> None:
+        super().__init__(loc, scale, low=low, high=high)
+        self.noise = noise
+
+    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """Draw actions, [*sample_shape, *B, A]."""
+        if self.noise is None or sample_shape:
+            return super().rsample(torch.Size(sample_shape))
+        action = self.loc + self.scale * self.noise
+        for transform in self.transforms:
+            action = transform(action)
+        return action
+
+
 LOG_STD_RANGE = (-5.0, 2.0)
 """Limits of a standard deviation that depends on the features, as its logarithm."""
 
@@ -213,7 +258,7 @@ def build_action_head(
             width, low, high, log_std_init=log_std_init, std_from_features=std_from_features, is_squashed=squash
         )
         linear = network.mean
-        kind, options = (TanhNormal, {"low": low, "high": high}) if squash else (IndependentNormal, {})
+        kind, options = (TanhNormalWithNoise, {"low": low, "high": high}) if squash else (NormalWithNoise, {})
         head = ActionHead(network, ["loc", "scale"], kind, options)
     else:
         raise ValueError(

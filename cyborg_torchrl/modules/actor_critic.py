@@ -62,6 +62,8 @@ class PPOAgent(TensorDictModuleBase):
         value_hidden_sizes: widths of hidden layers in the value head.
         action_mask: entry that marks the valid actions, [*B, *shape] of booleans; None: all actions are valid.
         mask_shape: shape of one mask.
+        noise_key: entry of standard normal numbers, [*B, A], from which continuous actions take their randomness while
+            acting; None, or where the entry is missing: independent noise.
         env_statistics: running statistics of the environment's transforms. They are saved and loaded with the agent,
             and not used here.
         **head_options: options of continuous actions (see `build_action_head`).
@@ -85,6 +87,7 @@ class PPOAgent(TensorDictModuleBase):
         value_hidden_sizes: Sequence[int] = (),
         action_mask: NestedKey | None = None,
         mask_shape: Sequence[int] = (),
+        noise_key: NestedKey | None = None,
         env_statistics: nn.Module | None = None,
         **head_options: Any,
     ) -> None:
@@ -115,7 +118,7 @@ class PPOAgent(TensorDictModuleBase):
         value_network = with_hidden_layers(width, value_hidden_sizes, last)
         self.value_head = TensorDictModule(value_network, in_keys=[value_key], out_keys=[keys.VALUE])
         self.sampler = ProbabilisticTensorDictModule(
-            in_keys=head.param_keys,
+            in_keys={name: name for name in head.param_keys} | ({} if noise_key is None else {"noise": noise_key}),
             out_keys=[keys.ACTION],
             distribution_class=head.distribution_class,
             distribution_kwargs=head.distribution_kwargs,
@@ -127,7 +130,8 @@ class PPOAgent(TensorDictModuleBase):
         self.observed_keys: list[NestedKey] = list(dict.fromkeys([*observed, *self.policy_head.in_keys[1:]]))
         """The observations that are read, and the mask of the actions at the end."""
         states = [key for _, each in self.memories for key in each.in_keys[1:]]
-        self.in_keys = list(dict.fromkeys([*self.observed_keys, *states]))
+        noise = [] if noise_key is None else [noise_key]
+        self.in_keys = list(dict.fromkeys([*self.observed_keys, *states, *noise]))
         self.out_keys = [
             *(key for _, each in self.memories for key in each.out_keys[1:]),
             *head.param_keys,

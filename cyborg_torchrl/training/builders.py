@@ -20,6 +20,7 @@ from cyborg_torchrl.collectors import FusedCollector, RayRolloutCollector, Rollo
 from cyborg_torchrl.collectors.ray_cluster import RayCluster
 from cyborg_torchrl.collectors.runtime import prepare_cpu
 from cyborg_torchrl.config import ConfigError, TrainConfig, resolve_device
+from cyborg_torchrl.config.presets import complete
 from cyborg_torchrl.cores import Core, MemorylessCore
 from cyborg_torchrl.data import EpisodeBuffer, RecurrentRolloutBuffer, RolloutBuffer
 from cyborg_torchrl.data.chunks import ceil_div
@@ -56,7 +57,8 @@ def build_env(
 ) -> EnvBase:
     """Build the batched environment of a configuration, with `is_init`, episode returns and its transforms.
 
-    Episode returns are raw: transforms that change rewards come after them.
+    Episode returns are raw: transforms that change rewards come after them. Options that the preset derives from
+    observations and actions are filled in `cfg`.
 
     Args:
         cfg: the configuration.
@@ -74,6 +76,7 @@ def build_env(
     seed = cfg.train.seed if seed is None else seed
     with _refusals("env"):
         env = environments.get(cfg.env.name)(**options, device=resolve_device(cfg.train.device), seed=seed)
+    complete(cfg, env)
     with _refusals("transforms"):
         transforms = build_transforms(env, gamma=cfg.train.gamma, **OmegaConf.to_container(cfg.transforms))
     return tracked(env, transforms)
@@ -113,6 +116,7 @@ def build_agent(cfg: DictConfig, env: EnvBase) -> PPOAgent:
     Raises:
         ConfigError: if the encoder, the core or the environment does not fit.
     """
+    complete(cfg, env)
     batch_dims = len(env.batch_size)
     mask_key = _mask_key(cfg, env)
     masks = [] if mask_key is None else [mask_key]
@@ -131,6 +135,8 @@ def build_agent(cfg: DictConfig, env: EnvBase) -> PPOAgent:
     options = {str(key): value for key, value in cfg.agent.items() if key not in ("separate_critic", "action_mask")}
     if mask_key is not None:
         options |= {"action_mask": mask_key, "mask_shape": env.observation_spec[mask_key].shape[batch_dims:]}
+    if keys.EXPLORATION_NOISE in env.observation_spec.keys():
+        options["noise_key"] = keys.EXPLORATION_NOISE
     with _refusals("env"):
         agent = PPOAgent(
             *actor,
@@ -272,7 +278,8 @@ def build_collector(
 def _recorded_entries(agent: PPOAgent, buffer: Buffer, env: EnvBase) -> dict[str, Any]:
     """Return the options that select the entries of a rollout: no entry that an update does not read."""
     next_observations = [unravel_key((keys.NEXT, key)) for key in agent.observed_keys]
-    before_step = [key for key in (keys.SUCCESS, keys.EPISODE_REWARD) if key in env.observation_spec]
+    unread = (keys.SUCCESS, keys.EPISODE_REWARD, keys.EXPLORATION_NOISE)
+    before_step = [key for key in unread if key in env.observation_spec]
     return {
         "value_operator": agent.get_value_operator(),
         "state_steps": buffer.state_steps,

@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from cyborg_torchrl.collectors.ray_collector import WorkerError
 from cyborg_torchrl.config import ConfigError
+from cyborg_torchrl.config.presets import describe_preset
 from cyborg_torchrl.envs.make import episode_attribute
 from cyborg_torchrl.envs.signals import TERMINATIONS
 from cyborg_torchrl.modules import PPOAgent
@@ -121,6 +122,7 @@ def _run(cfg: DictConfig, ranks: Ranks) -> dict[str, Any]:
 def _prepare(cfg: DictConfig, ranks: Ranks, point: ResumePoint, progress: Progress, started: float) -> Experiment:
     """Build the parts of a run, restore them if it is resumed, and open its folder."""
     training = build_trainer(cfg, progress.advance, ranks)
+    progress.console.print(describe_preset(cfg, training.env), highlight=False)
     horizon = episode_attribute(training.env, "horizon")  # not available after the environment is closed
     try:
         if point.checkpoint is not None:

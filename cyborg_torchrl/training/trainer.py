@@ -7,7 +7,7 @@ import math
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tensordict import TensorDictBase
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from cyborg_torchrl import keys
 from cyborg_torchrl.config import TrainConfig
+from cyborg_torchrl.config.presets import with_general_values
 from cyborg_torchrl.data import EpisodeBuffer, RecurrentRolloutBuffer, Rollout, RolloutBuffer
 from cyborg_torchrl.data.chunks import ceil_div
 from cyborg_torchrl.envs.transforms.normalization import RunningMoments
@@ -41,7 +42,7 @@ class PPOTrainer:
         loss: the objective; its parameters are trained.
         value_operator: computes "state_value" from an observation and a memory state, for bootstrapping.
         buffer: stores each rollout and yields its minibatches.
-        config: hyperparameters.
+        config: hyperparameters; None takes the value of the preset `general`.
         on_progress: called with the finished share of the current update, in (0, 1].
         ranks: the processes that train this agent together; None: this process alone. Each has a trainer, a collector
             and a buffer of the same sizes. All start with the parameters of the first, and each optimiser step uses
@@ -60,6 +61,7 @@ class PPOTrainer:
         on_progress: Callable[[float], None] = lambda share: None,
         ranks: Ranks | None = None,
     ) -> None:
+        config = with_general_values(config)
         self.collector, self.loss, self.buffer, self.config = collector, loss, buffer, config
         self.value_operator, self.on_progress, self.ranks = value_operator, on_progress, ranks or Ranks()
         read = [key for key in loss.in_keys or () if not (isinstance(key, tuple) and key[0] == keys.NEXT)]
@@ -172,17 +174,18 @@ class PPOTrainer:
     def _run_epochs(self, rollout: Rollout, history: dict[str, list[Tensor]]) -> int:
         """Train on the stored rollout, and append the metrics of each step. Return the number of epochs."""
         config = self.config
-        for epoch in range(config.n_epochs):
+        num_epochs = cast("int", config.n_epochs)  # None was replaced in the constructor
+        for epoch in range(num_epochs):
             if epoch and config.refresh_states:
                 self._refresh(rollout)
             steps_before = len(history["kl_approx"])
             self._run_epoch(rollout, history)
-            self.on_progress((epoch + 1) / config.n_epochs)
+            self.on_progress((epoch + 1) / num_epochs)
             kl = torch.stack(history["kl_approx"][steps_before:]).mean()
             if config.target_kl is not None and kl > 1.5 * config.target_kl:
                 self.on_progress(1.0)
                 return epoch + 1
-        return config.n_epochs
+        return num_epochs
 
     def _run_epoch(self, rollout: Rollout, history: dict[str, list[Tensor]]) -> None:
         batches = iter(self.buffer)
@@ -301,7 +304,7 @@ class PPOTrainer:
         return {name: float(self.ranks.mean(value)) for name, value in drift.items()}
 
     def _set_learning_rate(self) -> None:
-        rate = self.config.learning_rate
+        rate = cast("float", self.config.learning_rate)
         if self.config.lr_schedule == "linear":
             rate *= max(1.0 - self.num_updates / self.total_updates, 0.0)
         for group in self.optimizer.param_groups:

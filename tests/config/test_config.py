@@ -39,10 +39,10 @@ def test_mode_none_has_no_state():
     assert not agent.backbone.state_keys
 
 
-def test_schema_default_mode_is_none():
+def test_the_preset_chooses_the_mode():
     from cyborg_torchrl.config import TrainConfig
 
-    assert TrainConfig().recurrent_mode == "none"
+    assert TrainConfig().recurrent_mode is None
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from types import ModuleType
@@ -34,7 +34,7 @@ def import_package(name: str, *, command: str | None = None) -> ModuleType:
         raise UnavailableError(f"the package '{name}' cannot be imported ({error}): {command}") from None
 
 
-def wrap(env: Any, *, frame_skip: int = 1) -> Any:
+def wrap(env: Any, *, frame_skip: int = 1, visible: Sequence[int] | None = None) -> Any:
     """Add the usual wrappers to one gymnasium environment.
 
     It is reset once, to see whether its info has an action mask.
@@ -42,15 +42,19 @@ def wrap(env: Any, *, frame_skip: int = 1) -> Any:
     Args:
         env: the environment.
         frame_skip: environment steps for each action.
+        visible: numbers of a vector observation that the agent sees, by index; None: all.
 
     Raises:
-        ValueError: if frame_skip is below 1, no part of the observation can be read, or no policy has such actions.
+        ValueError: if frame_skip is below 1, no part of the observation can be read, an index is out of range, or no
+            policy has such actions.
     """
-    from cyborg_torchrl.envs.gym.vector import FrameSkip, MaskFromInfo, Plain, PlainActions
+    from cyborg_torchrl.envs.gym.vector import FrameSkip, MaskFromInfo, Plain, PlainActions, Visible
 
     if frame_skip < 1:
         raise ValueError(f"frame_skip must be >= 1; got {frame_skip}.")
     env = PlainActions(env)
+    if visible is not None:
+        env = Visible(env, visible)
     if frame_skip > 1:
         env = FrameSkip(env, frame_skip)
     env = Plain(env)
@@ -103,10 +107,15 @@ def one_line_errors(env_id: str, options: dict[str, Any] | None, *expected: type
 
 
 def make_wrapped(
-    make_one: MakeById, env_id: str, frame_skip: int, max_episode_steps: int | None, options: dict[str, Any] | None
+    make_one: MakeById,
+    env_id: str,
+    frame_skip: int,
+    max_episode_steps: int | None,
+    options: dict[str, Any] | None,
+    visible: Sequence[int] | None = None,
 ) -> Any:
     """Make one environment by its id, with the usual wrappers."""
-    return wrap(make_one(env_id, max_episode_steps, options), frame_skip=frame_skip)
+    return wrap(make_one(env_id, max_episode_steps, options), frame_skip=frame_skip, visible=visible)
 
 
 def build_by_id(
@@ -118,6 +127,7 @@ def build_by_id(
     frame_skip: int = 1,
     max_episode_steps: int | None = None,
     workers: int = 0,
+    visible: list[int] | None = None,
     options: dict[str, Any] | None = None,
     device: torch.device | str | None = None,
     seed: int | None = None,
@@ -131,6 +141,8 @@ def build_by_id(
         frame_skip: environment steps for each action; rewards are summed.
         max_episode_steps: environment steps after which episodes are truncated; None: the package's limit.
         workers: number of worker processes; 0: all environments in this process.
+        visible: numbers of a vector observation that the agent sees, by index; None: all. [0, 2] hides the velocities
+            of CartPole.
         options: options of the environment.
         device: device of all tensors.
         seed: seed from which each environment gets its seed.
@@ -138,7 +150,7 @@ def build_by_id(
     Raises:
         ValueError: if a package is missing, the id is unknown or an option cannot be used, in one line.
     """
-    make = partial(make_wrapped, make_one, id, frame_skip, max_episode_steps, options)
+    make = partial(make_wrapped, make_one, id, frame_skip, max_episode_steps, options, visible)
     return batch(make, num_envs, workers=workers, device=device, seed=seed)
 
 

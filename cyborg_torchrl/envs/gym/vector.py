@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import gymnasium
@@ -107,6 +107,33 @@ class Reported(gymnasium.Wrapper):
 
     def _info(self, is_success: bool) -> Info:
         return {} if self.is_success is None else {"success": is_success}
+
+
+class Visible(gymnasium.ObservationWrapper):
+    """Some numbers of a vector observation, such as positions without velocities.
+
+    Args:
+        env: the environment.
+        entries: indices of the numbers that are shown.
+
+    Raises:
+        ValueError: if the observation is no vector, or an index is out of range.
+    """
+
+    def __init__(self, env: gymnasium.Env, entries: Sequence[int]) -> None:
+        super().__init__(env)
+        space, self.entries = env.observation_space, np.array(entries, dtype=np.int64)
+        if not isinstance(space, spaces.Box) or len(space.shape) != 1:
+            raise ValueError(
+                f"visible chooses numbers of a vector; the observations are {' '.join(str(space).split())}."
+            )
+        if not len(entries) or self.entries.min() < 0 or self.entries.max() >= space.shape[0]:
+            raise ValueError(f"visible has indices from 0 to {space.shape[0] - 1}; got {list(entries)}.")
+        self.observation_space = spaces.Box(space.low[self.entries], space.high[self.entries], dtype=space.dtype.type)
+
+    def observation(self, observation: Any) -> Any:
+        """Return the visible numbers."""
+        return observation[self.entries]
 
 
 class Plain(gymnasium.ObservationWrapper):

@@ -29,6 +29,7 @@ BOOKKEEPING = frozenset(
     {
         keys.SUCCESS,
         keys.ACTION_MASK,
+        keys.EXPLORATION_NOISE,
         keys.IS_INIT,
         keys.EPISODE_REWARD,
         keys.REWARD,

@@ -512,3 +512,19 @@ def test_worker_processes() -> None:
         assert torch.equal(env.reset()["observation"], steps["observation"][:, 0])
     finally:
         env.close()
+
+
+def test_visible_shows_only_some_numbers() -> None:
+    options = {"id": "CartPole-v1", "num_envs": 2, "seed": 3}
+    whole, shown = build_gymnasium(**options), build_gymnasium(**options, visible=[2, 0])
+    assert shown.observation_spec["observation"].shape == (2, 2)
+    torch.testing.assert_close(shown.reset()["observation"], whole.reset()["observation"][:, [2, 0]])
+
+
+@pytest.mark.parametrize(
+    ("env_id", "visible", "message"),
+    [("CartPole-v1", [4], "from 0 to 3"), ("CartPole-v1", [], "from 0 to 3"), ("FrozenLake-v1", [0], "of a vector")],
+)
+def test_visible_refuses_what_is_not_there(env_id: str, visible: list[int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_gymnasium(id=env_id, num_envs=1, visible=visible)

@@ -296,3 +296,38 @@ def test_statistics_over_several_processes_are_refused(option: str) -> None:
 def test_bad_values(override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(overrides=[override])
+
+
+def test_exploration_noise_is_standard_normal_at_each_step_and_correlated_over_steps() -> None:
+    options = ["env=gymnasium", "id=Pendulum-v1", "env.num_envs=64", "transforms.noise_steps=5"]
+    env = build_env(load_config(overrides=[*options, "env.max_episode_steps=7"]))
+    torch.manual_seed(0)
+    steps = env.rollout(210, break_when_any_done=False)
+    noise, starts = steps["exploration_noise"][..., 0], steps["is_init"][..., 0]
+    assert abs(float(noise.mean())) < 0.1 and abs(float(noise.std()) - 1.0) < 0.05
+    within = ~starts[:, 1:]
+    inside = (noise[:, 1:] * noise[:, :-1])[within].mean(), (noise[:, 1:] * noise[:, :-1])[~within].mean()
+    torch.testing.assert_close(torch.stack(inside), torch.tensor([0.8, 0.0]), atol=0.1, rtol=0.0)  # 1 - 1 / 5
+
+
+@pytest.mark.parametrize("squash", [False, True])
+def test_actions_take_their_randomness_from_the_noise(squash: bool) -> None:
+    options = ["env=gymnasium", "id=Pendulum-v1", "env.num_envs=4", f"agent.squash={str(squash).lower()}"]
+    cfg = load_config(overrides=[*options, "transforms.noise_steps=8", "train.total_timesteps=1024"])
+    trainer, agent, _ = build_trainer(cfg)
+    step = agent(trainer.collector.env.reset())
+    before = step["loc"] + step["scale"] * step["exploration_noise"]
+    expected = 2.0 * torch.tanh(before) if squash else before  # Pendulum's actions are in [-2, 2]
+    torch.testing.assert_close(step["action"], expected)
+    alone = torch.distributions.Normal(step["loc"], step["scale"]).log_prob(before)
+    if squash:  # change of variables
+        alone = alone - torch.log(2.0 * (1.0 - torch.tanh(before) ** 2))
+    torch.testing.assert_close(step["action_log_prob"], alone.sum(-1), atol=1e-4, rtol=1e-4)
+    for metrics in trainer.run():
+        assert metrics["ratio_error"] < 1e-5
+    trainer.close()
+
+
+def test_noise_needs_continuous_actions() -> None:
+    with pytest.raises(ConfigError, match="noise_steps needs continuous actions"):
+        build_env(load_config(overrides=["env=gymnasium", "id=CartPole-v1", "transforms.noise_steps=8"]))

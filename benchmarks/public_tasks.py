@@ -1,0 +1,233 @@
+r"""Compare this package with RecurrentPPO of sb3-contrib on public tasks: same steps, same machine.
+
+python -m benchmarks.public_tasks run --tasks Hopper Walker2d --arms ours sb3 --seeds 0 1 2
+python -m benchmarks.public_tasks table        # Markdown, from all results so far
+python -m benchmarks.public_tasks plot curves.png
+
+Our arm is the command line with nothing but the task's id, its hidden entries and the number of steps: what the
+package chooses by itself. The other arm takes the settings of rl-baselines3-zoo (`hyperparams/ppo_lstm.yml`). Its
+entries for MuJoCo tasks (one environment, minibatches of 32 steps) make 30 to 100 steps a second, so the robots take its
+settings for the same robots in Bullet. `--arms sb3-mujoco` runs those entries.
+
+Each run writes one CSV file: steps, seconds of CPU time, mean return of the last 100 training episodes (or of a rollout), and at
+the end a row with the mean return of 100 greedy episodes. Runs that are finished are not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import torch
+from gymnasium.spaces import Box
+from gymnasium.wrappers import FlattenObservation, TransformObservation
+
+RESULTS = Path(__file__).parent / "results" / "public_tasks"
+EVALUATION_EPISODES = 100
+
+
+@dataclass(frozen=True)
+class Task:
+    """A public task: the same for all arms."""
+
+    env_id: str
+    total_timesteps: int
+    visible: list[int] | None
+    """Numbers of the observation that the agent sees; None: all."""
+    ours: list[str] = field(default_factory=list)
+    """Overrides of our arm: none but the environment."""
+    zoo: str = "robot"
+    """Settings of the sb3 arm."""
+
+
+TASKS = {
+    "CartPole": Task("CartPole-v1", 100_000, [0, 2], zoo="CartPole"),
+    "Pendulum-full": Task("Pendulum-v1", 200_000, None, zoo="Pendulum"),
+    "Pendulum": Task("Pendulum-v1", 200_000, [0, 1], zoo="Pendulum"),
+    "MountainCar": Task("MountainCarContinuous-v0", 300_000, [0], zoo="MountainCar"),
+    "Hopper": Task("Hopper-v5", 1_000_000, list(range(5)), zoo="robot_linear_clip"),
+    "HalfCheetah": Task("HalfCheetah-v5", 1_000_000, list(range(8))),
+    "Walker2d": Task("Walker2d-v5", 1_000_000, list(range(8)), zoo="robot_linear_clip"),
+    "MemoryS7": Task("MiniGrid-MemoryS7-v0", 500_000, None, ["env=minigrid"], zoo="MiniGrid"),
+}
+"""Tasks by name. "Pendulum", "CartPole", "MountainCar" hide velocities; robots show only their positions."""
+
+
+def linear(start: float) -> Callable[[float], float]:
+    """Return a schedule from `start` to zero; its argument is the share of steps that is left."""
+    return lambda left: left * start
+
+
+def zoo_settings(name: str) -> tuple[int, dict[str, Any]]:
+    """Return the number of environments, and the arguments of RecurrentPPO, as rl-baselines3-zoo has them."""
+    relu, one = torch.nn.ReLU, {"pi": [64], "vf": [64]}
+    small = {"ortho_init": False, "activation_fn": relu, "lstm_hidden_size": 64, "net_arch": one}
+    robot = {"batch_size": 128, "n_steps": 256, "gamma": 0.99, "gae_lambda": 0.9, "n_epochs": 10}
+    robot["policy_kwargs"] = {
+        "ortho_init": False,
+        "activation_fn": relu,
+        "net_arch": {"pi": [], "vf": []},
+        "lstm_hidden_size": 128,
+    }
+    mujoco = {
+        "log_std_init": -2,
+        "ortho_init": False,
+        "activation_fn": relu,
+        "net_arch": {"pi": [256] * 2, "vf": [256] * 2},
+    }
+    settings: dict[str, tuple[int, dict[str, Any]]] = {
+        "Pendulum": (
+            4,
+            {"n_steps": 1024, "gae_lambda": 0.95, "gamma": 0.9, "n_epochs": 10, "learning_rate": 1e-3}
+            | {"use_sde": True, "sde_sample_freq": 4, "policy_kwargs": small},
+        ),
+        "CartPole": (
+            8,
+            {"n_steps": 32, "batch_size": 256, "gae_lambda": 0.8, "gamma": 0.98, "n_epochs": 20}
+            | {"learning_rate": linear(1e-3), "clip_range": linear(0.2), "policy_kwargs": small},
+        ),
+        "MountainCar": (
+            8,
+            {"batch_size": 256, "n_steps": 1024, "gamma": 0.9999, "learning_rate": 7.77e-5, "ent_coef": 0.00429}
+            | {"clip_range": 0.1, "n_epochs": 10, "gae_lambda": 0.9, "max_grad_norm": 5, "vf_coef": 0.19}
+            | {"use_sde": True, "sde_sample_freq": 8}
+            | {"policy_kwargs": {"ortho_init": False, "lstm_hidden_size": 32, "net_arch": one}},
+        ),
+        "robot": (16, robot),
+        "robot_linear_clip": (16, robot | {"clip_range": linear(0.4)}),
+        "MiniGrid": (
+            8,
+            {"n_steps": 128, "batch_size": 64, "gae_lambda": 0.95, "gamma": 0.99, "n_epochs": 10}
+            | {"learning_rate": 2.5e-4, "clip_range": 0.2},
+        ),
+        "Hopper": (
+            1,
+            {"batch_size": 32, "n_steps": 512, "gamma": 0.999, "learning_rate": 9.80828e-5, "ent_coef": 0.00229519}
+            | {"clip_range": 0.2, "n_epochs": 5, "gae_lambda": 0.99, "max_grad_norm": 0.7, "vf_coef": 0.835671}
+            | {"policy_kwargs": mujoco},
+        ),
+        "HalfCheetah": (
+            1,
+            {"batch_size": 64, "n_steps": 512, "gamma": 0.98, "learning_rate": 2.0633e-5, "ent_coef": 0.000401762}
+            | {"clip_range": 0.1, "n_epochs": 20, "gae_lambda": 0.92, "max_grad_norm": 0.8, "vf_coef": 0.58096}
+            | {"policy_kwargs": mujoco},
+        ),
+        "Walker2d": (
+            1,
+            {"batch_size": 32, "n_steps": 512, "gamma": 0.99, "learning_rate": 5.05041e-5, "ent_coef": 0.000585045}
+            | {"clip_range": 0.1, "n_epochs": 20, "gae_lambda": 0.95, "max_grad_norm": 1, "vf_coef": 0.871923},
+        ),
+    }
+    return settings[name]
+
+
+def make_env(task: Task) -> gymnasium.Env[Any, Any]:
+    """Make the environment of the sb3 arm: only the visible numbers, MiniGrid's picture as one vector."""
+    from stable_baselines3.common.monitor import Monitor
+
+    if task.env_id.startswith("MiniGrid"):
+        from minigrid.wrappers import ImgObsWrapper
+
+        return Monitor(FlattenObservation(ImgObsWrapper(gymnasium.make(task.env_id))))
+    env = gymnasium.make(task.env_id)
+    if task.visible is not None:
+        entries = np.array(task.visible)
+        space = Box(-np.inf, np.inf, (len(entries),), np.float32)
+        env = TransformObservation(env, lambda observation: observation[entries].astype(np.float32), space)
+    return Monitor(env)
+
+
+def train_sb3(task: Task, zoo: str, seed: int) -> list[dict[str, float]]:
+    """Train RecurrentPPO; return the rows of its CSV file."""
+    from sb3_contrib import RecurrentPPO
+    from stable_baselines3.common.callbacks import BaseCallback
+    from stable_baselines3.common.evaluation import evaluate_policy
+    from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+
+    torch.set_num_threads(1)
+    num_envs, options = zoo_settings(zoo)
+    env = VecNormalize(DummyVecEnv([lambda: make_env(task)] * num_envs), gamma=options["gamma"])
+    model = RecurrentPPO("MlpLstmPolicy", env, seed=seed, device="cpu", **options)
+    rows: list[dict[str, float]] = []
+    started = time.process_time()
+
+    class Recorder(BaseCallback):
+        def _on_step(self) -> bool:
+            return True
+
+        def _on_rollout_end(self) -> None:
+            returns = [episode["r"] for episode in self.model.ep_info_buffer or []]
+            row = {"steps": self.num_timesteps, "cpu_seconds": time.process_time() - started}
+            rows.append(row | {"mean_return": float(np.mean(returns)) if returns else float("nan")})
+
+    model.learn(task.total_timesteps, callback=Recorder())
+    seconds = time.process_time() - started
+    env.training = env.norm_reward = False
+    returns, _ = evaluate_policy(model, env, EVALUATION_EPISODES, deterministic=True)
+    rows.append({"steps": model.num_timesteps, "cpu_seconds": seconds, "greedy_return": float(returns)})
+    return rows
+
+
+def train_ours(task: Task, seed: int) -> list[dict[str, float]]:
+    """Train with the command line; return the rows of its CSV file."""
+    options = task.ours or ["env=gymnasium"]
+    if task.visible is not None:
+        options = [*options, f"env.visible={json.dumps(task.visible, separators=(',', ':'))}"]
+    with tempfile.TemporaryDirectory() as scratch:
+        command = [sys.executable, "-m", "cyborg_torchrl", "train", *options, f"id={task.env_id}", f"train.seed={seed}"]
+        command += [f"train.total_timesteps={task.total_timesteps}", f"logger.eval_episodes={EVALUATION_EPISODES}"]
+        command += [f"logger.base_dir={scratch}", "logger.run_name=run", "logger.progress=false"]
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        with (Path(scratch) / "run" / "logs" / "metrics.csv").open(newline="") as file:
+            log = list(csv.DictReader(file))
+    summary = json.loads(output.splitlines()[-1])
+    columns = {"steps": "steps", "cpu_seconds": "cpu_seconds", "mean_return": "mean_reward"}
+    rows = [{ours: float(row[name] or "nan") for ours, name in columns.items()} for row in log]
+    last = {"steps": rows[-1]["steps"], "cpu_seconds": rows[-1]["cpu_seconds"]}
+    return [*rows, last | {"greedy_return": summary["mean_reward"]}]
+
+
+def run(name: str, arm: str, seed: int) -> None:
+    """Train one arm on a task with a seed, and write its CSV file, if there is none yet."""
+    path = RESULTS / f"{name}_{arm}_{seed}.csv"
+    if path.exists():
+        return
+    task = TASKS[name]
+    if arm == "ours":
+        rows = train_ours(task, seed)
+    else:
+        rows = train_sb3(task, name if arm == "sb3-mujoco" else task.zoo, seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["steps", "cpu_seconds", "mean_return", "greedy_return"], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({key: round(value, 4) for key, value in row.items()} for row in rows)
+    print(f"{path.stem}: {rows[-1]['greedy_return']:.2f}, {rows[-1]['steps'] / rows[-1]['cpu_seconds']:.0f} steps/s")
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
+    parser.add_argument("--arms", nargs="+", default=["ours", "sb3"], choices=["ours", "sb3", "sb3-mujoco"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    arguments = parser.parse_args()
+    for seed in arguments.seeds:
+        for name in arguments.tasks:
+            for arm in arguments.arms:
+                run(name, arm, seed)
+
+
+if __name__ == "__main__":
+    main()

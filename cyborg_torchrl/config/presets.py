@@ -1,0 +1,151 @@
+"""Presets: the values of the options that a configuration leaves open (null).
+
+`load_config` chooses the preset and fills what depends on nothing else. What depends on the environment's observations
+and actions is filled by `complete`, when the environment is built. A value that is given is never changed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+from omegaconf import DictConfig, OmegaConf
+from tensordict.utils import NestedKey
+from torchrl.envs import EnvBase
+
+from cyborg_torchrl.config.schema import TrainConfig
+from cyborg_torchrl.envs.memory.task import MemoryTask
+from cyborg_torchrl.modules.encoders.build import default_observations
+from cyborg_torchrl.modules.encoders.images import MIN_SIDE, image_layout
+from cyborg_torchrl.registry import environments
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "memory_task": {
+        "encoder.hidden_sizes": [],
+        "agent.policy_hidden_sizes": [],
+        "agent.value_hidden_sizes": [],
+        "transforms.normalize_observation": False,
+        "transforms.normalize_reward": False,
+        "transforms.noise_steps": 1.0,
+        "train.recurrent_mode": "episode",
+        "train.n_epochs": 15,
+        "train.num_minibatches": 8,
+        "train.learning_rate": 3e-3,
+        "train.gamma": 0.999,
+        "train.gae_lambda": 0.0,  # only the answer is an action; 0.95 learns too, slower
+        "train.ent_coef": 0.0,
+    },
+    "general": {
+        "agent.policy_hidden_sizes": [64],
+        "agent.value_hidden_sizes": [64],
+        "train.recurrent_mode": "tbptt",
+        "train.learning_rate": 1e-3,
+        "train.gamma": 0.99,
+        "train.gae_lambda": 0.95,
+    },
+}
+"""Values by preset, whatever the observations are."""
+NUM_STEPS, NUM_MINIBATCHES = 128, 4
+SHOWN = (
+    "train.n_steps",
+    "train.seq_len",
+    "train.n_epochs",
+    "train.num_minibatches",
+    "train.learning_rate",
+    "train.gamma",
+    "train.gae_lambda",
+    "train.ent_coef",
+    "transforms.normalize_observation",
+    "transforms.normalize_reward",
+    "transforms.noise_steps",
+    "encoder.hidden_sizes",
+    "agent.policy_hidden_sizes",
+    "agent.value_hidden_sizes",
+)
+"""Options that a run shows at its start."""
+
+Kind = Literal["pixels", "vector", "categories"]
+
+
+def choose_preset(cfg: DictConfig) -> None:
+    """Name the preset of a configuration, and fill the open options that depend on nothing else, in place."""
+    if cfg.preset == "auto":
+        builder = environments.get(cfg.env.name)
+        is_memory_task = isinstance(builder, type) and issubclass(builder, MemoryTask)
+        cfg.preset = "memory_task" if is_memory_task else "general"
+    _fill(cfg, PRESETS[cfg.preset])
+
+
+def complete(cfg: DictConfig, env: EnvBase) -> None:
+    """Fill the options that the preset `general` derives from the environment, in place.
+
+    Args:
+        cfg: the configuration; a second call changes nothing.
+        env: its environment, without the transforms.
+    """
+    if cfg.preset != "general":
+        return
+    kind, is_continuous = observation_kind(env), env.action_spec.dtype.is_floating_point
+    is_shared = cfg.collector.name in ("rollout", "single", "fused")  # other collectors cannot share statistics
+    _fill(
+        cfg,
+        {
+            "encoder.hidden_sizes": [64] if kind == "vector" else [],
+            "transforms.normalize_observation": kind == "vector" and is_shared,
+            "transforms.normalize_reward": kind == "vector" and is_continuous and is_shared,
+            "transforms.noise_steps": 8.0 if is_continuous else 1.0,
+            "train.n_epochs": 10 if kind == "vector" else 4,
+            "train.ent_coef": 0.0 if is_continuous else 0.01,
+        },
+    )
+    train = cfg.train
+    if train.recurrent_mode != "episode":
+        _fill(cfg, {"train.n_steps": NUM_STEPS})
+    if train.recurrent_mode in ("burn_in", "tbptt"):
+        _fill(cfg, {"train.seq_len": min(NUM_STEPS // 2, train.n_steps)})
+    num_envs = cfg.env.get("num_envs") or env.batch_size.numel()
+    sequences = num_envs * max(1, (train.n_steps or 1) // (train.seq_len or train.n_steps or 1))
+    _fill(cfg, {"train.num_minibatches": min(NUM_MINIBATCHES, sequences)})
+
+
+def describe_preset(cfg: DictConfig, env: EnvBase) -> str:
+    """Return one line: the preset, what it was chosen for, and the values in use, as they are written in an override."""
+    actions = "continuous" if env.action_spec.dtype.is_floating_point else "discrete"
+    values = (f"{key}={str(OmegaConf.select(cfg, key)).lower().replace(' ', '')}" for key in SHOWN)
+    return f"preset={cfg.preset} ({observation_kind(env)}, {actions} actions): {' '.join(values)}".replace(
+        "none", "null"
+    )
+
+
+def observation_kind(env: EnvBase) -> Kind:
+    """Return "pixels" if a picture is read, "vector" if floats are, else "categories" (such as MiniGrid's grid)."""
+    spec, batch_dims = env.observation_spec, len(env.batch_size)
+    read = default_observations(spec)
+    if any(_is_picture(env, key, batch_dims) for key in read):
+        return "pixels"
+    return "vector" if any(spec[key].dtype.is_floating_point for key in read) else "categories"
+
+
+def _is_picture(env: EnvBase, key: NestedKey, batch_dims: int) -> bool:
+    shape = env.observation_spec[key].shape[batch_dims:]
+    if len(shape) not in (3, 4):
+        return False
+    layout = image_layout(shape)
+    return min(layout.height, layout.width) >= MIN_SIDE
+
+
+def _fill(cfg: DictConfig, values: dict[str, Any]) -> None:
+    for key, value in values.items():
+        if OmegaConf.select(cfg, key) is None:
+            OmegaConf.update(cfg, key, value)
+
+
+def with_general_values(train: TrainConfig) -> TrainConfig:
+    """Return hyperparameters of a script: what is None gets the value of the preset `general`."""
+    values = PRESETS["general"] | {
+        "train.n_epochs": 10,
+        "train.num_minibatches": NUM_MINIBATCHES,
+        "train.ent_coef": 0.0,
+    }
+    named = {key.removeprefix("train."): value for key, value in values.items() if key.startswith("train.")}
+    return dataclasses.replace(train, **{key: value for key, value in named.items() if getattr(train, key) is None})

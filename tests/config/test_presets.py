@@ -1,0 +1,110 @@
+"""Presets: which one is chosen, what it fills, and what it leaves alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from contextlib import closing
+
+import pytest
+from omegaconf import OmegaConf
+
+from cyborg_torchrl.config import ConfigError, TrainConfig, load_config
+from cyborg_torchrl.config.presets import SHOWN, complete, describe_preset, with_general_values
+from cyborg_torchrl.registry import environments
+from cyborg_torchrl.training.builders import build_env, build_trainer
+
+PENDULUM = ["env=gymnasium", "id=Pendulum-v1", "env.num_envs=4"]
+TUNED = {"train.n_epochs": 15, "train.learning_rate": 3e-3, "train.num_minibatches": 8, "train.gae_lambda": 0.0}
+
+
+def built(*overrides: str):
+    cfg = load_config(overrides=overrides)
+    build_env(cfg).close()
+    return cfg
+
+
+@pytest.mark.parametrize("task", ["delayed_cue", "distractor_nav"])
+def test_memory_tasks_keep_their_tuned_settings(task: str) -> None:
+    cfg = load_config(overrides=[f"env={task}"])
+    assert cfg.preset == "memory_task" and cfg.train.recurrent_mode == "episode"
+    assert {key: OmegaConf.select(cfg, key) for key in TUNED} == TUNED
+
+
+def test_every_other_environment_gets_general_by_what_it_shows() -> None:
+    pendulum, cartpole, grid = built(*PENDULUM), built("env=gymnasium", "id=CartPole-v1"), built("env=minigrid")
+    assert {cfg.preset for cfg in (pendulum, cartpole, grid)} == {"general"}
+    for cfg in (pendulum, cartpole, grid):
+        assert 128 <= cfg.train.n_steps <= 512 and 4 <= cfg.train.n_epochs <= 10
+        assert 3e-4 <= cfg.train.learning_rate <= 1e-3 and cfg.train.recurrent_mode == "tbptt"
+    assert pendulum.transforms.normalize_observation and pendulum.transforms.normalize_reward
+    assert cartpole.transforms.normalize_observation and not grid.transforms.normalize_observation
+    assert pendulum.transforms.noise_steps > 1 and cartpole.transforms.noise_steps == 1
+    assert grid.train.n_epochs < pendulum.train.n_epochs
+
+
+def test_a_given_value_is_never_changed() -> None:
+    given = ["train.n_epochs=3", "train.gamma=0.5", "transforms.normalize_reward=false", "encoder.hidden_sizes=[]"]
+    cfg = built(*PENDULUM, *given)
+    assert cfg.train.n_epochs == 3 and cfg.train.gamma == 0.5
+    assert cfg.transforms.normalize_reward is False and cfg.encoder.hidden_sizes == []
+
+
+def test_the_other_preset_can_be_asked_for() -> None:
+    assert built(*PENDULUM, "preset=memory_task").train.n_epochs == 15
+    assert load_config(overrides=["preset=general"]).train.learning_rate == 1e-3
+    with pytest.raises(ConfigError, match="unknown preset 'generl'.*general"):
+        load_config(overrides=["preset=generl"])
+
+
+def test_nothing_is_left_open_and_a_second_call_changes_nothing() -> None:
+    for overrides in (PENDULUM, ["env=minigrid", "env.num_envs=1"], [*PENDULUM, "env.num_envs=1", "train=burn_in"]):
+        cfg = load_config(overrides=overrides)
+        with closing(build_env(cfg)) as env:
+            assert all(OmegaConf.select(cfg, key) is not None for key in SHOWN)
+            before = OmegaConf.to_yaml(cfg)
+            complete(cfg, env)
+        assert OmegaConf.to_yaml(cfg) == before
+
+
+def test_one_small_environment_can_train_with_nothing_else_given() -> None:
+    cfg = load_config(overrides=["env=gymnasium", "id=CartPole-v1", "env.num_envs=1", "train.total_timesteps=128"])
+    trainer = build_trainer(cfg).trainer
+    assert next(iter(trainer.run()))["ratio_error"] < 1e-5
+    trainer.close()
+
+
+def test_collectors_that_cannot_share_statistics_do_not_normalise() -> None:
+    cfg = built(*PENDULUM, "collector=multi_sync")
+    assert not cfg.transforms.normalize_observation and not cfg.transforms.normalize_reward
+
+
+def test_memory_is_switched_by_one_key_that_changes_nothing_else() -> None:
+    with_memory, control = built(*PENDULUM), built(*PENDULUM, "train.recurrent_mode=none")
+    keys = [key for key in SHOWN if key != "train.seq_len"]
+    values = [{key: OmegaConf.select(cfg, key) for key in keys} for cfg in (with_memory, control)]
+    assert values[0] == values[1]
+
+
+def test_the_line_can_be_copied_into_a_command() -> None:
+    cfg = load_config(overrides=PENDULUM)
+    with closing(build_env(cfg)) as env:
+        line = describe_preset(cfg, env)
+    assert line.startswith("preset=general (vector, continuous actions): ") and "\n" not in line
+    again = load_config(overrides=[*PENDULUM, *line.partition("): ")[2].split(" ")])
+    assert OmegaConf.to_yaml(again) == OmegaConf.to_yaml(cfg)
+
+
+def test_an_environment_of_the_user_gets_general() -> None:
+    environments.register("mine_for_presets")(lambda num_envs=1, device=None, seed=None: None)
+    try:
+        assert load_config(overrides=["env=mine_for_presets"]).preset == "general"
+    finally:
+        environments._components.pop("mine_for_presets", None)
+
+
+def test_scripts_get_the_general_values_for_what_they_leave_open() -> None:
+    filled = with_general_values(TrainConfig(n_epochs=3))
+    assert filled.n_epochs == 3 and filled.learning_rate == 1e-3 and filled.gamma == 0.99
+    optional = {"n_steps", "seq_len", "state_stride", "clip_range_vf", "target_kl", "micro_batch_steps"}
+    left = {field.name for field in dataclasses.fields(filled) if getattr(filled, field.name) is None}
+    assert left <= optional
