@@ -4,13 +4,13 @@ python -m benchmarks.public_tasks run --tasks Hopper Walker2d --arms ours sb3 --
 python -m benchmarks.public_tasks table        # Markdown, from all results so far
 python -m benchmarks.public_tasks plot curves.png
 
-Our arm is the command line with nothing but the task's id, its hidden entries and the number of steps: what the
-package chooses by itself. The other arm takes the settings of rl-baselines3-zoo (`hyperparams/ppo_lstm.yml`). Its
-entries for MuJoCo tasks (one environment, minibatches of 32 steps) make 30 to 100 steps a second, so the robots take its
-settings for the same robots in Bullet. `--arms sb3-mujoco` runs those entries.
+Our arm is the command line with nothing but the task's id, its visible numbers and the number of steps. The other arm
+takes the settings of rl-baselines3-zoo (`hyperparams/ppo_lstm.yml`). Its entries for MuJoCo tasks (one environment,
+minibatches of 32 steps) make 30 to 100 steps a second, so the robots take its settings for the same robots in Bullet.
+`--arms sb3-mujoco` runs those entries.
 
-Each run writes one CSV file: steps, seconds of CPU time, mean return of the last 100 training episodes (or of a rollout), and at
-the end a row with the mean return of 100 greedy episodes. Runs that are finished are not repeated.
+Each run writes one CSV file: steps, seconds of CPU time, mean return while training, and at the end a row with the mean
+return of 100 greedy episodes. Runs that are finished are not repeated.
 """
 
 from __future__ import annotations
@@ -204,10 +204,8 @@ def run(name: str, arm: str, seed: int) -> None:
     if path.exists():
         return
     task = TASKS[name]
-    if arm == "ours":
-        rows = train_ours(task, seed)
-    else:
-        rows = train_sb3(task, name if arm == "sb3-mujoco" else task.zoo, seed)
+    zoo = name if arm == "sb3-mujoco" else task.zoo
+    rows = train_ours(task, seed) if arm == "ours" else train_sb3(task, zoo, seed)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, ["steps", "cpu_seconds", "mean_return", "greedy_return"], lineterminator="\n")

@@ -109,7 +109,7 @@ def complete(cfg: DictConfig, env: EnvBase) -> None:
 
 
 def describe_preset(cfg: DictConfig, env: EnvBase) -> str:
-    """Return one line: the preset, what it was chosen for, and the values in use, as they are written in an override."""
+    """Return one line: the preset, what it was chosen for, and the values in use, as overrides."""
     actions = "continuous" if env.action_spec.dtype.is_floating_point else "discrete"
     values = (f"{key}={str(OmegaConf.select(cfg, key)).lower().replace(' ', '')}" for key in SHOWN)
     return f"preset={cfg.preset} ({observation_kind(env)}, {actions} actions): {' '.join(values)}".replace(

@@ -26,7 +26,8 @@ def built(*overrides: str):
 @pytest.mark.parametrize("task", ["delayed_cue", "distractor_nav"])
 def test_memory_tasks_keep_their_tuned_settings(task: str) -> None:
     cfg = load_config(overrides=[f"env={task}"])
-    assert cfg.preset == "memory_task" and cfg.train.recurrent_mode == "episode"
+    assert cfg.preset == "memory_task"
+    assert cfg.train.recurrent_mode == "episode"
     assert {key: OmegaConf.select(cfg, key) for key in TUNED} == TUNED
 
 
@@ -34,25 +35,32 @@ def test_every_other_environment_gets_general_by_what_it_shows() -> None:
     pendulum, cartpole, grid = built(*PENDULUM), built("env=gymnasium", "id=CartPole-v1"), built("env=minigrid")
     assert {cfg.preset for cfg in (pendulum, cartpole, grid)} == {"general"}
     for cfg in (pendulum, cartpole, grid):
-        assert 128 <= cfg.train.n_steps <= 512 and 4 <= cfg.train.n_epochs <= 10
-        assert 3e-4 <= cfg.train.learning_rate <= 1e-3 and cfg.train.recurrent_mode == "tbptt"
-    assert pendulum.transforms.normalize_observation and pendulum.transforms.normalize_reward
-    assert cartpole.transforms.normalize_observation and not grid.transforms.normalize_observation
-    assert pendulum.transforms.noise_steps > 1 and cartpole.transforms.noise_steps == 1
+        assert 128 <= cfg.train.n_steps <= 512
+        assert 4 <= cfg.train.n_epochs <= 10
+        assert 3e-4 <= cfg.train.learning_rate <= 1e-3
+        assert cfg.train.recurrent_mode == "tbptt"
+    assert pendulum.transforms.normalize_observation
+    assert pendulum.transforms.normalize_reward
+    assert cartpole.transforms.normalize_observation
+    assert not grid.transforms.normalize_observation
+    assert pendulum.transforms.noise_steps > 1
+    assert cartpole.transforms.noise_steps == 1
     assert grid.train.n_epochs < pendulum.train.n_epochs
 
 
 def test_a_given_value_is_never_changed() -> None:
     given = ["train.n_epochs=3", "train.gamma=0.5", "transforms.normalize_reward=false", "encoder.hidden_sizes=[]"]
     cfg = built(*PENDULUM, *given)
-    assert cfg.train.n_epochs == 3 and cfg.train.gamma == 0.5
-    assert cfg.transforms.normalize_reward is False and cfg.encoder.hidden_sizes == []
+    assert cfg.train.n_epochs == 3
+    assert cfg.train.gamma == 0.5
+    assert cfg.transforms.normalize_reward is False
+    assert cfg.encoder.hidden_sizes == []
 
 
 def test_the_other_preset_can_be_asked_for() -> None:
     assert built(*PENDULUM, "preset=memory_task").train.n_epochs == 15
     assert load_config(overrides=["preset=general"]).train.learning_rate == 1e-3
-    with pytest.raises(ConfigError, match="unknown preset 'generl'.*general"):
+    with pytest.raises(ConfigError, match=r"unknown preset 'generl'.*general"):
         load_config(overrides=["preset=generl"])
 
 
@@ -75,7 +83,8 @@ def test_one_small_environment_can_train_with_nothing_else_given() -> None:
 
 def test_collectors_that_cannot_share_statistics_do_not_normalise() -> None:
     cfg = built(*PENDULUM, "collector=multi_sync")
-    assert not cfg.transforms.normalize_observation and not cfg.transforms.normalize_reward
+    assert not cfg.transforms.normalize_observation
+    assert not cfg.transforms.normalize_reward
 
 
 def test_memory_is_switched_by_one_key_that_changes_nothing_else() -> None:
@@ -89,7 +98,8 @@ def test_the_line_can_be_copied_into_a_command() -> None:
     cfg = load_config(overrides=PENDULUM)
     with closing(build_env(cfg)) as env:
         line = describe_preset(cfg, env)
-    assert line.startswith("preset=general (vector, continuous actions): ") and "\n" not in line
+    assert line.startswith("preset=general (vector, continuous actions): ")
+    assert "\n" not in line
     again = load_config(overrides=[*PENDULUM, *line.partition("): ")[2].split(" ")])
     assert OmegaConf.to_yaml(again) == OmegaConf.to_yaml(cfg)
 
@@ -104,7 +114,9 @@ def test_an_environment_of_the_user_gets_general() -> None:
 
 def test_scripts_get_the_general_values_for_what_they_leave_open() -> None:
     filled = with_general_values(TrainConfig(n_epochs=3))
-    assert filled.n_epochs == 3 and filled.learning_rate == 1e-3 and filled.gamma == 0.99
+    assert filled.n_epochs == 3
+    assert filled.learning_rate == 1e-3
+    assert filled.gamma == 0.99
     optional = {"n_steps", "seq_len", "state_stride", "clip_range_vf", "target_kl", "micro_batch_steps"}
     left = {field.name for field in dataclasses.fields(filled) if getattr(filled, field.name) is None}
     assert left <= optional

@@ -304,7 +304,8 @@ def test_exploration_noise_is_standard_normal_at_each_step_and_correlated_over_s
     torch.manual_seed(0)
     steps = env.rollout(210, break_when_any_done=False)
     noise, starts = steps["exploration_noise"][..., 0], steps["is_init"][..., 0]
-    assert abs(float(noise.mean())) < 0.1 and abs(float(noise.std()) - 1.0) < 0.05
+    assert abs(float(noise.mean())) < 0.1
+    assert abs(float(noise.std()) - 1.0) < 0.05
     within = ~starts[:, 1:]
     inside = (noise[:, 1:] * noise[:, :-1])[within].mean(), (noise[:, 1:] * noise[:, :-1])[~within].mean()
     torch.testing.assert_close(torch.stack(inside), torch.tensor([0.8, 0.0]), atol=0.1, rtol=0.0)  # 1 - 1 / 5
