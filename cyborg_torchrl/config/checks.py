@@ -91,7 +91,10 @@ def _check_limits(key: str, value: Any, limits: Mapping[str, Any]) -> None:
 
 
 def _check_owners(cfg: DictConfig) -> None:
-    """Refuse options of another mode or another collector than the chosen one, which would be ignored."""
+    """Refuse options of another mode or another collector than the chosen one, which would be ignored.
+
+    Mode `none` ignores those of all modes, so that one key turns an agent into its control without memory.
+    """
     for group, selector, label, noun in (
         ("train", "recurrent_mode", "recurrent_mode", "mode"),
         ("collector", "name", "collector", "collector"),
@@ -99,7 +102,7 @@ def _check_owners(cfg: DictConfig) -> None:
         chosen = cfg[group][selector]
         for field in dataclasses.fields(NODES[group]):
             owners = field.metadata.get("belongs_to")
-            if owners and chosen not in owners and cfg[group][field.name] != field.default:
+            if owners and chosen not in (*owners, "none") and cfg[group][field.name] != field.default:
                 raise ConfigError(
                     f"{group}.{field.name} belongs to {label}={' or '.join(owners)}; the {noun} is '{chosen}'."
                 )

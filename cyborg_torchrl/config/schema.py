@@ -89,8 +89,8 @@ class TrainConfig:
     n_steps: int | None = option(None, above=0)
     """Steps of each environment in a rollout. null: one full episode if the environment knows its length, else 128."""
     recurrent_mode: str = option("none", choices=("none", "burn_in", "tbptt", "episode"))
-    """none: no memory, for comparison. burn_in: chunks of seq_len from stored states, after burn_in replayed steps.
-    tbptt: the same without replay. episode: whole episodes."""
+    """burn_in: chunks of seq_len from stored states, after burn_in replayed steps. tbptt: the same without replay.
+    episode: whole episodes. none: the control, the same agent without memory; it ignores the options of the others."""
     burn_in: int = option(0, minimum=0, belongs_to=("burn_in",))
     """Steps replayed without gradient before each chunk (mode burn_in)."""
     seq_len: int | None = option(None, above=0, belongs_to=("burn_in", "tbptt"))
@@ -252,6 +252,8 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     collector: CollectorConfig = field(default_factory=CollectorConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
+    imports: list[str] = field(default_factory=list)
+    """Modules, or .py files, that register environments and backbones. --import NAME adds one."""
 
 
 def config_class_of(name: str, builder: Callable[..., Any]) -> type:
