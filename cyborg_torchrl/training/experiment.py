@@ -59,6 +59,8 @@ class Experiment:
     """Seconds of the run before it was resumed."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Metrics of the last update; {} before the first."""
+    has_success: bool = False
+    """An update has reported success, by which checkpoints are compared from then on; before that by their return."""
     evaluation: Evaluation | None = None
     is_interrupted: bool = False
 
@@ -136,7 +138,8 @@ def _prepare(cfg: DictConfig, ranks: Ranks, point: ResumePoint, progress: Progre
         training.trainer.close()
         raise
     seconds_before = float(point.content.get("seconds", 0.0))
-    return Experiment(cfg, training, path, run, progress, horizon, started, seconds_before)
+    has_success = point.content.get("has_success", False)
+    return Experiment(cfg, training, path, run, progress, horizon, started, seconds_before, has_success=has_success)
 
 
 def _open_run(path: Path, cfg: DictConfig, point: ResumePoint, num_updates: int) -> RunFolder:
@@ -169,10 +172,13 @@ def _log_update(experiment: Experiment) -> None:
     state = training_state(experiment.training) if is_saved else {}  # all ranks send theirs to the first
     if run is None:
         return
+    if "success_rate" in metrics and not experiment.has_success:
+        experiment.has_success, run.checkpoints.best = True, None
+    score = metrics.get("success_rate" if experiment.has_success else "mean_reward")
     with _disk_errors(experiment):
         if is_saved:
-            score = metrics.get("success_rate", metrics.get("mean_reward"))
-            run.save({**state, "seconds": metrics["seconds"]}, trainer.num_updates, score)
+            more = {"seconds": metrics["seconds"], "has_success": experiment.has_success}
+            run.save({**state, **more}, trainer.num_updates, score)
         run.log(metrics)
 
 

@@ -344,8 +344,11 @@ def rollout_metrics(rollout: TensorDictBase, ranks: Ranks) -> Metrics:
     }
     for key, name in ((keys.EPISODE_REWARD, "mean_reward"), (keys.SUCCESS, "success_rate")):
         value = after.get(key, None)
-        if value is not None and metrics["episodes"]:
-            metrics[name] = float(ranks.moments(value[done])[1])
+        if value is None or not metrics["episodes"]:
+            continue
+        ended = value[done]
+        if key != keys.SUCCESS or ranks.sum((~ended.isnan()).sum()):  # NaN where an environment never reported success
+            metrics[name] = float(ranks.moments(ended.nan_to_num(0.0))[1])
     return metrics
 
 

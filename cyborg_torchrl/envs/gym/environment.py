@@ -46,14 +46,14 @@ def wrap(env: Any, *, frame_skip: int = 1) -> Any:
     Raises:
         ValueError: if frame_skip is below 1, no part of the observation can be read, or no policy has such actions.
     """
-    from cyborg_torchrl.envs.gym.vector import FrameSkip, MaskFromInfo, Plain, PlainActions
+    from cyborg_torchrl.envs.gym.vector import FrameSkip, MaskFromInfo, Plain, PlainActions, SuccessFromInfo
 
     if frame_skip < 1:
         raise ValueError(f"frame_skip must be >= 1; got {frame_skip}.")
     env = PlainActions(env)
     if frame_skip > 1:
         env = FrameSkip(env, frame_skip)
-    env = Plain(env)
+    env = Plain(SuccessFromInfo(env))
     _, info = env.reset(seed=0)
     return MaskFromInfo(env) if keys.ACTION_MASK in info else env
 
