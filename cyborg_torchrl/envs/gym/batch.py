@@ -69,9 +69,9 @@ def _spec_of(space: Any, device: torch.device | None) -> TensorSpec:
 class SuccessReader(BaseInfoDictReader):
     """Reader that writes `info["success"]` of a vector of environments as "success", [N, 1] float.
 
-    gymnasium does not say whether an environment reports success, and some do so only at the end of some episodes. So the
-    entry always exists. It is NaN until one of the environments has reported something; from then on a missing report
-    counts as no success.
+    gymnasium does not say whether an environment reports success, and some do so only at the end of some episodes. So
+    the entry always exists. It is NaN until one of the environments has reported something; from then on a missing
+    report counts as no success.
 
     Args:
         num_envs: N.

@@ -114,7 +114,7 @@ class Reported(gymnasium.Wrapper):
 
 
 class SuccessFromInfo(gymnasium.Wrapper):
-    """`info["success"]` as a float where the environment reports `success` or `is_success`, and without it elsewhere."""
+    """`info["success"]` as a float where the environment reports `success` or `is_success`, without it elsewhere."""
 
     def reset(self, *, seed: int | None = None, options: Info | None = None) -> tuple[Any, Info]:
         """Reset. The report of a reset is not one of an episode."""
