@@ -41,6 +41,8 @@ def validate(cfg: DictConfig) -> None:
     _check_limits("env.num_envs", cfg.env.get("num_envs"), {"above": 0})
     _check_owners(cfg)
     _check_chunks(cfg.train)
+    if cfg.train.weight_decay and cfg.train.optimizer != "adamw":
+        raise ConfigError(f"train.weight_decay belongs to optimizer=adamw; the optimizer is '{cfg.train.optimizer}'.")
     name = cfg.logger.run_name
     if name is not None and (Path(name).is_absolute() or ".." in Path(name).parts):
         raise ConfigError(f"logger.run_name must be the name of a folder in logger.base_dir; got '{name}'.")

@@ -113,11 +113,15 @@ class TrainConfig:
     """Steps of a minibatch that pass through the network at once. The gradients of larger minibatches are added up from
     parts, except with normalize_advantage=minibatch or a core that has its own loss. null: no limit."""
     learning_rate: float = option(3e-3, above=0)
-    """Step size of Adam."""
-    lr_schedule: str = option("linear", choices=("constant", "linear"))
-    """linear (to zero over the run, so that a solved task stays solved) or constant."""
+    """Step size of the optimiser."""
+    lr_schedule: str = option("linear", choices=("constant", "linear", "cosine"))
+    """linear or cosine (to zero over the run, so that a solved task stays solved), or constant."""
+    optimizer: str = option("adam", choices=("adam", "adamw", "rmsprop"))
+    """Optimiser: adam, adamw (with weight_decay) or rmsprop."""
+    weight_decay: float = option(0.0, minimum=0)
+    """Decay of the parameters in a step, relative to the learning rate (adamw)."""
     adam_eps: float = option(1e-5, above=0)
-    """Epsilon of Adam."""
+    """Epsilon of the optimiser."""
     gamma: float = option(0.999, interval=[0, 1])
     """Discount factor."""
     gae_lambda: float = option(0.95, interval=[0, 1])
@@ -159,6 +163,8 @@ class TransformsConfig:
     normalize_observation: bool = False
     """Normalise float observations by their running mean and standard deviation, clipped to [-10, 10]. The statistics
     are saved with the agent."""
+    reward_scale: float = option(1.0, above=0)
+    """Multiply rewards by this number. mean_reward stays raw."""
     normalize_reward: bool = False
     """Divide rewards by the running standard deviation of the discounted return. mean_reward stays raw."""
     clip_reward: float | None = option(None, above=0)

@@ -26,7 +26,16 @@ from cyborg_torchrl.training.run_folder import lock_run
 LOGGER = logging.getLogger(__name__)
 FREE_FOR_AUTO = ("logger", "imports", "train.total_timesteps", "train.num_threads")
 """Options that may differ between a run and the configuration for which `resume=auto` continues it."""
-FIXED_IN_TRAIN = ("n_steps", "recurrent_mode", "burn_in", "seq_len", "state_stride", "num_minibatches", "seed")
+FIXED_IN_TRAIN = (
+    "n_steps",
+    "recurrent_mode",
+    "burn_in",
+    "seq_len",
+    "state_stride",
+    "num_minibatches",
+    "seed",
+    "optimizer",
+)
 """Options of `train` that an override cannot change in a resumed run. In other groups only `logger` can change."""
 
 

@@ -25,6 +25,7 @@ from cyborg_torchrl.modules.replay import as_primed, state_after
 from cyborg_torchrl.objectives import RecurrentClipPPOLoss, add_advantages, masked_standardize, measure_drift
 from cyborg_torchrl.objectives.functional import explained_variance
 from cyborg_torchrl.training.distributed import Ranks
+from cyborg_torchrl.training.optimizer import build_optimizer, learning_rate
 
 Metrics = dict[str, float]
 LOGGED = ("loss_objective", "loss_critic", "loss_entropy", "entropy", "kl_approx", "clip_fraction", "ratio_error")
@@ -69,10 +70,7 @@ class PPOTrainer:
         self._trained = {*read, keys.IS_INIT, keys.ADVANTAGE, keys.VALUE_TARGET, keys.VALUE}
         self.parameters = [p for p in loss.parameters() if p.requires_grad]
         self.device = self.parameters[0].device
-        is_fusable = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in self.parameters)
-        self.optimizer = torch.optim.Adam(
-            self.parameters, lr=config.learning_rate, eps=config.adam_eps, fused=is_fusable
-        )
+        self.optimizer = build_optimizer(config, self.parameters)
         self.num_updates = 0
         self.num_steps = 0
         self.total_updates = max(1, config.total_timesteps // buffer.num_steps)
@@ -301,9 +299,7 @@ class PPOTrainer:
         return {name: float(self.ranks.mean(value)) for name, value in drift.items()}
 
     def _set_learning_rate(self) -> None:
-        rate = self.config.learning_rate
-        if self.config.lr_schedule == "linear":
-            rate *= max(1.0 - self.num_updates / self.total_updates, 0.0)
+        rate = learning_rate(self.config, self.num_updates / self.total_updates)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
 
