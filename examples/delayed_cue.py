@@ -2,7 +2,7 @@
 
 python examples/delayed_cue.py
 python examples/delayed_cue.py backbone=gru env.horizon=200 train.seed=3
-python examples/delayed_cue.py train=none      # the control without memory: it stays at chance, 0.25
+python examples/delayed_cue.py train.recurrent_mode=none      # the control without memory: it stays at chance, 0.25
 
 `cyborg-torchrl train` does the same with checkpoints, logs, resuming and a progress bar.
 """

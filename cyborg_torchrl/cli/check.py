@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -107,11 +106,10 @@ def _check(name: str, arguments: argparse.Namespace) -> Result:
 
 
 def _load(target: str) -> tuple[Any, Any]:
-    """Call MODULE:FUNCTION; the module may be in the working directory."""
+    """Call MODULE:FUNCTION; the module may be in the working directory, which `main` adds to the path."""
     module_name, _, function_name = target.partition(":")
     if "/" in module_name or module_name.startswith(".") or module_name.endswith(".py"):
         raise UsageError(f"--policy {target}: name a module, not a file, as in my_module:build.")
-    sys.path.insert(0, os.getcwd())
     try:
         function = getattr(importlib.import_module(module_name), function_name)
     except (ImportError, AttributeError, ValueError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -34,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         if name not in COMMANDS:
             raise UsageError(f"unknown command '{name}': {did_you_mean(name, COMMANDS)}")
+        if os.getcwd() not in sys.path:  # as with `python -m`, for modules that an option names
+            sys.path.insert(0, os.getcwd())
         return importlib.import_module(f"cyborg_torchrl.cli.{name}").main(arguments)
 
     return exit_code_of(run)

@@ -73,7 +73,7 @@ def play(
             step += 1
             end = _end(after) or ("cut" if step == max_steps else "")
             reported = after.get(keys.SUCCESS, None)
-            success = None if reported is None else float(reported)
+            success = None if reported is None or bool(reported.isnan()) else float(reported)
             action = _written(tensordict[keys.ACTION][0], names)
             yield Frame(episode, step, observation, action, total - before, total, end, success, shown)
             tensordict = env.step_mdp(tensordict)

@@ -36,6 +36,7 @@ from rich.table import Table
 from cyborg_torchrl.cli.train import hydra_parser, parse_overrides, run_hydra
 from cyborg_torchrl.config import load_config
 from cyborg_torchrl.config.checks import validate
+from cyborg_torchrl.config.imports import import_components
 from cyborg_torchrl.memory_benchmarks.report.groups import group_by
 from cyborg_torchrl.memory_benchmarks.results import Job, Row, folder_name, override_keys, write_rows
 from cyborg_torchrl.registry import UnavailableError
@@ -145,7 +146,7 @@ def run_job(cfg: DictConfig) -> float:
     if "joblib" in hydra.launcher._target_:  # the process that started this one handles Ctrl-C, and ends all
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     given = (text.lstrip("+").partition("=") for text in hydra.overrides.task)
-    overrides = {key: value for key, _, value in given if not key.startswith("logger.")}
+    overrides = {key: value for key, _, value in given if not key.startswith("logger.") and key != "imports"}
     folder = Path(hydra.sweep.dir) / folder_name(overrides)
     cfg.logger.base_dir, cfg.logger.run_name = str(folder.parent), folder.name
     cfg.logger.progress = False
@@ -158,6 +159,7 @@ def run_job(cfg: DictConfig) -> float:
     notes = io.StringIO()
     try:
         OmegaConf.resolve(cfg)
+        import_components(cfg.imports)
         validate(cfg)
         prepare_process(cfg)
         with redirect_stderr(notes):  # an interrupted run tells how to resume it alone

@@ -15,6 +15,7 @@ from torchrl.envs import EnvBase, InitTracker, RewardClipping, RewardSum, Tensor
 from cyborg_torchrl import keys
 from cyborg_torchrl.collectors.flat_dict import FlatDict, NotFusable, flat
 from cyborg_torchrl.envs.memory.task import MemoryTask
+from cyborg_torchrl.envs.transforms.build import ScaleReward
 
 Step = tuple[FlatDict, FlatDict, Tensor | None]
 """FlatDict after a step, entries before the next step, and a mask of beginning episodes; None: none begins."""
@@ -24,7 +25,8 @@ class FusedEnv:
     """A native environment and its transforms as one step on entries.
 
     Args:
-        env: a `MemoryTask` behind any of TorchRL's InitTracker, RewardSum, RewardClipping and TensorDictPrimer.
+        env: a `MemoryTask` behind any of TorchRL's InitTracker, RewardSum, RewardClipping and TensorDictPrimer, and our
+            ScaleReward.
 
     Raises:
         NotFusable: if the environment or a transform is another one.
@@ -50,6 +52,8 @@ class FusedEnv:
                 self._then.append(self._sum(unravel_key(transform.out_keys[0])))
             elif type(transform) is RewardClipping:
                 self._then.append(_clip(transform))
+            elif type(transform) is ScaleReward:
+                self._then.append(_scale(transform.scale))
             elif type(transform) is TensorDictPrimer and not transform.random:
                 self.defaults |= _defaults(transform, task)
             else:
@@ -114,6 +118,13 @@ def _clip(transform: RewardClipping) -> Callable[[FlatDict, FlatDict], None]:
 
     def then(after: FlatDict, _: FlatDict) -> None:
         after[keys.REWARD] = after[keys.REWARD].clamp(low, high)
+
+    return then
+
+
+def _scale(scale: float) -> Callable[[FlatDict, FlatDict], None]:
+    def then(after: FlatDict, _: FlatDict) -> None:
+        after[keys.REWARD] = after[keys.REWARD] * scale
 
     return then
 

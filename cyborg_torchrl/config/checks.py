@@ -41,6 +41,8 @@ def validate(cfg: DictConfig) -> None:
             _check_limits(f"{group}.{field.name}", cfg[group][field.name], field.metadata)
     _check_limits("env.num_envs", cfg.env.get("num_envs"), {"above": 0})
     _check_limits("preset", cfg.preset, {"choices": ("auto", *PRESETS)})
+    if cfg.train.weight_decay and cfg.train.optimizer != "adamw":
+        raise ConfigError(f"train.weight_decay belongs to optimizer=adamw; the optimizer is '{cfg.train.optimizer}'.")
     name = cfg.logger.run_name
     if name is not None and (Path(name).is_absolute() or ".." in Path(name).parts):
         raise ConfigError(f"logger.run_name must be the name of a folder in logger.base_dir; got '{name}'.")
@@ -91,7 +93,10 @@ def _check_limits(key: str, value: Any, limits: Mapping[str, Any]) -> None:
 
 
 def _check_owners(cfg: DictConfig) -> None:
-    """Refuse options of another mode or another collector than the chosen one, which would be ignored."""
+    """Refuse options of another mode or another collector than the chosen one, which would be ignored.
+
+    Mode `none` ignores those of all modes, so that one key turns an agent into its control without memory.
+    """
     for group, selector, label, noun in (
         ("train", "recurrent_mode", "recurrent_mode", "mode"),
         ("collector", "name", "collector", "collector"),
@@ -99,7 +104,7 @@ def _check_owners(cfg: DictConfig) -> None:
         chosen = cfg[group][selector]
         for field in dataclasses.fields(NODES[group]):
             owners = field.metadata.get("belongs_to")
-            if owners and chosen not in owners and cfg[group][field.name] != field.default:
+            if owners and chosen not in (*owners, "none") and cfg[group][field.name] != field.default:
                 raise ConfigError(
                     f"{group}.{field.name} belongs to {label}={' or '.join(owners)}; the {noun} is '{chosen}'."
                 )

@@ -8,6 +8,7 @@ import importlib
 import logging
 import re
 import tempfile
+import textwrap
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,8 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.core.utils import JobRuntime
 from hydra.errors import HydraException
 from hydra.version import VersionBase
@@ -24,6 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from cyborg_torchrl.config.checks import ConfigError, check_chunks, validate
+from cyborg_torchrl.config.imports import as_overrides, import_components, split_imports
 from cyborg_torchrl.config.presets import choose_preset
 from cyborg_torchrl.config.schema import GROUPS, NODES, REMOVED_KEYS, SHORT_KEYS, Config, config_class_of
 from cyborg_torchrl.registry import did_you_mean
@@ -49,6 +53,7 @@ def load_config(config: str = DEFAULT_CONFIG, overrides: Sequence[str] = ()) -> 
             keys that it changes. A file with such a list is a complete Hydra configuration, which can use the shipped
             groups.
         overrides: Hydra overrides, such as "backbone=gru" or "env.horizon=200". "id=..." is short for "env.id=...".
+            The modules in `imports=[...]` and in the file's `imports` are imported first.
 
     Raises:
         ConfigError: if it cannot be used; one line with the mistake and a correct value.
@@ -83,14 +88,18 @@ def primary_config(config: str, overrides: Sequence[str]) -> Generator[Primary]:
     Raises:
         ConfigError: if there is no such configuration, or it cannot be read.
     """
-    _store_nodes()
-    overrides = [_written_out(override) for override in overrides]
     folder, name = _locate(config)
-    if folder == config_dir():
+    is_shipped = folder == config_dir()
+    content = None if is_shipped else _read_file(Path(config))
+    imports, overrides = split_imports(content, map(_written_out, overrides))
+    import_components(imports)  # before the nodes are stored, so that there are some of its components
+    overrides += as_overrides(imports)
+    _store_nodes()
+    if content is None:
         yield Primary(folder, name, overrides)
         return
     with tempfile.TemporaryDirectory() as scratch:
-        complete = _lay_over_default(Path(config), overrides)
+        complete = _lay_over_default(content, overrides)
         if complete is not None:
             folder, name = Path(scratch), "config"
             OmegaConf.save(complete, folder / "config.yaml")
@@ -184,11 +193,11 @@ def flat_options(cfg: DictConfig) -> dict[str, Any]:
     return dict(leaves("", OmegaConf.to_container(cfg)))
 
 
-def _lay_over_default(path: Path, overrides: Sequence[str]) -> DictConfig | None:
-    """Return the configuration of a file without a `defaults` list; None for a file with such a list.
+def _read_file(path: Path) -> DictConfig:
+    """Return the content of a configuration file.
 
     Raises:
-        ConfigError: if the file cannot be read as a mapping.
+        ConfigError: if it cannot be read as a mapping.
     """
     try:
         content = OmegaConf.load(path)
@@ -196,12 +205,18 @@ def _lay_over_default(path: Path, overrides: Sequence[str]) -> DictConfig | None
         raise ConfigError(f"cannot read '{path}': {' '.join(str(error).split())}") from None
     if not isinstance(content, DictConfig):
         raise ConfigError(f"'{path}' must hold keys and values, such as 'train: {{seed: 1}}'.")
+    return content
+
+
+def _lay_over_default(content: DictConfig, overrides: Sequence[str]) -> DictConfig | None:
+    """Return the configuration of a file without a `defaults` list; None for a file with such a list."""
     if "defaults" in content:
         return None
     content = drop_removed_keys(content)
     defaults: list[Any] = [DEFAULT_CONFIG]
-    for override in overrides:
-        content.pop(override.split("=")[0], None)  # the choice of a group, which replaces the one in the file
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        if override.get_key_element() in (*GROUPS, *NODES) and override.get_key_element() in content:
+            _yield_to(override, content)
     for group in (*GROUPS, *NODES):
         chosen: Any = content.get(group)
         name = chosen.get("name") if group in GROUPS and isinstance(chosen, DictConfig) else chosen
@@ -210,6 +225,34 @@ def _lay_over_default(path: Path, overrides: Sequence[str]) -> DictConfig | None
             if isinstance(chosen, str):
                 content.pop(group)
     return OmegaConf.merge({"defaults": [*defaults, "_self_"]}, content)  # pyright: ignore[reportReturnType]
+
+
+def _yield_to(override: Override, content: DictConfig) -> None:
+    """Remove from a file what a choice on the command line replaces, such as `train=none` or `backbone=gru`.
+
+    The choices of `train`, `collector` and `logger` share their options, so a choice replaces only the keys that it
+    sets. A block that names another backbone, memory or environment is replaced as a whole.
+    """
+    group, block = override.get_key_element(), content[override.get_key_element()]
+    is_sweep = override.is_sweep_override()
+    chosen = list(override.sweep_string_iterator()) if is_sweep else [str(override.value())]
+    if not isinstance(block, DictConfig):  # the name of another choice
+        content.pop(group)
+    elif group in NODES:
+        for key in _keys_of(group, chosen):
+            if key != "seq_len" or block.get(key) is None:  # that of tbptt is only there because it must have one
+                block.pop(key, None)
+    elif block.get("name") is not None and chosen != [block.name]:
+        lost = ", ".join(str(key) for key in block if key != "name")
+        if lost:
+            _warn_once(f"{override.input_line} replaces all of '{group}' in the file: {textwrap.shorten(lost, 100)}")
+        content.pop(group)
+
+
+def _keys_of(group: str, chosen: Sequence[str]) -> set[str]:
+    """Return the keys that the shipped files of some choices set."""
+    files = [config_dir() / group / f"{name}.yaml" for name in chosen]
+    return {str(key) for file in files if file.is_file() for key in yaml.safe_load(file.read_text())} - {"defaults"}
 
 
 def _store_nodes() -> None:

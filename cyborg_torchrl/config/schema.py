@@ -90,8 +90,9 @@ class TrainConfig:
     """Steps of each environment in a rollout. null: by the preset general 128; else, and with recurrent_mode=episode,
     one full episode if the environment knows its length."""
     recurrent_mode: str | None = option(None, choices=("none", "burn_in", "tbptt", "episode"))
-    """none: no memory, for comparison. burn_in: chunks of seq_len from stored states, after burn_in replayed steps.
-    tbptt: the same without replay. episode: whole episodes. null: by the preset."""
+    """burn_in: chunks of seq_len from stored states, after burn_in replayed steps. tbptt: the same without replay.
+    episode: whole episodes. none: the control, the same agent without memory; it ignores the options of the others.
+    null: by the preset."""
     burn_in: int = option(0, minimum=0, belongs_to=("burn_in",))
     """Steps replayed without gradient before each chunk (mode burn_in)."""
     seq_len: int | None = option(None, above=0, belongs_to=("burn_in", "tbptt"))
@@ -115,11 +116,18 @@ class TrainConfig:
     """Steps of a minibatch that pass through the network at once. The gradients of larger minibatches are added up from
     parts, except with normalize_advantage=minibatch or a core that has its own loss. null: no limit."""
     learning_rate: float | None = option(None, above=0)
-    """Step size of Adam. null: by the preset."""
-    lr_schedule: str = option("linear", choices=("constant", "linear"))
-    """linear (to zero over the run, so that a solved task stays solved) or constant."""
+    """Step size of the optimiser. null: by the preset."""
+    lr_schedule: str = option("linear", choices=("constant", "linear", "cosine"))
+    """linear or cosine (to zero over the run, so that a solved task stays solved), or constant."""
+    desired_kl: float | None = option(None, above=0)
+    """The learning rate is divided by 1.5 after an epoch whose KL exceeds twice this value, and multiplied by 1.5 after
+    one below half of it, up to that of the schedule. null: by the preset general 0.01; else never."""
+    optimizer: str = option("adam", choices=("adam", "adamw", "rmsprop"))
+    """Optimiser: adam, adamw (with weight_decay) or rmsprop."""
+    weight_decay: float = option(0.0, minimum=0)
+    """Decay of the parameters in a step, relative to the learning rate (adamw)."""
     adam_eps: float = option(1e-5, above=0)
-    """Epsilon of Adam."""
+    """Epsilon of the optimiser."""
     gamma: float | None = option(None, interval=[0, 1])
     """Discount factor. null: by the preset."""
     gae_lambda: float | None = option(None, interval=[0, 1])
@@ -161,6 +169,8 @@ class TransformsConfig:
     normalize_observation: bool | None = None
     """Normalise float observations by their running mean and standard deviation, clipped to [-10, 10]. The statistics
     are saved with the agent. null: by the preset."""
+    reward_scale: float = option(1.0, above=0)
+    """Multiply rewards by this number. mean_reward stays raw."""
     normalize_reward: bool | None = None
     """Divide rewards by the running standard deviation of the discounted return. mean_reward stays raw. null: by the
     preset."""
@@ -261,6 +271,8 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     collector: CollectorConfig = field(default_factory=CollectorConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
+    imports: list[str] = field(default_factory=list)
+    """Modules, or .py files, that register environments and backbones. --import NAME adds one."""
 
 
 def config_class_of(name: str, builder: Callable[..., Any]) -> type:

@@ -20,6 +20,7 @@ from cyborg_torchrl.collectors import FusedCollector, RayRolloutCollector, Rollo
 from cyborg_torchrl.collectors.ray_cluster import RayCluster
 from cyborg_torchrl.collectors.runtime import prepare_cpu
 from cyborg_torchrl.config import ConfigError, TrainConfig, resolve_device
+from cyborg_torchrl.config.imports import import_components
 from cyborg_torchrl.config.presets import complete
 from cyborg_torchrl.cores import Core, MemorylessCore
 from cyborg_torchrl.data import EpisodeBuffer, RecurrentRolloutBuffer, RolloutBuffer
@@ -69,6 +70,7 @@ def build_env(
     Raises:
         ConfigError: if the environment refuses its options.
     """
+    import_components(cfg.imports)  # this may be another process
     options = builder_options(cfg.env)
     options["num_envs"] = options.get("num_envs", 1) if num_envs is None else num_envs
     if workers is not None and "workers" in options:
@@ -294,9 +296,12 @@ def _build_ray_collector(
     node = cfg.collector
     worker_cfg = OmegaConf.create(OmegaConf.to_container(cfg))
     worker_cfg.train.device = "cuda" if node.num_gpus else "cpu"
+    worker_cfg.imports = []  # the workers get what these modules define, and do not need their files
     maker = partial(_build_env_in_worker, worker_cfg, environments.get(cfg.env.name), num_envs)
     with _refusals("collector"):
         cluster = RayCluster(node.address, num_workers=node.num_workers, num_cpus=node.num_cpus, num_gpus=node.num_gpus)
+    for module in import_components(cfg.imports):
+        cluster.ray.cloudpickle.register_pickle_by_value(module)
     options |= {"seed": cfg.train.seed, "device": resolve_device(cfg.train.device)}
     return RayRolloutCollector([maker] * node.num_workers, agent, cluster=cluster, **options)
 

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 from omegaconf import OmegaConf
 
 from cyborg_torchrl.config import ConfigError, load_config
+from cyborg_torchrl.config.imports import as_overrides, import_components
 from cyborg_torchrl.registry import UnavailableError, did_you_mean
 from cyborg_torchrl.training.builders import prepare_process
 from cyborg_torchrl.training.checkpoint import CheckpointError
@@ -51,6 +52,8 @@ class CommandParser(argparse.ArgumentParser):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
+        text = "module or .py file that registers environments and backbones; may be repeated"
+        self.add_argument("--import", action="append", default=[], dest="imports", metavar="MODULE", help=text)
 
     def error(self, message: str) -> NoReturn:
         """Raise `UsageError`; for an unknown option with the nearest known one."""
@@ -60,15 +63,19 @@ class CommandParser(argparse.ArgumentParser):
         raise UsageError(f"{message} (see {self.prog} --help)")
 
     def parse(self, argv: Sequence[str] | None) -> argparse.Namespace:
-        """Return the parsed arguments. Overrides may come between options.
+        """Return the parsed arguments, and import the modules of --import. Overrides may come between options.
 
         Raises:
             UsageError: for arguments that cannot be used.
+            ConfigError: if a module cannot be imported.
         """
         arguments = self.parse_intermixed_args(argv)
         for override in getattr(arguments, "overrides", ()):
             if "=" not in override and not override.startswith("~"):
                 self.error(f"cannot read '{override}': overrides look like key=value")
+        import_components(arguments.imports)
+        if "config" in arguments:  # a new configuration, which records its modules
+            arguments.overrides = [*arguments.overrides, *as_overrides(arguments.imports)]
         return arguments
 
 

@@ -106,7 +106,8 @@ def evaluate(
             finished += done
             on_episodes(int(finished.clamp_max(quota).sum()), quota * num_envs)
     returns, steps_taken, successes = (torch.cat(column).cpu() for column in zip(*rows, strict=True))
-    return Evaluation(returns.double(), steps_taken, successes.double() if reports_success else None)
+    reports_success &= not bool(successes.isnan().all())  # NaN where an environment never reported success
+    return Evaluation(returns.double(), steps_taken, successes.double().nan_to_num(0.0) if reports_success else None)
 
 
 def _steps(

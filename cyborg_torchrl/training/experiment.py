@@ -9,7 +9,7 @@ import stat
 import sys
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +30,7 @@ from cyborg_torchrl.training.checkpoint import DUMP, save_checkpoint
 from cyborg_torchrl.training.distributed import PeerLostError, Ranks, joined_ranks
 from cyborg_torchrl.training.evaluation import Evaluation, OnEpisodes, evaluate
 from cyborg_torchrl.training.loading import build_acting_env
+from cyborg_torchrl.training.overview import overview, overview_lines
 from cyborg_torchrl.training.progress import Progress
 from cyborg_torchrl.training.resume import ResumePoint, find_run, restore_training, training_state
 from cyborg_torchrl.training.run_folder import RunFolder, default_run_name
@@ -60,6 +61,8 @@ class Experiment:
     """Seconds of the run before it was resumed."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Metrics of the last update; {} before the first."""
+    has_success: bool = False
+    """An update has reported success, by which checkpoints are compared from then on; before that by their return."""
     evaluation: Evaluation | None = None
     is_interrupted: bool = False
 
@@ -133,17 +136,21 @@ def _prepare(cfg: DictConfig, ranks: Ranks, point: ResumePoint, progress: Progre
                 print(f"warning: {warning}", file=sys.stderr)
         path = point.folder or Path(cfg.logger.base_dir) / (cfg.logger.run_name or default_run_name(cfg))
         path = ranks.broadcast_object(path)
-        run = _open_run(path, cfg, point, training.trainer.num_updates) if ranks.is_first else None
+        about = overview(training.agent)
+        for line in overview_lines(about):
+            progress.console.print(line, soft_wrap=True)
+        run = _open_run(path, cfg, point, training.trainer.num_updates, about) if ranks.is_first else None
     except BaseException:
         training.trainer.close()
         raise
     seconds_before = float(point.content.get("seconds", 0.0))
-    return Experiment(cfg, training, path, run, progress, horizon, started, seconds_before)
+    has_success = point.content.get("has_success", False)
+    return Experiment(cfg, training, path, run, progress, horizon, started, seconds_before, has_success=has_success)
 
 
-def _open_run(path: Path, cfg: DictConfig, point: ResumePoint, num_updates: int) -> RunFolder:
+def _open_run(path: Path, cfg: DictConfig, point: ResumePoint, num_updates: int, about: Mapping[str, Any]) -> RunFolder:
     try:
-        run = RunFolder(path, cfg, None if point.folder is None else num_updates)
+        run = RunFolder(path, cfg, None if point.folder is None else num_updates, about)
     except OSError as error:
         raise ConfigError(f"logger.base_dir: cannot write to '{path}' ({error.strerror}).") from None
     run.checkpoints.best = point.content.get("best")
@@ -171,10 +178,13 @@ def _log_update(experiment: Experiment) -> None:
     state = training_state(experiment.training) if is_saved else {}  # all ranks send theirs to the first
     if run is None:
         return
+    if "success_rate" in metrics and not experiment.has_success:
+        experiment.has_success, run.checkpoints.best = True, None
+    score = metrics.get("success_rate" if experiment.has_success else "mean_reward")
     with _disk_errors(experiment):
         if is_saved:
-            score = metrics.get("success_rate", metrics.get("mean_reward"))
-            run.save({**state, "seconds": metrics["seconds"]}, trainer.num_updates, score)
+            more = {"seconds": metrics["seconds"], "has_success": experiment.has_success}
+            run.save({**state, **more}, trainer.num_updates, score)
         run.log(metrics)
 
 

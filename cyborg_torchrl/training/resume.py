@@ -24,9 +24,18 @@ from cyborg_torchrl.training.loading import checkpoint_path, config_from_content
 from cyborg_torchrl.training.run_folder import lock_run
 
 LOGGER = logging.getLogger(__name__)
-FREE_FOR_AUTO = ("logger", "train.total_timesteps", "train.num_threads")
+FREE_FOR_AUTO = ("logger", "imports", "train.total_timesteps", "train.num_threads")
 """Options that may differ between a run and the configuration for which `resume=auto` continues it."""
-FIXED_IN_TRAIN = ("n_steps", "recurrent_mode", "burn_in", "seq_len", "state_stride", "num_minibatches", "seed")
+FIXED_IN_TRAIN = (
+    "n_steps",
+    "recurrent_mode",
+    "burn_in",
+    "seq_len",
+    "state_stride",
+    "num_minibatches",
+    "seed",
+    "optimizer",
+)
 """Options of `train` that an override cannot change in a resumed run. In other groups only `logger` can change."""
 
 
@@ -72,7 +81,7 @@ def with_config_of_run(cfg: DictConfig, overrides: list[str]) -> DictConfig:
     changed = config_from_content(content, path, overrides)
     before = config_from_content(content, path, device_overrides(overrides))
     free = [f"train.{key}" for key in before.train if key not in FIXED_IN_TRAIN]
-    difference = _difference(before, changed, ("logger", *free))
+    difference = _difference(before, changed, ("logger", "imports", *free))
     if difference:
         raise ConfigError(f"logger.resume: the run of {path} cannot change {difference}; begin a new run for that.")
     return changed

@@ -44,13 +44,16 @@ class RunFolder:
         path: the folder. A new run needs a folder without a run.
         cfg: the configuration.
         resumed_at: the update from which the run continues; metrics of later updates are dropped. None: a new run.
+        about: more entries of the manifest, from `overview`.
 
     Raises:
         ConfigError: if the folder already has a run, another process uses it, or a metric backend cannot be reached.
         OSError: if the folder cannot be written.
     """
 
-    def __init__(self, path: Path, cfg: DictConfig, resumed_at: int | None = None) -> None:
+    def __init__(
+        self, path: Path, cfg: DictConfig, resumed_at: int | None = None, about: Mapping[str, Any] | None = None
+    ) -> None:
         if resumed_at is None and (path / "manifest.json").exists():
             raise ConfigError(f"logger.run_name: {path} holds a run already; choose another run name, or resume=auto.")
         self.path, self.cfg = path, cfg
@@ -68,7 +71,7 @@ class RunFolder:
         self.checkpoints = CheckpointFolder(path / "checkpoints", cfg.logger.keep_checkpoints)
         self.checkpoints.clean()
         write_whole(path / "config.yaml", OmegaConf.to_yaml(cfg).encode())
-        self.write_json("manifest.json", self._manifest(resumed_at))
+        self.write_json("manifest.json", self._manifest(resumed_at, about or {}))
         (path / "summary.json").unlink(missing_ok=True)
         metrics = path / "logs" / "metrics.csv"
         self._columns = _keep_rows(metrics, resumed_at or 0)
@@ -126,12 +129,12 @@ class RunFolder:
             for name, value in metrics.items():
                 self._tensorboard.add_scalar(name, value, steps)
 
-    def _manifest(self, resumed_at: int | None) -> dict[str, Any]:
-        now = manifest(self.cfg)
+    def _manifest(self, resumed_at: int | None, about: Mapping[str, Any]) -> dict[str, Any]:
+        now = {**manifest(self.cfg), **about}
         if resumed_at is None:
             return now
         first = json.loads((self.path / "manifest.json").read_text())
-        restart = {"update": resumed_at, **{key: now[key] for key in ("started", "command", "commit")}}
+        restart = {"update": resumed_at, **{key: now.get(key) for key in ("started", "command", "commit", "kernels")}}
         return {**first, "resumed": [*first.get("resumed", []), restart]}
 
 

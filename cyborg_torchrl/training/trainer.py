@@ -26,6 +26,7 @@ from cyborg_torchrl.modules.replay import as_primed, state_after
 from cyborg_torchrl.objectives import RecurrentClipPPOLoss, add_advantages, masked_standardize, measure_drift
 from cyborg_torchrl.objectives.functional import explained_variance
 from cyborg_torchrl.training.distributed import Ranks
+from cyborg_torchrl.training.optimizer import build_optimizer, learning_rate
 
 Metrics = dict[str, float]
 LOGGED = ("loss_objective", "loss_critic", "loss_entropy", "entropy", "kl_approx", "clip_fraction", "ratio_error")
@@ -71,11 +72,10 @@ class PPOTrainer:
         self._trained = {*read, keys.IS_INIT, keys.ADVANTAGE, keys.VALUE_TARGET, keys.VALUE}
         self.parameters = [p for p in loss.parameters() if p.requires_grad]
         self.device = self.parameters[0].device
-        is_fusable = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in self.parameters)
-        self.optimizer = torch.optim.Adam(
-            self.parameters, lr=config.learning_rate, eps=config.adam_eps, fused=is_fusable
-        )
+        self.optimizer = build_optimizer(config, self.parameters)
         self.num_updates = 0
+        self.rate_factor = 1.0
+        """Share of the scheduled learning rate that is used (`config.desired_kl`)."""
         self.num_steps = 0
         self.total_updates = max(1, config.total_timesteps // buffer.num_steps)
         self.steps_per_update = buffer.num_steps * self.ranks.size
@@ -136,6 +136,7 @@ class PPOTrainer:
             "optimizer": self.optimizer.state_dict(),
             "num_updates": self.num_updates,
             "num_steps": self.num_steps,
+            "rate_factor": self.rate_factor,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -143,6 +144,7 @@ class PPOTrainer:
         self.loss.load_state_dict(state["loss"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.num_updates, self.num_steps = state["num_updates"], state["num_steps"]
+        self.rate_factor = state.get("rate_factor", 1.0)  # older checkpoints have none
 
     def _synchronize(self) -> None:
         """Start all ranks with the first one's parameters, and standardise advantages over all of them."""
@@ -182,6 +184,8 @@ class PPOTrainer:
             self._run_epoch(rollout, history)
             self.on_progress((epoch + 1) / num_epochs)
             kl = torch.stack(history["kl_approx"][steps_before:]).mean()
+            if config.desired_kl is not None:
+                self._adapt_learning_rate(float(kl), config.desired_kl)
             if config.target_kl is not None and kl > 1.5 * config.target_kl:
                 self.on_progress(1.0)
                 return epoch + 1
@@ -304,11 +308,17 @@ class PPOTrainer:
         return {name: float(self.ranks.mean(value)) for name, value in drift.items()}
 
     def _set_learning_rate(self) -> None:
-        rate = cast("float", self.config.learning_rate)
-        if self.config.lr_schedule == "linear":
-            rate *= max(1.0 - self.num_updates / self.total_updates, 0.0)
+        rate = learning_rate(self.config, self.num_updates / self.total_updates)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = self.rate_factor * rate
+
+    def _adapt_learning_rate(self, kl: float, desired_kl: float) -> None:
+        """Take smaller steps if an epoch moved the policy too far, as in rsl_rl; never larger ones than scheduled."""
+        if kl > 2.0 * desired_kl:
+            self.rate_factor /= 1.5
+        elif kl < desired_kl / 2.0:
+            self.rate_factor = min(1.0, 1.5 * self.rate_factor)
+        self._set_learning_rate()
 
     def _warn_about_ratio_error(self, ratio_error: float) -> None:
         """Warn if the update does not see the states that the agent acted with."""
@@ -347,8 +357,11 @@ def rollout_metrics(rollout: TensorDictBase, ranks: Ranks) -> Metrics:
     }
     for key, name in ((keys.EPISODE_REWARD, "mean_reward"), (keys.SUCCESS, "success_rate")):
         value = after.get(key, None)
-        if value is not None and metrics["episodes"]:
-            metrics[name] = float(ranks.moments(value[done])[1])
+        if value is None or not metrics["episodes"]:
+            continue
+        ended = value[done]
+        if key != keys.SUCCESS or ranks.sum((~ended.isnan()).sum()):  # NaN where an environment never reported success
+            metrics[name] = float(ranks.moments(ended.nan_to_num(0.0))[1])
     return metrics
 
 

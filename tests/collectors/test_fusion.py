@@ -27,7 +27,13 @@ STEPS = 70  # more than one block of steps, and a part of one
 CASES = [
     ["env=delayed_cue", "env.horizon=5", "backbone=lru"],
     ["env=copy_memory", "env.level=easy", "env.horizon=3", "backbone=mamba_gru", "backbone.hidden_size=16"],
-    ["env=tmaze", "env.horizon=6", "backbone=lstm", "backbone.num_layers=2"],  # with clipped rewards
+    [
+        "env=tmaze",
+        "env.horizon=6",
+        "backbone=lstm",
+        "backbone.num_layers=2",
+        "transforms.reward_scale=0.3",
+    ],  # with clipped rewards
     ["env=distractor_nav", "env.level=easy", "env.horizon=4", "backbone=gru", "memory=pmm", "fusion.gate=true"],
     ["env=n_back", "env.level=easy", "env.horizon=9", "backbone=pseudo_mamba", "backbone.learn_initial_state=true"],
     ["env=multi_cue_delay", "env.level=easy", "env.horizon=3", "train.recurrent_mode=none"],

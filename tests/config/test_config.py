@@ -7,6 +7,7 @@ from omegaconf import OmegaConf
 
 from cyborg_torchrl import register_backbone
 from cyborg_torchrl.config import ConfigError, TrainConfig, load_config
+from cyborg_torchrl.config.composition import primary_config
 from cyborg_torchrl.cores import LayeredCore, MemorylessCore, build_gru
 from cyborg_torchrl.registry import backbones, environments, options_of
 from cyborg_torchrl.training.builders import build_agent, build_core, build_env, rollout_length
@@ -227,3 +228,64 @@ def test_an_option_without_a_default_must_be_given():
 def test_mappings_are_options(name, default):
     assert load_config(overrides=[f"env={name}"]).env.table == default
     assert load_config(overrides=[f"env={name}", "env.table={a: 1}"]).env.table == {"a": 1}
+
+
+FILE = "train: {recurrent_mode: burn_in, burn_in: 4, seq_len: 6, seed: 5, n_epochs: 2, total_timesteps: 999}\n"
+
+
+@pytest.mark.parametrize("override", ["train=none", "train.recurrent_mode=none"])
+def test_the_control_differs_in_one_key(tmp_path, override):
+    agent, control = load_config(write(tmp_path, FILE)), load_config(str(tmp_path / "mine.yaml"), [override])
+    assert {key for key in agent.train if agent.train[key] != control.train[key]} == {"recurrent_mode"}
+    assert control.train.recurrent_mode == "none"
+    assert all(control[key] == agent[key] for key in control if key != "train")
+
+
+def test_the_control_of_a_shipped_configuration_and_of_a_run(tmp_path):
+    shipped = load_config("public_benchmark", ["train.recurrent_mode=none"])
+    assert (shipped.train.recurrent_mode, shipped.train.seq_len) == ("none", 128)
+    run = load_config("treechop_ppo_recurrent", ["train.seed=3"])
+    control = load_config(write(tmp_path, OmegaConf.to_yaml(run)), ["train=none"])
+    assert {key for key in run.train if run.train[key] != control.train[key]} == {"recurrent_mode"}
+
+
+@pytest.mark.parametrize(
+    ("text", "override", "expected"),
+    [
+        (FILE, "train=tbptt", {"recurrent_mode": "tbptt", "seq_len": 6, "seed": 5}),
+        ("train: {recurrent_mode: episode, seq_len: null, seed: 5}\n", "train=tbptt", {"seq_len": 128, "seed": 5}),
+        ("train: {seq_len: 6, seed: 5}\n", "train=none,tbptt", None),
+    ],
+)
+def test_a_mode_keeps_the_rest_of_the_files_block(tmp_path, text, override, expected):
+    text = text.replace(" burn_in: 4,", "")
+    if expected is None:  # several values: for a sweep, whose runs Hydra composes
+        with primary_config(write(tmp_path, text), [override]) as primary:
+            content = OmegaConf.load(primary.folder / "config.yaml")
+        assert content.train == {"seq_len": 6, "seed": 5}
+        return
+    cfg = load_config(write(tmp_path, text), [override])
+    assert {key: cfg.train[key] for key in expected} == expected
+
+
+def test_other_groups_keep_what_the_file_says_too(tmp_path):
+    text = "collector: {name: fused, num_workers: 3}\nlogger: {base_dir: there, progress: true}\n"
+    cfg = load_config(write(tmp_path, text), ["collector=multi_sync", "logger=quiet"])
+    assert (cfg.collector.name, cfg.collector.num_workers) == ("multi_sync", 3)
+    assert (cfg.logger.base_dir, cfg.logger.progress) == ("there", False)
+
+
+def test_a_block_without_a_name_belongs_to_every_choice(tmp_path):
+    config = write(tmp_path, "backbone: {hidden_size: 32}\nenv: {horizon: 7}\n")
+    assert load_config(config, ["backbone=gru"]).backbone.hidden_size == 32
+    assert load_config(config, ["env=delayed_cue"]).env.horizon == 7
+    with pytest.raises(ConfigError, match=r"unknown key 'env.horizon'"):
+        load_config(config, ["env=popgym"])
+
+
+def test_a_block_with_another_name_is_replaced_with_a_warning(tmp_path, caplog):
+    config = write(tmp_path, "backbone: {name: lru, hidden_size: 32}\n")
+    assert load_config(config, ["backbone=lru"]).backbone.hidden_size == 32
+    assert not caplog.text
+    assert load_config(config, ["backbone=gru"]).backbone.hidden_size == 64
+    assert "backbone=gru replaces all of 'backbone' in the file: hidden_size" in caplog.text

@@ -45,6 +45,12 @@ def library() -> ctypes.CDLL | None:
     return None
 
 
+def library_name() -> str | None:
+    """Return the instruction set of the C++ library: avx512, avx2 or default; None if there is no library."""
+    loaded = library()
+    return None if loaded is None else Path(loaded._name).stem.removeprefix("_native_")
+
+
 IS_BUILT = library() is not None
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
-from torchrl.data import Binary, Composite, MultiCategorical, TensorSpec
+from torchrl.data import Composite, MultiCategorical, TensorSpec, Unbounded
 from torchrl.envs import EnvBase, GymWrapper
 from torchrl.envs.gym_like import BaseInfoDictReader, GymLikeEnv
 from torchrl.envs.libs.gym import _gym_to_torchrl_spec_transform
@@ -67,26 +67,33 @@ def _spec_of(space: Any, device: torch.device | None) -> TensorSpec:
 
 
 class SuccessReader(BaseInfoDictReader):
-    """Reader that writes `info["success"]` of a vector of environments as "success", [N, 1] bool.
+    """Reader that writes `info["success"]` of a vector of environments as "success", [N, 1] float.
+
+    gymnasium does not say whether an environment reports success, and some do so only at the end of some episodes. So
+    the entry always exists. It is NaN until one of the environments has reported something; from then on a missing
+    report counts as no success.
 
     Args:
         num_envs: N.
+        has_reported: the environments are known to report success.
     """
 
-    def __init__(self, num_envs: int) -> None:
-        self.num_envs = num_envs
+    def __init__(self, num_envs: int, *, has_reported: bool) -> None:
+        self.num_envs, self.has_reported = num_envs, has_reported
 
     def __call__(self, info_dict: dict[str, Any], tensordict: TensorDictBase) -> TensorDictBase:
-        """Write the entry; a missing report counts as no success."""
-        success = torch.zeros(self.num_envs, 1, dtype=torch.bool)
-        if "success" in info_dict:
-            success[:, 0] = torch.as_tensor(info_dict["success"].astype(bool))
+        """Write the entry."""
+        reports = info_dict.get(keys.SUCCESS)
+        self.has_reported |= reports is not None
+        success = torch.full((self.num_envs, 1), 0.0 if self.has_reported else torch.nan)
+        if reports is not None:
+            success[:, 0] = torch.as_tensor(reports)
         return tensordict.set(keys.SUCCESS, success.to(tensordict.device) if tensordict.device else success)
 
     @property
     def info_spec(self) -> dict[str, Any]:
         """The spec of the entry."""
-        return {keys.SUCCESS: Binary(1, (self.num_envs, 1), dtype=torch.bool)}
+        return {keys.SUCCESS: Unbounded((self.num_envs, 1))}
 
 
 def batch(
@@ -123,8 +130,8 @@ def batch(
 
     vector = EpisodeVectorEnv(makers, workers)
     env = GymnasiumEnv(vector, categorical_action_encoding=True, device=device)
-    if vector.metadata.get("reports_success"):
-        env.set_info_dict_reader(SuccessReader(num_envs))
+    has_reported = bool(vector.metadata.get("reports_success"))
+    env.set_info_dict_reader(SuccessReader(num_envs, has_reported=has_reported))
     env.max_episode_steps = longest
     if seed is not None:
         env.set_seed(seed)

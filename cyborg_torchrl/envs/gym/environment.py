@@ -48,7 +48,14 @@ def wrap(env: Any, *, frame_skip: int = 1, visible: Sequence[int] | None = None)
         ValueError: if frame_skip is below 1, no part of the observation can be read, an index is out of range, or no
             policy has such actions.
     """
-    from cyborg_torchrl.envs.gym.vector import FrameSkip, MaskFromInfo, Plain, PlainActions, Visible
+    from cyborg_torchrl.envs.gym.vector import (
+        FrameSkip,
+        MaskFromInfo,
+        Plain,
+        PlainActions,
+        SuccessFromInfo,
+        Visible,
+    )
 
     if frame_skip < 1:
         raise ValueError(f"frame_skip must be >= 1; got {frame_skip}.")
@@ -57,7 +64,7 @@ def wrap(env: Any, *, frame_skip: int = 1, visible: Sequence[int] | None = None)
         env = Visible(env, visible)
     if frame_skip > 1:
         env = FrameSkip(env, frame_skip)
-    env = Plain(env)
+    env = Plain(SuccessFromInfo(env))
     _, info = env.reset(seed=0)
     return MaskFromInfo(env) if keys.ACTION_MASK in info else env
 

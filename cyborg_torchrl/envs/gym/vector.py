@@ -14,6 +14,8 @@ from cyborg_torchrl.modules.encoders.images import is_picture
 
 Info = dict[str, Any]
 Stepped = tuple[Any, float, bool, bool, Info]
+SUCCESS_KEYS = (keys.SUCCESS, "is_success")
+"""Entries of gymnasium's info that report success; the first that is there counts."""
 
 
 class FrameSkip(gymnasium.Wrapper):
@@ -69,9 +71,9 @@ class PlainActions(gymnasium.ActionWrapper):
 
 
 class Reported(gymnasium.Wrapper):
-    """Correct ends of episodes, and `info["success"]` at every step of environments that define success.
+    """Correct ends of episodes, and `info["success"]` at every step of environments with a rule for success.
 
-    `metadata["reports_success"]` says whether they do.
+    `metadata["reports_success"]` says whether they have one. Without it, what the environment itself reports is kept.
 
     Args:
         env: the environment.
@@ -94,8 +96,8 @@ class Reported(gymnasium.Wrapper):
 
     def reset(self, *, seed: int | None = None, options: Info | None = None) -> tuple[Any, Info]:
         """Reset with the options of the constructor."""
-        observation, _ = self.env.reset(seed=seed, options=self.options)
-        return observation, self._info(False)
+        observation, info = self.env.reset(seed=seed, options=self.options)
+        return observation, self._reports(info, is_success=False)
 
     def step(self, action: Any) -> Stepped:
         """Take a step."""
@@ -103,10 +105,31 @@ class Reported(gymnasium.Wrapper):
         is_success = self.is_success is not None and self.is_success(float(reward), terminated, info)
         if terminated and self.is_time_limit is not None and self.is_time_limit(self.unwrapped, info):
             terminated, truncated = False, True
-        return observation, float(reward), bool(terminated), bool(truncated), self._info(is_success)
+        return observation, float(reward), bool(terminated), bool(truncated), self._reports(info, is_success=is_success)
 
-    def _info(self, is_success: bool) -> Info:
-        return {} if self.is_success is None else {"success": is_success}
+    def _reports(self, info: Info, *, is_success: bool) -> Info:
+        if self.is_success is not None:
+            return {keys.SUCCESS: is_success}
+        return {key: info[key] for key in SUCCESS_KEYS if key in info}
+
+
+class SuccessFromInfo(gymnasium.Wrapper):
+    """`info["success"]` as a float where the environment reports `success` or `is_success`, without it elsewhere."""
+
+    def reset(self, *, seed: int | None = None, options: Info | None = None) -> tuple[Any, Info]:
+        """Reset. The report of a reset is not one of an episode."""
+        observation, info = self.env.reset(seed=seed, options=options)
+        return observation, {key: value for key, value in info.items() if key != keys.SUCCESS}
+
+    def step(self, action: Any) -> Stepped:
+        """Take a step."""
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        reports = (_as_number(info[key]) for key in SUCCESS_KEYS if key in info)
+        success = next((report for report in reports if report is not None), None)
+        info = {key: value for key, value in info.items() if key != keys.SUCCESS}
+        if success is not None:
+            info[keys.SUCCESS] = success
+        return observation, float(reward), terminated, truncated, info
 
 
 class Visible(gymnasium.ObservationWrapper):
@@ -192,6 +215,12 @@ class MaskFromInfo(gymnasium.Wrapper):
         if joined.shape != space.shape:
             raise ValueError(f'info["action_mask"] has {joined.size} entries; the actions have {space.shape[0]}.')
         return {**observation, keys.ACTION_MASK: joined}
+
+
+def _as_number(value: Any) -> float | None:
+    """Return a report of success, which may be an array with one item; None for anything else."""
+    is_number = isinstance(value, (bool, int, float, np.generic, np.ndarray)) and np.size(value) == 1
+    return float(np.asarray(value).item()) if is_number else None
 
 
 def _plain_space(space: spaces.Space) -> spaces.Space | None:

@@ -119,6 +119,27 @@ class ExplorationNoise(Transform):
         return next_tensordict.set(keys.EXPLORATION_NOISE, noise)
 
 
+class ScaleReward(Transform):
+    """Rewards multiplied by a number. (TorchRL's `RewardScaling` refuses rewards with bounds.)
+
+    Args:
+        scale: the number, greater than 0.
+    """
+
+    def __init__(self, scale: float) -> None:
+        super().__init__(in_keys=[keys.REWARD], out_keys=[keys.REWARD])
+        self.scale = scale
+
+    def transform_reward_spec(self, reward_spec: Composite) -> Composite:
+        """Remove the bounds, which no longer hold."""
+        spec = reward_spec[keys.REWARD]
+        reward_spec[keys.REWARD] = Unbounded(spec.shape, device=spec.device, dtype=spec.dtype)
+        return reward_spec
+
+    def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
+        return next_tensordict.set(keys.REWARD, next_tensordict.get(keys.REWARD) * self.scale)
+
+
 def build_transforms(
     env: EnvBase,
     *,
@@ -127,13 +148,15 @@ def build_transforms(
     previous_reward: bool = False,
     frame_stack: int = 1,
     normalize_observation: bool = False,
+    reward_scale: float = 1.0,
     normalize_reward: bool = False,
     clip_reward: float | None = None,
     noise_steps: float = 1.0,
 ) -> list[Transform]:
     """Build the requested transforms, in the right order.
 
-    Observations are normalised, then stacked. The previous reward is the raw one. Rewards are normalised, then clipped.
+    Observations are normalised, then stacked. The previous reward is the raw one. Rewards are scaled,
+    then normalised, then clipped.
 
     Args:
         env: the environment.
@@ -142,6 +165,7 @@ def build_transforms(
         previous_reward: show the previous reward.
         frame_stack: number of last observations to concatenate; the first one of an episode is repeated.
         normalize_observation: normalise float observations by their running mean and standard deviation.
+        reward_scale: multiply rewards by this number.
         normalize_reward: divide rewards by the running standard deviation of their discounted sum.
         clip_reward: clip rewards to [-clip_reward, clip_reward]; None: no clipping.
         noise_steps: steps over which the exploration noise of continuous actions is correlated; 1: independent noise.
@@ -157,6 +181,8 @@ def build_transforms(
         raise ValueError(f"noise_steps must be >= 1; got {noise_steps}.")
     if noise_steps > 1.0 and not env.action_spec.dtype.is_floating_point:
         raise ValueError("noise_steps needs continuous actions: leave it out.")
+    if not 0.0 < reward_scale < math.inf:
+        raise ValueError(f"reward_scale must be a finite number greater than 0; got {reward_scale}.")
     batch_dims = len(env.batch_size)
     transforms: list[Transform] = []
     if normalize_observation:
@@ -174,6 +200,8 @@ def build_transforms(
         transforms.append(PreviousAction(env.action_spec, batch_dims))
     if previous_reward:
         transforms.append(PreviousReward(env.reward_spec))
+    if reward_scale != 1.0:
+        transforms.append(ScaleReward(reward_scale))
     if normalize_reward:
         transforms.append(NormalizeReward(env.reward_spec, gamma))
     if clip_reward is not None:

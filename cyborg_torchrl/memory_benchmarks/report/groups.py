@@ -91,6 +91,12 @@ class Group:
         return "success" if any(run.measure == "success" for run in self.runs) else "return"
 
     @property
+    def budget(self) -> int:
+        """Environment steps that the finished runs were given."""
+        budgets = [run.config.get("train", {}).get("total_timesteps") or run.steps for run in self.finished]
+        return max(budgets, default=0)
+
+    @property
     def place(self) -> str:
         """Task and horizon."""
         return self.task if self.horizon is None else f"{self.task}, horizon {self.horizon:,}"
@@ -184,6 +190,16 @@ def build_groups(runs: Sequence[Run]) -> list[Group]:
         target = target_of(group[0].config["env"])
         groups.append(Group(task.text, backbone.text, _horizon(group), target, members, backbone.missing))
     return sorted(groups, key=lambda group: (group.task, group.horizon or 0, group.backbone))
+
+
+def different_budgets(groups: Sequence[Group]) -> list[str]:
+    """Return a sentence for each task and horizon whose groups were trained for different numbers of steps."""
+    sentences: list[str] = []
+    for place, compared in group_by((group for group in groups if group.finished), lambda group: group.place).items():
+        if len({group.budget for group in compared}) > 1:
+            budgets = "; ".join(f"{group.backbone}: {group.budget:,} steps" for group in compared)
+            sentences.append(f"{place}: {budgets}. Scores after different budgets cannot be compared.")
+    return sentences
 
 
 def _settings(run: Run) -> dict[str, str]:

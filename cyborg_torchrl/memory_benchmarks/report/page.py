@@ -20,7 +20,14 @@ from markupsafe import Markup
 from cyborg_torchrl.checks import Report
 from cyborg_torchrl.memory_benchmarks.report import charts
 from cyborg_torchrl.memory_benchmarks.report.charts import Chart, Rows, Series
-from cyborg_torchrl.memory_benchmarks.report.groups import Group, build_groups, differences, flatten, group_by
+from cyborg_torchrl.memory_benchmarks.report.groups import (
+    Group,
+    build_groups,
+    differences,
+    different_budgets,
+    flatten,
+    group_by,
+)
 from cyborg_torchrl.memory_benchmarks.report.runs import Run
 from cyborg_torchrl.memory_benchmarks.report.xray import XRay
 from cyborg_torchrl.training.stats import interquartile_mean
@@ -55,6 +62,7 @@ def build_page(runs: Sequence[Run], xray: XRay | str) -> str:
             horizons=charts.horizon_charts(groups, series),
             scores=charts.score_charts(groups, series),
             results=results_table(groups),
+            different_budgets=different_budgets(groups),
             together=together,
             left_out=left_out,
             speeds=charts.speed_charts(groups, series),

@@ -168,7 +168,7 @@ def record_episode(cfg: DictConfig, agent: PPOAgent) -> Episode:
         {name: after.get(key).float().cpu().numpy() for name, key in agent.backbone.state_keys.items()},
         after.get(keys.REWARD).flatten().float().cpu().numpy(),
         bool(after.get(keys.DONE)[-1]),
-        None if success is None else float(success[-1]),
+        None if success is None or bool(success[-1].isnan()) else float(success[-1]),
         [_slots(layer) for layer in notes],
     )
 

@@ -127,6 +127,15 @@ def test_previous_reward_is_raw_and_rewards_are_clipped_after_all() -> None:
     assert steps["next", "episode_reward"][2, 4].item() == 15
 
 
+def test_rewards_are_scaled_before_they_are_clipped_and_returns_stay_raw() -> None:
+    env = transformed(CountingEnv(vectors()), previous_reward=True, reward_scale=0.5, clip_reward=1.5)
+    check_env_specs(env)
+    steps = env.rollout(6, break_when_any_done=False)
+    assert steps["next", "reward"][2, :5, 0].tolist() == [0.5, 1.0, 1.5, 1.5, 1.5]
+    assert steps["next", "previous_reward"][2, :5, 0].tolist() == [1, 2, 3, 4, 5]
+    assert steps["next", "episode_reward"][2, 4].item() == 15
+
+
 @pytest.mark.parametrize(
     ("shown", "key", "frame"),
     [

@@ -13,10 +13,12 @@ from cyborg_torchrl.memory_benchmarks.report.groups import (
     MAX_POINTS,
     build_groups,
     differences,
+    different_budgets,
     flatten,
     learning_curve,
     steps_to,
 )
+from cyborg_torchrl.memory_benchmarks.report.page import build_page
 from cyborg_torchrl.memory_benchmarks.report.runs import find_runs
 
 WriteRun = Callable[..., Path]
@@ -123,3 +125,13 @@ def test_steps_to_a_target_are_the_median_seeds() -> None:
     assert steps_to(0.9, [(steps, fast), (steps, slow), (steps, never)]) == 3.0
     assert steps_to(0.9, [(steps, fast), (steps, never), (steps, never)]) is None
     assert steps_to(0.9, []) is None
+
+
+def test_different_budgets_are_named(write_run: Callable[..., Path], tmp_path: Path) -> None:
+    write_run("memory", total_timesteps=400)
+    write_run("far", horizon=100, total_timesteps=900)
+    assert different_budgets(build_groups(find_runs([tmp_path]))) == []
+    write_run("control", total_timesteps=100, recurrent_mode="none")
+    (sentence,) = different_budgets(build_groups(find_runs([tmp_path])))
+    assert sentence.startswith("delayed_cue, horizon 10: lru: 400 steps; lru (no memory): 100 steps.")
+    assert sentence in build_page(find_runs([tmp_path]), "")
