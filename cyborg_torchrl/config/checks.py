@@ -40,6 +40,7 @@ def validate(cfg: DictConfig) -> None:
             _check_limits(f"{group}.{field.name}", cfg[group][field.name], field.metadata)
     _check_limits("env.num_envs", cfg.env.get("num_envs"), {"above": 0})
     _check_owners(cfg)
+    _check_init_from(cfg.init_from)
     _check_chunks(cfg.train)
     name = cfg.logger.run_name
     if name is not None and (Path(name).is_absolute() or ".." in Path(name).parts):
@@ -103,6 +104,15 @@ def _check_owners(cfg: DictConfig) -> None:
                 raise ConfigError(
                     f"{group}.{field.name} belongs to {label}={' or '.join(owners)}; the {noun} is '{chosen}'."
                 )
+
+
+def _check_init_from(options: Any) -> None:
+    """Refuse options of `init_from` that would be ignored, and those that exclude each other."""
+    for field in dataclasses.fields(NODES["init_from"]):
+        if options.path is None and options[field.name] != field.default:
+            raise ConfigError(f"init_from.{field.name} needs init_from=PATH: a run's folder, or a checkpoint.")
+    if options.optimizer and options.only is not None:
+        raise ConfigError("init_from.optimizer needs the state of all parameters: leave init_from.only out.")
 
 
 def _check_chunks(train: Any) -> None:

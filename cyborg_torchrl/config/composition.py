@@ -196,6 +196,9 @@ def _lay_over_default(path: Path, overrides: Sequence[str]) -> DictConfig | None
     if "defaults" in content:
         return None
     content = drop_removed_keys(content)
+    for short, key in SHORT_KEYS.items():
+        if isinstance(content.get(short), str):
+            OmegaConf.update(content, key, content.pop(short), force_add=True)
     defaults: list[Any] = [DEFAULT_CONFIG]
     for override in overrides:
         content.pop(override.split("=")[0], None)  # the choice of a group, which replaces the one in the file
