@@ -75,6 +75,9 @@ class RunFolder:
         write_whole(path / "config.yaml", OmegaConf.to_yaml(cfg).encode())
         self.write_json("manifest.json", self._manifest(resumed_at, origin or {}))
         (path / "summary.json").unlink(missing_ok=True)
+        if resumed_at is None:
+            for old in (path / "logs").glob("events.out.tfevents.*"):  # of a run that failed
+                old.unlink()
         metrics = path / "logs" / "metrics.csv"
         self._columns = _keep_rows(metrics, resumed_at or 0)
         self._file = metrics.open("a", newline="")
