@@ -31,17 +31,43 @@ class UnavailableError(ValueError):
 
 
 MAX_NAMED = 20
-"""Maximum number of names in a message."""
+"""Maximum length of a list of all known names in a message."""
+NUM_EXAMPLES = 5
+"""Names in a message if there are more."""
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return a hint for a mistyped `name`: the nearest known name, or a list of known names if none is near."""
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """Return the known name that a mistyped `name` probably means; None if none is near.
+
+    A name is near if most letters agree, or if it contains the mistyped one. Case does not matter.
+    """
+    folded = {other.lower(): other for other in sorted(known, reverse=True)}
+    near = difflib.get_close_matches(name.lower(), folded, n=1, cutoff=0.65)
+    if not near and len(name) > 2:
+        near = sorted((other for other in folded if name.lower() in other), key=len)
+    return folded[near[0]] if near else None
+
+
+def did_you_mean(name: str, known: Iterable[str], listing: str = "") -> str:
+    """Return a hint for a mistyped `name`: the nearest known name, or known names if none is near.
+
+    Args:
+        name: the mistyped name.
+        known: all names.
+        listing: a command that lists all names, for a message that cannot.
+    """
+    names = list(known)
+    near = nearest(name, names)
+    return listed(names, listing) if near is None else f"did you mean '{near}'?"
+
+
+def listed(known: Iterable[str], listing: str = "") -> str:
+    """Return known names for a message: all of them, or some and the command that lists all."""
     names = sorted(known)
-    folded = {other.lower(): other for other in reversed(names)}
-    near = difflib.get_close_matches(name.lower(), folded, n=1, cutoff=0.5)
-    if near:
-        return f"did you mean '{folded[near[0]]}'?"
-    return f"known: {', '.join(names[:MAX_NAMED]) or '(none)'}{', ...' if len(names) > MAX_NAMED else '.'}"
+    if len(names) <= MAX_NAMED:
+        return f"known: {', '.join(names) or '(none)'}."
+    command = f"; all: {listing}" if listing else ""
+    return f"known: {', '.join(names[:NUM_EXAMPLES])} and {len(names) - NUM_EXAMPLES} more{command}"
 
 
 def check_known(kind: str, name: str, known: Collection[str]) -> None:

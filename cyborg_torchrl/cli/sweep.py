@@ -38,7 +38,17 @@ from cyborg_torchrl.config import load_config
 from cyborg_torchrl.config.checks import validate
 from cyborg_torchrl.config.imports import import_components
 from cyborg_torchrl.memory_benchmarks.report.groups import group_by
-from cyborg_torchrl.memory_benchmarks.results import Job, Row, folder_name, override_keys, write_rows
+from cyborg_torchrl.memory_benchmarks.results import (
+    JOB_FILE,
+    Job,
+    Row,
+    finished_job,
+    folder_name,
+    measured_of,
+    override_keys,
+    read_jobs,
+    write_rows,
+)
 from cyborg_torchrl.registry import UnavailableError
 from cyborg_torchrl.training.builders import prepare_process
 from cyborg_torchrl.training.command import EXIT_FAILED, EXIT_INTERRUPTED, KNOWN_ERRORS, UsageError, positive, writable
@@ -77,7 +87,7 @@ def main(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print(f"interrupted; {hint}", file=sys.stderr)
         return EXIT_INTERRUPTED
-    return _report(write_rows(folder), arguments.target, arguments.markdown)
+    return _report(folder, arguments.target, arguments.markdown)
 
 
 def _launcher(jobs: int) -> list[str]:
@@ -153,8 +163,8 @@ def run_job(cfg: DictConfig) -> float:
     cfg.logger.resume = "auto"
     name = f"run {hydra.job.num}, {folder.name}"
     config: Any = OmegaConf.to_container(cfg)
-    job = Job(overrides, config)
-    job.write(folder)
+    job, finished = Job(overrides, config), finished_job(folder)
+    (finished or job).write(folder)
     print(f"{name}: started", file=sys.stderr)
     notes = io.StringIO()
     try:
@@ -169,12 +179,12 @@ def run_job(cfg: DictConfig) -> float:
         if not isinstance(error, KNOWN_ERRORS):
             (folder / "error.txt").write_text(traceback.format_exc())
             text = " ".join(f"{type(error).__name__}: {error} (see error.txt in its folder)".split())
-        _record(replace(job, error=text), folder)
+        _record(replace(job, error=text) if finished is None else replace(finished, later_error=text), folder)
         print(f"{notes.getvalue()}error: {name}: {text}", file=sys.stderr)
         return math.nan
     if summary["is_interrupted"]:
         raise KeyboardInterrupt
-    _record(replace(job, error=""), folder)
+    _record(replace(job, error="", measured=measured_of(summary)), folder)
     print(f"{notes.getvalue()}{name}: {_score(summary):.3f} in {summary['total_seconds']:.0f} s", file=sys.stderr)
     return _score(summary)
 
@@ -184,7 +194,8 @@ def _record(job: Job, folder: Path) -> None:
     write_rows(folder.parent)
 
 
-def _report(rows: list[Row], target: float | None, markdown: Path | None) -> int:
+def _report(folder: Path, target: float | None, markdown: Path | None) -> int:
+    rows = write_rows(folder)
     headers, lines = table(rows, target)
     shown = Table(*headers, title="success on fresh episodes (mean return where a task has no success), over seeds")
     for line in lines:
@@ -192,10 +203,13 @@ def _report(rows: list[Row], target: float | None, markdown: Path | None) -> int
     Console(width=None if sys.stdout.isatty() else 200).print(shown)
     if markdown:
         markdown.write_text("".join(f"| {' | '.join(line)} |\n" for line in (headers, ["---"] * len(headers), *lines)))
-    failures = [row for row in rows if row["error"]]
-    for row in failures:
-        print(f"failed: {row['run']}: {row['error']}")
-    return EXIT_FAILED if failures else 0
+    jobs = {path.name: job for path, job in read_jobs(folder.glob(f"*/{JOB_FILE}")).items()}
+    for run, job in jobs.items():
+        if job.error:
+            print(f"failed: {run}: {job.error}")
+        elif job.later_error:
+            print(f"failed: {run}: {job.later_error} (the table has its earlier result)")
+    return EXIT_FAILED if any(job.error or job.later_error for job in jobs.values()) else 0
 
 
 def table(rows: Sequence[Row], target: float | None = None) -> tuple[list[str], list[list[str]]]:

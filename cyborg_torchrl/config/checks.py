@@ -43,6 +43,7 @@ def validate(cfg: DictConfig) -> None:
     _check_limits("preset", cfg.preset, {"choices": ("auto", *PRESETS)})
     if cfg.train.weight_decay and cfg.train.optimizer != "adamw":
         raise ConfigError(f"train.weight_decay belongs to optimizer=adamw; the optimizer is '{cfg.train.optimizer}'.")
+    _check_init_from(cfg.init_from)
     name = cfg.logger.run_name
     if name is not None and (Path(name).is_absolute() or ".." in Path(name).parts):
         raise ConfigError(f"logger.run_name must be the name of a folder in logger.base_dir; got '{name}'.")
@@ -108,6 +109,15 @@ def _check_owners(cfg: DictConfig) -> None:
                 raise ConfigError(
                     f"{group}.{field.name} belongs to {label}={' or '.join(owners)}; the {noun} is '{chosen}'."
                 )
+
+
+def _check_init_from(options: Any) -> None:
+    """Refuse options of `init_from` that would be ignored, and those that exclude each other."""
+    for field in dataclasses.fields(NODES["init_from"]):
+        if options.path is None and options[field.name] != field.default:
+            raise ConfigError(f"init_from.{field.name} needs init_from=PATH: a run's folder, or a checkpoint.")
+    if options.optimizer and options.only is not None:
+        raise ConfigError("init_from.optimizer needs the state of all parameters: leave init_from.only out.")
 
 
 def check_chunks(cfg: DictConfig) -> None:

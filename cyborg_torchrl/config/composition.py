@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import importlib
 import logging
@@ -30,10 +29,12 @@ from cyborg_torchrl.config.checks import ConfigError, check_chunks, validate
 from cyborg_torchrl.config.imports import as_overrides, import_components, split_imports
 from cyborg_torchrl.config.presets import choose_preset
 from cyborg_torchrl.config.schema import GROUPS, NODES, REMOVED_KEYS, SHORT_KEYS, Config, config_class_of
-from cyborg_torchrl.registry import did_you_mean
+from cyborg_torchrl.registry import did_you_mean, listed, nearest
 
 LOGGER = logging.getLogger(__name__)
 DEFAULT_CONFIG = "memory_delayed_cue_recurrent"
+LISTING = "cyborg-torchrl train --help"
+"""The command that lists all choices and keys."""
 
 
 def config_dir() -> Path:
@@ -115,14 +116,14 @@ def explained(error: Exception, config: str, overrides: Sequence[str]) -> Config
         group, name = choice.groups()
         listed = re.search(r"Available options in '[^']*': (.*?)(?: Config search path|$)", text)
         known = choices(group) or (listed[1].split() if listed else ())
-        return ConfigError(f"unknown {group} '{name}': {did_you_mean(name, known)}")
+        return ConfigError(f"unknown {group} '{name}': {did_you_mean(name, known, LISTING)}")
     unknown = re.search(r"Could not override '([\w.@]+)'", text) or re.search(r"Key '([\w.]+)' (?:is )?not in", text)
     if unknown:
         key = _full_key(unknown[1], text, overrides)
         folder, name = _locate(config)
         groups = [override for override in overrides if override.split("=")[0] in GROUPS]
         cfg = _compose(config_dir(), name if folder == config_dir() else DEFAULT_CONFIG, groups)
-        return ConfigError(f"unknown key '{key}': {did_you_mean(key, _sibling_keys(key, cfg))}")
+        return ConfigError(f"unknown key '{key}': {_key_hint(key, cfg)}")
     bad_value = re.search(r"Error merging override (\S*)", text)
     if bad_value:
         cause = " ".join(str(error.__cause__ or "").split())
@@ -144,13 +145,19 @@ def _full_key(key: str, text: str, overrides: Sequence[str]) -> str:
     return named[1] if named else key
 
 
-def _sibling_keys(full: str, cfg: DictConfig) -> list[str]:
-    """Return the keys next to a mistyped one; the top-level keys if its parent does not exist either."""
-    parent, _, _ = full.rpartition(".")
-    nearest = difflib.get_close_matches(parent, [str(key) for key in cfg], n=1)
-    if not nearest:
-        return [str(key) for key in cfg]
-    return [f"{nearest[0]}.{key}" for key in cfg[nearest[0]]]
+def _key_hint(full: str, cfg: DictConfig) -> str:
+    """Return a hint for a mistyped key: a key of its group, or of any group if the group does not exist either."""
+    group, _, name = full.rpartition(".")
+    groups = [str(key) for key in cfg]
+    owner = nearest(group.partition(".")[0], groups) if group else None
+    owners = groups if owner is None else [owner]
+    options = {str(key): f"{owner}.{key}" for owner in owners for key in cfg[owner]}
+    if owner is None:
+        options |= {key: key for key in (*groups, *SHORT_KEYS)}
+    near = nearest(name, options)
+    if near is not None:
+        return f"did you mean '{options[near]}'?"
+    return listed(groups if owner is None else options.values(), LISTING)
 
 
 def _written_out(override: str) -> str:
@@ -213,6 +220,9 @@ def _lay_over_default(content: DictConfig, overrides: Sequence[str]) -> DictConf
     if "defaults" in content:
         return None
     content = drop_removed_keys(content)
+    for short, key in SHORT_KEYS.items():
+        if isinstance(content.get(short), str):
+            OmegaConf.update(content, key, content.pop(short), force_add=True)
     defaults: list[Any] = [DEFAULT_CONFIG]
     for override in OverridesParser.create().parse_overrides(list(overrides)):
         if override.get_key_element() in (*GROUPS, *NODES) and override.get_key_element() in content:

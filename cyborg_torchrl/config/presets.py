@@ -65,6 +65,8 @@ SHOWN = (
     "agent.value_hidden_sizes",
 )
 """Options that a run shows at its start."""
+OPEN_OPTIONS = frozenset({*PRESETS["memory_task"], *PRESETS["general"], *SHOWN})
+"""Options that a preset can fill."""
 
 Kind = Literal["pixels", "vector", "categories"]
 

@@ -81,6 +81,22 @@ class AgentConfig:
 
 
 @dataclass
+class InitFromConfig:
+    """The parameters with which a new run begins."""
+
+    path: str | None = None
+    """A run's folder (its best checkpoint, or else its last one), or a checkpoint. The new run may have another
+    configuration, if its networks have the same shapes. init_from=... is short for init_from.path=..."""
+    only: list[str] | None = None
+    """Parts to load, such as [encoder,backbone]: encoder, backbone, fusion, policy_head, value_head, critic,
+    env_statistics. Longer names and * select less: [backbone.core.layers.0]. null: all parts."""
+    statistics: bool = True
+    """Load the normalisation statistics too: those of observations with the encoder, of rewards with the value head."""
+    optimizer: bool = False
+    """Load the optimiser's state too. It needs all parts."""
+
+
+@dataclass
 class TrainConfig:
     """PPO."""
 
@@ -148,6 +164,8 @@ class TrainConfig:
     normalize_advantage: str = option("rollout", choices=("rollout", "step", "minibatch", "none"))
     """Set of advantages that get mean 0 and standard deviation 1: rollout, minibatch, or none. step: first subtract the
     mean over the environments at each step. This baseline knows the time, for tasks whose episodes start together."""
+    freeze: list[str] = field(default_factory=list)
+    """Parts of the agent that are not trained, such as [encoder,backbone]. Names are those of init_from.only."""
     seed: int = option(0, minimum=0, below=2**63)
     """Seed of parameters, actions and environments."""
     device: str = "cpu"
@@ -212,8 +230,8 @@ class LoggerConfig:
     """Folder of this run. null: task, backbone, seed and time."""
     resume: str | None = None
     """Run to continue. auto: the run of run_name, or else the newest unfinished run of this configuration; a new run if
-    there is none. A run's folder: that run, with its configuration. A checkpoint: a new run that starts from it.
-    resume=... is short for logger.resume=..."""
+    there is none. A run's folder: that run, with its configuration. A checkpoint: the same training from there on, in a
+    new folder. resume=... is short for logger.resume=... To change environments or networks, use init_from."""
     keep_checkpoints: int = option(3, above=0)
     """How many of the last checkpoints are kept, in addition to the best."""
     checkpoint_every: int = option(1, above=0)
@@ -243,11 +261,12 @@ NODES = {
     "fusion": FusionConfig,
     "agent": AgentConfig,
     "transforms": TransformsConfig,
+    "init_from": InitFromConfig,
     "train": TrainConfig,
     "collector": CollectorConfig,
     "logger": LoggerConfig,
 }
-SHORT_KEYS = {"id": "env.id", "resume": "logger.resume"}
+SHORT_KEYS = {"id": "env.id", "resume": "logger.resume", "init_from": "init_from.path"}
 """Overrides that have a short form."""
 REMOVED_KEYS = (("collector", "groups"), ("collector", "is_graphed"))
 """Options of older versions. They are ignored in the configuration of an old run."""
@@ -268,6 +287,7 @@ class Config:
     fusion: FusionConfig = field(default_factory=FusionConfig)
     agent: AgentConfig = field(default_factory=AgentConfig)
     transforms: TransformsConfig = field(default_factory=TransformsConfig)
+    init_from: InitFromConfig = field(default_factory=InitFromConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     collector: CollectorConfig = field(default_factory=CollectorConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)

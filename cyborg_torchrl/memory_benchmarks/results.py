@@ -8,7 +8,7 @@ import os
 import re
 import zlib
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,10 @@ class Job:
     config: dict[str, Any]
     error: str = UNFINISHED
     """Why the run has no result, in one line; empty for a finished run."""
+    measured: dict[str, Any] = field(default_factory=dict)
+    """The entries `MEASURED` of a finished run's summary."""
+    later_error: str = ""
+    """Why a later attempt failed, in one line. The result of the finished run is kept."""
 
     @property
     def task(self) -> str:
@@ -55,6 +59,24 @@ class Job:
 def read_jobs(files: Iterable[Path]) -> dict[Path, Job]:
     """Return the jobs in the given `JOB_FILE` files, by the folders of their runs."""
     return {file.parent: Job(**json.loads(file.read_text())) for file in sorted(files)}
+
+
+def finished_job(folder: Path) -> Job | None:
+    """Return the job of a run's folder if it is finished and its result is known; None otherwise."""
+    job = read_jobs(folder.glob(JOB_FILE)).get(folder)
+    if job is None or job.error:
+        return None
+    if job.measured:
+        return job
+    try:  # older versions left the result to the summary
+        return replace(job, measured=measured_of(json.loads((folder / "summary.json").read_text())))
+    except (OSError, ValueError):
+        return None
+
+
+def measured_of(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entries of a summary that a row holds."""
+    return {name: summary.get(name) for name in MEASURED}
 
 
 def folder_name(overrides: Mapping[str, str]) -> str:
@@ -78,11 +100,11 @@ def read_rows(sweep: Path) -> list[Row]:
     """Return a row for each run in a sweep's folder."""
     rows: list[Row] = []
     for folder, job in read_jobs(sweep.glob(f"*/{JOB_FILE}")).items():
-        summary = {} if job.error else json.loads((folder / "summary.json").read_text())
+        measured = {} if job.error else job.measured or json.loads((folder / "summary.json").read_text())
         row: Row = {"run": folder.name, "task": job.task, "backbone": job.config["backbone"]["name"]}
         row |= {key: value for key, value in job.overrides.items() if key not in NAMED}
         row |= {"seed": job.config["train"]["seed"], "target": target_of(job.config["env"])}
-        row |= {name: summary.get(name) for name in MEASURED}
+        row |= {name: measured.get(name) for name in MEASURED}
         rows.append(row | {"error": job.error})
     return rows
 

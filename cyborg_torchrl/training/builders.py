@@ -29,6 +29,7 @@ from cyborg_torchrl.envs.make import episode_attribute, tracked
 from cyborg_torchrl.envs.transforms.build import build_transforms
 from cyborg_torchrl.envs.transforms.normalization import statistics_of
 from cyborg_torchrl.modules import Backbone, PPOAgent, build_encoder
+from cyborg_torchrl.modules.parts import freeze
 from cyborg_torchrl.objectives import RecurrentClipPPOLoss
 from cyborg_torchrl.registry import Registry, backbones, environments, memories, options_of
 from cyborg_torchrl.training.distributed import Ranks, share_of_rank
@@ -376,6 +377,8 @@ def build_trainer(
     torch.manual_seed(cfg.train.seed)
     env = build_env(cfg)
     agent = build_agent(cfg, env)
+    with _refusals("train.freeze"):
+        freeze(agent, cfg.train.freeze)
     steps = rollout_length(cfg, env)
     buffer = build_buffer(cfg, env, steps)
     trainer = PPOTrainer(

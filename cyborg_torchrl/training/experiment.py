@@ -29,6 +29,7 @@ from cyborg_torchrl.training.builders import Training, build_trainer
 from cyborg_torchrl.training.checkpoint import DUMP, save_checkpoint
 from cyborg_torchrl.training.distributed import PeerLostError, Ranks, joined_ranks
 from cyborg_torchrl.training.evaluation import Evaluation, OnEpisodes, evaluate
+from cyborg_torchrl.training.init_from import Source, find_source, load_source, with_trained_memory
 from cyborg_torchrl.training.loading import build_acting_env
 from cyborg_torchrl.training.overview import overview, overview_lines
 from cyborg_torchrl.training.progress import Progress
@@ -97,7 +98,10 @@ def _run(cfg: DictConfig, ranks: Ranks) -> dict[str, Any]:
     if point is not None and point.is_finished(cfg):
         progress.console.print(f"{point.folder} is done already.")
         return {**point.summary, "run_dir": str(point.folder)}
-    experiment = _prepare(cfg, ranks, point or ResumePoint(), progress, started)
+    point = point or ResumePoint()
+    source = ranks.broadcast_object(find_source(cfg, point) if ranks.is_first else None)
+    cfg = with_trained_memory(cfg, source, point)
+    experiment = _prepare(cfg, ranks, point, source, progress, started)
     trainer = experiment.training.trainer
     try:
         with progress.shown(trainer.total_updates, trainer.steps_per_update, trainer.num_updates):
@@ -122,8 +126,10 @@ def _run(cfg: DictConfig, ranks: Ranks) -> dict[str, Any]:
     return summary
 
 
-def _prepare(cfg: DictConfig, ranks: Ranks, point: ResumePoint, progress: Progress, started: float) -> Experiment:
-    """Build the parts of a run, restore them if it is resumed, and open its folder."""
+def _prepare(
+    cfg: DictConfig, ranks: Ranks, point: ResumePoint, source: Source | None, progress: Progress, started: float
+) -> Experiment:
+    """Build the parts of a run, restore them or load what another run has learned, and open its folder."""
     training = build_trainer(cfg, progress.advance, ranks)
     progress.console.print(describe_preset(cfg, training.env), highlight=False)
     horizon = episode_attribute(training.env, "horizon")  # not available after the environment is closed
@@ -134,11 +140,15 @@ def _prepare(cfg: DictConfig, ranks: Ranks, point: ResumePoint, progress: Progre
             progress.console.print(f"resuming {point.checkpoint} ({done})", highlight=False)
             for warning in warnings if ranks.is_first else []:
                 print(f"warning: {warning}", file=sys.stderr)
+        elif source is not None:
+            progress.console.print(load_source(training, cfg, source), highlight=False)
         path = point.folder or Path(cfg.logger.base_dir) / (cfg.logger.run_name or default_run_name(cfg))
         path = ranks.broadcast_object(path)
         about = overview(training.agent)
         for line in overview_lines(about):
             progress.console.print(line, soft_wrap=True)
+        if source is not None:
+            about["init_from"] = source.record()
         run = _open_run(path, cfg, point, training.trainer.num_updates, about) if ranks.is_first else None
     except BaseException:
         training.trainer.close()
@@ -219,6 +229,7 @@ def _summarise(experiment: Experiment) -> dict[str, Any]:
         "num_envs": cfg.env.get("num_envs"),
         "total_timesteps": trainer.num_steps,
         "seed": cfg.train.seed,
+        "init_from": cfg.init_from.path,
         "success_rate": evaluation.success_rate if evaluation else metrics.get("success_rate"),
         "mean_reward": evaluation.mean_reward if evaluation else metrics.get("mean_reward"),
         "eval_actions": cfg.logger.eval_actions if evaluation else None,

@@ -79,6 +79,8 @@ def config_from_content(content: dict[str, Any], path: Path, overrides: Sequence
     config = content.get("config")
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} holds no configuration.")
+    # Runs from before there were presets: what they left open means the same as in this one.
+    config = {"preset": "memory_task", **config}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "config.yaml"
         try:
@@ -99,7 +101,7 @@ def agent_from_content(content: dict[str, Any], path: Path, overrides: Sequence[
     device = device_overrides(overrides)
     cfg = config_from_content(content, path, device)
     if overrides:
-        cfg = config_from_content(content, path, [*_fixed_horizons(cfg), *overrides])
+        cfg = config_from_content(content, path, [*fixed_horizons(cfg), *overrides])
     with closing(build_single_env(cfg)) as env:
         agent = build_agent(cfg, env)
     load_parameters(agent, content, path, [override for override in overrides if override not in device])
@@ -111,7 +113,7 @@ def device_overrides(overrides: Sequence[str]) -> list[str]:
     return [override for override in overrides if override.startswith("train.device=")]
 
 
-def _fixed_horizons(cfg: DictConfig) -> list[str]:
+def fixed_horizons(cfg: DictConfig) -> list[str]:
     """Return overrides that keep the memory as it was trained when the horizon of the environment changes.
 
     Time-scales are built from the horizon. They are not parameters, so the checkpoint does not hold them.

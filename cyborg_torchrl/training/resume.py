@@ -17,11 +17,13 @@ from cyborg_torchrl.collectors.resume import collector_state, resume_collector
 from cyborg_torchrl.collectors.rng import random_state, set_random_state
 from cyborg_torchrl.config import ConfigError, load_config
 from cyborg_torchrl.config.composition import drop_removed_keys, flat_options
+from cyborg_torchrl.config.presets import OPEN_OPTIONS
+from cyborg_torchrl.config.schema import GROUPS, NODES
 from cyborg_torchrl.training.builders import Training
 from cyborg_torchrl.training.checkpoint import CheckpointError, CheckpointFolder, Content, load_checkpoint
 from cyborg_torchrl.training.distributed import Ranks
 from cyborg_torchrl.training.loading import checkpoint_path, config_from_content, device_overrides, load_parameters
-from cyborg_torchrl.training.run_folder import lock_run
+from cyborg_torchrl.training.run_folder import has_results, lock_run
 
 LOGGER = logging.getLogger(__name__)
 FREE_FOR_AUTO = ("logger", "imports", "train.total_timesteps", "train.num_threads")
@@ -33,8 +35,9 @@ FIXED_IN_TRAIN = (
     "seq_len",
     "state_stride",
     "num_minibatches",
-    "seed",
+    "freeze",
     "optimizer",
+    "seed",
 )
 """Options of `train` that an override cannot change in a resumed run. In other groups only `logger` can change."""
 
@@ -83,7 +86,10 @@ def with_config_of_run(cfg: DictConfig, overrides: list[str]) -> DictConfig:
     free = [f"train.{key}" for key in before.train if key not in FIXED_IN_TRAIN]
     difference = _difference(before, changed, ("logger", "imports", *free))
     if difference:
-        raise ConfigError(f"logger.resume: the run of {path} cannot change {difference}; begin a new run for that.")
+        raise ConfigError(
+            f"logger.resume: the run of {path} cannot change {difference}; to begin a new run with its parameters, use "
+            f"init_from={cfg.logger.resume} instead of resume."
+        )
     return changed
 
 
@@ -130,22 +136,25 @@ def _candidates(cfg: DictConfig) -> Iterator[Path]:
     """Yield the folder of `run_name`, or those of unfinished runs of this configuration, newest first.
 
     Raises:
-        ConfigError: if the folder of `run_name` holds a run of another configuration.
+        ConfigError: if the folder of `run_name` holds results of a run of another configuration.
     """
-    base = Path(cfg.logger.base_dir)
+    base, free = Path(cfg.logger.base_dir), FREE_FOR_AUTO
+    if cfg.init_from.path is not None:  # null became the value of the run that was loaded
+        free += tuple(f"{group}.max_horizon" for group in GROUPS if cfg[group].get("max_horizon", 0) is None)
     if cfg.logger.run_name is not None:
         folder = base / cfg.logger.run_name
         if (folder / "manifest.json").is_file():
-            difference = _difference(_config(folder), cfg, FREE_FOR_AUTO)
-            if difference:
+            difference = _difference(_config(folder), cfg, free)
+            if not difference:
+                yield folder
+            elif has_results(folder):
                 raise ConfigError(f"logger.run_name: {folder} is a run of another configuration: {difference}.")
-            yield folder
         return
     manifests = sorted(base.glob("*/manifest.json"), key=lambda path: path.stat().st_mtime, reverse=True)
     for folder in (path.parent for path in manifests):
         summary = _summary(folder)
         is_finished = summary is not None and not summary.get("is_interrupted")
-        if is_finished or _difference(_config(folder), cfg, FREE_FOR_AUTO):
+        if is_finished or _difference(_config(folder), cfg, free):
             continue
         lock = lock_run(folder)
         if lock is not None:  # no other process trains it
@@ -161,8 +170,10 @@ def _summary(folder: Path) -> dict[str, Any] | None:
 
 
 def _config(folder: Path) -> DictConfig:
+    """Return the configuration of a run; options that are newer than the run have their defaults."""
+    defaults = {group: OmegaConf.to_container(OmegaConf.structured(node)) for group, node in NODES.items()}
     try:
-        return drop_removed_keys(OmegaConf.load(folder / "config.yaml"))
+        return OmegaConf.merge(defaults, drop_removed_keys(OmegaConf.load(folder / "config.yaml")))
     except (OSError, yaml.YAMLError):
         return OmegaConf.create({})
 
@@ -171,6 +182,8 @@ def _difference(before: DictConfig, now: DictConfig, free: tuple[str, ...]) -> s
     """Describe the first option with another value, apart from free ones; "" if there is none."""
     old, new = flat_options(before), flat_options(now)
     for key in sorted({*old, *new}):
+        if key in OPEN_OPTIONS and new.get(key) is None:  # the preset filled it when the old run was built
+            continue
         is_free = any(key == part or key.startswith(f"{part}.") for part in free)
         if old.get(key) != new.get(key) and not is_free:
             return f"{key} (it was {old.get(key)}, and is {new.get(key)} now)"

@@ -41,21 +41,19 @@ class RunFolder:
     no other process can train in the folder.
 
     Args:
-        path: the folder. A new run needs a folder without a run.
+        path: the folder. A new run needs a folder without results.
         cfg: the configuration.
         resumed_at: the update from which the run continues; metrics of later updates are dropped. None: a new run.
-        about: more entries of the manifest, from `overview`.
+        about: more entries of the manifest of a new run.
 
     Raises:
-        ConfigError: if the folder already has a run, another process uses it, or a metric backend cannot be reached.
+        ConfigError: if the folder already has results, another process uses it, or a metric backend cannot be reached.
         OSError: if the folder cannot be written.
     """
 
     def __init__(
         self, path: Path, cfg: DictConfig, resumed_at: int | None = None, about: Mapping[str, Any] | None = None
     ) -> None:
-        if resumed_at is None and (path / "manifest.json").exists():
-            raise ConfigError(f"logger.run_name: {path} holds a run already; choose another run name, or resume=auto.")
         self.path, self.cfg = path, cfg
         require_packages(cfg.logger.backends)
         (path / "logs").mkdir(parents=True, exist_ok=True)
@@ -64,6 +62,10 @@ class RunFolder:
             raise ConfigError(f"logger.run_name: another process is training {path}.")
         self._lock = lock
         try:
+            if resumed_at is None and has_results(path):
+                raise ConfigError(
+                    f"logger.run_name: {path} holds a run already; choose another run name, or resume=auto."
+                )
             self._backends = MetricBackends(cfg, path, is_resumed=resumed_at is not None)
         except ConfigError:
             self._lock.close()
@@ -73,6 +75,9 @@ class RunFolder:
         write_whole(path / "config.yaml", OmegaConf.to_yaml(cfg).encode())
         self.write_json("manifest.json", self._manifest(resumed_at, about or {}))
         (path / "summary.json").unlink(missing_ok=True)
+        if resumed_at is None:
+            for old in (path / "logs").glob("events.out.tfevents.*"):  # of a run that failed
+                old.unlink()
         metrics = path / "logs" / "metrics.csv"
         self._columns = _keep_rows(metrics, resumed_at or 0)
         self._file = metrics.open("a", newline="")
@@ -153,6 +158,19 @@ def _without_tensorboard_errors(hook: Callable[[threading.ExceptHookArgs], Any])
             hook(arguments)
 
     return hook_of_run
+
+
+def has_results(path: Path) -> bool:
+    """Return whether a run's folder holds a checkpoint, or the summary of a run that was not interrupted.
+
+    A run that failed before its first checkpoint leaves no results, and a new run may use its folder.
+    """
+    if any((path / "checkpoints").glob("*.pt")):
+        return True
+    try:
+        return not json.loads((path / "summary.json").read_text()).get("is_interrupted", False)
+    except (OSError, ValueError):
+        return False
 
 
 def lock_run(path: Path) -> IO[str] | None:

@@ -131,6 +131,39 @@ def test_a_failing_run_leaves_the_others_alone(tmp_path: Path, capsys, monkeypat
     assert "Traceback" in trace.read_text()
 
 
+def test_results_survive_a_later_sweep_that_is_refused_or_fails(tmp_path: Path, capsys, monkeypatch) -> None:
+    file = tmp_path / "mine.yaml"
+    arguments = ["sweep", "--config", str(file), "train.seed=0,1", "--folder", "s"]
+    common = "env: {horizon: 4, num_envs: 8}\nlogger: {eval_episodes: 8, tensorboard: false}\n"
+
+    def run(*train: str) -> int:
+        file.write_text(f"{common}train: {{{', '.join(('n_epochs: 1', *train))}}}\n")
+        return main(arguments)
+
+    assert run("total_timesteps: 100") == 0
+    (first,), rows = {len(rows_of(tmp_path / "s"))}, rows_of(tmp_path / "s")
+    assert first == 2
+    capsys.readouterr()
+
+    assert run("total_timesteps: 100", "gamma: 0.5") == 1, "refused: the folders have runs of another configuration"
+    out = capsys.readouterr().out
+    assert len([line for line in out.splitlines() if "is a run of another configuration: train.gamma" in line]) == 2
+    assert rows_of(tmp_path / "s") == rows
+
+    def broken(self, rollout):
+        raise RuntimeError("boom")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PPOTrainer, "update", broken)
+        assert run("total_timesteps: 200") == 1, "more steps, but they fail"
+    assert "RuntimeError: boom" in capsys.readouterr().out
+    assert rows_of(tmp_path / "s") == rows
+
+    assert run("total_timesteps: 200") == 0
+    assert [int(row["total_timesteps"]) for row in rows_of(tmp_path / "s")] == [192, 192]
+    assert "failed" not in capsys.readouterr().out
+
+
 def test_an_interrupted_run_ends_the_sweep(tmp_path: Path, monkeypatch, capsys) -> None:
     ran = []
     monkeypatch.setattr(sweep, "run_experiment", lambda cfg: ran.append(cfg) or {"is_interrupted": True})

@@ -82,6 +82,27 @@ def test_bad_overrides(override, expected):
 
 
 @pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("seed=3", r"unknown key 'seed': did you mean 'train.seed'"),
+        ("ppo.seed=3", r"unknown key 'ppo.seed': did you mean 'train.seed'"),
+        ("init_form=x", r"unknown key 'init_form': did you mean 'init_from'"),
+        ("lr=3", r"unknown key 'lr': known: agent, backbone, .*, train, transforms\.$"),
+        (
+            "backbone.widht=3",
+            r"unknown key 'backbone.widht': known: backbone.hidden_size, .*, backbone.readout_groups\.$",
+        ),
+        ("train.foo_bar=3", r"known: train.adam_eps, .* and [0-9]+ more; all: cyborg-torchrl train --help$"),
+        ("backbone=gtrxl", r"unknown backbone 'gtrxl': known: gru, lru, .*, stack\.$"),
+        ("train.recurrent_mode=rnn", r"unknown train.recurrent_mode 'rnn': known: burn_in, episode, none, tbptt\.$"),
+    ],
+)
+def test_only_near_names_are_suggested(override, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(overrides=[override])
+
+
+@pytest.mark.parametrize(
     ("overrides", "expected"),
     [
         (["env.horizon=-1"], "horizon must be >= 0; got -1"),

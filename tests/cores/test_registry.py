@@ -50,7 +50,9 @@ def test_the_same_component_may_register_twice_another_may_not() -> None:
     assert registry.get("one") is build_thing
 
 
-@pytest.mark.parametrize(("typo", "meant"), [("gruu", "gru"), ("lstn", "lstm"), ("GRU-lru", "lru")])
+@pytest.mark.parametrize(
+    ("typo", "meant"), [("gruu", "gru"), ("lstn", "lstm"), ("GRU2", "gru"), ("mba_gr", "mamba_gru")]
+)
 def test_unknown_names_get_a_suggestion(typo: str, meant: str) -> None:
     with pytest.raises(UnknownNameError, match=f"unknown backbone '{typo}': did you mean '{meant}'") as caught:
         backbones.get(typo)
@@ -62,6 +64,15 @@ def test_no_suggestion_if_no_name_is_near() -> None:
     assert "did you mean" not in message
     assert "gru, lstm" in message
     assert "did you mean" not in did_you_mean("xyz", [])
+    assert "did you mean" not in did_you_mean("gtrxl", ["gru", "lru"])
+    assert did_you_mean("Recall", ["popgym-CountRecallHard-v0", "lru"]) == "did you mean 'popgym-CountRecallHard-v0'?"
+
+
+def test_a_long_list_of_names_is_shortened_to_the_command_that_lists_all() -> None:
+    names = [f"task{number:02}" for number in range(30)]
+    shown = "known: task00, task01, task02, task03, task04 and 25 more"
+    assert did_you_mean("xyz", names) == shown
+    assert did_you_mean("xyz", names, "list-tasks") == f"{shown}; all: list-tasks"
 
 
 def test_shipped_backbones_are_registered() -> None:

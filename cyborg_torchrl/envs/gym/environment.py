@@ -16,6 +16,8 @@ from cyborg_torchrl import keys
 from cyborg_torchrl.envs.gym.batch import batch
 from cyborg_torchrl.registry import UnavailableError, did_you_mean, register_environment
 
+LISTING = 'python -c "import {}; gymnasium.pprint_registry()"'
+"""The command that lists the ids of gymnasium and of a package."""
 MakeById = Callable[[str, int | None, dict[str, Any] | None], Any]
 """Builder of one gymnasium environment from its id, its longest episode and its options; picklable."""
 
@@ -91,7 +93,8 @@ def make_registered(env_id: str, max_episode_steps: int | None = None, options: 
             f"'module:{env_id}' imports a module that registers it."
         ) from None
     except gymnasium.error.UnregisteredEnv:
-        raise ValueError(f"no gymnasium id '{env_id}': {did_you_mean(env_id, gymnasium.registry)}") from None
+        hint = did_you_mean(env_id, gymnasium.registry, LISTING.format("gymnasium"))
+        raise ValueError(f"no gymnasium id '{env_id}': {hint}") from None
 
 
 @contextmanager

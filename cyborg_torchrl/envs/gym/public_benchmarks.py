@@ -14,6 +14,7 @@ from torchrl.envs import EnvBase
 
 from cyborg_torchrl.envs.gym.batch import batch
 from cyborg_torchrl.envs.gym.environment import (
+    LISTING,
     build_by_id,
     import_package,
     make_registered,
@@ -35,7 +36,8 @@ def _check_id(env_id: str, package: str, what: str, starts: tuple[str, ...] = ()
     by_module = {name: str(spec.entry_point).partition(".")[0] == package for name, spec in registry.items()}
     own = [name for name, is_own in by_module.items() if is_own or name.startswith(starts)]
     if env_id not in own:
-        raise ValueError(f"no {what} '{env_id}': {did_you_mean(env_id, own)}")
+        hint = did_you_mean(env_id, own, LISTING.format(f"gymnasium, {package}"))
+        raise ValueError(f"no {what} '{env_id}': {hint}")
 
 
 def _reported(env: Any, **rules: Any) -> Any:
@@ -67,7 +69,8 @@ def _make_bsuite(env_id: str, max_episode_steps: int | None, options: dict[str, 
     loader, sweep = import_package("bsuite.bsuite"), import_package("bsuite.sweep")
     adapter = import_package("shimmy.bsuite_compatibility")
     if env_id not in sweep.SETTINGS:
-        raise ValueError(f"no bsuite id '{env_id}': {did_you_mean(env_id, sweep.SETTINGS)}")
+        hint = did_you_mean(env_id, sweep.SETTINGS, 'python -c "from bsuite.sweep import SWEEP; print(SWEEP)"')
+        raise ValueError(f"no bsuite id '{env_id}': {hint}")
     experiment, _ = loader.unpack_bsuite_id(env_id)
     settings = {**sweep.SETTINGS[env_id], **(options or {})}
     with one_line_errors(env_id, options):

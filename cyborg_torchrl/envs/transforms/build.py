@@ -120,7 +120,7 @@ class ExplorationNoise(Transform):
 
 
 class ScaleReward(Transform):
-    """Rewards multiplied by a number. (TorchRL's `RewardScaling` refuses rewards with bounds.)
+    """Rewards multiplied by a number. TorchRL's `RewardScaling` refuses rewards with bounds.
 
     Args:
         scale: the number, greater than 0.

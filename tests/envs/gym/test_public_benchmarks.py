@@ -377,6 +377,8 @@ def test_short_form_of_the_id() -> None:
     [
         ("popgym", ["id=popgym-RepeatFristEasy-v0"], "no popgym id .*: did you mean 'popgym-RepeatFirstEasy-v0'"),
         ("popgym", ["id=CartPole-v1"], "no popgym id 'CartPole-v1'"),
+        ("popgym", ["id=CountRecall"], "no popgym id 'CountRecall': did you mean 'popgym-CountRecall"),
+        ("gymnasium", ["id=xyz"], 'more; all: python -c "import gymnasium; gymnasium.pprint_registry'),
         ("bsuite", ["id=memory_lne/10"], "no bsuite id .*: did you mean 'memory_len/10'"),
         ("bsuite", ["env.options={memory_lenth: 3}"], "memory_lenth"),
         ("minigrid", ["id=MiniGrid-MemryS13-v0"], "no minigrid id .*: did you mean 'MiniGrid-MemoryS13-v0'"),
