@@ -132,10 +132,9 @@ class Endless(EnvBase):
 class Zero(TensorDictModuleBase):
     """A policy that takes action 0, and notes the observations."""
 
-    in_keys, out_keys = ("observation",), ("action",)
-
     def __init__(self) -> None:
         super().__init__()
+        self.in_keys, self.out_keys = ["observation"], ["action"]
         self.seen: list[list[float]] = []
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
