@@ -10,6 +10,7 @@ Intervals have 95 % confidence: Wilson's for success, Student's for returns. The
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -19,8 +20,8 @@ import torch
 from cyborg_torchrl.cli.arguments import agent_of, checkpoint_parser
 from cyborg_torchrl.training.command import positive
 from cyborg_torchrl.training.evaluation import Evaluation
-from cyborg_torchrl.training.experiment import evaluate_agent
 from cyborg_torchrl.training.progress import progress_bar
+from cyborg_torchrl.training.run_evaluation import evaluate_agent
 from cyborg_torchrl.training.stats import Interval, mean_interval, success_interval
 
 MODES = {"greedy": True, "sampled": False}
@@ -30,10 +31,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate and print. Return the exit code."""
     parser = checkpoint_parser("evaluate", __doc__)
     parser.add_argument("--episodes", type=positive, default=1000, help="episodes of each kind, at least (%(default)s)")
+    parser.add_argument(
+        "--max-steps", type=positive, help="episodes are cut after these (the environment's limit, at least 10,000)"
+    )
     parser.add_argument("--json", action="store_true", help="print the JSON object alone")
     arguments = parser.parse(argv)
     started = time.perf_counter()
-    cfg, agent = agent_of(arguments)
+    max_steps = [] if arguments.max_steps is None else [f"logger.eval_max_steps={arguments.max_steps}"]
+    cfg, agent = agent_of(arguments, *max_steps)
     results: dict[str, Any] = {}
     for mode, is_deterministic in MODES.items():
         torch.manual_seed(cfg.train.seed)  # both modes begin with the same random numbers
@@ -46,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 on_episodes=lambda finished, total: show(finished),
             )
         results[mode] = summary(result)
+        if result.num_cut:
+            print(f"warning: {mode}: {result.cut_note}", file=sys.stderr)
         if not arguments.json:
             print(_line(mode, results[mode]))
     about = {"checkpoint": arguments.checkpoint, "overrides": arguments.overrides, "seed": cfg.train.seed}
@@ -58,6 +65,7 @@ def summary(result: Evaluation) -> dict[str, Any]:
     successes = result.successes
     return {
         "episodes": result.episodes,
+        "cut_episodes": result.num_cut,
         "success_rate": result.success_rate,
         "success_rate_ci95": None if successes is None else success_interval(successes),
         "mean_reward": result.mean_reward,

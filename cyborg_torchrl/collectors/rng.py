@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -35,3 +36,13 @@ def set_random_state(state: Mapping[str, Any]) -> None:
     if "python" in state:
         version, numbers, gauss_next = state["python"]
         random.setstate((version, tuple(numbers.tolist()), gauss_next))
+
+
+@contextmanager
+def random_state_kept() -> Generator[None]:
+    """Restore the states of all generators at the end of the context."""
+    state = random_state()
+    try:
+        yield
+    finally:
+        set_random_state(state)

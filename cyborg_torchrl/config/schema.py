@@ -102,6 +102,9 @@ class TrainConfig:
 
     total_timesteps: int = option(200_000, above=0)
     """Environment steps in total. As many whole rollouts are collected as fit, and at least one."""
+    stop_at: float | None = None
+    """End training once the score reaches this value: success_rate, or mean_reward if the task reports no success. The
+    score is the evaluation's with logger.eval_every, else that of an update's own episodes. null: never."""
     n_steps: int | None = option(None, above=0)
     """Steps of each environment in a rollout. null: by the preset general 128; else, and with recurrent_mode=episode,
     one full episode if the environment knows its length."""
@@ -250,6 +253,14 @@ class LoggerConfig:
     """Show a progress bar on stderr."""
     eval_episodes: int = option(1000, minimum=0)
     """Fresh episodes after training. 0: none."""
+    eval_every: int | None = option(None, minimum=0)
+    """Updates between two evaluations during training, on separate environments. best.pt is then the evaluated update
+    with the highest score. null or 0: none."""
+    eval_every_episodes: int = option(100, above=0)
+    """Fresh episodes of each evaluation during training."""
+    eval_max_steps: int | None = option(None, above=0)
+    """Steps after which each episode of an evaluation is cut. null: the longest episode of the environment, but at
+    least 10,000; an environment whose episode was cut then plays no more."""
     eval_actions: str = option("greedy", choices=("greedy", "sampled"))
     """Actions of the evaluation: greedy, or sampled as in training. A greedy walker can run against a wall for ever."""
 

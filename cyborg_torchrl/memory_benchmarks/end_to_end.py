@@ -20,7 +20,7 @@ from cyborg_torchrl.data import RecurrentRolloutBuffer
 from cyborg_torchrl.modules import PPOAgent
 from cyborg_torchrl.objectives import add_advantages
 from cyborg_torchrl.training.builders import build_agent, build_env, build_loss, build_trainer
-from cyborg_torchrl.training.experiment import evaluate_agent
+from cyborg_torchrl.training.run_evaluation import evaluate_agent
 
 HORIZON, SEQ_LEN = 20, 11
 SUCCESS, MAX_STEPS, EPISODES = 0.9, 12_000, 256

@@ -6,6 +6,7 @@ import copy
 import os
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """Environment variables that torchrun, and other launchers of torch.distributed, set for each process."""
 RANK_SEEDS = 10_007
 """Difference between the seeds of two ranks, larger than the number of workers of one rank."""
+PATIENCE = timedelta(days=365)
+"""How long ranks wait for the first one while it evaluates. A rank that has ended is noticed at once."""
 
 
 class PeerLostError(RuntimeError):
@@ -36,10 +39,14 @@ class Ranks:
         rank: number of this process.
         size: number of processes; they form torch.distributed's default group.
         device: device for communication: a CUDA device for nccl, the CPU for gloo.
+        waiting_group: gloo group of the same processes, with a long timeout, for objects of the first rank.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, rank: int = 0, size: int = 1, device: torch.device | str = "cpu", waiting_group: Any = None
+    ) -> None:
         self.rank, self.size, self.device = rank, size, torch.device(device)
+        self._waiting_group = waiting_group
 
     @property
     def is_first(self) -> bool:
@@ -98,12 +105,12 @@ class Ranks:
                 tensor.copy_(sent)
 
     def broadcast_object(self, content: Any) -> Any:
-        """Return the first rank's object, which is sent as a pickle."""
+        """Return the first rank's object, which is sent as a pickle. The others wait for it as long as it takes."""
         if self.size == 1:
             return content
         contents = [content]
         with _peer_errors():
-            dist.broadcast_object_list(contents, src=0, device=self.device)
+            dist.broadcast_object_list(contents, src=0, group=self._waiting_group)
         return contents[0]
 
     def gather_objects(self, content: Any) -> list[Any]:
@@ -159,7 +166,8 @@ def joined_ranks(device: str) -> Generator[Ranks]:
         except (RuntimeError, ValueError) as error:
             raise ConfigError(f"the processes of this run do not find each other: {_first_line(error)}") from None
     try:
-        yield Ranks(dist.get_rank(), dist.get_world_size(), rank_device)
+        waiting_group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        yield Ranks(dist.get_rank(), dist.get_world_size(), rank_device, waiting_group)
     finally:
         if is_new_group:
             dist.destroy_process_group()

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Generator, Mapping
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,22 +22,24 @@ from cyborg_torchrl.config import ConfigError
 from cyborg_torchrl.config.presets import describe_preset
 from cyborg_torchrl.envs.make import episode_attribute
 from cyborg_torchrl.envs.signals import TERMINATIONS
-from cyborg_torchrl.modules import PPOAgent
 from cyborg_torchrl.modules.nan_check import NonFiniteError
 from cyborg_torchrl.registry import environments
 from cyborg_torchrl.training.builders import Training, build_trainer
 from cyborg_torchrl.training.checkpoint import DUMP, save_checkpoint
 from cyborg_torchrl.training.distributed import PeerLostError, Ranks, joined_ranks
-from cyborg_torchrl.training.evaluation import Evaluation, OnEpisodes, evaluate
+from cyborg_torchrl.training.evaluation import Evaluation
 from cyborg_torchrl.training.init_from import Source, find_source, load_source, with_trained_memory
-from cyborg_torchrl.training.loading import build_acting_env
 from cyborg_torchrl.training.overview import overview, overview_lines
 from cyborg_torchrl.training.progress import Progress
 from cyborg_torchrl.training.resume import ResumePoint, find_run, restore_training, training_state
+from cyborg_torchrl.training.run_evaluation import (
+    evaluate_agent,
+    evaluate_update,
+    evaluation_metrics,
+    is_evaluated,
+    score_prefix,
+)
 from cyborg_torchrl.training.run_folder import RunFolder, default_run_name
-
-EVALUATION_SEED_OFFSET = 1_000_003
-"""Difference between the seeds of evaluation and training, so that evaluation has other episodes."""
 
 
 class StoppedError(RuntimeError):
@@ -64,7 +66,11 @@ class Experiment:
     """Metrics of the last update; {} before the first."""
     has_success: bool = False
     """An update has reported success, by which checkpoints are compared from then on; before that by their return."""
+    eval_seconds: float = 0.0
+    """Seconds of all evaluations between updates."""
     evaluation: Evaluation | None = None
+    is_stopped: bool = False
+    """`train.stop_at` was reached before the last update."""
     is_interrupted: bool = False
 
 
@@ -154,8 +160,10 @@ def _prepare(
         training.trainer.close()
         raise
     seconds_before = float(point.content.get("seconds", 0.0))
-    has_success = point.content.get("has_success", False)
-    return Experiment(cfg, training, path, run, progress, horizon, started, seconds_before, has_success=has_success)
+    experiment = Experiment(cfg, training, path, run, progress, horizon, started, seconds_before)
+    experiment.has_success = point.content.get("has_success", False)
+    experiment.is_stopped = point.has_stopped_early(cfg)
+    return experiment
 
 
 def _open_run(path: Path, cfg: DictConfig, point: ResumePoint, num_updates: int, about: Mapping[str, Any]) -> RunFolder:
@@ -163,38 +171,70 @@ def _open_run(path: Path, cfg: DictConfig, point: ResumePoint, num_updates: int,
         run = RunFolder(path, cfg, None if point.folder is None else num_updates, about)
     except OSError as error:
         raise ConfigError(f"logger.base_dir: cannot write to '{path}' ({error.strerror}).") from None
-    run.checkpoints.best = point.content.get("best")
+    logger = point.content.get("config", {}).get("logger", {})
+    if bool(logger.get("eval_every")) == bool(cfg.logger.eval_every):  # scores of training and evaluation differ
+        run.checkpoints.best = point.content.get("best")
     return run
 
 
 def _train(experiment: Experiment) -> None:
-    """Train to the end; log every update and write its checkpoint."""
-    trainer = experiment.training.trainer
+    """Train to the end, or until the score reaches `train.stop_at`; log every update and write its checkpoint."""
+    trainer, stop_at = experiment.training.trainer, experiment.cfg.train.stop_at
+    if experiment.is_stopped:
+        return
     steps_before = trainer.num_steps
     for metrics in trainer.run():
         seconds = time.perf_counter() - experiment.started
         metrics |= {"update": trainer.num_updates, "steps": trainer.num_steps}
         metrics["seconds"] = experiment.seconds_before + seconds
-        metrics["steps_per_second"] = (trainer.num_steps - steps_before) / seconds
+        metrics["steps_per_second"] = (trainer.num_steps - steps_before) / (seconds - experiment.eval_seconds)
         experiment.metrics = metrics
-        _log_update(experiment)
+        if is_evaluated(experiment.cfg, trainer.num_updates, trainer.total_updates):
+            _evaluate_update(experiment)
+        score = _score(experiment)
+        has_reached = stop_at is not None and score is not None and score >= stop_at
+        experiment.is_stopped = has_reached and trainer.num_updates < trainer.total_updates
+        _log_update(experiment, score)
         experiment.progress.report(metrics)
+        if experiment.is_stopped:
+            experiment.progress.console.print(f"stopped early: the score {score:.3f} has reached train.stop_at")
+            return
 
 
-def _log_update(experiment: Experiment) -> None:
+def _score(experiment: Experiment) -> float | None:
+    """Return the score of the update: its success from the first report of success on, and its return before."""
+    prefix = score_prefix(experiment.cfg)
+    if f"{prefix}success_rate" in experiment.metrics and not experiment.has_success:
+        experiment.has_success = True
+        if experiment.run is not None:
+            experiment.run.checkpoints.best = None  # returns and successes cannot be compared
+    return experiment.metrics.get(f"{prefix}{'success_rate' if experiment.has_success else 'mean_reward'}")
+
+
+def _evaluate_update(experiment: Experiment) -> None:
+    """Add the evaluation of an update to its metrics. The first rank evaluates, and the others wait for its result."""
+    trainer, agent, _ = experiment.training
+    metrics: dict[str, float] = {}
+    if trainer.ranks.is_first:
+        on_episodes = experiment.progress.show_evaluation
+        metrics = evaluate_update(experiment.cfg, agent, trainer.num_updates, on_episodes)
+    metrics = trainer.ranks.broadcast_object(metrics)
+    experiment.eval_seconds += metrics["eval/seconds"]
+    experiment.metrics |= metrics
+
+
+def _log_update(experiment: Experiment, score: float | None) -> None:
+    """Log an update, and write its checkpoint if it is due, was evaluated, or is the run's last one."""
     trainer, metrics, run = experiment.training.trainer, experiment.metrics, experiment.run
-    is_last = trainer.num_updates == trainer.total_updates
-    is_saved = is_last or trainer.num_updates % experiment.cfg.logger.checkpoint_every == 0
+    is_saved = trainer.num_updates == trainer.total_updates or experiment.is_stopped or "eval/seconds" in metrics
+    is_saved |= trainer.num_updates % experiment.cfg.logger.checkpoint_every == 0
     state = training_state(experiment.training) if is_saved else {}  # all ranks send theirs to the first
     if run is None:
         return
-    if "success_rate" in metrics and not experiment.has_success:
-        experiment.has_success, run.checkpoints.best = True, None
-    score = metrics.get("success_rate" if experiment.has_success else "mean_reward")
     with _disk_errors(experiment):
         if is_saved:
             more = {"seconds": metrics["seconds"], "has_success": experiment.has_success}
-            run.save({**state, **more}, trainer.num_updates, score)
+            run.save({**state, **more, "stopped_early": experiment.is_stopped}, trainer.num_updates, score)
         run.log(metrics)
 
 
@@ -209,9 +249,10 @@ def _evaluate(experiment: Experiment, run: RunFolder) -> None:
         on_episodes=experiment.progress.evaluation(options.eval_episodes),
     )
     experiment.evaluation = result
-    metrics = {"success_rate": result.success_rate, "mean_reward": result.mean_reward, "episodes": result.episodes}
+    if result.num_cut:
+        print(f"warning: {result.cut_note}", file=sys.stderr)
     with _disk_errors(experiment):
-        run.log_evaluation(metrics, experiment.training.trainer.num_steps)
+        run.log_evaluation(evaluation_metrics(result), experiment.training.trainer.num_steps)
 
 
 def _summarise(experiment: Experiment) -> dict[str, Any]:
@@ -234,12 +275,14 @@ def _summarise(experiment: Experiment) -> dict[str, Any]:
         "mean_reward": evaluation.mean_reward if evaluation else metrics.get("mean_reward"),
         "eval_actions": cfg.logger.eval_actions if evaluation else None,
         "eval_episodes": evaluation.episodes if evaluation else 0,
+        "eval_cut_episodes": evaluation.num_cut if evaluation else 0,
         "train_success_rate": metrics.get("success_rate"),
         "steps_per_second": round(metrics["steps_per_second"], 1) if metrics else None,
         "total_updates": trainer.num_updates,
         "total_seconds": round(seconds, 2),
         "peak_rss_mb": round(peak_rss_mb(), 1),
         "is_interrupted": experiment.is_interrupted,
+        "stopped_early": experiment.is_stopped,
         "processes": trainer.ranks.size,
         "run_dir": str(experiment.path),
     }
@@ -294,26 +337,6 @@ def _report_interrupt(experiment: Experiment, error: BaseException) -> None:
         has_checkpoint = (path / "checkpoints" / "last.pt").exists()
         then = "goes on from the last checkpoint" if has_checkpoint else "begins again: there is no checkpoint yet"
         print(f"{str(error) or 'interrupted'}; resume={path} {then}", file=sys.stderr)
-
-
-def evaluate_agent(
-    cfg: DictConfig,
-    agent: PPOAgent,
-    episodes: int,
-    *,
-    is_deterministic: bool = True,
-    on_episodes: OnEpisodes = lambda finished, total: None,
-) -> Evaluation:
-    """Evaluate an agent on fresh episodes of its configuration's environment; see `evaluate`.
-
-    Statistics of the environment's transforms are the agent's, and do not change.
-    """
-    num_envs = cfg.env.get("num_envs", 1)
-    if "workers" not in cfg.env:  # more environments cost nothing where they are batched tensors
-        num_envs = min(episodes, max(num_envs, 250))
-    env = build_acting_env(cfg, agent, num_envs=num_envs, seed=cfg.train.seed + EVALUATION_SEED_OFFSET)
-    with closing(env):
-        return evaluate(agent, env, episodes, is_deterministic=is_deterministic, on_episodes=on_episodes)
 
 
 def peak_rss_mb() -> float:

@@ -61,6 +61,10 @@ class Progress:
         task = self.bar.add_task("evaluating", total=number, unit="episodes", figures="")
         return lambda finished, total: self.bar.update(task, completed=min(finished, number))
 
+    def show_evaluation(self, finished: int, total: int) -> None:
+        """Show the progress of an evaluation between two updates."""
+        self.bar.update(self._task, figures=f"evaluating, {finished:,} of {total:,} episodes")
+
     def advance(self, share: float) -> None:
         """Set the finished share of the current update, in [0, 1]."""
         self.bar.update(self._task, completed=round((self._updates + share) * self._steps_per_update))
@@ -71,6 +75,10 @@ class Progress:
         name = "success_rate" if "success_rate" in metrics else "mean_reward"
         score = f"{name.split('_')[0]} {metrics.get(name, float('nan')):.3f}"
         figures = f"{metrics['steps_per_second']:,.0f} steps/s  {score}"
+        if f"eval/{name}" in metrics:
+            figures += f"  eval {metrics[f'eval/{name}']:.3f}"
+        if metrics.get("eval/cut_episodes"):
+            figures += f" ({metrics['eval/cut_episodes']:,} episodes cut)"
         self.bar.update(self._task, figures=figures)
         self.advance(0.0)
         self.console.print(

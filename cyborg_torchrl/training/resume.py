@@ -58,9 +58,17 @@ class ResumePoint(NamedTuple):
         """Return whether the run has ended, and `train.total_timesteps` has no room for another update."""
         if self.summary is None or self.summary.get("is_interrupted") or not self.summary["total_updates"]:
             return False
+        if self.has_stopped_early(cfg):
+            return True
         updates = self.summary["total_updates"]
         steps_per_update = self.summary["total_timesteps"] // updates
         return cfg.train.total_timesteps // steps_per_update <= updates
+
+    def has_stopped_early(self, cfg: DictConfig) -> bool:
+        """Return whether the run has reached its `train.stop_at`, which has not changed since."""
+        stop_at = self.content.get("config", {}).get("train", {}).get("stop_at")
+        is_stopped = self.folder is not None and bool(self.content.get("stopped_early"))
+        return is_stopped and stop_at == cfg.train.stop_at
 
 
 def with_config_of_run(cfg: DictConfig, overrides: list[str]) -> DictConfig:

@@ -30,6 +30,7 @@ COLUMNS: tuple[str, ...] = (
     "update", "steps", "seconds", "steps_per_second", "episodes", "success_rate", "mean_reward", "reward_per_step",
     "explained_variance", "loss_objective", "loss_critic", "loss_entropy", "entropy", "kl_approx", "clip_fraction",
     "grad_norm", "ratio_error", "epochs", "learning_rate",
+    "eval/success_rate", "eval/mean_reward", "eval/episodes", "eval/cut_episodes", "eval/seconds",
 )  # fmt: skip
 
 
@@ -100,9 +101,9 @@ class RunFolder:
         self._file.flush()
         self._send(metrics, int(metrics["steps"]))
 
-    def log_evaluation(self, metrics: Mapping[str, float | None], steps: int) -> None:
-        """Send the metrics of an evaluation as "eval/..." to TensorBoard and the backends; None values are left out."""
-        self._send({f"eval/{name}": value for name, value in metrics.items() if value is not None}, steps)
+    def log_evaluation(self, metrics: Mapping[str, float], steps: int) -> None:
+        """Send the metrics of the evaluation after training to TensorBoard and the backends."""
+        self._send(metrics, steps)
 
     def save(self, content: dict[str, Any], update: int, score: float | None) -> None:
         """Write a checkpoint.

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import copy
 import sys
+import time
 from collections.abc import Iterator
+from datetime import timedelta
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 from tensordict import TensorDictBase
 from torchrl.data.replay_buffers.samplers import SamplerWithoutReplacement
@@ -36,6 +39,7 @@ from cyborg_torchrl.training.distributed import Ranks, joined_ranks, share_of_ra
 from cyborg_torchrl.training.trainer import PPOTrainer
 
 NUM_ENVS = 8
+TIMEOUT = timedelta(seconds=1)
 COMMON = [
     "env.horizon=6",
     f"env.num_envs={NUM_ENVS}",
@@ -166,6 +170,14 @@ def run_moments(ranks: Ranks) -> list[torch.Tensor]:
     return [moments.count, moments.mean, moments.var]
 
 
+def wait_for_the_first(ranks: Ranks) -> str:
+    """Return the first rank's object, for which the others wait longer than the timeout of other operations."""
+    dist.distributed_c10d._set_pg_timeout(TIMEOUT, dist.group.WORLD)
+    if ranks.is_first:
+        time.sleep(2 * TIMEOUT.total_seconds())
+    return ranks.broadcast_object("late" if ranks.is_first else "")
+
+
 def run_all(ranks: Ranks) -> dict[str, Any]:
     return {
         **{name: run(name, ranks) for name in CASES},
@@ -182,7 +194,8 @@ def main(folder: Path) -> None:
     with joined_ranks("cpu") as ranks:
         if ranks.is_first:
             torch.save(run_all(Ranks()), folder / "alone.pt")
-        torch.save(run_all(ranks), folder / f"{ranks.rank}.pt")
+        results = {**run_all(ranks), "late": wait_for_the_first(ranks)}
+        torch.save(results, folder / f"{ranks.rank}.pt")
 
 
 if __name__ == "__main__":

@@ -104,6 +104,10 @@ def test_objects_are_broadcast_and_gathered(results: tuple[Any, Any, Any]) -> No
     assert [result["gather_objects"] for result in results] == [[0], [0, 1], []]
 
 
+def test_ranks_wait_for_the_first_without_a_timeout(results: tuple[Any, Any, Any]) -> None:
+    assert [result["late"] for result in results[1:]] == ["late", "late"]
+
+
 def test_ranks_share_the_environments_and_steps_of_a_run() -> None:
     cfg = load_config(overrides=["env.num_envs=6", "train.total_timesteps=1000", "train.seed=5"])
     shares = [share_of_rank(cfg, Ranks(rank, 3)) for rank in range(3)]
@@ -154,6 +158,23 @@ def test_torchrun_learns(tmp_path: Path) -> None:
     result = torchrun(*half, "train.total_timesteps=20000", "logger.run_name=through")
     last = [load_checkpoint(tmp_path / name / "checkpoints" / "last.pt")["agent"] for name in ("cut", "through")]
     assert all(torch.equal(value, last[1][name]) for name, value in last[0].items())
+
+
+@pytest.mark.slow
+def test_all_ranks_stop_at_the_score_of_the_first(tmp_path: Path) -> None:
+    options = ["env.horizon=5", "env.num_envs=64", f"logger.base_dir={tmp_path}", "logger.progress=false"]
+    evaluated = ["logger.eval_every=2", "logger.eval_episodes=50", "train.stop_at=0.5", "logger.run_name=run"]
+    stopped = torchrun(*options, *evaluated, "train.total_timesteps=100000")
+    assert stopped.returncode == 0, stopped.stderr
+    summary = json.loads(stopped.stdout)
+    assert summary["stopped_early"]
+    assert summary["total_updates"] < 100
+    lines = (tmp_path / "run" / "logs" / "metrics.csv").read_text().splitlines()
+    assert len(lines) == 1 + summary["total_updates"]
+    for name in ("last", "best"):
+        assert load_checkpoint(tmp_path / "run" / "checkpoints" / f"{name}.pt")["update"] == summary["total_updates"]
+    again = torchrun(*options, *evaluated, "train.total_timesteps=100000", "resume=auto")
+    assert json.loads(again.stdout) == summary
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ TINY = (
     "env.horizon=4", "env.num_envs=8", "train.total_timesteps=100", "train.n_epochs=1", "logger.eval_episodes=0",
     "logger.tensorboard=false", "logger.progress=false", "logger.project=memory",
 )  # fmt: skip
+EVALUATED = ("logger.eval_every=1", "logger.eval_every_episodes=8")
 
 
 def run(folder: Path, backend: str, name: str = "r", *more: str) -> list[dict[str, str]]:
@@ -51,7 +52,8 @@ def test_wandb_keeps_every_metric_at_its_step(tmp_path: Path, monkeypatch) -> No
     from wandb.proto.wandb_internal_pb2 import Record
 
     monkeypatch.setenv("WANDB_SILENT", "true")
-    rows = run(tmp_path, "wandb", "r", "logger.offline=true", "train.seed=3")
+    rows = run(tmp_path, "wandb", "r", "logger.offline=true", "train.seed=3", *EVALUATED)
+    assert all(row["eval/success_rate"] for row in rows)
     (file,) = (tmp_path / "r").rglob("*.wandb")
     more = ("logger.offline=true", "train.seed=3", "train.total_timesteps=200", "logger.resume=auto")
     assert len(run(tmp_path, "wandb", "r", *more)) == 4
@@ -82,9 +84,13 @@ def test_mlflow_keeps_every_metric_at_its_step(tmp_path: Path) -> None:
     pytest.importorskip("sqlalchemy")
     from mlflow.tracking import MlflowClient
 
-    written = {name: run(tmp_path, "mlflow", name, f"train.seed={seed}") for seed, name in enumerate(("one", "two"))}
+    written = {
+        name: run(tmp_path, "mlflow", name, f"train.seed={seed}", *EVALUATED)
+        for seed, name in enumerate(("one", "two"))
+    }
+    assert all(row["eval/success_rate"] for rows in written.values() for row in rows)
     # resume one of them: MLflow must continue the same run
-    written["one"] = run(tmp_path, "mlflow", "one", "train.total_timesteps=200", "logger.resume=auto")
+    written["one"] = run(tmp_path, "mlflow", "one", "train.total_timesteps=200", "logger.resume=auto", *EVALUATED)
     assert len(written["one"]) == 4
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     (experiment,) = [known for known in client.search_experiments() if known.name == "memory"]
@@ -116,7 +122,7 @@ def test_the_evaluation_is_logged_to_all_backends(tmp_path: Path) -> None:
         (point,) = events.Scalars(f"eval/{name}")
         assert (entry.value, entry.step) == (pytest.approx(summary[key]), summary["total_timesteps"])
         assert (point.value, point.step) == (pytest.approx(summary[key]), summary["total_timesteps"])
-    assert not any(name.startswith("eval/") for name in rows[0])
+    assert not any(value for row in rows for name, value in row.items() if name.startswith("eval/"))
 
 
 def test_a_missing_package_is_one_line_and_no_folder(tmp_path: Path, monkeypatch) -> None:
