@@ -47,8 +47,8 @@ class FusedCollector(Collector):
         **kwargs: as for `Collector`.
 
     Raises:
-        ValueError: if `cudagraph` is set but the policy is not fused, or is not on a CUDA device; or if a vector of
-            gymnasium environments resets in a way that TorchRL gets wrong (`check_autoreset`).
+        ValueError: if `cudagraph` is set but the policy is not fused, or is not on a CUDA device.
+        AutoresetError: if TorchRL gets the ends of a vector of gymnasium environments wrong.
     """
 
     def __init__(
@@ -105,9 +105,9 @@ class FusedCollector(Collector):
             carried, may_begin = begins, is_over is not None
         rollout = TensorDict(writer.tensors, self._final_rollout.batch_size, names=self._final_rollout.names)
         # The check names environment and step, so it needs these two dimensions.
-        if rollout.ndim == 2:
-            read = getattr(self._orig_policy, "in_keys", ())
-            check_finite(rollout, [*read, keys.VALUE, keys.ACTION_LOG_PROB, (keys.NEXT, keys.REWARD)])
+        read = getattr(self._orig_policy, "in_keys", ())
+        steps = rollout if rollout.ndim == 2 else rollout.reshape(-1, rollout.shape[-1])
+        check_finite(steps, [*read, keys.VALUE, keys.ACTION_LOG_PROB, (keys.NEXT, keys.REWARD)])
         policy.check(writer.tensors)
         # TorchRL's collector and checkpoints read the carried entries from this tensordict.
         for key, value in {**before, **carried}.items():
