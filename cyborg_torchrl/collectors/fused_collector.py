@@ -19,6 +19,7 @@ from cyborg_torchrl.collectors.flat_dict import FlatDict, NotFusable, RolloutWri
 from cyborg_torchrl.collectors.fused_env import EnvStep, env_step
 from cyborg_torchrl.collectors.fused_policy import FusedPolicy
 from cyborg_torchrl.collectors.runtime import rare_garbage_collection
+from cyborg_torchrl.envs.gym.autoreset import check_autoreset
 from cyborg_torchrl.modules.nan_check import check_finite
 
 LOGGER = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ class FusedCollector(Collector):
 
     Raises:
         ValueError: if `cudagraph` is set but the policy is not fused, or is not on a CUDA device.
+        AutoresetError: if TorchRL gets the ends of a vector of gymnasium environments wrong.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class FusedCollector(Collector):
         self._tensors: FlatDict | None = None
         self.compiled_step, self.cudagraph = compiled_step, cudagraph
         super().__init__(*args, auto_register_policy_transforms=auto_register_policy_transforms, **kwargs)
+        check_autoreset(self.env)
         self.why_not_fused = self._fuse()
         """Reason why TorchRL steps the environment or collects; "" if it does neither."""
         if cudagraph and (self._fused is None or {device.type for device in self._devices()} != {"cuda"}):
@@ -102,9 +105,9 @@ class FusedCollector(Collector):
             carried, may_begin = begins, is_over is not None
         rollout = TensorDict(writer.tensors, self._final_rollout.batch_size, names=self._final_rollout.names)
         # The check names environment and step, so it needs these two dimensions.
-        if rollout.ndim == 2:
-            read = getattr(self._orig_policy, "in_keys", ())
-            check_finite(rollout, [*read, keys.VALUE, keys.ACTION_LOG_PROB, (keys.NEXT, keys.REWARD)])
+        read = getattr(self._orig_policy, "in_keys", ())
+        steps = rollout if rollout.ndim == 2 else rollout.reshape(-1, rollout.shape[-1])
+        check_finite(steps, [*read, keys.VALUE, keys.ACTION_LOG_PROB, (keys.NEXT, keys.REWARD)])
         policy.check(writer.tensors)
         # TorchRL's collector and checkpoints read the carried entries from this tensordict.
         for key, value in {**before, **carried}.items():

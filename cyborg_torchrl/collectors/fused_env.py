@@ -173,11 +173,22 @@ class OpaqueEnv:
     def step(self, carried: FlatDict, written: FlatDict) -> Step:
         """Take a step, as `FusedEnv.step` does."""
         # TorchRL steps a tensordict, so the entries are packed here and unpacked below.
-        played = TensorDict({**carried, **written}, self.env.batch_size, device=self.env.device)
+        played = TensorDict({**carried, **written, **_finite(written)}, self.env.batch_size, device=self.env.device)
         played, begins = self.env.step_and_maybe_reset(played)
         after = flat(played.get(keys.NEXT))
         is_over = after[keys.DONE]
         return after, flat(begins), is_over if bool(is_over.any()) else None
+
+
+def _finite(written: FlatDict) -> FlatDict:
+    """Return a continuous action with zeros for NaN and infinity, for the environment only; {} for other actions.
+
+    The recorded action does not change. The check of the whole rollout names the entry, the environment and the step,
+    and until then the environment must not fail because of the action.
+    """
+    action = written.get(keys.ACTION)
+    is_continuous = action is not None and action.is_floating_point()
+    return {keys.ACTION: action.nan_to_num(0.0, 0.0, 0.0)} if is_continuous else {}
 
 
 EnvStep = FusedEnv | OpaqueEnv

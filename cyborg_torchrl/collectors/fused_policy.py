@@ -28,6 +28,7 @@ from cyborg_torchrl.collectors.backbone_step import BackboneStep
 from cyborg_torchrl.collectors.compiled_step import Networks, compile_step
 from cyborg_torchrl.collectors.flat_dict import Call, FlatDict, NotFusable, flat
 from cyborg_torchrl.modules import Backbone, PPOAgent
+from cyborg_torchrl.modules.nan_check import check_finite
 
 SEQUENTIAL = (
     TensorDictSequential,
@@ -202,15 +203,33 @@ def _sampler(module: ProbabilisticTensorDictModule, *, is_greedy: bool) -> Call:
         if is_greedy and not hasattr(module.distribution_class, "deterministic_sample"):
             raise NotFusable(f"a {module.distribution_class.__name__} has no deterministic sample")
 
+        def draw(parameters: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+            dist = module.distribution_class(**parameters, **options)
+            action = _action(dist, is_greedy=is_greedy)
+            return action, None if log_prob_key is None else dist.log_prob(action)
+
         def call(entries: FlatDict) -> None:
-            dist = module.distribution_class(
-                **{name: entries.get(key) for name, key in zip(names, reads, strict=True)}, **options
-            )
-            entries[action_key] = action = _action(dist, is_greedy=is_greedy)
-            if log_prob_key is not None:
-                entries[log_prob_key] = dist.log_prob(action)
+            known = ((name, entries.get(key)) for name, key in zip(names, reads, strict=True))
+            parameters = {name: value for name, value in known if value is not None}
+            try:
+                action, log_prob = draw(parameters)
+            except (ValueError, RuntimeError):  # torch refuses NaN, and its message names no environment
+                action, log_prob = _drawn_without_nan(draw, parameters)
+            entries[action_key] = action
+            if log_prob_key is not None and log_prob is not None:
+                entries[log_prob_key] = log_prob
 
     return call
+
+
+def _drawn_without_nan(
+    draw: Callable[[dict[str, Tensor]], tuple[Tensor, Tensor | None]], parameters: dict[str, Tensor]
+) -> tuple[Tensor, Tensor | None]:
+    """Draw with ones instead of parameters that are not finite. Log-probs are NaN there, for the rollout's check."""
+    is_finite = torch.cat(list(parameters.values()), -1).isfinite().all(-1)
+    cleaned = {name: value.nan_to_num(1.0, 1.0, 1.0) for name, value in parameters.items()}
+    action, log_prob = draw(cleaned)
+    return action, None if log_prob is None else log_prob.masked_fill(~is_finite, torch.nan)
 
 
 def _action(dist: distributions.Distribution, *, is_greedy: bool) -> Tensor:
@@ -244,9 +263,18 @@ class OpaquePolicy:
         """Check nothing, since the policy has its checks."""
 
     def __call__(self, carried: FlatDict, *, may_begin: bool = True) -> FlatDict:
-        """Return the entries that the policy writes."""
+        """Return the entries that the policy writes.
+
+        Raises:
+            NonFiniteError: if the policy refuses its inputs, and one of them is not finite.
+        """
         del may_begin
-        entries = flat(self.policy(TensorDict(dict(carried), self.batch_size, device=self.device)))
+        read = TensorDict(dict(carried), self.batch_size, device=self.device)
+        try:
+            entries = flat(self.policy(read.copy()))
+        except (ValueError, RuntimeError):  # torch's message about NaN names neither entry nor environment
+            check_finite(read.reshape(-1).unsqueeze(1), self.in_keys, is_rollout=False)
+            raise
         return {key: value for key, value in entries.items() if value is not carried.get(key)}
 
 

@@ -23,8 +23,9 @@ from cyborg_torchrl.collectors.fused_policy import PolicyStep, policy_step
 from cyborg_torchrl.collectors.resume import restore_stepper, stepper_state
 from cyborg_torchrl.collectors.runtime import rare_garbage_collection
 from cyborg_torchrl.data import Rollout
+from cyborg_torchrl.envs.gym.autoreset import check_autoreset
 from cyborg_torchrl.modules.action_heads import NoValidActionError
-from cyborg_torchrl.modules.nan_check import check_finite
+from cyborg_torchrl.modules.nan_check import NonFiniteError, check_finite
 from cyborg_torchrl.modules.replay import acting_policy, memory_state_keys
 from cyborg_torchrl.objectives import value_after
 from cyborg_torchrl.registry import did_you_mean
@@ -58,8 +59,10 @@ class RolloutCollector:
     Raises:
         ValueError: if `frames_per_batch` is not a multiple of the number of environments, or `total_frames` of
             `frames_per_batch`; or if an excluded entry is needed or does not exist.
+        AutoresetError: if TorchRL gets the ends of a vector of gymnasium environments wrong.
         NoValidActionError: while collecting, if an action mask allows no action.
-        NonFiniteError: while collecting on tensors, if an entry that the update reads is not finite.
+        NonFiniteError: while collecting, if an entry that the update reads is not finite, or the last observation of an
+            episode whose value is needed.
     """
 
     def __init__(
@@ -86,11 +89,14 @@ class RolloutCollector:
         self._state_steps = set(self.state_steps)
         self._step = 0
         """The present step of the rollout, for messages."""
+        self._bad_end: tuple[int, TensorDictBase] | None = None
+        """Step and entries of the first last observation whose value is not finite."""
         self.state_keys = memory_state_keys(policy)
         next_states = [unravel_key((keys.NEXT, key)) for key in self.state_keys]
         self._dropped = [*self.state_keys, *next_states, *excluded_keys(exclude_keys, self.env, policy)]
         with torch.no_grad():  # a reset here, as in TorchRL's collectors, so that both draw the same random numbers
             self._carried = self.env.reset()
+        check_autoreset(self.env)  # the parts of a SerialEnv exist only after a reset
         self._fused: tuple[PolicyStep, EnvStep] | None = None
         if is_fused and keys.VALUE in policy.out_keys:
             with contextlib.suppress(NotFusable):
@@ -108,11 +114,14 @@ class RolloutCollector:
     @rare_garbage_collection()
     def rollout(self) -> Rollout:
         """Collect one rollout; episodes continue from the last one."""
+        self._bad_end = None
         with set_exploration_type(ExplorationType.RANDOM), set_recurrent_mode(False):
             try:
                 steps, states = self._rollout_on_tensors(*self._fused) if self._fused else self._rollout()
             except NoValidActionError as error:
                 raise NoValidActionError(error.row, self._step) from None
+            except NonFiniteError as error:
+                raise error.at_step(self._step) from None
         # Stacked lazily, since the buffer copies the states anyway.
         stored_states: TensorDictBase = TensorDict({}, [*self.env.batch_size, 0])
         if states:
@@ -120,6 +129,8 @@ class RolloutCollector:
         # Buffers and losses expect a batch of environments, so a single environment becomes a batch of one.
         if len(self.env.batch_size) == 0:
             steps, stored_states = steps.unsqueeze(0), stored_states.unsqueeze(0)
+        if steps.ndim == 2:  # the message names environment and step
+            self._check_finite(steps)
         return Rollout(steps.filter_empty_(), stored_states, self.state_steps)
 
     def _rollout(self) -> tuple[TensorDictBase, list[TensorDictBase]]:
@@ -163,12 +174,12 @@ class RolloutCollector:
                 following = TensorDict(after, batch_size)
                 is_cut = _is_cut(following, is_last=is_last)
                 if bool(is_cut.any()):
-                    last_values.append((t, is_cut, value_after(following[is_cut], self.value_operator)))
+                    last_values.append((t, is_cut, self._last_value(following, is_cut)))
             carried, may_begin = begins, is_over is not None
         # One tensordict for the whole rollout; the steps themselves never were tensordicts.
         steps = TensorDict(writer.tensors, [*batch_size, self.steps])
-        read = [*policy.in_keys, keys.VALUE, keys.ACTION_LOG_PROB, (keys.NEXT, keys.REWARD)]
-        check_finite(steps, read)
+        if steps.ndim == 2:  # before the policy's check, which names only the log-prob
+            self._check_finite(steps)
         policy.check(writer.tensors)
         value = torch.zeros_like(steps.get(keys.VALUE))
         for t, is_cut, last_value in last_values:
@@ -197,6 +208,27 @@ class RolloutCollector:
         if not self.env.is_closed:
             self.env.close()
 
+    def _last_value(self, following: TensorDictBase, is_cut: Tensor) -> Tensor:
+        """Return the values of truncated episodes' last observations, which may be stored nowhere else."""
+        value = value_after(following[is_cut], self.value_operator)
+        if self._bad_end is None and not bool(value.sum().isfinite()):
+            self._bad_end = self._step, following.select(*self.value_operator.in_keys, strict=False)
+        return value
+
+    def _check_finite(self, steps: TensorDictBase) -> None:
+        """Raise NonFiniteError for the first number of a rollout [N, T] that is not finite."""
+        read = [*self.policy.in_keys, keys.VALUE, keys.ACTION_LOG_PROB, (keys.NEXT, keys.REWARD)]
+        if self._bad_end is not None:
+            step, following = self._bad_end
+            for key, value in flat(following.reshape(len(steps))).items():
+                if key in self.state_keys:
+                    continue
+                shown = value.new_zeros(len(steps), self.steps, *value.shape[1:])
+                shown[:, step] = value
+                steps.set((keys.NEXT, key), shown)
+                read.append(unravel_key((keys.NEXT, key)))
+        check_finite(steps, read)
+
     def _recorded(self, played: TensorDictBase, *, is_last: bool) -> TensorDictBase:
         """Return a step without its states, and with the value of a truncated episode's last observation."""
         following, record = played.get(keys.NEXT), played.exclude(*self._dropped)
@@ -207,7 +239,7 @@ class RolloutCollector:
         is_cut = _is_cut(following, is_last=is_last)
         value = torch.zeros_like(record.get(keys.VALUE))
         if bool(is_cut.any()):
-            value[is_cut] = value_after(following[is_cut], self.value_operator)
+            value[is_cut] = self._last_value(following, is_cut)
         record.set((keys.NEXT, keys.VALUE), value)
         return record
 

@@ -160,12 +160,17 @@ class PPOAgent(TensorDictModuleBase):
         work = tensordict.select(*self.in_keys, strict=False)
         for module in self.networks:
             work = module(work)
+        read = [*self.encoder.in_keys, *self.policy_head.out_keys]
         try:
             work = self.sampler(work)
         except (ValueError, RuntimeError):  # torch's message about NaN names neither entry nor environment
-            rows = work.reshape(-1).unsqueeze(1)
-            check_finite(rows, [*self.encoder.in_keys, *self.policy_head.out_keys], is_rollout=False)
+            check_finite(work.reshape(-1).unsqueeze(1), read, is_rollout=False)
             raise
+        # Normal distributions accept NaN, and an environment must not get it. (A graph would break at the check.)
+        action = work.get(keys.ACTION)
+        is_checked = action.is_floating_point() and not torch.compiler.is_compiling()
+        if is_checked and not bool(action.sum().isfinite()):
+            check_finite(work.reshape(-1).unsqueeze(1), [*read, keys.ACTION], is_rollout=False)
         return tensordict.update(work.select(*self.out_keys, strict=False))
 
     def get_dist(self, tensordict: TensorDictBase) -> distributions.Distribution:

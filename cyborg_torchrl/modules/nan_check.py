@@ -38,6 +38,14 @@ class NonFiniteError(RuntimeError):
         self.key, self.value, self.environment, self.step = name, value, environment, step
         self.record = {**(record or {}), "key": name, "environment": environment, "step": step}
 
+    def at_step(self, step: int) -> NonFiniteError:
+        """Return the error with the step of the rollout, if it has none."""
+        if self.step is not None:
+            return self
+        error = NonFiniteError(self.key, self.value, self.environment, step)
+        error.record = self.record  # the steps before are not known, so there the step has no number
+        return error
+
 
 def check_finite(steps: TensorDictBase, entries: Sequence[NestedKey], *, is_rollout: bool = True) -> None:
     """Check that entries of steps [N, T] are finite.

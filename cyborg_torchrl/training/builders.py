@@ -17,6 +17,7 @@ from torchrl.envs import EnvBase
 
 from cyborg_torchrl import keys
 from cyborg_torchrl.collectors import FusedCollector, RayRolloutCollector, RolloutCollector
+from cyborg_torchrl.collectors.guarded_policy import GuardedPolicy
 from cyborg_torchrl.collectors.ray_cluster import RayCluster
 from cyborg_torchrl.collectors.runtime import prepare_cpu
 from cyborg_torchrl.config import ConfigError, TrainConfig, resolve_device
@@ -25,6 +26,7 @@ from cyborg_torchrl.config.presets import complete
 from cyborg_torchrl.cores import Core, MemorylessCore
 from cyborg_torchrl.data import EpisodeBuffer, RecurrentRolloutBuffer, RolloutBuffer
 from cyborg_torchrl.data.chunks import ceil_div
+from cyborg_torchrl.envs.gym.autoreset import check_autoreset
 from cyborg_torchrl.envs.make import episode_attribute, tracked
 from cyborg_torchrl.envs.transforms.build import build_transforms
 from cyborg_torchrl.envs.transforms.normalization import statistics_of
@@ -79,6 +81,7 @@ def build_env(
     seed = cfg.train.seed if seed is None else seed
     with _refusals("env"):
         env = environments.get(cfg.env.name)(**options, device=resolve_device(cfg.train.device), seed=seed)
+        check_autoreset(env)
     complete(cfg, env)
     with _refusals("transforms"):
         transforms = build_transforms(env, gamma=cfg.train.gamma, **OmegaConf.to_container(cfg.transforms))
@@ -260,7 +263,7 @@ def build_collector(
     if name == "rollout":
         collector = RolloutCollector(env, agent, **options, **_recorded_entries(agent, buffer, env))
     elif name == "single":
-        collector = Collector(env, agent, auto_register_policy_transforms=True, **options)
+        collector = Collector(env, GuardedPolicy(agent), auto_register_policy_transforms=True, **options)
     elif name == "fused":
         has_graph = cfg.collector.cudagraph
         with _refusals("collector.cudagraph" if has_graph else "collector"):
@@ -273,7 +276,8 @@ def build_collector(
         num_envs = _envs_per_worker(cfg, env)
         seeds = range(cfg.train.seed, cfg.train.seed + cfg.collector.num_workers)
         makers = [partial(build_env, cfg, num_envs=num_envs, seed=seed) for seed in seeds]
-        collector = MultiSyncCollector(makers, agent, cat_results=0, auto_register_policy_transforms=True, **options)
+        options |= {"cat_results": 0, "auto_register_policy_transforms": True}
+        collector = MultiSyncCollector(makers, GuardedPolicy(agent), **options)
     collector.set_seed(cfg.train.seed)
     return collector
 

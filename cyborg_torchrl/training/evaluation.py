@@ -174,7 +174,9 @@ def _steps(
     while True:
         written = acts(carried, may_begin=may_begin)
         log_prob = written.get(keys.ACTION_LOG_PROB)
-        if log_prob is not None and bool(log_prob.isnan().any()):  # torch's sampler would raise without a location
+        if log_prob is not None and not bool(
+            log_prob.sum().isfinite()
+        ):  # torch's sampler would raise without a location
             rows = TensorDict({**carried, **written}, env.batch_size).unsqueeze(1)
             check_finite(rows, [*acts.in_keys, *written], is_rollout=False)
         after, carried, is_over = stepped.step(carried, written)

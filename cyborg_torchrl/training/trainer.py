@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
+from tensordict.utils import unravel_key
 from torch import Tensor, nn
 
 from cyborg_torchrl import keys
@@ -68,7 +69,9 @@ class PPOTrainer:
         read = [key for key in loss.in_keys or () if not (isinstance(key, tuple) and key[0] == keys.NEXT)]
         written = (keys.VALUE, keys.ACTION_LOG_PROB)
         observed = [key for key in read if key not in written]
-        self._checked = [*observed, *written, (keys.NEXT, keys.REWARD)]  # causes before consequences
+        # Causes before consequences. Sums of rewards are those before transforms, which may clip infinity.
+        self._checked = [*observed, *written, (keys.NEXT, keys.REWARD), (keys.NEXT, keys.EPISODE_REWARD)]
+        self._bootstrapped = [unravel_key((keys.NEXT, key)) for key in (*observed, keys.VALUE)]
         self._trained = {*read, keys.IS_INIT, keys.ADVANTAGE, keys.VALUE_TARGET, keys.VALUE}
         self.parameters = [p for p in loss.parameters() if p.requires_grad]
         self.device = self.parameters[0].device
@@ -158,6 +161,8 @@ class PPOTrainer:
         config = self.config
         steps = rollout.steps if isinstance(rollout, Rollout) else rollout
         add_advantages(steps, self.value_operator, gamma=config.gamma, gae_lambda=config.gae_lambda)
+        if not bool(steps.get(keys.ADVANTAGE).sum().isfinite()):  # an episode's last observation is used only here
+            check_finite(steps, self._bootstrapped)
         metrics = rollout_metrics(steps, self.ranks)
         if config.normalize_advantage in ("rollout", "step"):
             advantage = steps.get(keys.ADVANTAGE)

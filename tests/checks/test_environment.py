@@ -89,7 +89,9 @@ def test_a_sound_environment(tracked: bool) -> None:
     env = TransformedEnv(env, Compose(InitTracker())) if tracked else env
     findings = check_environment(env, time_limit="truncated")
     assert {finding.verdict for finding in findings} == {"ok"}, findings
-    assert [f.name for f in findings] == ["specs", "shapes", "seeds", "no_shift", "ends", "length", "partial_reset"]
+    assert [f.name for f in findings] == [
+        "specs", "shapes", "seeds", "no_shift", "autoreset", "ends", "length", "partial_reset",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

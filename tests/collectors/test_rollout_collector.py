@@ -6,11 +6,12 @@ from collections.abc import Callable
 from functools import partial
 from weakref import ref
 
+import gymnasium
 import pytest
 import torch
 from tensordict import TensorDictBase
 from torchrl.collectors import Collector
-from torchrl.envs import EnvBase, GymEnv, ParallelEnv, SerialEnv
+from torchrl.envs import EnvBase, GymEnv, GymWrapper, ParallelEnv, SerialEnv
 
 from cyborg_torchrl.collectors import RolloutCollector
 from cyborg_torchrl.config import load_config
@@ -122,9 +123,17 @@ def cart_pole(**options: int) -> EnvBase:
     return GymEnv("CartPole-v1", **options)
 
 
+def cart_pole_vector(mode: str) -> EnvBase:
+    options = {"autoreset_mode": gymnasium.vector.AutoresetMode[mode]}
+    return GymWrapper(
+        gymnasium.make_vec("CartPole-v1", NUM_ENVS, vectorization_mode="sync", vector_kwargs=options),
+    )
+
+
 GYM_ENVS = {
     "gym": cart_pole,
-    "gym_vector": partial(cart_pole, num_envs=NUM_ENVS),
+    "gym_vector": lambda: cart_pole_vector("DISABLED"),
+    "gym_vector_same_step": lambda: cart_pole_vector("SAME_STEP"),
     "serial": lambda: SerialEnv(NUM_ENVS, cart_pole),
     # what travels to other processes is importable there; this module need not be
     "parallel": lambda: ParallelEnv(2, partial(GymEnv, "CartPole-v1")),

@@ -91,7 +91,8 @@ class MemoryTaskVectorEnv(gymnasium.vector.VectorEnv[np.ndarray, np.ndarray, np.
         ValueError: if the task rejects an option.
     """
 
-    metadata = {"render_modes": [], "autoreset_mode": gymnasium.vector.AutoresetMode.NEXT_STEP}
+    autoreset_mode = gymnasium.vector.AutoresetMode.NEXT_STEP
+    metadata = {"render_modes": [], "autoreset_mode": autoreset_mode}
 
     def __init__(self, task: str, num_envs: int = 1, **options: Any) -> None:
         self.torch_env: MemoryTask = getattr(envs, task)(num_envs, **options)

@@ -40,15 +40,21 @@ class RunningMoments(nn.Module):
 
     @torch.no_grad()
     def update(self, items: Tensor) -> None:
-        """Add items [B, *shape], in place, since other modules share the buffers."""
+        """Add items [B, *shape], in place, since other modules share the buffers.
+
+        An entry is left out where one of the items is not finite.
+        """
         if not len(items):
             return
         items = items.double()
         number, total = len(items), self.count + len(items)
         difference = items.mean(0) - self.mean
         square = self.var * self.count + items.var(0, correction=0) * number
-        self.var.copy_((square + difference.square() * self.count * number / total) / total)
-        self.mean.add_(difference * number / total)
+        var = (square + difference.square() * self.count * number / total) / total
+        # Numbers that are not finite would spread to all environments, and nothing could say where they came from.
+        is_finite = var.isfinite()
+        self.var.copy_(torch.where(is_finite, var, self.var))
+        self.mean.add_(torch.where(is_finite, difference * number / total, 0.0))
         self.count.copy_(total)
 
     @torch.no_grad()
@@ -127,8 +133,9 @@ class NormalizeObservation(Transform):
             if not self.is_frozen:
                 rows = seen.reshape(-1, *moments.mean.shape)
                 moments.update(rows if mask is None else rows[mask])
-            centred = (seen - moments.mean) / moments.std
-            tensordict.set(key, centred.clamp(-self.limit, self.limit).to(seen.dtype))
+            centred = ((seen - moments.mean) / moments.std).clamp(-self.limit, self.limit)
+            # Infinity is not clipped, so that the check of the rollout finds it.
+            tensordict.set(key, torch.where(seen.isinf(), seen, centred).to(seen.dtype))
         return tensordict
 
 
