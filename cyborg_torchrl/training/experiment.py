@@ -13,7 +13,7 @@ from collections.abc import Generator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -22,6 +22,7 @@ from cyborg_torchrl.config import ConfigError
 from cyborg_torchrl.envs.make import episode_attribute
 from cyborg_torchrl.envs.signals import TERMINATIONS
 from cyborg_torchrl.modules import PPOAgent
+from cyborg_torchrl.modules.encoders import ObservationEncoder
 from cyborg_torchrl.modules.nan_check import NonFiniteError
 from cyborg_torchrl.registry import environments
 from cyborg_torchrl.training.builders import Training, build_trainer
@@ -131,7 +132,10 @@ def _prepare(cfg: DictConfig, ranks: Ranks, point: ResumePoint, progress: Progre
                 print(f"warning: {warning}", file=sys.stderr)
         path = point.folder or Path(cfg.logger.base_dir) / (cfg.logger.run_name or default_run_name(cfg))
         path = ranks.broadcast_object(path)
-        run = _open_run(path, cfg, point, training.trainer.num_updates) if ranks.is_first else None
+        facts = describe_training(training)
+        run = _open_run(path, cfg, point, training.trainer.num_updates, facts) if ranks.is_first else None
+        for name, fact in facts.items():
+            progress.console.print(f"{name}: {fact}", soft_wrap=True, markup=False)
     except BaseException:
         training.trainer.close()
         raise
@@ -139,9 +143,15 @@ def _prepare(cfg: DictConfig, ranks: Ranks, point: ResumePoint, progress: Progre
     return Experiment(cfg, training, path, run, progress, horizon, started, seconds_before)
 
 
-def _open_run(path: Path, cfg: DictConfig, point: ResumePoint, num_updates: int) -> RunFolder:
+def describe_training(training: Training) -> dict[str, str]:
+    """Return what a run prints at its start and writes into its manifest."""
+    encoder = cast("ObservationEncoder", training.agent.encoder)
+    return {"observations": encoder.describe()}
+
+
+def _open_run(path: Path, cfg: DictConfig, point: ResumePoint, num_updates: int, facts: dict[str, str]) -> RunFolder:
     try:
-        run = RunFolder(path, cfg, None if point.folder is None else num_updates)
+        run = RunFolder(path, cfg, None if point.folder is None else num_updates, facts)
     except OSError as error:
         raise ConfigError(f"logger.base_dir: cannot write to '{path}' ({error.strerror}).") from None
     run.checkpoints.best = point.content.get("best")

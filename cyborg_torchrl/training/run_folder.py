@@ -44,16 +44,19 @@ class RunFolder:
         path: the folder. A new run needs a folder without a run.
         cfg: the configuration.
         resumed_at: the update from which the run continues; metrics of later updates are dropped. None: a new run.
+        facts: more entries of the manifest.
 
     Raises:
         ConfigError: if the folder already has a run, another process uses it, or a metric backend cannot be reached.
         OSError: if the folder cannot be written.
     """
 
-    def __init__(self, path: Path, cfg: DictConfig, resumed_at: int | None = None) -> None:
+    def __init__(
+        self, path: Path, cfg: DictConfig, resumed_at: int | None = None, facts: Mapping[str, Any] | None = None
+    ) -> None:
         if resumed_at is None and (path / "manifest.json").exists():
             raise ConfigError(f"logger.run_name: {path} holds a run already; choose another run name, or resume=auto.")
-        self.path, self.cfg = path, cfg
+        self.path, self.cfg, self.facts = path, cfg, facts or {}
         require_packages(cfg.logger.backends)
         (path / "logs").mkdir(parents=True, exist_ok=True)
         lock = lock_run(path)
@@ -127,7 +130,7 @@ class RunFolder:
                 self._tensorboard.add_scalar(name, value, steps)
 
     def _manifest(self, resumed_at: int | None) -> dict[str, Any]:
-        now = manifest(self.cfg)
+        now = {**manifest(self.cfg), **self.facts}
         if resumed_at is None:
             return now
         first = json.loads((self.path / "manifest.json").read_text())
