@@ -30,8 +30,8 @@ class RecurrentClipPPOLoss(ClipPPOLoss):
     - Advantages are normalised over the trained steps only, where ("collector", "mask") is true.
     - `ratio_error` is the largest |log ratio|. Before the first optimiser step it is zero if and only if the update
       sees the same states as the rollout.
-    - The regularisers of a core are added as `loss_memory_<name>`, and its metrics are logged as `memory_<name>`. Those of
-      a separate critic's core are `loss_critic_memory_<name>` and `critic_memory_<name>`.
+    - The regularisers of a core are added as `loss_memory_<name>`, and its metrics are logged as `memory_<name>`.
+      With a separate critic there are also `loss_critic_memory_<name>` and `critic_memory_<name>`.
     - Steps marked by ("collector", "burn_in") are replayed first, without gradient, and have no loss.
 
     Args:
