@@ -40,8 +40,12 @@ class EncoderConfig:
     observation_keys: list[str] | None = None
     """Observations to read; nested keys with dots. null: "pixels" if there are any, else "observation", else all.
     "previous_action" and "previous_reward" are always read if they exist."""
-    convolutions: str = option("impala", choices=("impala", "nature"))
-    """Network for pictures: impala (15 convolutions) or nature (3, faster)."""
+    convolutions: str = option("auto", choices=("auto", "small", "nature", "impala"))
+    """Network for pictures: small (3 convolutions of 3 x 3), nature (3 larger ones; sides of 36 or more), impala (15,
+    slow), or auto: small if the shorter side has at most 48 pixels, else nature."""
+    grids: list[str] | None = None
+    """Observations that are grids of object numbers, such as MiniGrid's; nested keys with dots. Other bytes with sides
+    of 8 or more are pictures. null: arrays [H, W, C] of bytes with a side below 28 are grids, larger ones pictures."""
     discrete: str = option("one_hot", choices=("one_hot", "embedding"))
     """Encoding of categories: one_hot, or embedding (learned)."""
     embedding_size: int = option(16, above=0)

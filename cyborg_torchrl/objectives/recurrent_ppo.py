@@ -31,6 +31,7 @@ class RecurrentClipPPOLoss(ClipPPOLoss):
     - `ratio_error` is the largest |log ratio|. Before the first optimiser step it is zero if and only if the update
       sees the same states as the rollout.
     - The regularisers of a core are added as `loss_memory_<name>`, and its metrics are logged as `memory_<name>`.
+      With a separate critic there are also `loss_critic_memory_<name>` and `critic_memory_<name>`.
     - Steps marked by ("collector", "burn_in") are replayed first, without gradient, and have no loss.
 
     Args:
@@ -39,6 +40,9 @@ class RecurrentClipPPOLoss(ClipPPOLoss):
             second pass of the backbone.
         functional: as in TorchRL; False by default, since nothing here needs detached parameters.
         **options: those of `ClipPPOLoss`.
+
+    Raises:
+        ValueError: if `separate_losses` would lose the regulariser of the critic's core.
     """
 
     def __init__(
@@ -62,9 +66,15 @@ class RecurrentClipPPOLoss(ClipPPOLoss):
         self._log_weights = torch.zeros(1)
         self._is_checked = False
         self._memory_metrics: dict[str, Tensor] = {}
-        backbones = [module for module in actor_network.modules() if isinstance(module, Backbone)]
-        self._regularize = backbones[0].core.regularize if backbones else None
-        self._is_regularized = any(type(backbone.core).regularize is not Core.regularize for backbone in backbones)
+        self._critic_memory_metrics: dict[str, Tensor] = {}
+        core, critic_core = _core_of(actor_network), None
+        if critic_network is not None:
+            critic_core = _core_of(critic_network, other_than=core)
+        self._regularize = None if core is None else core.regularize
+        self._regularize_critic = None if critic_core is None else critic_core.regularize
+        self._is_regularized = _has_regularizer(core) or _has_regularizer(critic_core)
+        if self.separate_losses and _has_regularizer(critic_core):
+            raise ValueError("separate_losses would lose the regulariser of the critic's memory: leave it out.")
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -80,12 +90,33 @@ class RecurrentClipPPOLoss(ClipPPOLoss):
         losses.set("ratio_error", self._log_weights.abs().max())
         if tensordict.get(keys.TRAIN_MASK, None) is not None:
             losses.update(self._metrics_of_trained_steps())
-        if self._memory_metrics and self._regularize is not None:
-            for name, value in self._regularize(self._memory_metrics).items():
-                losses.set(f"loss_memory_{name}", value)
-            for name, value in self._memory_metrics.items():
-                losses.set(f"memory_{name}", value.detach().mean())
+        self._add_memory_losses(losses, "memory", self._memory_metrics, self._regularize)
+        self._add_memory_losses(losses, "critic_memory", self._critic_memory_metrics, self._regularize_critic)
         return losses
+
+    def loss_critic(self, tensordict: TensorDictBase) -> tuple[Any, ...]:
+        """Return the critic's loss, as TorchRL computes it."""
+        if self._regularize_critic is None:
+            return super().loss_critic(tensordict)
+        tensordict = tensordict.exclude(keys.MEMORY_METRICS)  # those of the actor
+        result = super().loss_critic(tensordict)
+        self._critic_memory_metrics = _metrics_of_cores(tensordict)
+        return result
+
+    @staticmethod
+    def _add_memory_losses(
+        losses: TensorDictBase,
+        prefix: str,
+        metrics: dict[str, Tensor],
+        regularize: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None,
+    ) -> None:
+        """Add the regularisers of a core, and its metrics."""
+        if not metrics or regularize is None:
+            return
+        for name, value in regularize(metrics).items():
+            losses.set(f"loss_{prefix}_{name}", value)
+        for name, value in metrics.items():
+            losses.set(f"{prefix}_{name}", value.detach().mean())
 
     def _check_sequences(self, tensordict: TensorDictBase) -> None:
         """Check once for mistakes of a buffer or sampler that would otherwise stay silent."""
@@ -173,9 +204,7 @@ class RecurrentClipPPOLoss(ClipPPOLoss):
         mask = tensordict.get(keys.TRAIN_MASK, None)
         log_weights = result[0].detach().reshape(-1)
         self._log_weights = log_weights if mask is None else log_weights[mask.reshape(-1)]
-        metrics = tensordict.get(keys.MEMORY_METRICS, None)
-        is_trained = slice(None) if mask is None else mask.reshape(-1)
-        self._memory_metrics = {} if metrics is None else {k: v.reshape(-1)[is_trained] for k, v in metrics.items()}
+        self._memory_metrics = _metrics_of_cores(tensordict)
         return result
 
     def _standardize_advantage(self, advantage: Tensor, tensordict: TensorDictBase) -> Tensor:
@@ -187,3 +216,20 @@ class RecurrentClipPPOLoss(ClipPPOLoss):
         if self.normalize_advantage_exclude_dims:
             raise ValueError("normalize_advantage_exclude_dims does not go together with a mask of trained steps.")
         return masked_standardize(advantage, mask.reshape(advantage.shape))
+
+
+def _core_of(network: TensorDictModuleBase, other_than: Core | None = None) -> Core | None:
+    """Return the core of the first backbone in a network that has another core; None if there is none."""
+    cores = (module.core for module in network.modules() if isinstance(module, Backbone))
+    return next((core for core in cores if core is not other_than), None)
+
+
+def _has_regularizer(core: Core | None) -> bool:
+    return core is not None and type(core).regularize is not Core.regularize
+
+
+def _metrics_of_cores(tensordict: TensorDictBase) -> dict[str, Tensor]:
+    """Return the metrics that a core has written, at the trained steps alone."""
+    metrics, mask = tensordict.get(keys.MEMORY_METRICS, None), tensordict.get(keys.TRAIN_MASK, None)
+    is_trained = slice(None) if mask is None else mask.reshape(-1)
+    return {} if metrics is None else {name: value.reshape(-1)[is_trained] for name, value in metrics.items()}

@@ -70,6 +70,8 @@ def test_a_run_writes_its_files(tmp_path):
     assert summary == json.loads((tmp_path / "run" / "summary.json").read_text())
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert {"versions", "commit", "seed", "machine"} <= manifest.keys()
+    assert manifest["observations"] == "observation [6] as numbers"
+    assert "observations: observation [6] as numbers\n" in result.stderr
     assert manifest["versions"]["torch"] == torch.__version__.split("+")[0] or manifest["versions"]["torch"]
     with (tmp_path / "run" / "logs" / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))

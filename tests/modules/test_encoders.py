@@ -27,7 +27,7 @@ from torchrl.data import (
 from cyborg_torchrl.cores import build_gru
 from cyborg_torchrl.modules import Backbone, GridEncoder, MixedEncoder, PixelEncoder, PPOAgent, VectorEncoder
 from cyborg_torchrl.modules import build_encoder as build
-from cyborg_torchrl.modules.encoders import CategoryEmbedding, OneHotCategories
+from cyborg_torchrl.modules.encoders import CategoryEmbedding, OneHotCategories, ScaledVector
 from cyborg_torchrl.modules.encoders.images import image_layout
 from cyborg_torchrl.objectives import RecurrentClipPPOLoss
 
@@ -65,8 +65,10 @@ SPECS: dict[str, TensorSpec] = {
     "gray": image_spec(40, 48),
     "frames": image_spec(2, 40, 48, 3),
     "float_image": Bounded(-1.0, 1.0, (3, 36, 36)),
+    "small_image": image_spec(28, 28, 1),
 }
-BIASED = ("image", "image_last", "gray", "frames", "float_image", "category", "categories", "multi_category")
+PICTURES = ("image", "small_image", "image_last", "gray", "frames", "float_image")
+BIASED = (*PICTURES, "category", "categories", "multi_category")
 """Those whose zero is a picture or a category like any other."""
 
 
@@ -207,7 +209,7 @@ def test_pixels_keep_their_leading_dimensions(leading: tuple[int, ...]) -> None:
     torch.testing.assert_close(out.reshape(-1, FEATURES), flat)
 
 
-@pytest.mark.parametrize("convolutions", ["nature", "impala"])
+@pytest.mark.parametrize("convolutions", ["small", "nature", "impala"])
 @pytest.mark.parametrize("channels", [1, 3, 4, 12])
 def test_channels_first_and_last_are_the_same(channels: int, convolutions: str) -> None:
     first = PixelEncoder((channels, 40, 36), FEATURES, convolutions)
@@ -217,8 +219,30 @@ def test_channels_first_and_last_are_the_same(channels: int, convolutions: str) 
     torch.testing.assert_close(last(images.movedim(-3, -1)), first(images))
 
 
+def test_small_by_hand() -> None:
+    encoder = PixelEncoder((3, 30, 33), FEATURES, "small")
+    x = expected = torch.rand(2, 3, 30, 33)
+    for layer in (layer for layer in encoder.convolutions if isinstance(layer, nn.Conv2d)):
+        expected = functional.relu(functional.conv2d(expected, layer.weight, layer.bias, stride=2, padding=1))
+    assert expected.shape == (2, 32, 4, 5)
+    torch.testing.assert_close(encoder(x), expected.flatten(1) @ encoder.project.weight.T)
+
+
+@pytest.mark.parametrize(
+    ("shape", "name"), [((3, 28, 28), "small"), ((48, 100, 1), "small"), ((49, 49), "nature"), ((84, 84, 4), "nature")]
+)
+def test_the_size_chooses_the_network(shape: tuple[int, ...], name: str) -> None:
+    encoder = PixelEncoder(shape, FEATURES)
+    assert encoder.name == name
+    chosen = PixelEncoder(shape, FEATURES, name)
+    chosen.load_state_dict(encoder.state_dict())
+    images = byte_images(2, *shape)
+    torch.testing.assert_close(encoder(images), chosen(images), rtol=0, atol=0)
+
+
 def test_frames_of_a_stack_are_channels() -> None:
-    flat, first, last = (PixelEncoder(shape, FEATURES) for shape in ((6, 32, 40), (2, 3, 32, 40), (2, 32, 40, 3)))
+    shapes = ((6, 32, 40), (2, 3, 32, 40), (2, 32, 40, 3))
+    flat, first, last = (PixelEncoder(shape, FEATURES, "impala") for shape in shapes)
     images = byte_images(5, 2, 3, 32, 40)
     for encoder in (first, last):
         encoder.load_state_dict(flat.state_dict())
@@ -227,7 +251,7 @@ def test_frames_of_a_stack_are_channels() -> None:
     torch.testing.assert_close(last(images.movedim(2, -1)), expected)
 
 
-@pytest.mark.parametrize("convolutions", ["nature", "impala"])
+@pytest.mark.parametrize("convolutions", ["small", "nature", "impala"])
 def test_bytes_are_scaled_to_one_and_floats_are_not(convolutions: str) -> None:
     encoder = PixelEncoder((3, 36, 36), FEATURES, convolutions)
     images = byte_images(2, 3, 36, 36)
@@ -262,14 +286,14 @@ def test_impala_has_the_papers_parameters() -> None:
     stages = [(3, 16), (16, 32), (32, 32)]
     expected = sum(9 * i * o + o + 4 * (9 * o * o + o) for i, o in stages)
     assert expected == 97_600
-    encoder = PixelEncoder((64, 64, 3), 64)
+    encoder = PixelEncoder((64, 64, 3), 64, "impala")
     assert sum(parameter.numel() for parameter in encoder.convolutions.parameters()) == expected
     assert sum(parameter.numel() for parameter in encoder.parameters()) == expected + 8 * 8 * 32 * 64
 
 
 @pytest.mark.parametrize("size", [(64, 64), (36, 41)])
 def test_impala_against_plain_functions(size: tuple[int, int]) -> None:
-    encoder = PixelEncoder((3, *size), FEATURES)
+    encoder = PixelEncoder((3, *size), FEATURES, "impala")
     weights = [parameter for name, parameter in encoder.named_parameters() if not name.startswith("project")]
     pairs = iter(zip(weights[::2], weights[1::2], strict=True))
 
@@ -287,7 +311,7 @@ def test_impala_against_plain_functions(size: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("kept", [100, 3], ids=["kept", "computed again"])
-@pytest.mark.parametrize("convolutions", ["nature", "impala"])
+@pytest.mark.parametrize("convolutions", ["small", "nature", "impala"])
 def test_blocks_change_nothing(convolutions: str, kept: int) -> None:
     """Nor the gradient, of parameters that have been put in for the forward pass alone."""
     encoder = PixelEncoder((36, 36, 3), FEATURES, convolutions).double()
@@ -385,6 +409,50 @@ MANY = Composite(
     gear=Categorical(5),
     mode=MultiCategorical([2, 3]),
 )
+
+
+def test_each_observation_is_described() -> None:
+    spec = MANY.clone().set("small", image_spec(28, 28)).set("view", image_spec(84, 84, 3)).set("flag", Binary(1))
+    assert build(spec.expand(5), batch_dims=1).describe() == (
+        "camera [36, 36, 3] as a picture (small convolutions); map [5, 5, 2] as a grid of object numbers; "
+        "speed [2] as numbers; gear [] as categories; mode [2] as categories; "
+        "small [28, 28] as a picture (small convolutions); view [84, 84, 3] as a picture (nature convolutions); "
+        "flag [1] as numbers"
+    )
+    nested = Composite(robot=Composite(arm=Unbounded((2,)), leg=Unbounded((3,))))
+    assert build(nested, batch_dims=0).describe() == "robot.arm [2] as numbers; robot.leg [3] as numbers"
+
+
+GRIDS = Composite(
+    sight=image_spec(7, 7, 3), icon=image_spec(16, 16, 3), thumb=image_spec(12, 12), wide=image_spec(30, 30, 3)
+)
+
+
+@pytest.mark.parametrize(
+    ("grids", "kinds"),
+    [
+        (None, ("grid", "grid", "numbers", "picture")),
+        ([], ("numbers", "picture", "picture", "picture")),
+        (["sight", "thumb", "wide"], ("grid", "picture", "grid", "grid")),
+    ],
+    ids=["by size", "none", "by name"],
+)
+def test_which_bytes_are_grids(grids: list[str] | None, kinds: tuple[str, ...]) -> None:
+    """MiniGrid's grids and pictures have the same type and bounds: the size decides, or the option."""
+    encoder = build(GRIDS, batch_dims=0, features=FEATURES, grids=grids)
+    assert [text.split(" as ")[1].split(" (")[0] for text in encoder.descriptions] == [
+        {"grid": "a grid of object numbers", "picture": "a picture"}.get(kind, kind) for kind in kinds
+    ]
+    classes = {"grid": GridEncoder, "picture": PixelEncoder, "numbers": ScaledVector}
+    assert [type(reader) for reader in encoder.module.readers] == [classes[kind] for kind in kinds]
+    assert encoder(GRIDS.rand([3]))["features"].shape == (3, FEATURES)
+
+
+def test_grids_that_are_none_are_refused() -> None:
+    with pytest.raises(ValueError, match="grids: 'speed' is no grid of integers from 0 to 255: leave it out"):
+        build(MANY, batch_dims=0, grids=["speed"])
+    with pytest.raises(ValueError, match=r"no observation \['mapp'\] in the environment; it has: camera, map, speed"):
+        build(MANY, batch_dims=0, grids=["mapp"])
 
 
 def test_parts_are_added() -> None:

@@ -12,10 +12,11 @@ from tensordict.nn import TensorDictSequential as Sequence_
 from torch import nn
 from torchrl.collectors import Collector
 from torchrl.envs import InitTracker, TransformedEnv
+from torchrl.modules import set_recurrent_mode
 
 from cyborg_torchrl import keys
 from cyborg_torchrl.collectors import FusedCollector, RolloutCollector
-from cyborg_torchrl.cores import build_gru
+from cyborg_torchrl.cores import build_gru, build_pmm
 from cyborg_torchrl.data import RecurrentRolloutBuffer
 from cyborg_torchrl.envs import DelayedCueEnv
 from cyborg_torchrl.modules import Backbone, PPOAgent, build_encoder
@@ -29,12 +30,12 @@ def make_env(seed: int = 0) -> TransformedEnv:
     return TransformedEnv(DelayedCueEnv(num_envs=N, horizon=5, seed=seed), InitTracker())
 
 
-def make_agent(env: TransformedEnv) -> PPOAgent:
+def make_agent(env: TransformedEnv, build_core=build_gru) -> PPOAgent:
     torch.manual_seed(0)
 
     def part(features: str, memory: str, state: str):
         encoder = build_encoder(env.observation_spec, batch_dims=1, features=WIDTH, out_key=features)
-        return encoder, Backbone(build_gru(WIDTH, hidden_size=WIDTH), features, memory, state)
+        return encoder, Backbone(build_core(WIDTH, hidden_size=WIDTH), features, memory, state)
 
     critic = part(keys.CRITIC_FEATURES, keys.CRITIC_MEMORY_FEATURES, keys.CRITIC_STATE)
     actor = part(keys.FEATURES, keys.MEMORY_FEATURES, keys.MEMORY_STATE)
@@ -160,3 +161,43 @@ def test_evaluate_actions_uses_both_memories():
     )
     torch.testing.assert_close(other.log_prob, result.log_prob)
     assert (other.value - result.value).abs().max() > 1e-3
+
+
+def build_memory(in_features: int, hidden_size: int):
+    return build_pmm(in_features, hidden_size=hidden_size, slots=4, prediction_coef=0.3)
+
+
+@pytest.mark.parametrize("functional", [False, True])
+def test_the_loss_of_the_critics_core_is_added(functional: bool):
+    """Also with padded rows: it is the core's own loss over the critic's trained steps, and only the critic learns."""
+    env = make_env()
+    agent = make_agent(env, build_memory)
+    loss = RecurrentClipPPOLoss(agent, functional=functional, separate_losses=False)
+    buffer = RecurrentRolloutBuffer(N * T, 7, 18, num_envs=N, state_keys=loss.state_keys)
+    [rollout] = collect("rollout", env, agent, agent.get_value_operator(), buffer, rollouts=1)
+    add_advantages(rollout, agent.get_value_operator(), gamma=0.99, gae_lambda=0.95)
+    buffer.store(rollout)
+    [batch] = buffer
+    mask = batch.get(keys.TRAIN_MASK).reshape(-1)
+    assert not mask.all()
+    losses = loss(batch.clone())
+    encoder, backbone = agent.memories[1]
+    work = batch.clone()
+    with set_recurrent_mode(True):
+        backbone(encoder(work))
+    terms = {name: value.reshape(-1)[mask] for name, value in work.get(keys.MEMORY_METRICS).items()}
+    for name, expected in backbone.core.regularize(terms).items():
+        torch.testing.assert_close(losses[f"loss_critic_memory_{name}"], expected)
+        assert (losses[f"loss_critic_memory_{name}"] - losses[f"loss_memory_{name}"]).abs() > 1e-6
+    for name, values in terms.items():
+        torch.testing.assert_close(losses[f"critic_memory_{name}"], values.detach().mean())
+    assert not loss.is_mean_over_steps
+    losses["loss_critic_memory_prediction"].backward()
+    gradients = {name: p.grad for name, p in loss.named_parameters() if p.grad is not None and bool(p.grad.any())}
+    assert gradients
+    assert all("critic" in name for name in gradients)
+
+
+def test_separate_losses_are_refused_where_they_lose_one():
+    with pytest.raises(ValueError, match="separate_losses would lose the regulariser of the critic's memory"):
+        RecurrentClipPPOLoss(make_agent(make_env(), build_memory), separate_losses=True)

@@ -34,10 +34,10 @@ def test_a_run_says_it_and_its_manifest_has_it(tmp_path: Path, capsys: pytest.Ca
     run_experiment(load_config(overrides=options))
     shown = capsys.readouterr().err
     manifest = json.loads((tmp_path / "r" / "manifest.json").read_text())
-    assert manifest["observations"] == ["observation", "previous_action"]
+    assert manifest["observations"] == "observation [6] as numbers; previous_action [4] as numbers"
     assert manifest["kernels"] == native.library_name()
     assert all(line in shown for line in overview_lines(manifest))
-    assert "reads: observation, previous_action" in shown
+    assert "observations: observation [6] as numbers; previous_action" in shown
 
 
 def test_the_library_is_named_by_its_file() -> None:

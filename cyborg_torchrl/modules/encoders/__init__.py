@@ -1,7 +1,7 @@
 """Encoders: from observations to features."""
 
 from cyborg_torchrl.modules.encoders.autocast import Autocast
-from cyborg_torchrl.modules.encoders.build import build_encoder
+from cyborg_torchrl.modules.encoders.build import ObservationEncoder, build_encoder
 from cyborg_torchrl.modules.encoders.discrete import CategoryEmbedding, OneHotCategories
 from cyborg_torchrl.modules.encoders.grid import GridEncoder
 from cyborg_torchrl.modules.encoders.mixed import MixedEncoder
@@ -13,6 +13,7 @@ __all__ = [
     "CategoryEmbedding",
     "GridEncoder",
     "MixedEncoder",
+    "ObservationEncoder",
     "OneHotCategories",
     "PixelEncoder",
     "ScaledVector",

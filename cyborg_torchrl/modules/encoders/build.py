@@ -16,7 +16,7 @@ from cyborg_torchrl.modules.encoders.discrete import CategoryEmbedding, OneHotCa
 from cyborg_torchrl.modules.encoders.grid import GridEncoder
 from cyborg_torchrl.modules.encoders.images import MIN_SIDE, image_layout
 from cyborg_torchrl.modules.encoders.mixed import ImageReader, MixedEncoder, VectorReader
-from cyborg_torchrl.modules.encoders.pixels import SMALLEST, PixelEncoder
+from cyborg_torchrl.modules.encoders.pixels import CHOICES, SMALLEST, PixelEncoder
 from cyborg_torchrl.modules.encoders.vector import ScaledVector, VectorEncoder
 from cyborg_torchrl.registry import did_you_mean
 
@@ -52,13 +52,14 @@ def build_encoder(
     features: int = 64,
     hidden_sizes: Sequence[int] = (),
     observation_keys: Sequence[NestedKey] | None = None,
-    convolutions: str = "impala",
+    convolutions: str = "auto",
+    grids: Sequence[NestedKey] | None = None,
     discrete: str = "one_hot",
     embedding_size: int = 16,
     autocast: str | None = None,
     out_key: NestedKey = keys.FEATURES,
     ignored_keys: Sequence[NestedKey] = (),
-) -> TensorDictModule:
+) -> ObservationEncoder:
     """Build the encoder that fits the observations of an environment.
 
     | observation | how it is read |
@@ -67,10 +68,14 @@ def build_encoder(
     | integers of any shape | the same, divided by their greatest size where they are bounded |
     | categories, several categories | as one-hot vectors, or embeddings |
     | binary, one-hot | as floats |
-    | bytes or floats [C, H, W], [H, W, C], stacks [K, ...] of them, with sides of 32 or more | as pictures, by \
+    | bytes or floats [C, H, W], [H, W, C], stacks [K, ...] of them, with sides of 28 or more | as pictures, by \
 a convolutional network; bytes become [0, 1], and floats too if all have the same bounds |
-    | bytes [H, W] with sides of 32 or more | as a picture of one channel |
-    | smaller integers from 0 to 255 at most with three dimensions | as a grid of names (MiniGrid): `GridEncoder` |
+    | bytes [H, W] with sides of 28 or more | as a picture of one channel |
+    | smaller integers from 0 to 255 at most with three dimensions | as a grid of object numbers (MiniGrid): \
+`GridEncoder` |
+
+    The type does not tell a grid from a picture: MiniGrid's numbers are bytes from 0 to 255, too. So the size decides,
+    unless `grids` does. The `describe` method of the result says how each observation is read.
 
     The parts are added. Float vectors alone are read by a `VectorEncoder`, one image alone by its encoder.
 
@@ -82,7 +87,9 @@ a convolutional network; bytes become [0, 1], and floats too if all have the sam
         observation_keys: entries to read: names, or nested keys as tuples or with dots ("camera.left"). The name of a
             nested entry selects all its leaves. None: "pixels" if it exists, else "observation", else all
             observations. "previous_action" and "previous_reward" are always read if they exist.
-        convolutions: network of pictures, "impala" or "nature".
+        convolutions: network of pictures: "small", "nature", "impala", or "auto": small up to 48 pixels, else nature.
+        grids: observations of integers that are grids of object numbers; all other bytes with sides of 8 or more are
+            pictures. None: by the size.
         discrete: how categories are read, "one_hot" or "embedding".
         embedding_size: width of the embedding of a category, or of a number in a grid.
         autocast: "bfloat16" or "float16": computes in it (see `Autocast`); None: float32.
@@ -92,7 +99,7 @@ a convolutional network; bytes become [0, 1], and floats too if all have the sam
     Raises:
         ValueError: if a key is missing, a choice unknown, or an observation is of a kind that no encoder reads.
     """
-    for name, value, choices in (("discrete", discrete, DISCRETE), ("convolutions", convolutions, SMALLEST)):
+    for name, value, choices in (("discrete", discrete, DISCRETE), ("convolutions", convolutions, CHOICES)):
         if value not in choices:
             raise ValueError(f"unknown {name} '{value}': {did_you_mean(value, choices)}")
     ignored = {unravel_key(key) for key in ignored_keys}
@@ -100,33 +107,89 @@ a convolutional network; bytes become [0, 1], and floats too if all have the sam
     specs = {key: observation_spec[key] for key in chosen}
     if all(_is_float(spec) and len(spec.shape) == batch_dims + 1 for spec in specs.values()):
         width = sum(spec.shape[-1] for spec in specs.values())
-        return _module(VectorEncoder(width, features, hidden_sizes), chosen, autocast, out_key)
+        network = VectorEncoder(width, features, hidden_sizes)
+        descriptions = [_describe(key, spec.shape[batch_dims:], None) for key, spec in specs.items()]
+        return ObservationEncoder(network, chosen, out_key, descriptions, autocast)
+    grid_keys = None if grids is None else _matching(list(specs), grids)
     readers: list[VectorReader | ImageReader] = []
+    descriptions: list[str] = []
     for key, spec in specs.items():
-        reader = _build_reader(spec, batch_dims, features, convolutions, discrete, embedding_size)
+        is_grid = None if grid_keys is None else key in grid_keys
+        reader = _build_reader(spec, batch_dims, features, convolutions, is_grid, discrete, embedding_size)
         if reader is None:
             raise ValueError(_unreadable(key, spec, observation_spec))
+        if is_grid and not isinstance(reader, GridEncoder):
+            raise ValueError(f"grids: '{_dotted(key)}' is no grid of integers from 0 to 255: leave it out.")
         readers.append(reader)
+        descriptions.append(_describe(key, spec.shape[batch_dims:], reader))
     is_one_image = len(readers) == 1 and not isinstance(readers[0], VectorReader)
     network: nn.Module = readers[0] if is_one_image else MixedEncoder(readers, features, hidden_sizes)
-    return _module(network, chosen, autocast, out_key)
+    return ObservationEncoder(network, chosen, out_key, descriptions, autocast)
+
+
+class ObservationEncoder(TensorDictModule):
+    """An encoder as a TensorDictModule that knows how it reads each observation.
+
+    Args:
+        network: the network.
+        in_keys: the observations.
+        out_key: entry of the features.
+        descriptions: one text for each observation.
+        autocast: type that the network computes in; None: float32.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        in_keys: Sequence[NestedKey],
+        out_key: NestedKey,
+        descriptions: Sequence[str],
+        autocast: str | None = None,
+    ) -> None:
+        network = network if autocast is None else Autocast(network, autocast)
+        super().__init__(network, in_keys=in_keys, out_keys=[out_key])
+        self.descriptions = list(descriptions)
+
+    def describe(self) -> str:
+        """Return one line that says how each observation is read.
+
+        Examples:
+            >>> import torch
+            >>> from torchrl.data import Bounded, Composite, Unbounded
+            >>> pixels = Bounded(0, 255, (3, 32, 32), dtype=torch.uint8)
+            >>> spec = Composite(camera=pixels, position=Unbounded((2,)))
+            >>> build_encoder(spec, batch_dims=0).describe()
+            'camera [3, 32, 32] as a picture (small convolutions); position [2] as numbers'
+        """
+        return "; ".join(self.descriptions)
+
+
+def _describe(key: NestedKey, shape: torch.Size, reader: nn.Module | None) -> str:
+    """Return how an observation is read; a reader of None is that of floats."""
+    kind = "numbers"
+    if isinstance(reader, PixelEncoder):
+        kind = f"a picture ({reader.name} convolutions)"
+    elif isinstance(reader, GridEncoder):
+        kind = "a grid of object numbers"
+    elif isinstance(reader, (OneHotCategories, CategoryEmbedding)):
+        kind = "categories"
+    return f"{_dotted(key)} {list(shape)} as {kind}"
 
 
 def _build_reader(
-    spec: TensorSpec, batch_dims: int, features: int, convolutions: str, discrete: str, embedding_size: int
+    spec: TensorSpec,
+    batch_dims: int,
+    features: int,
+    convolutions: str,
+    is_grid: bool | None,
+    discrete: str,
+    embedding_size: int,
 ) -> VectorReader | ImageReader | None:
     """Build the reader of one observation; return None if no reader fits."""
     if isinstance(spec, (NonTensor, Composite)) or len(spec.shape) < batch_dims:
         return None
-    image = _build_image(spec, spec.shape[batch_dims:], features, convolutions, embedding_size)
+    image = _build_image(spec, spec.shape[batch_dims:], features, convolutions, is_grid, embedding_size)
     return image or _build_vector(spec, batch_dims, discrete, embedding_size)
-
-
-def _module(
-    network: nn.Module, read: Sequence[NestedKey], autocast: str | None, out_key: NestedKey
-) -> TensorDictModule:
-    network = network if autocast is None else Autocast(network, autocast)
-    return TensorDictModule(network, in_keys=read, out_keys=[out_key])
 
 
 def default_observations(spec: Composite) -> list[NestedKey]:
@@ -151,23 +214,31 @@ def _below(leaves: Sequence[NestedKey], key: NestedKey) -> list[NestedKey]:
     return [leaf for leaf in leaves if _path(leaf)[: len(path)] == path]
 
 
+def _matching(known: Sequence[NestedKey], requested: Sequence[NestedKey], names: str = "") -> list[NestedKey]:
+    """Return the leaves that are requested by their names, with dots where they are nested.
+
+    Raises:
+        ValueError: if one is missing; it lists `names`, or else all `known` ones.
+    """
+    chosen: list[NestedKey] = []
+    missing: list[NestedKey] = []
+    for key in requested:
+        path = tuple(key.split(".")) if isinstance(key, str) else key
+        leaves = _below(known, key) or _below(known, path)
+        chosen += leaves
+        if not leaves:
+            missing.append(key)
+    if missing:
+        names = names or ", ".join(map(_dotted, known))
+        raise ValueError(f"no observation {missing} in the environment; it has: {names}.")
+    return chosen
+
+
 def _chosen_keys(spec: Composite, requested: Sequence[NestedKey] | None) -> list[NestedKey]:
     """Return the leaves to read, in the requested order or in that of the spec."""
     known: list[NestedKey] = [unravel_key(key) for key in spec.keys(True, True)]
     names = ", ".join(sorted(map(_dotted, _observations(spec))))
-    if requested is None:
-        chosen = default_observations(spec)
-    else:
-        chosen = []
-        missing = []
-        for key in requested:
-            path = tuple(key.split(".")) if isinstance(key, str) else key
-            leaves = _below(known, key) or _below(known, path)
-            chosen += leaves
-            if not leaves:
-                missing.append(key)
-        if missing:
-            raise ValueError(f"no observation {missing} in the environment; it has: {names}.")
+    chosen = default_observations(spec) if requested is None else _matching(known, requested, names)
     previous = [key for key in PREVIOUS if key in known]
     chosen = list(dict.fromkeys([*chosen, *previous]))  # each once
     if not chosen:
@@ -176,18 +247,34 @@ def _chosen_keys(spec: Composite, requested: Sequence[NestedKey] | None) -> list
 
 
 def _build_image(
-    spec: TensorSpec, shape: torch.Size, features: int, convolutions: str, embedding_size: int
+    spec: TensorSpec,
+    shape: torch.Size,
+    features: int,
+    convolutions: str,
+    is_grid: bool | None,
+    embedding_size: int,
 ) -> ImageReader | None:
-    """Build the encoder of a picture or a grid; return None for any other observation."""
+    """Build the encoder of a picture or a grid; return None for any other observation.
+
+    Args:
+        spec: the observation's spec.
+        shape: its shape without batch dimensions.
+        features: width of the features.
+        convolutions: network of pictures.
+        is_grid: whether it is a grid; None: by its size.
+        embedding_size: width of the embedding of a number in a grid.
+    """
     if isinstance(spec, (Categorical, OneHot)) or len(shape) not in (2, 3, 4):
         return None
     layout, bounds = image_layout(shape), _common_bounds(spec)
-    is_large = min(layout.height, layout.width) >= MIN_SIDE
-    if spec.dtype == torch.uint8 and is_large:
+    side = min(layout.height, layout.width)
+    is_large_byte_image = spec.dtype == torch.uint8 and side >= (MIN_SIDE if is_grid is None else SMALLEST["small"])
+    if is_large_byte_image and not is_grid:
         return PixelEncoder(shape, features, convolutions, byte_bounds=bounds or (0.0, 255.0))
-    if _is_float(spec) and is_large and len(shape) > 2:
+    if _is_float(spec) and side >= MIN_SIDE and len(shape) > 2:
         return PixelEncoder(shape, features, convolutions, float_bounds=bounds or (0.0, 1.0))
-    if _is_float(spec) or len(shape) != 3 or bounds is None or bounds[0] < 0 or bounds[1] > 255:
+    is_possible_grid = _is_integer(spec) and bounds is not None and bounds[0] >= 0 and bounds[1] <= 255
+    if is_grid is False or not is_possible_grid or not (is_grid or len(shape) == 3):
         return None
     return GridEncoder(shape, features, int(bounds[1]) + 1, embedding_size)
 

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-MIN_SIDE = 32
-"""Least side of a picture; smaller arrays are grids or vectors."""
+MIN_SIDE = 28
+"""Least side of an array that is read as a picture by default. The grids of MiniGrid have at most 25 cells a side."""
 
 
 def is_picture(shape: Sequence[int]) -> bool:

@@ -1,4 +1,4 @@
-"""Image encoders: the Nature and the Impala network."""
+"""Image encoders: a small network, the Nature and the Impala network."""
 
 from __future__ import annotations
 
@@ -13,14 +13,33 @@ from torch.utils.checkpoint import checkpoint
 from cyborg_torchrl.modules.encoders.images import image_layout
 from cyborg_torchrl.registry import check_known
 
-SMALLEST = {"impala": 8, "nature": 36}
+SMALLEST = {"small": 8, "impala": 8, "nature": 36}
 """Least side of an image for each network."""
+CHOICES = ("auto", *SMALLEST)
+LARGEST_SMALL_SIDE = 48
+"""Images with a shorter side up to this are read by the small network, if the choice is "auto"."""
 BLOCK_NUMBERS = 2**21
 """Size of the first convolution's output that a CPU computes at once, so that it stays in the cache: 32 images of
 64 x 64 for "impala"."""
 KEPT_NUMBERS = 2**25
 """Above this size (512 such images, about 600 MB of activations) the backward pass recomputes the activations. Other
 devices compute so many at once."""
+
+
+def choose_convolutions(convolutions: str, height: int, width: int) -> str:
+    """Return the name of the network for images of a size; "auto" is "small" up to 48 pixels, else "nature"."""
+    if convolutions != "auto":
+        return convolutions
+    return "small" if min(height, width) <= LARGEST_SMALL_SIDE else "nature"
+
+
+def build_small(channels: int, widths: Sequence[int] = (16, 32, 32)) -> nn.Sequential:
+    """Build a network for small images: convolutions of 3 x 3 with stride 2, so that each halves the sides."""
+    layers: list[nn.Module] = []
+    for width in widths:
+        layers += [nn.Conv2d(channels, width, 3, stride=2, padding=1), nn.ReLU()]
+        channels = width
+    return nn.Sequential(*layers, nn.Flatten())
 
 
 class ResidualBlock(nn.Module):
@@ -62,6 +81,9 @@ def build_nature(channels: int) -> nn.Sequential:
     )
 
 
+BUILDERS = {"small": build_small, "impala": build_impala, "nature": build_nature}
+
+
 class PixelEncoder(nn.Module):
     """Convolutional encoder of images, channels first or last. It scales bytes to [0, 1].
 
@@ -71,7 +93,7 @@ class PixelEncoder(nn.Module):
     Args:
         shape: shape of one image, [C, H, W] or [H, W, C], [H, W] without channels, or a stack of frames [K, ...].
         features: F, width of the embedding.
-        convolutions: "impala" or "nature".
+        convolutions: "small", "nature", "impala", or "auto": by the size (see `choose_convolutions`).
         byte_bounds: integers that become 0 and 1.
         float_bounds: floats that become 0 and 1.
 
@@ -86,23 +108,24 @@ class PixelEncoder(nn.Module):
         self,
         shape: Sequence[int],
         features: int,
-        convolutions: str = "impala",
+        convolutions: str = "auto",
         *,
         byte_bounds: tuple[float, float] = (0.0, 255.0),
         float_bounds: tuple[float, float] = (0.0, 1.0),
     ) -> None:
         super().__init__()
-        check_known("convolutions", convolutions, SMALLEST)
+        check_known("convolutions", convolutions, CHOICES)
         self.layout = image_layout(shape)
         self.byte_bounds, self.float_bounds = byte_bounds, float_bounds
         channels, height, width = self.layout[2:]
-        least = SMALLEST[convolutions]
+        self.name = choose_convolutions(convolutions, height, width)
+        least = SMALLEST[self.name]
         if min(height, width) < least:
             raise ValueError(
-                f"the pixel encoder '{convolutions}' needs images of at least {least} x {least} pixels; got {height} x "
+                f"the pixel encoder '{self.name}' needs images of at least {least} x {least} pixels; got {height} x "
                 f"{width}."
             )
-        self.convolutions = build_impala(channels) if convolutions == "impala" else build_nature(channels)
+        self.convolutions = BUILDERS[self.name](channels)
         with torch.no_grad():
             image = torch.zeros(1, channels, height, width)
             numbers = max(image.numel(), self.convolutions[0](image).numel())
@@ -138,4 +161,6 @@ class PixelEncoder(nn.Module):
     def _scaled(self, images: Tensor) -> Tensor:
         low, high = self.float_bounds if images.is_floating_point() else self.byte_bounds
         images = images.to(self.project.weight.dtype)
-        return images if (low, high) == (0.0, 1.0) else (images - low) / (high - low)
+        images = images if (low, high) == (0.0, 1.0) else (images - low) / (high - low)
+        # A CPU convolves and pools channels last faster: Impala trains in 0.5 to 0.7 of the time.
+        return images.contiguous(memory_format=torch.channels_last) if images.device.type == "cpu" else images
