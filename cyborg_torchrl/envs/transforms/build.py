@@ -89,7 +89,7 @@ class PreviousReward(_Previous):
 
 
 class ScaleReward(Transform):
-    """Rewards multiplied by a number. (TorchRL's `RewardScaling` refuses rewards with bounds.)
+    """Rewards multiplied by a number. TorchRL's `RewardScaling` refuses rewards with bounds.
 
     Args:
         scale: the number, greater than 0.
