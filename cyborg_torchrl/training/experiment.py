@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Generator, Mapping
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from cyborg_torchrl.training.distributed import PeerLostError, Ranks, joined_ran
 from cyborg_torchrl.training.evaluation import Evaluation, OnEpisodes, evaluate
 from cyborg_torchrl.training.loading import build_acting_env
 from cyborg_torchrl.training.overview import overview, overview_lines
+from cyborg_torchrl.training.profile import profiled
 from cyborg_torchrl.training.progress import Progress
 from cyborg_torchrl.training.resume import ResumePoint, find_run, restore_training, training_state
 from cyborg_torchrl.training.run_folder import RunFolder, default_run_name
@@ -159,18 +160,28 @@ def _train(experiment: Experiment) -> None:
     """Train to the end; log every update and write its checkpoint."""
     trainer = experiment.training.trainer
     steps_before = trainer.num_steps
-    for metrics in trainer.run():
-        seconds = time.perf_counter() - experiment.started
-        metrics |= {"update": trainer.num_updates, "steps": trainer.num_steps}
-        metrics["seconds"] = experiment.seconds_before + seconds
-        metrics["steps_per_second"] = (trainer.num_steps - steps_before) / seconds
-        experiment.metrics = metrics
-        _log_update(experiment)
-        experiment.progress.report(metrics)
+    is_profiled = experiment.cfg.logger.profile and experiment.run is not None
+    updates = trainer.total_updates - trainer.num_updates
+    with profiled(experiment.path / "profile", updates) if is_profiled else nullcontext(_do_nothing) as after_update:
+        for metrics in trainer.run():
+            seconds = time.perf_counter() - experiment.started
+            metrics |= {"update": trainer.num_updates, "steps": trainer.num_steps}
+            metrics["seconds"] = experiment.seconds_before + seconds
+            metrics["steps_per_second"] = (trainer.num_steps - steps_before) / seconds
+            metrics |= {f"seconds_{name}": value for name, value in trainer.seconds.items()}
+            experiment.metrics = metrics
+            _log_update(experiment)
+            experiment.progress.report(metrics)
+            after_update()
+
+
+def _do_nothing() -> None:
+    """Take the place of a profiler."""
 
 
 def _log_update(experiment: Experiment) -> None:
     trainer, metrics, run = experiment.training.trainer, experiment.metrics, experiment.run
+    started = time.perf_counter()
     is_last = trainer.num_updates == trainer.total_updates
     is_saved = is_last or trainer.num_updates % experiment.cfg.logger.checkpoint_every == 0
     state = training_state(experiment.training) if is_saved else {}  # all ranks send theirs to the first
@@ -183,6 +194,7 @@ def _log_update(experiment: Experiment) -> None:
         if is_saved:
             more = {"seconds": metrics["seconds"], "has_success": experiment.has_success}
             run.save({**state, **more}, trainer.num_updates, score)
+        metrics["seconds_checkpoint"] = time.perf_counter() - started
         run.log(metrics)
 
 
