@@ -18,6 +18,7 @@ from cyborg_torchrl.collectors.cudagraph import GraphedPolicy
 from cyborg_torchrl.collectors.flat_dict import FlatDict, NotFusable, RolloutWriter, flat
 from cyborg_torchrl.collectors.fused_env import EnvStep, env_step
 from cyborg_torchrl.collectors.fused_policy import FusedPolicy
+from cyborg_torchrl.collectors.profiling import recorded
 from cyborg_torchrl.collectors.runtime import rare_garbage_collection
 from cyborg_torchrl.envs.gym.autoreset import check_autoreset
 from cyborg_torchrl.modules.nan_check import check_finite
@@ -93,13 +94,15 @@ class FusedCollector(Collector):
         before: FlatDict = {}
         now: list[NestedKey] = []
         may_begin = True  # at the first step the flags are read, later only after a step that ended an episode
+        act, step = recorded("policy", policy), recorded("environment", env.step)
+        append = recorded("storage", writer.append)
         for _ in range(self.frames_per_batch):
-            written = policy(carried, may_begin=may_begin)
-            after, begins, is_over = env.step(carried, written)
+            written = act(carried, may_begin=may_begin)
+            after, begins, is_over = step(carried, written)
             if not now:
                 now = [key for key in written if key[0] != keys.NEXT]  # without ("next", ...)
             before = {**carried, **{key: written[key] for key in now}}
-            writer.append(before.items(), after.items())
+            append(before.items(), after.items())
             if self.track_traj_ids:
                 begins[TRAJ_IDS] = self._next_traj_ids(carried[TRAJ_IDS], is_over)
             carried, may_begin = begins, is_over is not None

@@ -20,6 +20,7 @@ from cyborg_torchrl import keys
 from cyborg_torchrl.collectors.flat_dict import NotFusable, RolloutWriter, flat
 from cyborg_torchrl.collectors.fused_env import EnvStep, env_step
 from cyborg_torchrl.collectors.fused_policy import PolicyStep, policy_step
+from cyborg_torchrl.collectors.profiling import recorded
 from cyborg_torchrl.collectors.resume import restore_stepper, stepper_state
 from cyborg_torchrl.collectors.runtime import rare_garbage_collection
 from cyborg_torchrl.data import Rollout
@@ -137,13 +138,15 @@ class RolloutCollector:
         """Return the steps [*N, T], and the states before the steps `state_steps`."""
         rows: list[TensorDictBase] = []
         states: list[TensorDictBase] = []
+        act, step = recorded("policy", self.policy), recorded("environment", self.env.step_and_maybe_reset)
+        record = recorded("storage", self._recorded)
         for t in range(self.steps):
             self._step = t
             if t in self._state_steps:
                 # No copy is needed: a step makes new tensors and never writes into these.
                 states.append(self._carried.select(*self.state_keys))
-            played, self._carried = self.env.step_and_maybe_reset(self.policy(self._carried))
-            rows.append(self._recorded(played, is_last=t == self.steps - 1))
+            played, self._carried = step(act(self._carried))
+            rows.append(record(played, is_last=t == self.steps - 1))
         return torch.stack(rows, len(self.env.batch_size)), states
 
     def _rollout_on_tensors(self, policy: PolicyStep, env: EnvStep) -> tuple[TensorDictBase, list[TensorDictBase]]:
@@ -156,15 +159,17 @@ class RolloutCollector:
         last_values: list[tuple[int, Tensor, Tensor]] = []
         carried, may_begin = flat(self._carried), True
         policy.begin(batch_size.numel())
+        act, step = recorded("policy", policy), recorded("environment", env.step)
+        append = recorded("storage", writer.append)
         for t in range(self.steps):
             self._step = t
             if t in self._state_steps:
                 states.append(TensorDict({key: carried[key] for key in self.state_keys}, batch_size))
-            written = policy(carried, may_begin=may_begin)
-            after, begins, is_over = env.step(carried, written)
+            written = act(carried, may_begin=may_begin)
+            after, begins, is_over = step(carried, written)
             # Entries of the policy win over carried ones with the same name, as in a tensordict.
             before = {**carried, **written}
-            writer.append(
+            append(
                 [(key, value) for key, value in before.items() if key not in dropped_before],
                 [(key, value) for key, value in after.items() if key not in dropped_after],
             )

@@ -253,6 +253,8 @@ class LoggerConfig:
     """W&B writes only into the run's folder; `wandb sync` uploads it later."""
     tracking_uri: str | None = None
     """Server of MLflow, database (sqlite:///FILE), or a database's folder. null: base_dir."""
+    profile: bool = False
+    """Write profile/table.txt and profile/trace.json.gz into the run's folder: where the time of two updates goes."""
     progress: bool = True
     """Show a progress bar on stderr."""
     eval_episodes: int = option(1000, minimum=0)

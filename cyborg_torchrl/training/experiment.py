@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from cyborg_torchrl.training.distributed import PeerLostError, Ranks, joined_ran
 from cyborg_torchrl.training.evaluation import Evaluation
 from cyborg_torchrl.training.init_from import Source, find_source, load_source, with_trained_memory
 from cyborg_torchrl.training.overview import overview, overview_lines
+from cyborg_torchrl.training.profile import profiled
 from cyborg_torchrl.training.progress import Progress
 from cyborg_torchrl.training.resume import ResumePoint, find_run, restore_training, training_state
 from cyborg_torchrl.training.run_evaluation import (
@@ -183,22 +184,31 @@ def _train(experiment: Experiment) -> None:
     if experiment.is_stopped:
         return
     steps_before = trainer.num_steps
-    for metrics in trainer.run():
-        seconds = time.perf_counter() - experiment.started
-        metrics |= {"update": trainer.num_updates, "steps": trainer.num_steps}
-        metrics["seconds"] = experiment.seconds_before + seconds
-        metrics["steps_per_second"] = (trainer.num_steps - steps_before) / (seconds - experiment.eval_seconds)
-        experiment.metrics = metrics
-        if is_evaluated(experiment.cfg, trainer.num_updates, trainer.total_updates):
-            _evaluate_update(experiment)
-        score = _score(experiment)
-        has_reached = stop_at is not None and score is not None and score >= stop_at
-        experiment.is_stopped = has_reached and trainer.num_updates < trainer.total_updates
-        _log_update(experiment, score)
-        experiment.progress.report(metrics)
-        if experiment.is_stopped:
-            experiment.progress.console.print(f"stopped early: the score {score:.3f} has reached train.stop_at")
-            return
+    is_profiled = experiment.cfg.logger.profile and experiment.run is not None
+    updates = trainer.total_updates - trainer.num_updates
+    with profiled(experiment.path / "profile", updates) if is_profiled else nullcontext(_do_nothing) as after_update:
+        for metrics in trainer.run():
+            seconds = time.perf_counter() - experiment.started
+            metrics |= {"update": trainer.num_updates, "steps": trainer.num_steps}
+            metrics["seconds"] = experiment.seconds_before + seconds
+            metrics["steps_per_second"] = (trainer.num_steps - steps_before) / (seconds - experiment.eval_seconds)
+            metrics |= {f"seconds_{name}": value for name, value in trainer.seconds.items()}
+            experiment.metrics = metrics
+            if is_evaluated(experiment.cfg, trainer.num_updates, trainer.total_updates):
+                _evaluate_update(experiment)
+            score = _score(experiment)
+            has_reached = stop_at is not None and score is not None and score >= stop_at
+            experiment.is_stopped = has_reached and trainer.num_updates < trainer.total_updates
+            _log_update(experiment, score)
+            experiment.progress.report(metrics)
+            after_update()
+            if experiment.is_stopped:
+                experiment.progress.console.print(f"stopped early: the score {score:.3f} has reached train.stop_at")
+                return
+
+
+def _do_nothing() -> None:
+    """Take the place of a profiler."""
 
 
 def _score(experiment: Experiment) -> float | None:
@@ -226,6 +236,7 @@ def _evaluate_update(experiment: Experiment) -> None:
 def _log_update(experiment: Experiment, score: float | None) -> None:
     """Log an update, and write its checkpoint if it is due, was evaluated, or is the run's last one."""
     trainer, metrics, run = experiment.training.trainer, experiment.metrics, experiment.run
+    started = time.perf_counter()
     is_saved = trainer.num_updates == trainer.total_updates or experiment.is_stopped or "eval/seconds" in metrics
     is_saved |= trainer.num_updates % experiment.cfg.logger.checkpoint_every == 0
     state = training_state(experiment.training) if is_saved else {}  # all ranks send theirs to the first
@@ -235,6 +246,7 @@ def _log_update(experiment: Experiment, score: float | None) -> None:
         if is_saved:
             more = {"seconds": metrics["seconds"], "has_success": experiment.has_success}
             run.save({**state, **more, "stopped_early": experiment.is_stopped}, trainer.num_updates, score)
+        metrics["seconds_checkpoint"] = time.perf_counter() - started
         run.log(metrics)
 
 

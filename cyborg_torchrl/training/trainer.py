@@ -16,6 +16,7 @@ from tensordict.utils import unravel_key
 from torch import Tensor, nn
 
 from cyborg_torchrl import keys
+from cyborg_torchrl.collectors.profiling import part, timed
 from cyborg_torchrl.config import TrainConfig
 from cyborg_torchrl.config.presets import with_general_values
 from cyborg_torchrl.data import EpisodeBuffer, RecurrentRolloutBuffer, Rollout, RolloutBuffer
@@ -76,6 +77,8 @@ class PPOTrainer:
         self.parameters = [p for p in loss.parameters() if p.requires_grad]
         self.device = self.parameters[0].device
         self.optimizer = build_optimizer(config, self.parameters)
+        self.seconds: dict[str, float] = {}
+        """Seconds of each part of the last update."""
         self.num_updates = 0
         self.rate_factor = 1.0
         """Share of the scheduled learning rate that is used (`config.desired_kl`)."""
@@ -91,7 +94,13 @@ class PPOTrainer:
         """Yield the metrics of each update, until the collector ends or `total_timesteps` are reached."""
         if self.num_updates >= self.total_updates:
             return
-        for rollout in self.collector:
+        rollouts = iter(self.collector)
+        while True:
+            self.seconds.clear()
+            with timed("collect", self.seconds):
+                rollout = next(rollouts, None)
+            if rollout is None:
+                return
             metrics = self.update(rollout)
             del rollout  # frees its memory before the next one is collected
             self.share_parameters()
@@ -115,10 +124,12 @@ class PPOTrainer:
         if self.ranks.size > 1:
             for moments in self._moments:
                 moments.merge(self.ranks.sum)
-        rollout, metrics = self._prepare(rollout)
+        with timed("advantages", self.seconds):
+            rollout, metrics = self._prepare(rollout)
         history: dict[str, list[Tensor]] = defaultdict(list)
-        epochs = self._run_epochs(rollout, history)
-        metrics |= self._drift(rollout)
+        with timed("update", self.seconds):
+            epochs = self._run_epochs(rollout, history)
+            metrics |= self._drift(rollout)
         self.num_updates += 1
         self.num_steps += rollout.steps.numel() * self.ranks.size
         metrics |= {name: float(torch.stack(values).mean()) for name, values in history.items()}
@@ -199,7 +210,8 @@ class PPOTrainer:
     def _run_epoch(self, rollout: Rollout, history: dict[str, list[Tensor]]) -> None:
         batches = iter(self.buffer)
         while True:
-            batch = next(batches, None)  # a rank without a minibatch still takes part in the steps of the others
+            with part("minibatches"):
+                batch = next(batches, None)  # a rank without a minibatch still takes part in the steps of the others
             try:
                 metrics = self._step(batch)
             except NonFiniteError as error:
@@ -215,17 +227,20 @@ class PPOTrainer:
         metrics = self._average_over_ranks(self._backward(batch), batch)
         if not metrics:
             return {}
-        grad_norm = nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
-        _check_step(metrics, grad_norm)  # before the step, which would make every parameter NaN
-        self.optimizer.step()
+        with part("optimizer"):
+            grad_norm = nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+            _check_step(metrics, grad_norm)  # before the step, which would make every parameter NaN
+            self.optimizer.step()
         return metrics | {"grad_norm": grad_norm.detach()}
 
     def _backward(self, batch: TensorDictBase | None) -> dict[str, Tensor]:
         """Compute the gradients of a minibatch. Return its metrics, {} without a minibatch."""
         metrics: dict[str, Tensor] = {}
-        for part, share in self._parts(batch):
-            losses = self.loss(part.to(self.device))
-            (_total(losses) * share).backward()
+        for rows, share in self._parts(batch):
+            with part("forward"):
+                losses = self.loss(rows.to(self.device))
+            with part("backward"):
+                (_total(losses) * share).backward()
             for name, value in losses.items():
                 if name == "ratio_error":
                     metrics[name] = torch.maximum(value.detach(), metrics.get(name, value.detach()))

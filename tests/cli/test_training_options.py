@@ -116,8 +116,9 @@ def test_the_optimizer_of_a_run_is_resumed_and_cannot_change(tmp_path) -> None:
     summary = run_experiment(with_config_of_run(load_config(overrides=longer), longer))
     assert summary["total_updates"] == 2
     other = [*longer, "train.optimizer=rmsprop", "train.weight_decay=0"]
+    cfg = load_config(overrides=other)
     with pytest.raises(ConfigError, match=r"cannot change train\.optimizer"):
-        with_config_of_run(load_config(overrides=other), other)
+        with_config_of_run(cfg, other)
 
 
 @pytest.mark.parametrize("name", ["adam", "rmsprop"])

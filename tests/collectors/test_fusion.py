@@ -27,13 +27,8 @@ STEPS = 70  # more than one block of steps, and a part of one
 CASES = [
     ["env=delayed_cue", "env.horizon=5", "backbone=lru"],
     ["env=copy_memory", "env.level=easy", "env.horizon=3", "backbone=mamba_gru", "backbone.hidden_size=16"],
-    [
-        "env=tmaze",
-        "env.horizon=6",
-        "backbone=lstm",
-        "backbone.num_layers=2",
-        "transforms.reward_scale=0.3",
-    ],  # with clipped rewards
+    ["env=tmaze", "env.horizon=6", "backbone=lstm", "backbone.num_layers=2"],  # with clipped rewards
+    ["env=tmaze", "env.horizon=6", "transforms.reward_scale=0.3"],
     ["env=distractor_nav", "env.level=easy", "env.horizon=4", "backbone=gru", "memory=pmm", "fusion.gate=true"],
     ["env=n_back", "env.level=easy", "env.horizon=9", "backbone=pseudo_mamba", "backbone.learn_initial_state=true"],
     ["env=multi_cue_delay", "env.level=easy", "env.horizon=3", "train.recurrent_mode=none"],
@@ -72,7 +67,7 @@ def assert_equal(ours: TensorDictBase, theirs: TensorDictBase) -> None:
     assert {str(key) for key in ours.keys(True, True)} == names
     for key in theirs.keys(True, True):
         assert (ours[key].shape, ours[key].dtype) == (theirs[key].shape, theirs[key].dtype), key
-        assert torch.equal(ours[key], theirs[key]), key
+        torch.testing.assert_close(ours[key], theirs[key], rtol=0, atol=0, equal_nan=True)  # NaN: no success reported
 
 
 @pytest.mark.parametrize("options", CASES, ids=lambda options: options[0])
