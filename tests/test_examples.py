@@ -1,5 +1,6 @@
 """The examples run as a reader would run them, and learn."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -26,3 +27,16 @@ def test_a_mistyped_key_ends_in_one_line() -> None:
     assert done.stderr.strip().splitlines()[-1].startswith("error: ")
     assert "horizon" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_each_run_of_the_curriculum_begins_with_the_one_before(tmp_path: Path) -> None:
+    small = ["env.num_envs=4", "train.num_minibatches=2", "train.n_epochs=1", "train.total_timesteps=1"]
+    quiet = ["logger.eval_episodes=4", "logger.progress=false", "logger.tensorboard=false"]
+    command = [sys.executable, str(EXAMPLE.with_name("curriculum.py")), *small, *quiet, f"logger.base_dir={tmp_path}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    runs = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [run["horizon"] for run in runs] == [10, 40, 160]
+    for before, run in itertools.pairwise(runs):
+        manifest = json.loads((Path(run["run_dir"]) / "manifest.json").read_text())
+        assert Path(manifest["init_from"]["checkpoint"]).is_relative_to(before["run_dir"])

@@ -93,7 +93,7 @@ def _loads_memory(cfg: DictConfig) -> bool:
 
 
 def load_source(training: Training, cfg: DictConfig, source: Source) -> str:
-    """Load the chosen parts of a checkpoint into a new run. Return a line that says what was loaded.
+    """Load the chosen parts of a checkpoint into a new run. Return a line that names them.
 
     Raises:
         CheckpointError: if they do not fit this run.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from cyborg_torchrl.config import ConfigError, load_config
 from cyborg_torchrl.registry import backbones
@@ -302,3 +302,12 @@ def test_a_frozen_encoder_and_a_loaded_one_go_together_and_can_be_resumed(first:
 def test_a_mistake_in_freeze_is_reported(freeze: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         build_trainer(config(tmp_path, "run", *CUE, f"train.freeze={freeze}"))
+
+
+def test_auto_continues_a_run_that_is_older_than_these_options(tmp_path: Path) -> None:
+    fewer = "train.total_timesteps=28"
+    first = train(tmp_path, "first", *CUE, fewer)
+    written = OmegaConf.load(first / "config.yaml")
+    del written["init_from"], written.train["freeze"]
+    OmegaConf.save(written, first / "config.yaml")
+    assert run_experiment(config(tmp_path, "first", *CUE, "resume=auto"))["total_updates"] == 2
