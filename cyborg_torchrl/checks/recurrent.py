@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey
@@ -19,7 +20,10 @@ from cyborg_torchrl.checks.report import HorizonCurve, Report
 from cyborg_torchrl.checks.rollout import Rollout, collect, prepare
 from cyborg_torchrl.checks.same_state import check_same_state
 from cyborg_torchrl.checks.stored_states import report_drift, report_storage
+from cyborg_torchrl.modules.encoders import Autocast
 
+TOLERANCE, REDUCED_TOLERANCE = 1e-4, 3e-2
+"""Largest error in float32, and in reduced precision."""
 PROBE_LENGTH = 8
 """Steps of the sequences for the leak checks, which take many runs."""
 
@@ -34,7 +38,7 @@ def check_recurrent(
     seed: int = 0,
     state_keys: Sequence[NestedKey] | None = None,
     is_init_key: NestedKey = keys.IS_INIT,
-    tolerance: float = 1e-4,
+    tolerance: float | None = None,
     drift_updates: int = 8,
     drift_learning_rate: float = 1e-3,
     on_progress: Callable[[str, float], None] = lambda name, share: None,
@@ -55,7 +59,8 @@ def check_recurrent(
         state_keys: entries of the memory state; None: keys that are read, and written under "next", and those of the
             policy's primers.
         is_init_key: flag of an episode's first step.
-        tolerance: largest |log ratio| and relative error that passes, for float32.
+        tolerance: largest |log ratio| and relative error that passes. None: 1e-4, or 3e-2 under `torch.autocast` and with
+            an encoder in reduced precision.
         drift_updates: number of optimiser updates of a copy before the drift of stored states is reported.
         drift_learning_rate: learning rate of those updates.
         on_progress: called with the name of the next check and the share that is done, in [0, 1].
@@ -74,7 +79,15 @@ def check_recurrent(
     on_progress("rollout", 0.0)
     recorded = prepare(tested, collect(tested, env, steps, seed) if rollout is None else rollout)
     drift = (drift_updates, drift_learning_rate)
-    return _run(tested, recorded, chunk_lengths, seed, tolerance, drift, on_progress)
+    limit = _tolerance(tested, recorded) if tolerance is None else tolerance
+    return _run(tested, recorded, chunk_lengths, seed, limit, drift, on_progress)
+
+
+def _tolerance(tested: PolicyUnderTest, rollout: Rollout) -> float:
+    """Return the largest error that rounding explains."""
+    device = rollout.steps.get(tested.is_init_key).device.type
+    has_reduced_part = any(isinstance(module, Autocast) for module in tested.policy.modules())
+    return REDUCED_TOLERANCE if has_reduced_part or torch.is_autocast_enabled(device) else TOLERANCE
 
 
 def _run(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -17,11 +19,31 @@ Terms = dict[str, Tensor]
 """Metrics of each step, {name: [B, T]}. Some are only logged, others enter the core's losses."""
 
 
+def without_autocast(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a method of a core, with the input first, that computes in the parameters' precision under autocast.
+
+    A memory state would lose precision at every step, and the kernels take one type of numbers.
+    """
+
+    @functools.wraps(method)
+    def in_parameters_precision(core: nn.Module, x: Tensor, *others: Any, **named: Any) -> Any:
+        device = x.device.type
+        if not torch.is_autocast_enabled(device):
+            return method(core, x, *others, **named)
+        dtype = next((p.dtype for p in core.parameters()), torch.get_default_dtype())
+        with torch.autocast(device, enabled=False):
+            return method(core, x.to(dtype), *others, **named)
+
+    return in_parameters_precision
+
+
 class Core(nn.Module, ABC):
     """A recurrent network over plain tensors. Implement this class to add a memory of your own design.
 
     Two rules hold up to rounding. First, `forward` over a sequence equals repeated calls of `step`, with the initial
     state restored wherever `is_init` is true. Second, a sequence can be split at any step if the state is passed on.
+
+    Under `torch.autocast` a core computes in the precision of its parameters (`without_autocast`).
     """
 
     in_features: int
@@ -30,6 +52,12 @@ class Core(nn.Module, ABC):
     """Shape of each named tensor of the state, without the batch dimension."""
     term_names: tuple[str, ...] = ()
     """Names of the terms that `forward_with_terms` returns. Most cores have none."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Let the methods of every core, also those of other packages, compute without autocast."""
+        super().__init_subclass__(**options)
+        for name in {"step", "forward", "forward_with_terms"} & vars(cls).keys():
+            setattr(cls, name, without_autocast(vars(cls)[name]))
 
     @abstractmethod
     def initial_state(self, batch: int) -> State:

@@ -49,15 +49,16 @@ def add_advantages(
         with set_recurrent_mode(True):
             steps.set(keys.VALUE, value_operator(steps.copy()).get(keys.VALUE))
     value_t = steps.get(keys.VALUE).squeeze(-1)
+    value_t = value_t.to(torch.promote_types(value_t.dtype, torch.float32))  # values of autocast are bfloat16
     reward = steps.get((keys.NEXT, keys.REWARD)).squeeze(-1)
     value_tp1 = torch.cat([value_t[:, 1:], torch.zeros_like(value_t[:, :1])], 1)
     if bool(is_cut.any()):
         following = steps.get(keys.NEXT)
         recorded = following.get(keys.VALUE, None)
         if recorded is None:
-            value_tp1[is_cut] = value_after(following[is_cut], value_operator).squeeze(-1)
+            value_tp1[is_cut] = value_after(following[is_cut], value_operator).squeeze(-1).to(value_t.dtype)
         else:
-            value_tp1[is_cut] = recorded.squeeze(-1)[is_cut]
+            value_tp1[is_cut] = recorded.squeeze(-1)[is_cut].to(value_t.dtype)
     advantage, target = generalized_advantage(
         reward.to(value_t.dtype), value_t, value_tp1, terminated, done, gamma, gae_lambda
     )

@@ -136,7 +136,7 @@ class PPOTrainer:
         # The first minibatch runs before any optimiser step: only there the ratio must be 1.
         metrics["ratio_error"] = float(self.ranks.maximum(history["ratio_error"][0]))
         metrics |= {"epochs": epochs, "learning_rate": self.optimizer.param_groups[0]["lr"]}
-        self._warn_about_ratio_error(metrics["ratio_error"])
+        self._warn_about_ratio_error(metrics["ratio_error"], rollout.steps.get(keys.VALUE).dtype)
         return metrics
 
     def close(self) -> None:
@@ -340,8 +340,13 @@ class PPOTrainer:
             self.rate_factor = min(1.0, 1.5 * self.rate_factor)
         self._set_learning_rate()
 
-    def _warn_about_ratio_error(self, ratio_error: float) -> None:
-        """Warn if the update does not see the states that the agent acted with."""
+    def _warn_about_ratio_error(self, ratio_error: float, recorded: torch.dtype) -> None:
+        """Warn if the update does not see the states that the agent acted with.
+
+        Args:
+            ratio_error: the largest |log ratio| before the first optimiser step.
+            recorded: type of the recorded values, which shows whether the agent acted under autocast.
+        """
         if self.config.start_state == "initial" or not self.ranks.is_first:
             return  # such states are expected, or the first rank warns
         reduced: list[str] = []
@@ -349,6 +354,8 @@ class PPOTrainer:
             reduced.append(f"states stored as {self.config.state_dtype}")
         if any(isinstance(module, Autocast) for module in self.loss.modules()):
             reduced.append("an encoder in reduced precision")
+        if torch.is_autocast_enabled(self.device.type) or recorded in (torch.bfloat16, torch.float16):
+            reduced.append("torch.autocast")
         limit = MAX_REDUCED_RATIO_ERROR if reduced else MAX_RATIO_ERROR
         if ratio_error <= limit:
             return
