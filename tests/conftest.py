@@ -52,9 +52,12 @@ class CoreCase(NamedTuple):
     name: str
     is_learned: bool
     num_layers: int
+    layers: tuple[str, ...] = ()
+    """Layers of a stack."""
 
     def __str__(self) -> str:
-        return f"{self.name}-{'learned' if self.is_learned else 'zero'}-{self.num_layers}"
+        parts = [self.name, "learned" if self.is_learned else "zero", str(self.num_layers), *self.layers]
+        return "-".join(parts)
 
 
 def core_cases() -> list[CoreCase]:
@@ -65,7 +68,7 @@ def core_cases() -> list[CoreCase]:
         for is_learned in (False, True) if "learn_initial_state" in options else (False,):
             for num_layers in (1, 2) if "num_layers" in options else (1,):
                 cases.append(CoreCase(name, is_learned, num_layers))
-    return cases
+    return [*cases, CoreCase("stack", True, 1, ("mlp", "gru", "mlp"))]
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -94,6 +97,7 @@ def build_case(case: CoreCase, in_features: int, **options: object) -> Core:
         "num_layers": case.num_layers,
         "max_horizon": 200,
         "learn_initial_state": case.is_learned,
+        **({"layers": case.layers} if case.layers else {}),
         **options,
     }
     core = builder(in_features, **{name: value for name, value in wanted.items() if name in known})

@@ -9,6 +9,7 @@ from cyborg_torchrl.cores.mamba import MambaBlock
 from cyborg_torchrl.cores.mamba2 import Mamba2Block
 from cyborg_torchrl.cores.mamba_family import build_mamba, build_mamba2, build_mamba_gru, build_pseudo_mamba
 from cyborg_torchrl.cores.memoryless import MemorylessCore
+from cyborg_torchrl.cores.mlp import MLPBlock
 from cyborg_torchrl.cores.pmm import PMMCore, augment_with_pmm, build_pmm
 from cyborg_torchrl.cores.pseudo_mamba import PseudoMambaBlock
 from cyborg_torchrl.cores.scan import gated_linear_scan
@@ -24,6 +25,7 @@ __all__ = [
     "LRULayer",
     "LSTMLayer",
     "LayeredCore",
+    "MLPBlock",
     "Mamba2Block",
     "MambaBlock",
     "MemorylessCore",

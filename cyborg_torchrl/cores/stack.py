@@ -13,10 +13,16 @@ from torch import Tensor, nn
 from cyborg_torchrl.cores.abstract import Core, State, Terms
 from cyborg_torchrl.cores.mamba import MambaBlock
 from cyborg_torchrl.cores.mamba2 import Mamba2Block
+from cyborg_torchrl.cores.mlp import MLPBlock
 from cyborg_torchrl.cores.pseudo_mamba import PseudoMambaBlock
 from cyborg_torchrl.registry import backbones, check_known, did_you_mean, register_backbone
 
-BLOCKS: dict[str, Callable[..., Core]] = {"mamba": MambaBlock, "mamba2": Mamba2Block, "pseudo_mamba": PseudoMambaBlock}
+BLOCKS: dict[str, Callable[..., Core]] = {
+    "mamba": MambaBlock,
+    "mamba2": Mamba2Block,
+    "mlp": MLPBlock,
+    "pseudo_mamba": PseudoMambaBlock,
+}
 """Blocks that need the norms and residuals of a stack. They are not backbones by themselves."""
 
 
@@ -158,7 +164,7 @@ def build_stack(
     Args:
         in_features: F, features of the input.
         layers: names of blocks or backbones, or mappings with `name` and options, such as
-            ["mamba", {"name": "gru", "hidden_size": 128}].
+            ["mamba", {"name": "gru", "hidden_size": 128}]. `mlp` is a layer without memory.
         depth: number of repetitions of the list.
         hidden_size: width of the stack, and of each layer without another `hidden_size`.
         max_horizon: steps that memory should bridge. None: 1000. A configured environment with a horizon sets it.
