@@ -23,6 +23,7 @@ from cyborg_torchrl.envs.make import episode_attribute
 from cyborg_torchrl.envs.signals import TERMINATIONS
 from cyborg_torchrl.modules import PPOAgent
 from cyborg_torchrl.modules.encoders import ObservationEncoder
+from cyborg_torchrl.modules.encoders.autocast import is_emulated
 from cyborg_torchrl.modules.nan_check import NonFiniteError
 from cyborg_torchrl.registry import environments
 from cyborg_torchrl.training.builders import Training, build_trainer
@@ -36,6 +37,9 @@ from cyborg_torchrl.training.run_folder import RunFolder, default_run_name
 
 EVALUATION_SEED_OFFSET = 1_000_003
 """Difference between the seeds of evaluation and training, so that evaluation has other episodes."""
+SLOW_AUTOCAST = (
+    "this CPU has no instructions for {0}, so encoder.autocast={0} is slower than float32: use encoder.autocast=null"
+)
 
 
 class StoppedError(RuntimeError):
@@ -130,6 +134,8 @@ def _prepare(cfg: DictConfig, ranks: Ranks, point: ResumePoint, progress: Progre
             progress.console.print(f"resuming {point.checkpoint} ({done})", highlight=False)
             for warning in warnings if ranks.is_first else []:
                 print(f"warning: {warning}", file=sys.stderr)
+        if ranks.is_first and is_emulated(cfg.encoder.autocast, training.trainer.device):
+            print(f"warning: {SLOW_AUTOCAST.format(cfg.encoder.autocast)}", file=sys.stderr)
         path = point.folder or Path(cfg.logger.base_dir) / (cfg.logger.run_name or default_run_name(cfg))
         path = ranks.broadcast_object(path)
         facts = describe_training(training)
