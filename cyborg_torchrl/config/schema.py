@@ -52,7 +52,7 @@ class EncoderConfig:
     """Size of the embedding of a category, or of a number in a grid such as MiniGrid's."""
     autocast: str | None = None
     """bfloat16 or float16: the encoder computes in this precision, both when acting and when training. Its features
-    and all memory stay float32. Useful for pictures. null: float32."""
+    and all memory stay float32. Faster for pictures, if the processor has instructions for it. null: float32."""
 
 
 @dataclass

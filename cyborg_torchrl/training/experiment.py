@@ -22,6 +22,7 @@ from cyborg_torchrl.config import ConfigError
 from cyborg_torchrl.config.presets import describe_preset
 from cyborg_torchrl.envs.make import episode_attribute
 from cyborg_torchrl.envs.signals import TERMINATIONS
+from cyborg_torchrl.modules.encoders.autocast import is_emulated
 from cyborg_torchrl.modules.nan_check import NonFiniteError
 from cyborg_torchrl.registry import environments
 from cyborg_torchrl.training.builders import Training, build_trainer
@@ -41,6 +42,10 @@ from cyborg_torchrl.training.run_evaluation import (
     score_prefix,
 )
 from cyborg_torchrl.training.run_folder import RunFolder, default_run_name
+
+SLOW_AUTOCAST = (
+    "this CPU has no instructions for {0}, so encoder.autocast={0} is slower than float32: use encoder.autocast=null"
+)
 
 
 class StoppedError(RuntimeError):
@@ -149,6 +154,8 @@ def _prepare(
                 print(f"warning: {warning}", file=sys.stderr)
         elif source is not None:
             progress.console.print(load_source(training, cfg, source), highlight=False)
+        if ranks.is_first and is_emulated(cfg.encoder.autocast, training.trainer.device):
+            print(f"warning: {SLOW_AUTOCAST.format(cfg.encoder.autocast)}", file=sys.stderr)
         path = point.folder or Path(cfg.logger.base_dir) / (cfg.logger.run_name or default_run_name(cfg))
         path = ranks.broadcast_object(path)
         about = overview(training.agent)

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from cyborg_torchrl.cli import sweep
 from cyborg_torchrl.cli.main import main
@@ -53,6 +54,15 @@ def test_one_run_leaves_its_folder_and_nothing_else(tmp_path: Path, capsys) -> N
     assert os.listdir(tmp_path) == ["runs"]
     assert os.listdir(tmp_path / "runs") == ["r"]
     assert not list(tmp_path.rglob(".hydra"))
+
+
+@pytest.mark.parametrize("has_instructions", [True, False])
+def test_autocast_on_a_processor_without_it_warns(has_instructions: bool, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": has_instructions}, raising=False)
+    options = ("encoder.autocast=bfloat16", "logger.eval_episodes=0", "logger.progress=false")
+    assert main(["train", *TINY, "backbone=gru", *options]) == 0
+    warning = "warning: this CPU has no instructions for bfloat16, so encoder.autocast=bfloat16 is slower than float32"
+    assert (warning in capsys.readouterr().err) is not has_instructions
 
 
 def test_a_sweep_runs_all_combinations_and_keeps_finished_runs(tmp_path: Path, capsys, monkeypatch) -> None:

@@ -28,6 +28,7 @@ from cyborg_torchrl.cores import build_gru
 from cyborg_torchrl.modules import Backbone, GridEncoder, MixedEncoder, PixelEncoder, PPOAgent, VectorEncoder
 from cyborg_torchrl.modules import build_encoder as build
 from cyborg_torchrl.modules.encoders import CategoryEmbedding, OneHotCategories, ScaledVector
+from cyborg_torchrl.modules.encoders.autocast import is_emulated
 from cyborg_torchrl.modules.encoders.images import image_layout
 from cyborg_torchrl.objectives import RecurrentClipPPOLoss
 
@@ -562,3 +563,18 @@ def test_an_unknown_autocast_is_refused() -> None:
     spec = Composite(observation=Unbounded((3, 4)), shape=(3,))
     with pytest.raises(ValueError, match="unknown autocast 'half'; known: bfloat16, float16, or null"):
         build(spec, batch_dims=1, autocast="half")
+
+
+@pytest.mark.parametrize(
+    ("features", "dtype", "device", "expected"),
+    [
+        ({"avx512_bf16": True, "amx_fp16": False}, "bfloat16", "cpu", False),
+        ({"avx512_bf16": True, "amx_fp16": False}, "float16", "cpu", True),
+        ({"avx512_bf16": False, "avx2": True, "f16c": True}, "bfloat16", "cpu", True),
+        ({"avx512_bf16": False, "avx2": True}, "bfloat16", "cuda", False),
+        ({}, None, "cpu", False),
+    ],
+)
+def test_reduced_precision_without_instructions_is_emulated(features, dtype, device, expected, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features, raising=False)
+    assert is_emulated(dtype, torch.device(device)) is expected

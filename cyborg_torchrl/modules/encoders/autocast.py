@@ -6,6 +6,19 @@ import torch
 from torch import Tensor, nn
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+CPU_FEATURES = {"bfloat16": "bf16", "float16": "fp16"}
+"""Part of the names of the instructions that compute in a type: avx512_bf16, amx_bf16, avx512_fp16, ..."""
+
+
+def is_emulated(dtype: str | None, device: torch.device) -> bool:
+    """Return whether the CPU has no instructions for a reduced precision. It is then slower than float32.
+
+    False on other devices, without autocast, and where torch cannot tell.
+    """
+    if dtype is None or device.type != "cpu" or not hasattr(torch.cpu, "get_capabilities"):
+        return False
+    features = torch.cpu.get_capabilities()
+    return not any(is_there for name, is_there in features.items() if CPU_FEATURES[dtype] in name)
 
 
 class Autocast(nn.Module):
