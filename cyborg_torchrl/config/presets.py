@@ -40,7 +40,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "agent.value_hidden_sizes": [64],
         "train.recurrent_mode": "tbptt",
         "train.learning_rate": 1e-3,
-        "train.desired_kl": 0.01,
+        "train.desired_kl": 0.02,
         "train.gamma": 0.99,
         "train.gae_lambda": 0.95,
     },

@@ -143,8 +143,8 @@ class TrainConfig:
     lr_schedule: str = option("linear", choices=("constant", "linear", "cosine"))
     """linear or cosine (to zero over the run, so that a solved task stays solved), or constant."""
     desired_kl: float | None = option(None, above=0)
-    """The learning rate is divided by 1.5 after an epoch whose KL exceeds twice this value, and multiplied by 1.5 after
-    one below half of it, up to that of the schedule. null: by the preset general 0.01; else never."""
+    """The learning rate is divided by 1.5 after an update whose last KL exceeds twice this value, and multiplied by 1.5
+    after one below half of it, up to that of the schedule. null: by the preset general 0.02; else never."""
     optimizer: str = option("adam", choices=("adam", "adamw", "rmsprop"))
     """Optimiser: adam, adamw (with weight_decay) or rmsprop."""
     weight_decay: float = option(0.0, minimum=0)

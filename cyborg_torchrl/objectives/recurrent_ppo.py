@@ -193,7 +193,7 @@ class RecurrentClipPPOLoss(ClipPPOLoss):
         ratio = self._log_weights.exp()
         is_clipped = self._log_weights.clamp(*self._clip_bounds) != self._log_weights
         return {
-            "kl_approx": -self._log_weights.mean(),
+            "kl_approx": (ratio - 1.0 - self._log_weights).mean(),  # unbiased, and never negative for a step
             "clip_fraction": is_clipped.to(ratio.dtype).mean(),
             "max_ratio": ratio.max(),
             "mean_ratio": ratio.mean(),

@@ -193,19 +193,20 @@ class PPOTrainer:
         """Train on the stored rollout, and append the metrics of each step. Return the number of epochs."""
         config = self.config
         num_epochs = cast("int", config.n_epochs)  # None was replaced in the constructor
-        for epoch in range(num_epochs):
-            if epoch and config.refresh_states:
+        epoch, kl = 0, torch.zeros(())
+        for epoch in range(1, num_epochs + 1):
+            if epoch > 1 and config.refresh_states:
                 self._refresh(rollout)
             steps_before = len(history["kl_approx"])
             self._run_epoch(rollout, history)
-            self.on_progress((epoch + 1) / num_epochs)
             kl = torch.stack(history["kl_approx"][steps_before:]).mean()
-            if config.desired_kl is not None:
-                self._adapt_learning_rate(float(kl), config.desired_kl)
-            if config.target_kl is not None and kl > 1.5 * config.target_kl:
-                self.on_progress(1.0)
-                return epoch + 1
-        return num_epochs
+            if epoch == num_epochs or (config.target_kl is not None and kl > 1.5 * config.target_kl):
+                break
+            self.on_progress(epoch / num_epochs)
+        if config.desired_kl is not None:
+            self._adapt_rate(float(kl), config.desired_kl)
+        self.on_progress(1.0)
+        return epoch
 
     def _run_epoch(self, rollout: Rollout, history: dict[str, list[Tensor]]) -> None:
         batches = iter(self.buffer)
@@ -332,13 +333,12 @@ class PPOTrainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate_factor * rate
 
-    def _adapt_learning_rate(self, kl: float, desired_kl: float) -> None:
-        """Take smaller steps if an epoch moved the policy too far, as in rsl_rl; never larger ones than scheduled."""
+    def _adapt_rate(self, kl: float, desired_kl: float) -> None:
+        """Take smaller steps after an update that moved the policy too far; never larger ones than scheduled."""
         if kl > 2.0 * desired_kl:
             self.rate_factor /= 1.5
         elif kl < desired_kl / 2.0:
             self.rate_factor = min(1.0, 1.5 * self.rate_factor)
-        self._set_learning_rate()
 
     def _warn_about_ratio_error(self, ratio_error: float, recorded: torch.dtype) -> None:
         """Warn if the update does not see the states that the agent acted with.
