@@ -31,5 +31,5 @@ def build_optimizer(config: TrainConfig, parameters: Sequence[nn.Parameter]) -> 
 
 
 def learning_rate(config: TrainConfig, finished_share: float) -> float:
-    """Return the learning rate after a share of the run, which is more than 1 if the run goes on longer."""
+    """Return the learning rate after a share of the run, more than 1 in a run that was made longer."""
     return config.learning_rate * SCHEDULES[config.lr_schedule](min(finished_share, 1.0))

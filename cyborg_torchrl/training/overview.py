@@ -1,4 +1,4 @@
-"""What a run begins with: its kernels, the size of its network, and the observations that it reads."""
+"""Overview of a run at its start: its kernels, the size of its network, and the observations that it reads."""
 
 from __future__ import annotations
 
