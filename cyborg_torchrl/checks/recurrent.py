@@ -59,8 +59,8 @@ def check_recurrent(
         state_keys: entries of the memory state; None: keys that are read, and written under "next", and those of the
             policy's primers.
         is_init_key: flag of an episode's first step.
-        tolerance: largest |log ratio| and relative error that passes. None: 1e-4, or 3e-2 under `torch.autocast` and with
-            an encoder in reduced precision.
+        tolerance: largest |log ratio| and relative error that passes. None: 1e-4, or 3e-2 under
+            `torch.autocast` and with an encoder in reduced precision.
         drift_updates: number of optimiser updates of a copy before the drift of stored states is reported.
         drift_learning_rate: learning rate of those updates.
         on_progress: called with the name of the next check and the share that is done, in [0, 1].
