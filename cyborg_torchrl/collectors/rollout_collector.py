@@ -123,6 +123,9 @@ class RolloutCollector:
                 raise NoValidActionError(error.row, self._step) from None
             except NonFiniteError as error:
                 raise error.at_step(self._step) from None
+            except Exception as error:
+                error.add_note(f"at step {self._step} of the rollout")
+                raise
         # Stacked lazily, since the buffer copies the states anyway.
         stored_states: TensorDictBase = TensorDict({}, [*self.env.batch_size, 0])
         if states:

@@ -97,7 +97,7 @@ def complete(cfg: DictConfig, env: EnvBase) -> None:
             "encoder.hidden_sizes": [64] if kind == "vector" else [],
             "transforms.normalize_observation": kind == "vector" and is_shared,
             "transforms.normalize_reward": kind == "vector" and is_continuous and is_shared,
-            "transforms.noise_steps": 8.0 if is_continuous else 1.0,
+            "transforms.noise_steps": 3.0 if is_continuous else 1.0,
             "train.n_epochs": 10 if kind == "vector" else 4,
             "train.ent_coef": 0.0 if is_continuous else 0.01,
         },

@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 
 from cyborg_torchrl.config import ConfigError, load_config
 from cyborg_torchrl.config.imports import as_overrides, import_components
+from cyborg_torchrl.envs.gym.failures import failed_place
 from cyborg_torchrl.registry import UnavailableError, did_you_mean
 from cyborg_torchrl.training.builders import prepare_process
 from cyborg_torchrl.training.checkpoint import CheckpointError
@@ -166,6 +167,12 @@ def exit_code_of(run: Callable[[], int], *, interrupted: str = "interrupted") ->
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout once more at exit
         return EXIT_NO_READER
+    except Exception as error:
+        place = failed_place(error)
+        if place is not None:  # before the traceback, which may be long, and not after it again
+            print(f"error: {place}", file=sys.stderr)
+            error.__notes__.remove(place)
+        raise
     return code
 
 

@@ -15,6 +15,7 @@ from torchrl.envs.gym_like import BaseInfoDictReader, GymLikeEnv
 from torchrl.envs.libs.gym import _gym_to_torchrl_spec_transform
 
 from cyborg_torchrl import keys
+from cyborg_torchrl.envs.gym.failures import first_reset
 
 LENGTHS = ("max_episode_steps", "max_episode_length", "episode_length", "max_steps")
 """Attributes of environments that hold the longest episode, in different packages."""
@@ -149,7 +150,7 @@ def longest_episode(make: MakeOne) -> int | None:
     """
     env = make()
     try:
-        env.reset(seed=0)  # some environments set their length only here
+        first_reset(env)  # some environments set their length only here
         own = [getattr(env.unwrapped, name, None) for name in LENGTHS]
         limits = [
             limit for limit in (env.spec and env.spec.max_episode_steps, *own) if isinstance(limit, int) and limit > 0

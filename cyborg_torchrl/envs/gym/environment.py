@@ -14,6 +14,7 @@ from torchrl.envs import EnvBase
 
 from cyborg_torchrl import keys
 from cyborg_torchrl.envs.gym.batch import batch
+from cyborg_torchrl.envs.gym.failures import first_reset
 from cyborg_torchrl.registry import UnavailableError, did_you_mean, register_environment
 
 LISTING = 'python -c "import {}; gymnasium.pprint_registry()"'
@@ -67,7 +68,7 @@ def wrap(env: Any, *, frame_skip: int = 1, visible: Sequence[int] | None = None)
     if frame_skip > 1:
         env = FrameSkip(env, frame_skip)
     env = Plain(SuccessFromInfo(env))
-    _, info = env.reset(seed=0)
+    _, info = first_reset(env)
     return MaskFromInfo(env) if keys.ACTION_MASK in info else env
 
 

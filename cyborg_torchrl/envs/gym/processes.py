@@ -15,6 +15,7 @@ import cloudpickle
 import gymnasium
 
 from cyborg_torchrl.envs.gym.episode import Episode, fingerprint
+from cyborg_torchrl.envs.gym.failures import add_place, portable
 from cyborg_torchrl.envs.signals import ignore_interrupts, interrupts_blocked, interrupts_deferred
 from cyborg_torchrl.registry import UnavailableError
 
@@ -30,6 +31,8 @@ Request = tuple[Any, ...]
 class InThisProcess:
     """Environments in this process, by their numbers.
 
+    An error that an environment raises gets a note with its number, its seed and its step.
+
     Args:
         makers: one callable for each environment.
 
@@ -39,6 +42,8 @@ class InThisProcess:
 
     def __init__(self, makers: Mapping[int, Callable[[], gymnasium.Env]]) -> None:
         self.envs = {i: make() for i, make in makers.items()}
+        self._seeds: dict[int, int | None] = dict.fromkeys(self.envs)
+        self._steps = dict.fromkeys(self.envs, 0)
         self._first, *others = self.envs.values()
         for name in ("observation_space", "action_space"):
             if any(getattr(env, name) != getattr(self._first, name) for env in others):
@@ -50,11 +55,27 @@ class InThisProcess:
 
     def reset(self, seeds: Mapping[int, int], options: dict[str, Any] | None) -> dict[int, Begun]:
         """Begin an episode in each environment that has a seed."""
-        return {i: self.envs[i].reset(seed=seed, options=options) for i, seed in seeds.items()}
+        return {i: self._reset(i, seed, options) for i, seed in seeds.items()}
 
     def step(self, actions: Mapping[int, Any]) -> dict[int, Stepped]:
         """Take a step in each environment that has an action."""
-        return {i: self.envs[i].step(action) for i, action in actions.items()}
+        return {i: self._step(i, action) for i, action in actions.items()}
+
+    def _reset(self, i: int, seed: int, options: dict[str, Any] | None) -> Begun:
+        self._seeds[i], self._steps[i] = seed, 0
+        try:
+            return self.envs[i].reset(seed=seed, options=options)
+        except Exception as error:
+            add_place(error, i, seed, 0)
+            raise
+
+    def _step(self, i: int, action: Any) -> Stepped:
+        self._steps[i] += 1
+        try:
+            return self.envs[i].step(action)
+        except Exception as error:
+            add_place(error, i, self._seeds[i], self._steps[i])
+            raise
 
     def replay(self, scripts: Mapping[int, tuple[int, Sequence[Any]]]) -> dict[int, Any]:
         """Reset environments with seeds, take their actions, and return the last observations.
@@ -67,9 +88,9 @@ class InThisProcess:
             env = self.envs[i]
             seen[i] = None
             if getattr(env.unwrapped, "is_reproducible", True):
-                seen[i], _ = env.reset(seed=seed)
+                seen[i], _ = self._reset(i, seed, None)
                 for action in actions:
-                    seen[i] = env.step(action)[0]
+                    seen[i] = self._step(i, action)[0]
         return seen
 
     def close(self) -> None:
@@ -251,7 +272,7 @@ def _serve(connection: Connection, makers: bytes) -> None:
                 here = here or InThisProcess(pickle.loads(makers))
                 answer = ("answer", getattr(here, name)(*arguments))
             except Exception as error:  # raised again in the requesting process
-                answer = ("error", error)
+                answer = ("error", portable(error))
             try:
                 connection.send(answer)
             except (pickle.PicklingError, TypeError, AttributeError):
