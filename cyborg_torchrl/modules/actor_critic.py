@@ -14,10 +14,10 @@ from tensordict.nn import (
     TensorDictModuleBase,
     TensorDictSequential,
 )
-from tensordict.utils import NestedKey
+from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor, distributions, nn
 from torchrl.data import TensorSpec
-from torchrl.envs.utils import ExplorationType
+from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import set_recurrent_mode
 
 from cyborg_torchrl import keys
@@ -40,6 +40,17 @@ class ActionEvaluation(NamedTuple):
     """[B, T]."""
     state: State
     """Memory state after the last step, {name: [B, *shape]}."""
+
+
+class ActionStep(NamedTuple):
+    """Result of `PPOAgent.act`."""
+
+    action: Tensor
+    """[B], or [B, A]."""
+    value: Tensor
+    """[B]."""
+    state: State
+    """Memory state after the step, {name: [B, *shape]}."""
 
 
 class PPOAgent(TensorDictModuleBase):
@@ -193,6 +204,31 @@ class PPOAgent(TensorDictModuleBase):
                 states |= {key: reached[name] for name, key in backbone.state_keys.items()}
         return states
 
+    @torch.no_grad()
+    def act(
+        self, obs: Tensor | TensorDictBase, state: State | None = None, *, is_deterministic: bool = True
+    ) -> ActionStep:
+        """Take one step, with a memory state that you carry from step to step.
+
+        Args:
+            obs: observations [B, ...]; a tensordict [B] if the agent reads several keys.
+            state: memory state after the previous step, {name: [B, *shape]}; None: episodes begin. The names of the
+                critic's own memory begin with "critic_".
+            is_deterministic: take the most likely action, not a sample.
+        """
+        batch = torch.Size(obs.shape[:1])
+        tensordict = self._as_tensordict(obs, batch)
+        device = next(self.parameters()).device
+        tensordict.set(self.backbone.is_init_key, torch.full((*batch, 1), state is None, device=device))
+        entries = self._state_entries()
+        for name, (key, initial) in entries.items():
+            tensordict.set(key, initial.expand(*batch, *initial.shape[1:]) if state is None else state[name])
+        exploration = ExplorationType.DETERMINISTIC if is_deterministic else ExplorationType.RANDOM
+        with set_exploration_type(exploration), set_recurrent_mode(False):
+            played = self(tensordict)
+        after = {name: played.get(unravel_key((keys.NEXT, key))) for name, (key, _) in entries.items()}
+        return ActionStep(played.get(keys.ACTION), played.get(keys.VALUE).squeeze(-1), after)
+
     def evaluate_actions(
         self,
         obs: Tensor | TensorDictBase,
@@ -223,12 +259,7 @@ class PPOAgent(TensorDictModuleBase):
                 f"obs, actions and is_init must begin with the same [B, T]; got {tuple(batch)}, "
                 f"{tuple(actions.shape[:2])} and {tuple(flags.shape[:2])}."
             )
-        if isinstance(obs, TensorDictBase):
-            tensordict = obs.copy()
-        else:
-            if len(self.observed_keys) != 1:
-                raise ValueError(f"the agent reads {self.observed_keys}: pass obs as a tensordict with these keys.")
-            tensordict = TensorDict({self.observed_keys[0]: obs}, batch)
+        tensordict = self._as_tensordict(obs, batch)
         entries = self._state_entries()
         if state is None:
             flags = torch.cat([torch.ones_like(flags[:, :1]), flags[:, 1:]], 1)
@@ -267,6 +298,13 @@ class PPOAgent(TensorDictModuleBase):
         A shared critic is only its head, so that one pass of the backbone serves both.
         """
         return self.get_value_operator() if self.critic else self.value_head
+
+    def _as_tensordict(self, obs: Tensor | TensorDictBase, batch: torch.Size) -> TensorDictBase:
+        if isinstance(obs, TensorDictBase):
+            return obs.copy()
+        if len(self.observed_keys) != 1:
+            raise ValueError(f"the agent reads {self.observed_keys}: pass obs as a tensordict with these keys.")
+        return TensorDict({self.observed_keys[0]: obs}, batch)
 
     def _state_entries(self) -> dict[str, tuple[NestedKey, Tensor]]:
         """Return the key and the initial value [1, *shape] of each memory state by its name."""

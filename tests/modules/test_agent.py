@@ -68,6 +68,23 @@ def test_evaluation_equals_acting(
         torch.testing.assert_close(value, rollout["next", "memory_state", name][:, -1], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("is_deterministic", [True, False])
+def test_steps_by_hand_equal_the_sequence(build_core: Callable[..., Core], make_agent, is_deterministic: bool) -> None:
+    agent = make_agent(build_core(5))
+    obs, state, steps = torch.randn(BATCH, STEPS, 3), None, []
+    for t in range(STEPS):
+        steps.append(agent.act(obs[:, t], state, is_deterministic=is_deterministic))
+        state = steps[-1].state
+    actions = torch.stack([step.action for step in steps], 1)
+    whole = agent.evaluate_actions(obs, actions)
+    torch.testing.assert_close(torch.stack([step.value for step in steps], 1), whole.value, rtol=1e-4, atol=1e-5)
+    for name, value in whole.state.items():
+        torch.testing.assert_close(state[name], value, rtol=1e-4, atol=1e-5)
+    others = [agent.evaluate_actions(obs, torch.full_like(actions, action)).log_prob for action in range(3)]
+    is_greedy = (whole.log_prob >= torch.stack(others).amax(0) - 1e-5).all()
+    assert bool(is_greedy) is is_deterministic
+
+
 def test_no_state_means_the_initial_state(build_core: Callable[..., Core], make_agent: Callable) -> None:
     agent = make_agent(build_core(5)).double()
     obs, actions, state, is_init = sequence(agent)

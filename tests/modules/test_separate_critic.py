@@ -163,6 +163,18 @@ def test_evaluate_actions_uses_both_memories():
     assert (other.value - result.value).abs().max() > 1e-3
 
 
+def test_steps_by_hand_carry_both_memories():
+    env = make_env()
+    agent = make_agent(env)
+    seen, state, values = torch.randn(N, T, 6), None, []
+    for t in range(T):
+        _, value, state = agent.act(seen[:, t], state)
+        values.append(value)
+    assert set(state) == {"hidden", "critic_hidden"}
+    whole = agent.evaluate_actions(seen, torch.zeros(N, T, dtype=torch.long))
+    torch.testing.assert_close(torch.stack(values, 1), whole.value, rtol=0, atol=1e-5)
+
+
 def build_memory(in_features: int, hidden_size: int):
     return build_pmm(in_features, hidden_size=hidden_size, slots=4, prediction_coef=0.3)
 

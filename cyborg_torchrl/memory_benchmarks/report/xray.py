@@ -24,8 +24,8 @@ from cyborg_torchrl.cores.pmm import Addressing
 from cyborg_torchrl.envs.make import episode_attribute
 from cyborg_torchrl.memory_benchmarks.report.runs import ReportError, Run, read_run, run_folders
 from cyborg_torchrl.modules import PPOAgent
-from cyborg_torchrl.training.experiment import EVALUATION_SEED_OFFSET
 from cyborg_torchrl.training.loading import build_acting_env, load_agent
+from cyborg_torchrl.training.run_evaluation import EVALUATION_SEED_OFFSET
 
 Array = NDArray[np.float32]
 MAX_STEPS = 2000
