@@ -27,7 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from cyborg_torchrl.config.checks import ConfigError, check_chunks, validate
 from cyborg_torchrl.config.imports import as_overrides, import_components, split_imports
-from cyborg_torchrl.config.presets import choose_preset
+from cyborg_torchrl.config.presets import choose_preset, is_memory_task
 from cyborg_torchrl.config.schema import GROUPS, NODES, REMOVED_KEYS, SHORT_KEYS, Config, config_class_of
 from cyborg_torchrl.registry import did_you_mean, listed, nearest
 
@@ -96,6 +96,8 @@ def primary_config(config: str, overrides: Sequence[str]) -> Generator[Primary]:
     import_components(imports)  # before the nodes are stored, so that there are some of its components
     overrides += as_overrides(imports)
     _store_nodes()
+    if name == DEFAULT_CONFIG or not is_shipped:
+        overrides = [*_default_backbone(content, overrides), *overrides]
     if content is None:
         yield Primary(folder, name, overrides)
         return
@@ -235,6 +237,17 @@ def _lay_over_default(content: DictConfig, overrides: Sequence[str]) -> DictConf
             if isinstance(chosen, str):
                 content.pop(group)
     return OmegaConf.merge({"defaults": [*defaults, "_self_"]}, content)  # pyright: ignore[reportReturnType]
+
+
+def _default_backbone(content: DictConfig | None, overrides: Sequence[str]) -> list[str]:
+    """Return the override that makes `gru` the backbone of a task that is no memory task, if none is chosen."""
+    file = content or OmegaConf.create({})
+    parsed = {each.get_key_element(): each.value() for each in OverridesParser.create().parse_overrides([*overrides])}
+    if "defaults" in file or "backbone" in file or "backbone" in parsed:
+        return []
+    env: Any = parsed.get("env", file.get("env"))
+    name = env.get("name") if isinstance(env, DictConfig) else env
+    return ["backbone=gru"] if isinstance(name, str) and not is_memory_task(name) else []
 
 
 def _yield_to(override: Override, content: DictConfig) -> None:

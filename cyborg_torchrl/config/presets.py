@@ -41,12 +41,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "train.recurrent_mode": "tbptt",
         "train.learning_rate": 1e-3,
         "train.desired_kl": 0.02,
-        "train.gamma": 0.99,
-        "train.gae_lambda": 0.95,
     },
 }
 """Values by preset, whatever the observations are."""
-NUM_STEPS, NUM_MINIBATCHES = 128, 4
+NUM_STEPS, NUM_MINIBATCHES = 128, 8
 SHOWN = (
     "train.n_steps",
     "train.seq_len",
@@ -71,12 +69,16 @@ OPEN_OPTIONS = frozenset({*PRESETS["memory_task"], *PRESETS["general"], *SHOWN})
 Kind = Literal["pixels", "vector", "categories"]
 
 
+def is_memory_task(name: str) -> bool:
+    """Return whether a registered environment is one of the memory tasks of this package."""
+    builder = environments.get(name) if name in environments.names() else None
+    return isinstance(builder, type) and issubclass(builder, MemoryTask)
+
+
 def choose_preset(cfg: DictConfig) -> None:
     """Name the preset of a configuration, and fill the open options that depend on nothing else, in place."""
     if cfg.preset == "auto":
-        builder = environments.get(cfg.env.name)
-        is_memory_task = isinstance(builder, type) and issubclass(builder, MemoryTask)
-        cfg.preset = "memory_task" if is_memory_task else "general"
+        cfg.preset = "memory_task" if is_memory_task(cfg.env.name) else "general"
     _fill(cfg, PRESETS[cfg.preset])
 
 
@@ -99,6 +101,8 @@ def complete(cfg: DictConfig, env: EnvBase) -> None:
             "transforms.normalize_reward": kind == "vector" and is_continuous and is_shared,
             "transforms.noise_steps": 3.0 if is_continuous else 1.0,
             "train.n_epochs": 10 if kind == "vector" else 4,
+            "train.gamma": 0.98 if kind == "vector" else 0.99,
+            "train.gae_lambda": 0.8 if kind == "vector" else 0.95,
             "train.ent_coef": 0.0 if is_continuous else 0.01,
         },
     )
@@ -146,10 +150,7 @@ def _fill(cfg: DictConfig, values: dict[str, Any]) -> None:
 
 def with_general_values(train: TrainConfig) -> TrainConfig:
     """Return hyperparameters of a script: what is None gets the value of the preset `general`."""
-    values = PRESETS["general"] | {
-        "train.n_epochs": 10,
-        "train.num_minibatches": NUM_MINIBATCHES,
-        "train.ent_coef": 0.0,
-    }
-    named = {key.removeprefix("train."): value for key, value in values.items() if key.startswith("train.")}
-    return dataclasses.replace(train, **{key: value for key, value in named.items() if getattr(train, key) is None})
+    others = {"n_epochs": 10, "num_minibatches": NUM_MINIBATCHES, "gamma": 0.99, "gae_lambda": 0.95, "ent_coef": 0.0}
+    options = ((key.partition("."), value) for key, value in PRESETS["general"].items())
+    values = others | {name: value for (group, _, name), value in options if group == "train"}
+    return dataclasses.replace(train, **{key: value for key, value in values.items() if getattr(train, key) is None})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
@@ -120,3 +121,24 @@ def test_scripts_get_the_general_values_for_what_they_leave_open() -> None:
     optional = {"n_steps", "seq_len", "state_stride", "clip_range_vf", "target_kl", "micro_batch_steps", "stop_at"}
     left = {field.name for field in dataclasses.fields(filled) if getattr(filled, field.name) is None}
     assert left <= optional
+
+
+@pytest.mark.parametrize(
+    ("overrides", "backbone"),
+    [
+        ([], "lru"),
+        (["env=tmaze"], "lru"),
+        (["env=gymnasium"], "gru"),
+        (["env=gymnasium", "backbone=lstm"], "lstm"),
+        (["env=bsuite", "backbone.hidden_size=32"], "gru"),
+    ],
+)
+def test_gru_is_the_backbone_of_all_but_memory_tasks(overrides: list[str], backbone: str) -> None:
+    assert load_config(overrides=overrides).backbone.name == backbone
+
+
+@pytest.mark.parametrize(("more", "backbone"), [("", "gru"), ("backbone: mamba\n", "mamba")])
+def test_the_backbone_of_a_file_stays(tmp_path: Path, more: str, backbone: str) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"env: {{name: gymnasium, id: Pendulum-v1}}\n{more}")
+    assert load_config(str(file)).backbone.name == backbone
