@@ -111,8 +111,9 @@ def complete(cfg: DictConfig, env: EnvBase) -> None:
         _fill(cfg, {"train.n_steps": NUM_STEPS})
     if train.recurrent_mode in ("burn_in", "tbptt"):
         _fill(cfg, {"train.seq_len": min(NUM_STEPS // 2, train.n_steps)})
-    num_envs = cfg.env.get("num_envs") or env.batch_size.numel()
-    sequences = num_envs * max(1, (train.n_steps or 1) // (train.seq_len or train.n_steps or 1))
+    sequences = cfg.env.get("num_envs") or env.batch_size.numel()
+    if train.recurrent_mode != "episode":  # the control gets as many minibatches as an agent with memory
+        sequences *= max(1, train.n_steps // (train.seq_len or NUM_STEPS // 2))
     _fill(cfg, {"train.num_minibatches": min(NUM_MINIBATCHES, sequences)})
 
 
