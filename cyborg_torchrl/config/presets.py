@@ -22,6 +22,7 @@ from cyborg_torchrl.registry import environments
 PRESETS: dict[str, dict[str, Any]] = {
     "memory_task": {
         "encoder.hidden_sizes": [],
+        "fusion.gate": False,
         "agent.policy_hidden_sizes": [],
         "agent.value_hidden_sizes": [],
         "transforms.normalize_observation": False,
@@ -59,6 +60,7 @@ SHOWN = (
     "transforms.normalize_reward",
     "transforms.noise_steps",
     "encoder.hidden_sizes",
+    "fusion.gate",
     "agent.policy_hidden_sizes",
     "agent.value_hidden_sizes",
 )
@@ -97,6 +99,7 @@ def complete(cfg: DictConfig, env: EnvBase) -> None:
         cfg,
         {
             "encoder.hidden_sizes": [64] if kind == "vector" else [],
+            "fusion.gate": kind == "categories",  # a question may choose what to recall
             "transforms.normalize_observation": kind == "vector" and is_shared,
             "transforms.normalize_reward": kind == "vector" and is_continuous and is_shared,
             "transforms.noise_steps": 3.0 if is_continuous else 1.0,

@@ -59,8 +59,8 @@ class EncoderConfig:
 class FusionConfig:
     """How features of the present and of memory are combined."""
 
-    gate: bool = False
-    """Let the present gate memory, so that a question can select what to recall."""
+    gate: bool | None = None
+    """Let the present gate memory, so that a question can select what to recall. null: by the preset."""
 
 
 @dataclass
