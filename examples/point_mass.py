@@ -3,8 +3,8 @@
 python examples/point_mass.py                                  # examples/robot.yaml
 python examples/point_mass.py train.recurrent_mode=none train.seq_len=null     # the control without memory
 
-The last line of stdout is the summary as one JSON object. The id point_mass:PointMass-v0 imports this module, for example
-in `PYTHONPATH=examples cyborg-torchrl evaluate runs/...`.
+The last line of stdout is the summary as one JSON object. A run imports this module by the id of its environment,
+`point_mass:PointMass-v0`: `PYTHONPATH=examples cyborg-torchrl evaluate runs/...`.
 """
 
 import sys
