@@ -26,19 +26,6 @@ BOX = S.Box(-1, 1, (3,), f32)
 LONG = np.iinfo(np.int64)
 DTYPES = ["float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"]
 DTYPES += ["bool"]
-    "float16",
-    "float32",
-    "float64",
-    "int8",
-    "int16",
-    "int32",
-    "int64",
-    "uint8",
-    "uint16",
-    "uint32",
-    "uint64",
-    "bool",
-]
 
 OBSERVATIONS: dict[str, Any] = {
     **{name: S.Box(0, 1 if name == "bool" else 100, (3,), np.dtype(name)) for name in DTYPES},
