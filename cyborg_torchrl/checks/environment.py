@@ -16,7 +16,7 @@ from torchrl.envs import EnvBase
 from torchrl.envs.utils import check_env_specs
 
 from cyborg_torchrl import keys
-from cyborg_torchrl.envs.gym.autoreset import AutoresetError, check_autoreset
+from cyborg_torchrl.envs.gym.gym_wrapper import WrapperError, check_wrapper
 from cyborg_torchrl.envs.make import episode_attribute
 
 ENDS = (keys.DONE, keys.TERMINATED, keys.TRUNCATED)
@@ -59,7 +59,7 @@ def check_environment(
     | shapes | reward, done, terminated and truncated are [*B, 1], on the environment's device; rewards are finite |
     | seeds | after `set_seed` and `reset` everything repeats; another seed differs |
     | no_shift | each step starts from the last step's observation or from a reset; `is_init` marks the resets |
-    | autoreset | a vector of gymnasium environments resets in a way that TorchRL handles |
+    | wrapper | TorchRL's `GymWrapper` handles the environment: autoreset mode, start of discrete spaces |
     | ends | done is terminated or truncated; a reset clears all three |
     | length | no episode exceeds `max_episode_steps`; one of that length ends as `time_limit` says |
     | partial_reset | a reset of one environment changes nothing in the others |
@@ -92,7 +92,7 @@ def check_environment(
             "shapes": lambda: _check_shapes(env, first),
             "seeds": lambda: _check_seeds(env, first, seed),
             "no_shift": lambda: _check_shift(first),
-            "autoreset": lambda: _check_autoreset(env),
+            "wrapper": lambda: _check_gym_wrapper(env),
             "ends": lambda: _check_ends(first),
             "length": lambda: _check_length(first, longest, time_limit),
             "partial_reset": lambda: _check_partial_reset(env, seed, is_independent),
@@ -212,12 +212,12 @@ def _check_shift(rows: list[TensorDictBase]) -> str:
     return f"{len(rows)} steps with {num_resets} resets"
 
 
-def _check_autoreset(env: EnvBase) -> str:
+def _check_gym_wrapper(env: EnvBase) -> str:
     try:
-        check_autoreset(env)
-    except AutoresetError as error:
+        check_wrapper(env)
+    except WrapperError as error:
         raise _Broken(str(error)) from None
-    return "resets are those that TorchRL asks for"
+    return "nothing that TorchRL gets wrong"
 
 
 def _check_ends(rows: list[TensorDictBase]) -> str:

@@ -20,7 +20,7 @@ from cyborg_torchrl.collectors.fused_env import EnvStep, env_step
 from cyborg_torchrl.collectors.fused_policy import FusedPolicy
 from cyborg_torchrl.collectors.profiling import recorded
 from cyborg_torchrl.collectors.runtime import rare_garbage_collection
-from cyborg_torchrl.envs.gym.autoreset import check_autoreset
+from cyborg_torchrl.envs.gym.gym_wrapper import check_wrapper
 from cyborg_torchrl.modules.nan_check import check_finite
 
 LOGGER = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class FusedCollector(Collector):
 
     Raises:
         ValueError: if `cudagraph` is set but the policy is not fused, or is not on a CUDA device.
-        AutoresetError: if TorchRL gets the ends of a vector of gymnasium environments wrong.
+        WrapperError: if TorchRL's `GymWrapper` gets the environment wrong.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class FusedCollector(Collector):
         self._tensors: FlatDict | None = None
         self.compiled_step, self.cudagraph = compiled_step, cudagraph
         super().__init__(*args, auto_register_policy_transforms=auto_register_policy_transforms, **kwargs)
-        check_autoreset(self.env)
+        check_wrapper(self.env)
         self.why_not_fused = self._fuse()
         """Reason why TorchRL steps the environment or collects; "" if it does neither."""
         if cudagraph and (self._fused is None or {device.type for device in self._devices()} != {"cuda"}):

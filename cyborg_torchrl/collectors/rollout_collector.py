@@ -24,7 +24,7 @@ from cyborg_torchrl.collectors.profiling import recorded
 from cyborg_torchrl.collectors.resume import restore_stepper, stepper_state
 from cyborg_torchrl.collectors.runtime import rare_garbage_collection
 from cyborg_torchrl.data import Rollout
-from cyborg_torchrl.envs.gym.autoreset import check_autoreset
+from cyborg_torchrl.envs.gym.gym_wrapper import check_wrapper
 from cyborg_torchrl.modules.action_heads import NoValidActionError
 from cyborg_torchrl.modules.nan_check import NonFiniteError, check_finite
 from cyborg_torchrl.modules.replay import acting_policy, memory_state_keys
@@ -60,7 +60,7 @@ class RolloutCollector:
     Raises:
         ValueError: if `frames_per_batch` is not a multiple of the number of environments, or `total_frames` of
             `frames_per_batch`; or if an excluded entry is needed or does not exist.
-        AutoresetError: if TorchRL gets the ends of a vector of gymnasium environments wrong.
+        WrapperError: if TorchRL's `GymWrapper` gets the environment wrong.
         NoValidActionError: while collecting, if an action mask allows no action.
         NonFiniteError: while collecting, if an entry that the update reads is not finite, or the last observation of an
             episode whose value is needed.
@@ -97,7 +97,7 @@ class RolloutCollector:
         self._dropped = [*self.state_keys, *next_states, *excluded_keys(exclude_keys, self.env, policy)]
         with torch.no_grad():  # a reset here, as in TorchRL's collectors, so that both draw the same random numbers
             self._carried = self.env.reset()
-        check_autoreset(self.env)  # the parts of a SerialEnv exist only after a reset
+        check_wrapper(self.env)  # the parts of a SerialEnv exist only after a reset
         self._fused: tuple[PolicyStep, EnvStep] | None = None
         if is_fused and keys.VALUE in policy.out_keys:
             with contextlib.suppress(NotFusable):

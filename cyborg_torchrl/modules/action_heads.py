@@ -133,7 +133,7 @@ class NormalHead(nn.Module):
         is_finite = torch.isfinite(high - low)  # TorchRL's unbounded specs reach from -max to max
         if is_squashed and not bool(is_finite.all()):
             raise ValueError("squashed actions need bounds; the action space has none.")
-        is_scaled = is_finite & (not is_squashed)
+        is_scaled = is_finite & (high > low) & (not is_squashed)
         self.centre: Tensor
         self.half_range: Tensor
         self.register_buffer("centre", torch.where(is_scaled, (low + high) / 2, torch.zeros_like(low)))
@@ -211,6 +211,10 @@ class ActionHead:
     """Number of options of each categorical choice."""
 
 
+def _is_continuous(spec: TensorSpec, event_dims: int) -> bool:
+    return event_dims == 1 and spec.shape[-1] > 0 and spec.dtype.is_floating_point
+
+
 def build_action_head(
     action_spec: TensorSpec,
     in_features: int,
@@ -245,13 +249,17 @@ def build_action_head(
         sizes = [int(n) for n in action_spec.nvec.reshape(-1, action_spec.nvec.shape[-1])[0]]
         network = linear = nn.Linear(width, sum(sizes))
         head = ActionHead(network, ["logits"], MultiDiscrete, {"sizes": sizes}, sizes)
+    elif type(action_spec) is Categorical and event_dims == 1 and action_spec.shape[-1] > 1:
+        sizes = [int(action_spec.space.n)] * action_spec.shape[-1]  # TorchRL's spec of several choices of equal size
+        network = linear = nn.Linear(width, sum(sizes))
+        head = ActionHead(network, ["logits"], MultiDiscrete, {"sizes": sizes}, sizes)
     elif type(action_spec) is Categorical and event_dims == 0:
         network = linear = nn.Linear(width, int(action_spec.space.n))
         head = ActionHead(network, ["logits"], distributions.Categorical, sizes=[linear.out_features])
     elif type(action_spec) is OneHot and event_dims == 1:
         network = linear = nn.Linear(width, int(action_spec.space.n))
         head = ActionHead(network, ["logits"], OneHotCategorical, sizes=[linear.out_features])
-    elif isinstance(action_spec, (Bounded, Unbounded)) and event_dims == 1 and action_spec.dtype.is_floating_point:
+    elif isinstance(action_spec, (Bounded, Unbounded)) and _is_continuous(action_spec, event_dims):
         box = cast("ContinuousBox", action_spec.space)
         low, high = (bound.reshape(-1, action_spec.shape[-1])[0] for bound in (box.low, box.high))
         network = NormalHead(
@@ -263,7 +271,8 @@ def build_action_head(
     else:
         raise ValueError(
             f"no action head fits {type(action_spec).__name__} of shape {tuple(action_spec.shape)}; categorical, "
-            "one-hot, multi-categorical and flat continuous actions do."
+            "one-hot, multi-categorical and flat continuous actions do. For an environment of gymnasium use "
+            "GymWrapper(cyborg_torchrl.envs.gym.environment.wrap(env)), which converts many others."
         )
     with torch.no_grad():
         linear.weight *= scale

@@ -26,7 +26,7 @@ from cyborg_torchrl.config.presets import complete
 from cyborg_torchrl.cores import Core, MemorylessCore
 from cyborg_torchrl.data import EpisodeBuffer, RecurrentRolloutBuffer, RolloutBuffer
 from cyborg_torchrl.data.chunks import ceil_div
-from cyborg_torchrl.envs.gym.autoreset import check_autoreset
+from cyborg_torchrl.envs.gym.gym_wrapper import check_wrapper
 from cyborg_torchrl.envs.make import episode_attribute, tracked
 from cyborg_torchrl.envs.transforms.build import build_transforms
 from cyborg_torchrl.envs.transforms.normalization import statistics_of
@@ -81,7 +81,7 @@ def build_env(
     seed = cfg.train.seed if seed is None else seed
     with _refusals("env"):
         env = environments.get(cfg.env.name)(**options, device=resolve_device(cfg.train.device), seed=seed)
-        check_autoreset(env)
+        check_wrapper(env)
     complete(cfg, env)
     with _refusals("transforms"):
         transforms = build_transforms(env, gamma=cfg.train.gamma, **OmegaConf.to_container(cfg.transforms))

@@ -90,7 +90,7 @@ def test_a_sound_environment(tracked: bool) -> None:
     findings = check_environment(env, time_limit="truncated")
     assert {finding.verdict for finding in findings} == {"ok"}, findings
     assert [f.name for f in findings] == [
-        "specs", "shapes", "seeds", "no_shift", "autoreset", "ends", "length", "partial_reset",
+        "specs", "shapes", "seeds", "no_shift", "wrapper", "ends", "length", "partial_reset",
     ]  # fmt: skip
 
 

@@ -89,7 +89,7 @@ def test_contract(case: Case, with_transforms: bool) -> None:
     env.close()
     text = "\n".join(map(str, findings))
     assert not [finding for finding in findings if finding.verdict == "broken"], text
-    needed = {"specs", "shapes", "seeds", "no_shift", "autoreset", "ends", "partial_reset"}
+    needed = {"specs", "shapes", "seeds", "no_shift", "wrapper", "ends", "partial_reset"}
     needed |= {"length"} if case.time_limit == "truncated" else set()
     assert needed <= {finding.name for finding in findings if finding.verdict == "ok"}, text
 

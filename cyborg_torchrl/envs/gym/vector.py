@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import logging
+import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import gymnasium
 import numpy as np
@@ -12,6 +15,11 @@ from gymnasium import spaces
 from cyborg_torchrl import keys
 from cyborg_torchrl.modules.encoders.images import is_picture
 
+LOGGER = logging.getLogger(__name__)
+MAX_CHOICES = 256
+"""Most values of an integer action that is treated as a choice."""
+UNSIGNED = {np.uint16: np.int64, np.uint32: np.int64, np.uint64: np.float32}
+"""Types that TorchRL has no spec for, and what they become."""
 Info = dict[str, Any]
 Stepped = tuple[Any, float, bool, bool, Info]
 SUCCESS_KEYS = (keys.SUCCESS, "is_success")
@@ -42,9 +50,15 @@ class FrameSkip(gymnasium.Wrapper):
 
 
 class PlainActions(gymnasium.ActionWrapper):
-    """Action spaces that have a policy: discrete actions start at 0, continuous ones are clipped to their bounds.
+    """Action spaces that have a policy, with one dimension. Discrete actions start at 0, continuous ones are clipped.
 
     Gymnasium's `ClipAction` would make the bounds infinite.
+
+    | space | becomes |
+    |---|---|
+    | Discrete, MultiDiscrete of any shape | the same, flat and from 0; one choice becomes Discrete |
+    | MultiBinary, Box of integers or booleans with at most 256 values | MultiDiscrete |
+    | Box of floats, of any shape | Box of one dimension |
 
     Raises:
         ValueError: if no policy has such actions.
@@ -52,22 +66,26 @@ class PlainActions(gymnasium.ActionWrapper):
 
     def __init__(self, env: gymnasium.Env) -> None:
         super().__init__(env)
-        space = env.action_space
-        self.start: Any = 0
-        if isinstance(space, spaces.Discrete) or (isinstance(space, spaces.MultiDiscrete) and len(space.shape) == 1):
-            self.start = space.start
-            self.action_space = _plain_space(space)
-        elif not (isinstance(space, spaces.Box) and len(space.shape) == 1 and space.dtype.kind == "f"):
+        self.inner = env.action_space
+        space = _plain_actions(self.inner)
+        if space is None:
             raise ValueError(
-                f"there is no policy for actions in {' '.join(str(space).split())}: it takes Discrete, MultiDiscrete "
-                "of one dimension, and Box of one dimension and floats."
+                f"there is no policy for actions in {' '.join(str(self.inner).split())}: convert it in a "
+                "gymnasium.ActionWrapper to Discrete, MultiDiscrete, MultiBinary, or a Box that is not empty."
             )
+        self.action_space = space
+        is_box = isinstance(self.inner, spaces.Box)
+        self.start: Any = self.inner.low if is_box else getattr(self.inner, "start", 0)
 
     def action(self, action: Any) -> Any:
         """Return the action that the environment takes."""
-        if isinstance(self.action_space, spaces.Box):
-            return np.clip(action, self.action_space.low, self.action_space.high)
-        return action + self.start
+        space = self.action_space
+        if isinstance(self.inner, spaces.Discrete):
+            return action + self.start
+        if isinstance(space, spaces.Box):
+            action = np.clip(action, space.low, space.high)
+            return action.reshape(self.inner.shape).astype(self.inner.dtype)
+        return (np.reshape(action, self.inner.shape) + self.start).astype(self.inner.dtype)
 
 
 class Reported(gymnasium.Wrapper):
@@ -162,23 +180,29 @@ class Visible(gymnasium.ObservationWrapper):
 class Plain(gymnasium.ObservationWrapper):
     """Observation spaces that every encoder can read.
 
-    Tuples become dictionaries ("0", "1", ...), texts are dropped, discrete spaces start at 0. The result has the key
+    Tuples become dictionaries ("0", "1", ...). Discrete spaces start at 0, and several choices are flat. Unsigned
+    integers of two bytes or more, which TorchRL does not know, become int64, those of eight bytes float32. Texts and
+    empty arrays are dropped, and so are graphs, sequences and alternatives, with a warning. The result has the key
     "pixels" if it is one picture, else "observation".
     """
 
     def __init__(self, env: gymnasium.Env) -> None:
         super().__init__(env)
-        self.inner = env.observation_space
-        space = _plain_space(self.inner)
-        if space is None:
-            raise ValueError(f"nothing of the observation space {self.inner} can be read.")
+        reading = _reading(env.observation_space)
+        if reading is None:
+            text = " ".join(str(env.observation_space).split())
+            raise ValueError(
+                f"nothing of the observation space {text} can be read: convert it in a gymnasium.ObservationWrapper to "
+                "Box, Discrete, MultiDiscrete, MultiBinary, or a Dict of them."
+            )
+        space, self._convert = reading
         is_image = isinstance(space, spaces.Box) and is_picture(space.shape)
         self.key = "pixels" if is_image else "observation"
         self.observation_space = spaces.Dict({self.key: space})
 
     def observation(self, observation: Any) -> Info:
         """Convert an observation."""
-        return {self.key: _plain_value(self.inner, observation)}
+        return {self.key: self._convert(observation)}
 
 
 class MaskFromInfo(gymnasium.Wrapper):
@@ -223,26 +247,79 @@ def _as_number(value: Any) -> float | None:
     return float(np.asarray(value).item()) if is_number else None
 
 
-def _plain_space(space: spaces.Space) -> spaces.Space | None:
+class _Reading(NamedTuple):
+    """The plain space of an observation, and the function that converts an observation."""
+
+    space: spaces.Space
+    convert: Callable[[Any], Any]
+
+
+def _reading(space: spaces.Space) -> _Reading | None:
+    """Return how a space is read; None if nothing of it can be read."""
     if isinstance(space, (spaces.Tuple, spaces.Dict)):
-        parts = {key: _plain_space(part) for key, part in _parts(space).items()}
-        kept = {key: part for key, part in parts.items() if part is not None}
-        return spaces.Dict(kept) if kept else None
+        return _reading_of_parts(_parts(space))
+    if isinstance(space, spaces.Discrete):
+        return _Reading(spaces.Discrete(int(space.n)), lambda value: value - space.start)
+    if not isinstance(space, (spaces.Box, spaces.MultiDiscrete, spaces.MultiBinary)) or 0 in space.shape:
+        return None
+    if isinstance(space, spaces.MultiDiscrete):
+        return _Reading(spaces.MultiDiscrete(space.nvec.reshape(-1)), lambda value: np.reshape(value - space.start, -1))
+    if isinstance(space, spaces.MultiBinary):
+        return _Reading(spaces.MultiBinary(math.prod(space.shape)), lambda value: np.reshape(value, -1))
+    kind = UNSIGNED.get(space.dtype.type)
+    if kind is None:
+        return _Reading(space, lambda value: value)
+    plain = spaces.Box(space.low.astype(kind), space.high.astype(kind), dtype=kind)
+    return _Reading(plain, lambda value: np.asarray(value).astype(kind))
+
+
+def _reading_of_parts(parts: dict[str, spaces.Space]) -> _Reading | None:
+    readings: dict[str, _Reading] = {}
+    for key, part in parts.items():
+        reading = _reading(part)
+        if reading is None:
+            _warn_about_dropped(key, " ".join(str(part).split()))
+        else:
+            readings[key] = reading
+
+    def convert(value: Any) -> Any:
+        values = value if isinstance(value, dict) else {str(i): part for i, part in enumerate(value)}
+        return {key: reading.convert(values[key]) for key, reading in readings.items()}
+
+    plain = {key: reading.space for key, reading in readings.items()}
+    return _Reading(spaces.Dict(plain), convert) if readings else None
+
+
+@functools.cache
+def _warn_about_dropped(key: str, space: str) -> None:
+    """Warn once about a part of the observation that is not read; texts are instructions for people."""
+    if not space.startswith("Text"):
+        LOGGER.warning("the observation '%s' in %s is not read: no encoder reads such a space.", key, space)
+
+
+def _plain_actions(space: spaces.Space) -> spaces.Space | None:
+    """Return the action space with one dimension that a policy has; None if there is none."""
     if isinstance(space, spaces.Discrete):
         return spaces.Discrete(int(space.n))
+    if space.shape is None or 0 in space.shape:
+        return None
     if isinstance(space, spaces.MultiDiscrete):
-        return spaces.MultiDiscrete(space.nvec)
-    return space if isinstance(space, (spaces.Box, spaces.MultiBinary)) else None
+        return _choices(space.nvec.reshape(-1))
+    if isinstance(space, spaces.MultiBinary):
+        return _choices(np.full(math.prod(space.shape), 2))
+    if not isinstance(space, spaces.Box):
+        return None
+    low, high = space.low.reshape(-1), space.high.reshape(-1)
+    if space.dtype.kind == "f":
+        kind = np.float64 if space.dtype == np.float64 else np.float32
+        return spaces.Box(low.astype(kind), high.astype(kind), dtype=kind)
+    sizes = high.astype(np.float64) - low.astype(np.float64) + 1
+    return _choices(sizes.astype(np.int64)) if sizes.max() <= MAX_CHOICES else None
 
 
-def _plain_value(space: spaces.Space, value: Any) -> Any:
-    if isinstance(space, (spaces.Tuple, spaces.Dict)):
-        values = value if isinstance(value, dict) else {str(i): part for i, part in enumerate(value)}
-        parts = _parts(space).items()
-        return {key: _plain_value(part, values[key]) for key, part in parts if _plain_space(part) is not None}
-    if isinstance(space, (spaces.Discrete, spaces.MultiDiscrete)):
-        return value - space.start
-    return value
+def _choices(sizes: np.ndarray) -> spaces.Space:
+    """Return the space of several choices; TorchRL fails on a MultiDiscrete of one."""
+    return spaces.Discrete(int(sizes[0])) if len(sizes) == 1 else spaces.MultiDiscrete(sizes)
 
 
 def _parts(space: spaces.Space) -> dict[str, spaces.Space]:

@@ -105,7 +105,7 @@ a convolutional network; bytes become [0, 1], and floats too if all have the sam
     ignored = {unravel_key(key) for key in ignored_keys}
     chosen = [key for key in _chosen_keys(observation_spec, observation_keys) if key not in ignored]
     specs = {key: observation_spec[key] for key in chosen}
-    if all(_is_float(spec) and len(spec.shape) == batch_dims + 1 for spec in specs.values()):
+    if all(_is_float(spec) and len(spec.shape) == batch_dims + 1 and spec.shape[-1] > 0 for spec in specs.values()):
         width = sum(spec.shape[-1] for spec in specs.values())
         network = VectorEncoder(width, features, hidden_sizes)
         descriptions = [_describe(key, spec.shape[batch_dims:], None) for key, spec in specs.items()]
@@ -186,7 +186,8 @@ def _build_reader(
     embedding_size: int,
 ) -> VectorReader | ImageReader | None:
     """Build the reader of one observation; return None if no reader fits."""
-    if isinstance(spec, (NonTensor, Composite)) or len(spec.shape) < batch_dims:
+    is_tensor = not isinstance(spec, (NonTensor, Composite)) and len(spec.shape) >= batch_dims
+    if not is_tensor or min(spec.shape, default=1) < 1:  # empty, or of unknown length
         return None
     image = _build_image(spec, spec.shape[batch_dims:], features, convolutions, is_grid, embedding_size)
     return image or _build_vector(spec, batch_dims, discrete, embedding_size)
@@ -298,7 +299,7 @@ def _build_vector(spec: TensorSpec, batch_dims: int, discrete: str, embedding_si
 def _bounds(spec: TensorSpec) -> tuple[Tensor, Tensor] | None:
     """Return the bounds of all entries as floats; None without finite bounds that are tighter than the dtype's."""
     low, high = getattr(spec.space, "low", None), getattr(spec.space, "high", None)
-    if low is None or high is None:
+    if low is None or high is None or spec.dtype == torch.bool:
         return None
     limits = torch.finfo(spec.dtype) if _is_float(spec) else torch.iinfo(spec.dtype)
     is_open = bool((low <= limits.min).any() and (high >= limits.max).any()) and spec.dtype != torch.uint8

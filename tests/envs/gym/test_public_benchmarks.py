@@ -465,12 +465,8 @@ def test_discrete_actions_may_start_anywhere(acted: Callable[[gymnasium.Space], 
 @pytest.mark.parametrize(
     "actions",
     [
-        gymnasium.spaces.MultiBinary(3),
-        gymnasium.spaces.Box(0, 5, (2,), dtype=np.int64),
-        gymnasium.spaces.Box(0.0, 1.0, (2, 2)),
         gymnasium.spaces.Tuple([gymnasium.spaces.Discrete(2)]),
         gymnasium.spaces.Dict({"a": gymnasium.spaces.Discrete(2)}),
-        gymnasium.spaces.MultiDiscrete([[2, 2], [2, 2]]),
     ],
     ids=lambda space: type(space).__name__,
 )

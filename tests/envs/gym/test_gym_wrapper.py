@@ -14,7 +14,7 @@ from cyborg_torchrl.checks import check_environment
 from cyborg_torchrl.collectors import FusedCollector, RolloutCollector
 from cyborg_torchrl.config import ConfigError, load_config
 from cyborg_torchrl.cores import build_gru
-from cyborg_torchrl.envs.gym.autoreset import AutoresetError, check_autoreset
+from cyborg_torchrl.envs.gym.gym_wrapper import WrapperError, check_wrapper
 from cyborg_torchrl.modules import Backbone, PPOAgent, build_encoder
 from cyborg_torchrl.registry import environments
 from cyborg_torchrl.training.builders import build_env
@@ -86,7 +86,7 @@ RIGHT += [("SAME_STEP", kind) for kind in KINDS if kind not in ("dict", "nested"
 @pytest.mark.parametrize(("mode", "kind"), RIGHT)
 def test_modes_that_are_accepted_give_the_right_ends(mode: str, kind: str) -> None:
     env = clocks(kind, mode)
-    check_autoreset(env)
+    check_wrapper(env)
     assert is_right(env)
     env.close()
 
@@ -96,16 +96,16 @@ def test_same_step_with_dictionaries_is_refused_because_it_is_wrong(kind: str) -
     """If this fails because the ends are right, TorchRL has been mended: then accept the mode."""
     env = clocks(kind, "SAME_STEP")
     assert not is_right(env)
-    with pytest.raises(AutoresetError, match=r"SAME_STEP.*DISABLED"):
-        check_autoreset(env)
+    with pytest.raises(WrapperError, match=r"SAME_STEP.*DISABLED"):
+        check_wrapper(env)
     env.close()
 
 
 def test_parts_of_a_serial_env_are_checked() -> None:
     serial = SerialEnv(1, partial(clocks, "dict", "SAME_STEP"))
     serial.reset()
-    with pytest.raises(AutoresetError, match="SAME_STEP"):
-        check_autoreset(serial)
+    with pytest.raises(WrapperError, match="SAME_STEP"):
+        check_wrapper(serial)
     serial.close()
 
 
@@ -135,9 +135,9 @@ def test_gym_env_with_several_environments_is_refused_because_it_is_wrong(next_s
     steps = next_step.rollout(60, break_when_any_done=False)
     begins = steps["observation"][steps["is_init"].squeeze(-1)]
     assert bool((begins.abs() > 0.05).any())
-    with pytest.raises(AutoresetError, match=r"NEXT_STEP.*SerialEnv"):
-        check_autoreset(next_step)
-    (finding,) = [f for f in check_environment(next_step, num_steps=40) if f.name == "autoreset"]
+    with pytest.raises(WrapperError, match=r"NEXT_STEP.*SerialEnv"):
+        check_wrapper(next_step)
+    (finding,) = [f for f in check_environment(next_step, num_steps=40) if f.name == "wrapper"]
     assert finding.verdict == "broken"
     assert "AutoresetMode.DISABLED" in finding.detail
 
