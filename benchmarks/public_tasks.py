@@ -17,7 +17,9 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import json
+import resource
 import subprocess
 import sys
 import tempfile
@@ -33,6 +35,10 @@ import torch
 from gymnasium.spaces import Box
 from gymnasium.wrappers import FlattenObservation, TransformObservation
 
+from cyborg_torchrl.data.chunks import ceil_div
+from cyborg_torchrl.training.stats import mean_interval
+
+ARMS = ("ours", "sb3", "sb3-mujoco")
 RESULTS = Path(__file__).parent / "results" / "public_tasks"
 EVALUATION_EPISODES = 100
 
@@ -188,14 +194,15 @@ def train_ours(task: Task, seed: int) -> list[dict[str, float]]:
         command = [sys.executable, "-m", "cyborg_torchrl", "train", *options, f"id={task.env_id}", f"train.seed={seed}"]
         command += [f"train.total_timesteps={task.total_timesteps}", f"logger.eval_episodes={EVALUATION_EPISODES}"]
         command += [f"logger.base_dir={scratch}", "logger.run_name=run", "logger.progress=false"]
+        before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        seconds = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before  # of start and evaluation too
         with (Path(scratch) / "run" / "logs" / "metrics.csv").open(newline="") as file:
             log = list(csv.DictReader(file))
     summary = json.loads(output.splitlines()[-1])
-    columns = {"steps": "steps", "cpu_seconds": "cpu_seconds", "mean_return": "mean_reward"}
-    rows = [{ours: float(row[name] or "nan") for ours, name in columns.items()} for row in log]
-    last = {"steps": rows[-1]["steps"], "cpu_seconds": rows[-1]["cpu_seconds"]}
-    return [*rows, last | {"greedy_return": summary["mean_reward"]}]
+    rows = [{"steps": float(row["steps"]), "mean_return": float(row["mean_reward"] or "nan")} for row in log]
+    last = {"steps": rows[-1]["steps"], "cpu_seconds": seconds, "greedy_return": summary["mean_reward"]}
+    return [*rows, last]
 
 
 def run(name: str, arm: str, seed: int) -> None:
@@ -214,17 +221,69 @@ def run(name: str, arm: str, seed: int) -> None:
     print(f"{path.stem}: {rows[-1]['greedy_return']:.2f}, {rows[-1]['steps'] / rows[-1]['cpu_seconds']:.0f} steps/s")
 
 
+def read(name: str, arm: str) -> list[list[dict[str, float]]]:
+    """Return the rows of all finished runs of an arm on a task."""
+    runs: list[list[dict[str, float]]] = []
+    for path in sorted(RESULTS.glob(f"{name}_{arm}_[0-9]*.csv")):
+        with path.open(newline="") as file:
+            runs.append([{key: float(value or "nan") for key, value in row.items()} for row in csv.DictReader(file)])
+    return runs
+
+
+def print_table() -> None:
+    """Print the greedy returns and the speeds of all finished runs as Markdown."""
+    print("| task | steps | " + " | ".join(f"{arm}, return | {arm}, steps/s" for arm in ARMS) + " |")
+    print("|---|---|" + "---|---|" * len(ARMS))
+    for name, task in TASKS.items():
+        cells: list[str] = []
+        for arm in ARMS:
+            runs = read(name, arm)
+            returns = torch.tensor([rows[-1]["greedy_return"] for rows in runs], dtype=torch.float64)
+            speeds = [rows[-1]["steps"] / rows[-1]["cpu_seconds"] for rows in runs]
+            interval = mean_interval(returns) if len(runs) > 1 else None
+            limits = f" [{interval[0]:.1f}, {interval[1]:.1f}]" if interval else ""
+            cells += (
+                [f"{returns.mean():.1f}{limits} ({len(runs)} seeds)", f"{np.mean(speeds):.0f}"] if runs else ["", ""]
+            )
+        print(f"| {name} | {task.total_timesteps:,} | " + " | ".join(cells) + " |")
+
+
+def plot(path: str) -> None:
+    """Draw the training curves of all finished runs into a picture."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, ceil_div(len(TASKS), 2), figsize=(14, 6), layout="constrained")
+    for axis, name in zip(axes.flat, TASKS, strict=False):
+        for arm, colour in zip(ARMS, ("C0", "C1", "C2"), strict=True):
+            for number, rows in enumerate(read(name, arm)):
+                curve = [(row["steps"], row["mean_return"]) for row in rows[:-1] if not np.isnan(row["mean_return"])]
+                if curve:
+                    axis.plot(*zip(*curve, strict=True), colour, alpha=0.8, label="" if number else arm)
+        axis.set_title(name)
+        axis.set_xlabel("steps")
+    axes.flat[0].set_ylabel("return while training")
+    axes.flat[0].legend()
+    figure.savefig(path, dpi=110)
+
+
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
-    parser.add_argument("--arms", nargs="+", default=["ours", "sb3"], choices=["ours", "sb3", "sb3-mujoco"])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    commands = parser.add_subparsers(dest="command", required=True)
+    running = commands.add_parser("run", help="train, and write one CSV file for each run")
+    running.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
+    running.add_argument("--arms", nargs="+", default=["ours", "sb3"], choices=ARMS)
+    running.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    commands.add_parser("table", help="print the results as Markdown")
+    commands.add_parser("plot", help="draw the curves").add_argument("path")
     arguments = parser.parse_args()
-    for seed in arguments.seeds:
-        for name in arguments.tasks:
-            for arm in arguments.arms:
-                run(name, arm, seed)
+    if arguments.command == "table":
+        print_table()
+    elif arguments.command == "plot":
+        plot(arguments.path)
+    else:
+        for seed, name, arm in itertools.product(arguments.seeds, arguments.tasks, arguments.arms):
+            run(name, arm, seed)
 
 
 if __name__ == "__main__":

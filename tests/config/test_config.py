@@ -263,8 +263,8 @@ def test_the_control_differs_in_one_key(tmp_path, override):
 
 
 def test_the_control_of_a_shipped_configuration_and_of_a_run(tmp_path):
-    shipped = load_config("public_benchmark", ["train.recurrent_mode=none"])
-    assert (shipped.train.recurrent_mode, shipped.train.seq_len) == ("none", 128)
+    shipped = load_config("treechop_ppo_recurrent", ["train.recurrent_mode=none"])
+    assert (shipped.train.recurrent_mode, shipped.train.seq_len) == ("none", 64)
     run = load_config("treechop_ppo_recurrent", ["train.seed=3"])
     control = load_config(write(tmp_path, OmegaConf.to_yaml(run)), ["train=none"])
     assert {key for key in run.train if run.train[key] != control.train[key]} == {"recurrent_mode"}
