@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -20,6 +21,7 @@ from cyborg_torchrl.modules.encoders.pixels import SMALLEST, PixelEncoder
 from cyborg_torchrl.modules.encoders.vector import ScaledVector, VectorEncoder
 from cyborg_torchrl.registry import did_you_mean
 
+LOGGER = logging.getLogger(__name__)
 DISCRETE = ("one_hot", "embedding")
 MAIN = (keys.PIXELS, keys.OBSERVATION)
 """Read alone if they exist, the first before the second."""
@@ -157,6 +159,12 @@ def _chosen_keys(spec: Composite, requested: Sequence[NestedKey] | None) -> list
     names = ", ".join(sorted(map(_dotted, _observations(spec))))
     if requested is None:
         chosen = default_observations(spec)
+        left_out = [_dotted(key) for key in _observations(spec) if key not in (*chosen, *PREVIOUS)]
+        if left_out:
+            LOGGER.warning(
+                "the observations %s are not read, since there is '%s': name all of them in observation_keys.",
+                ", ".join(left_out), _path(chosen[0])[0],
+            )  # fmt: skip
     else:
         chosen = []
         missing = []
