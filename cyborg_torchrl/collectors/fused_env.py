@@ -36,6 +36,9 @@ class FusedEnv:
         transforms, task = _unwrapped(env)
         if not isinstance(task, MemoryTask):
             raise NotFusable(f"{type(task).__name__} is not one of the native environments")
+        for name in ("_step", "_reset"):  # `advance` and `restart` are called instead of them
+            if getattr(type(task), name) is not getattr(MemoryTask, name):
+                raise NotFusable(f"{type(task).__name__} has another {name}")
         self.task = task
         self.is_ever_cut = False
         self.never = torch.zeros(task.num_envs, 1, dtype=torch.bool, device=task.device)

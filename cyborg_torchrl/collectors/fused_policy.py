@@ -123,7 +123,7 @@ class FusedPolicy:
             yield self._call(module)
 
     def _call(self, module: nn.Module) -> Call:
-        if isinstance(module, Backbone):
+        if type(module) is Backbone:  # a subclass may change any part of the step
             _check_plain(module, Backbone)
             self._backbones.append(BackboneStep(module))
             return self._backbones[-1]

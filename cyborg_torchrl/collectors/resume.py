@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tensordict import TensorDict, TensorDictBase
-from torchrl.collectors import Collector
+from torchrl.collectors import BaseCollector, Collector
 from torchrl.envs import EnvBase
 
 from cyborg_torchrl.envs.state import environment_state, set_environment_state
@@ -39,8 +39,8 @@ def restore_stepper(env: EnvBase, state: Mapping[str, Any]) -> tuple[TensorDictB
 def collector_state(collector: Any) -> dict[str, Any] | None:
     """Return the state of a collector; None if it has none."""
     # Our collectors return their state themselves; that of TorchRL is assembled below.
-    if type(collector).__module__.startswith("cyborg_torchrl") and not isinstance(collector, Collector):
-        return collector.state_dict()
+    if not isinstance(collector, BaseCollector):
+        return collector.state_dict() if hasattr(collector, "state_dict") else None
     if not isinstance(collector, Collector):
         return None
     stepper = stepper_state(collector.env, collector._carrier)

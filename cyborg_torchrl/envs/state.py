@@ -19,9 +19,9 @@ from cyborg_torchrl.envs.transforms.normalization import transforms_of
 
 
 def environment_state(env: EnvBase) -> dict[str, Any] | None:
-    """Return the state of an environment and its transforms; None if the environment has no `get_state`."""
+    """Return the state of an environment and its transforms; None without `get_state` and `set_state`."""
     transforms, base = _layers(env)
-    if not hasattr(type(base), "get_state"):
+    if not _has_state(base):
         return None
     return {"base": base.get_state(), "transforms": [transform.state_dict() for transform in transforms]}
 
@@ -36,11 +36,19 @@ def set_environment_state(env: EnvBase, state: Mapping[str, Any]) -> Tensor:
         ValueError: if the state belongs to another environment.
     """
     transforms, base = _layers(env)
-    if len(state["transforms"]) != len(transforms) or not hasattr(type(base), "set_state"):
+    if len(state["transforms"]) != len(transforms) or not _has_state(base):
         raise ValueError("the state belongs to another environment.")
     for transform, saved in zip(transforms, state["transforms"], strict=True):
         transform.load_state_dict(saved)
-    return torch.as_tensor(base.set_state(state["base"]))
+    lost = base.set_state(state["base"])
+    return torch.zeros(env.batch_size, dtype=torch.bool) if lost is None else torch.as_tensor(lost)
+
+
+def _has_state(base: EnvBase) -> bool:
+    """Return whether an environment has both methods; TorchRL's base class has a `set_state` that does nothing."""
+    kind = type(base)
+    has_set = getattr(kind, "set_state", None) is not getattr(EnvBase, "set_state", None)
+    return hasattr(kind, "get_state") and has_set
 
 
 def _layers(env: EnvBase) -> tuple[list[Transform], EnvBase]:

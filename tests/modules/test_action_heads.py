@@ -134,6 +134,14 @@ def test_the_scale_shrinks_the_weights_and_the_bias_starts_at_zero(spec: TensorS
     torch.testing.assert_close(0.01 * (first - centre), second - centre, rtol=1e-3, atol=1e-6)
 
 
+def test_choices_of_equal_size() -> None:
+    """TorchRL gives MultiDiscrete([3, 3, 3, 3]) of gymnasium the spec of a categorical with a shape."""
+    head = build_action_head(Categorical(3, shape=(7, 4)), WIDTH, batch_dims=1)
+    assert head.sizes == [3, 3, 3, 3]
+    action = head.distribution_class(head.network(torch.randn(7, WIDTH)), **head.distribution_kwargs).sample()
+    assert Categorical(3, shape=(7, 4)).is_in(action)
+
+
 @pytest.mark.parametrize(
     "spec",
     [
@@ -143,10 +151,10 @@ def test_the_scale_shrinks_the_weights_and_the_bias_starts_at_zero(spec: TensorS
         Composite(move=Categorical(2)),
         MultiOneHot([2, 3]),
         Binary(3),
-        Categorical(3, shape=(4,)),
+        Categorical(3, shape=(1,)),
         Bounded(0, 3, (2,), dtype=torch.int64),
     ],
-    ids=["scalar", "matrix", "free_matrix", "composite", "multi_one_hot", "binary", "categoricals", "integers"],
+    ids=["scalar", "matrix", "free_matrix", "composite", "multi_one_hot", "binary", "one_categorical", "integers"],
 )
 def test_other_actions_are_refused_when_the_head_is_built(spec: TensorSpec) -> None:
     with pytest.raises(ValueError, match=rf"no action head fits {type(spec).__name__} .*flat continuous actions do"):

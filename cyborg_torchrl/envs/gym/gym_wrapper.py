@@ -8,11 +8,16 @@ from typing import Any
 import numpy as np
 from torchrl.envs import EnvBase, GymWrapper, SerialEnv, TransformedEnv
 
+from cyborg_torchrl import keys
+
 USE_ANOTHER_MODE = (
     "use SerialEnv(n, make_one), or GymWrapper(gymnasium.make_vec(id, num_envs=n, vectorization_mode='sync', "
     "vector_kwargs={'autoreset_mode': gymnasium.vector.AutoresetMode.DISABLED}))."
 )
 USE_PLAIN_SPACES = "use GymWrapper(cyborg_torchrl.envs.gym.environment.wrap(env)), which converts it."
+
+RESERVED = {keys.ACTION, keys.NEXT, keys.IS_INIT}
+"""Names of entries that are written over; TorchRL itself refuses observations called "reward" or "done"."""
 
 
 class WrapperError(ValueError):
@@ -30,6 +35,7 @@ def check_wrapper(env: EnvBase) -> None:
     | autoreset mode DISABLED | right |
     | Discrete or MultiDiscrete with a start | actions and observations are off by the start |
     | an action that is one number, Box of shape () | the environment gets an array of one number |
+    | Dict with an entry "action", "next" or "is_init" | it is written over |
 
     Environments in the processes of a `ParallelEnv` are not seen.
 
@@ -67,11 +73,22 @@ def _check_autoreset(vector: Any) -> None:
 
 
 def _check_space(kind: str, space: Any) -> None:
+    if kind == "observation" and hasattr(getattr(space, "spaces", None), "keys"):
+        _check_names(set(space.spaces))
     for part in _parts(space):
         if np.any(getattr(part, "start", 0)):
             raise WrapperError(f"TorchRL ignores the start of the {kind} space {_text(part)}: {USE_PLAIN_SPACES}")
         if kind == "action" and type(part).__name__ == "Box" and part.shape == ():
             raise WrapperError(f"TorchRL makes arrays of actions that are numbers, {_text(part)}: {USE_PLAIN_SPACES}")
+
+
+def _check_names(names: set[str]) -> None:
+    """Refuse entries of a Dict that TorchRL would mix up with its own."""
+    if clashes := names & RESERVED:
+        raise WrapperError(
+            f"TorchRL writes entries called {', '.join(sorted(clashes))} itself, over those observations: "
+            f"{USE_PLAIN_SPACES}"
+        )
 
 
 def _parts(space: Any) -> Iterator[Any]:

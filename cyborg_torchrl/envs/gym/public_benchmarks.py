@@ -159,7 +159,8 @@ def _is_reported(reward: float, terminated: bool, info: dict[str, Any]) -> bool:
 
 
 def _is_out_of_time(env: Any, info: dict[str, Any]) -> bool:
-    is_over = getattr(env, "t", None) == getattr(env, "max_episode_steps", None)
+    limit = getattr(env, "max_episode_steps", None)
+    is_over = limit is not None and getattr(env, "t", None) == limit
     return is_over and not info.get("success") and info.get("agent_health", 1) > 0
 
 

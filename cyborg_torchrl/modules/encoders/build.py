@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -20,6 +21,7 @@ from cyborg_torchrl.modules.encoders.pixels import CHOICES, SMALLEST, PixelEncod
 from cyborg_torchrl.modules.encoders.vector import ScaledVector, VectorEncoder
 from cyborg_torchrl.registry import did_you_mean
 
+LOGGER = logging.getLogger(__name__)
 DISCRETE = ("one_hot", "embedding")
 MAIN = (keys.PIXELS, keys.OBSERVATION)
 """Read alone if they exist, the first before the second."""
@@ -239,7 +241,16 @@ def _chosen_keys(spec: Composite, requested: Sequence[NestedKey] | None) -> list
     """Return the leaves to read, in the requested order or in that of the spec."""
     known: list[NestedKey] = [unravel_key(key) for key in spec.keys(True, True)]
     names = ", ".join(sorted(map(_dotted, _observations(spec))))
-    chosen = default_observations(spec) if requested is None else _matching(known, requested, names)
+    if requested is None:
+        chosen = default_observations(spec)
+        left_out = [_dotted(key) for key in _observations(spec) if key not in (*chosen, *PREVIOUS)]
+        if left_out:
+            LOGGER.warning(
+                "the observations %s are not read, since there is '%s': name all of them in observation_keys.",
+                ", ".join(left_out), _path(chosen[0])[0],
+            )  # fmt: skip
+    else:
+        chosen = _matching(known, requested, names)
     previous = [key for key in PREVIOUS if key in known]
     chosen = list(dict.fromkeys([*chosen, *previous]))  # each once
     if not chosen:
