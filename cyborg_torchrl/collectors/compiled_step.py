@@ -19,7 +19,7 @@ from cyborg_torchrl.collectors.flat_dict import FlatDict
 from cyborg_torchrl.cores import LayeredCore, LRULayer, LSTMLayer, RecurrentLayer, TimescaleNorm
 from cyborg_torchrl.cores.kernels.native import DTYPES, IS_BUILT, function, integers, pointers
 from cyborg_torchrl.modules import Backbone
-from cyborg_torchrl.modules.encoders import VectorEncoder
+from cyborg_torchrl.modules.encoders import ObservationEncoder, VectorEncoder
 from cyborg_torchrl.modules.fusion import PastPresentFusion
 
 ROWS_PER_THREAD = 128
@@ -122,8 +122,8 @@ def is_supported(networks: Networks) -> bool:
     vector, the fusion a sum of equal widths, and the heads linear. No module may have hooks.
     """
     encoder, backbone, fusion, policy_head, value_head = networks
-    wrappers = encoder, fusion, policy_head, value_head
-    if type(backbone) is not Backbone or any(type(each) is not TensorDictModule for each in wrappers):
+    wrappers = {type(each) for each in (encoder, fusion, policy_head, value_head)}
+    if type(backbone) is not Backbone or wrappers - {TensorDictModule, ObservationEncoder}:
         return False
     core, embed, meet = backbone.core, encoder.module, fusion.module
     if type(core) is not LayeredCore or type(embed) is not VectorEncoder or type(meet) is not PastPresentFusion:

@@ -28,6 +28,7 @@ from cyborg_torchrl.collectors.backbone_step import BackboneStep
 from cyborg_torchrl.collectors.compiled_step import Networks, compile_step
 from cyborg_torchrl.collectors.flat_dict import Call, FlatDict, NotFusable, flat
 from cyborg_torchrl.modules import Backbone, PPOAgent
+from cyborg_torchrl.modules.encoders import ObservationEncoder
 from cyborg_torchrl.modules.nan_check import check_finite
 
 SEQUENTIAL = (
@@ -37,6 +38,8 @@ SEQUENTIAL = (
     SafeProbabilisticTensorDictSequential,
 )
 """Sequences that only call their parts."""
+PLAIN = (TensorDictModule, ObservationEncoder)
+"""Modules that only call their network."""
 
 
 class FusedPolicy:
@@ -132,9 +135,9 @@ class FusedPolicy:
             if module.return_log_prob:
                 self._log_probs.append(unravel_key(module.log_prob_key))
             return _sampler(module, is_greedy=self.is_greedy)
-        if type(module) is not TensorDictModule:
+        if type(module) not in PLAIN:
             raise NotFusable(f"the policy has a {type(module).__name__}")
-        _check_plain(module, TensorDictModule)
+        _check_plain(module, *PLAIN)
         if not isinstance(module.module, nn.Module):
             raise NotFusable("the policy has a TensorDictModule of a function that is no nn.Module")
         return _module_call(module)

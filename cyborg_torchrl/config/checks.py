@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from cyborg_torchrl.config.presets import PRESETS
+from cyborg_torchrl.config.presets import PRESETS, choose_preset
 from cyborg_torchrl.config.schema import GROUPS, NODES
 from cyborg_torchrl.registry import UnknownNameError, did_you_mean, options_of
 
@@ -30,7 +30,7 @@ class ConfigError(ValueError):
 
 
 def validate(cfg: DictConfig) -> None:
-    """Check a configuration.
+    """Check a configuration, and choose its preset.
 
     Raises:
         ConfigError: at the first impossible value.
@@ -53,6 +53,9 @@ def validate(cfg: DictConfig) -> None:
     device = resolve_device(cfg.train.device)
     if cfg.collector.cudagraph and device.type != "cuda":
         raise ConfigError(f"collector.cudagraph needs train.device=cuda; the device here is '{device}'.")
+    choose_preset(cfg)
+    _check_owners(cfg)
+    _check_chunks(cfg)
 
 
 def _check_keys(cfg: DictConfig) -> None:
@@ -120,13 +123,8 @@ def _check_init_from(options: Any) -> None:
         raise ConfigError("init_from.optimizer needs the state of all parameters: leave init_from.only out.")
 
 
-def check_chunks(cfg: DictConfig) -> None:
-    """Check that the options of the recurrent mode fit together, once a preset is chosen.
-
-    Raises:
-        ConfigError: at the first that does not fit.
-    """
-    _check_owners(cfg)
+def _check_chunks(cfg: DictConfig) -> None:
+    """Check that the options of chunks and stored states fit together."""
     train = cfg.train
     if train.recurrent_mode == "tbptt" and train.seq_len is None and cfg.preset != "general":
         raise ConfigError("train.seq_len must be given with recurrent_mode=tbptt: how far a gradient reaches back.")

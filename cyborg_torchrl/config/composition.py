@@ -25,9 +25,9 @@ from hydra.version import VersionBase
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from cyborg_torchrl.config.checks import ConfigError, check_chunks, validate
+from cyborg_torchrl.config.checks import ConfigError, validate
 from cyborg_torchrl.config.imports import as_overrides, import_components, split_imports
-from cyborg_torchrl.config.presets import choose_preset, is_memory_task
+from cyborg_torchrl.config.presets import is_memory_task
 from cyborg_torchrl.config.schema import GROUPS, NODES, REMOVED_KEYS, SHORT_KEYS, Config, config_class_of
 from cyborg_torchrl.registry import did_you_mean, listed, nearest
 
@@ -68,8 +68,6 @@ def load_config(config: str = DEFAULT_CONFIG, overrides: Sequence[str] = ()) -> 
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise explained(error, config, overrides) from None
     validate(cfg)
-    choose_preset(cfg)
-    check_chunks(cfg)
     return cfg
 
 

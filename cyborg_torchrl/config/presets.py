@@ -32,6 +32,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "train.n_epochs": 15,
         "train.num_minibatches": 8,
         "train.learning_rate": 3e-3,
+        "train.desired_kl": 0.0,
         "train.gamma": 0.999,
         "train.gae_lambda": 0.0,  # only the answer is an action; 0.95 learns too, slower
         "train.ent_coef": 0.0,

@@ -142,9 +142,9 @@ class TrainConfig:
     """Step size of the optimiser. null: by the preset."""
     lr_schedule: str = option("linear", choices=("constant", "linear", "cosine"))
     """linear or cosine (to zero over the run, so that a solved task stays solved), or constant."""
-    desired_kl: float | None = option(None, above=0)
+    desired_kl: float | None = option(None, minimum=0)
     """The learning rate is divided by 1.5 after an update whose last KL exceeds twice this value, and multiplied by 1.5
-    after one below half of it, up to that of the schedule. null: by the preset general 0.02; else never."""
+    after one below half of it, up to that of the schedule. 0: never. null: by the preset."""
     optimizer: str = option("adam", choices=("adam", "adamw", "rmsprop"))
     """Optimiser: adam, adamw (with weight_decay) or rmsprop."""
     weight_decay: float = option(0.0, minimum=0)

@@ -203,7 +203,7 @@ class PPOTrainer:
             if epoch == num_epochs or (config.target_kl is not None and kl > 1.5 * config.target_kl):
                 break
             self.on_progress(epoch / num_epochs)
-        if config.desired_kl is not None:
+        if config.desired_kl:
             self._adapt_rate(float(kl), config.desired_kl)
         self.on_progress(1.0)
         return epoch

@@ -118,7 +118,7 @@ def test_worker_processes_know_the_components(tmp_path: Path, collector: str) ->
     if collector == "ray":
         pytest.importorskip("ray")
     write_module(tmp_path, f"mine_{collector}")
-    options = [*components(f"mine_{collector}"), f"collector={collector}", "logger.eval_episodes=0"]
+    options = [*components(f"mine_{collector}"), f"collector={collector}", "logger.eval_episodes=0", "train.n_steps=16"]
     shown = command("train", "--import", f"mine_{collector}", *options, cwd=tmp_path)
     assert json.loads(shown.splitlines()[-1])["total_timesteps"] == 64
 

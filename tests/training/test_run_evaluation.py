@@ -22,7 +22,14 @@ from cyborg_torchrl.training.trainer import PPOTrainer
 TINY = ["logger.progress=false", "logger.tensorboard=false", "logger.eval_episodes=0", "train.n_epochs=2"]
 CUE = ["env.horizon=2", "env.num_envs=16", "train.n_steps=4", "train.num_minibatches=2", "train.learning_rate=1e-2"]
 CARTPOLE = ["env=gymnasium", "env.id=CartPole-v1", "env.num_envs=4", "train.n_steps=16", "train.num_minibatches=2"]
-TIMES = ("seconds", "steps_per_second")
+TIMES = (
+    "seconds",
+    "steps_per_second",
+    "seconds_collect",
+    "seconds_advantages",
+    "seconds_update",
+    "seconds_checkpoint",
+)
 EVALUATED = ["logger.eval_every=2", "logger.eval_every_episodes=24"]
 STOPPED = [*CUE, *EVALUATED, "train.total_timesteps=6400", "train.stop_at=0.6"]
 
