@@ -31,7 +31,8 @@ try:
     cfg = load_config("memory_delayed_cue_recurrent", overrides=sys.argv[1:])
 except ConfigError as error:
     sys.exit(f"error: {error}")
-prepare_process(cfg)  # threads, seed, and denormal numbers as zero
+prepare_process(cfg)  # threads, and denormal numbers as zero
+torch.manual_seed(cfg.train.seed)  # of parameters and actions
 
 env = build_env(cfg)  # batched: env.num_envs copies of the task
 agent = build_agent(cfg, env)  # encoder, memory, policy head and value head

@@ -122,7 +122,7 @@ def complete(cfg: DictConfig, env: EnvBase) -> None:
 
 
 def describe_preset(cfg: DictConfig, env: EnvBase) -> str:
-    """Return one line: the preset, what it was chosen for, and the values in use, as overrides."""
+    """Return one line: the preset, the kind of task, and the values in use, as overrides."""
     actions = "continuous" if env.action_spec.dtype.is_floating_point else "discrete"
     values = (f"{key}={str(OmegaConf.select(cfg, key)).lower().replace(' ', '')}" for key in SHOWN)
     return f"preset={cfg.preset} ({observation_kind(env)}, {actions} actions): {' '.join(values)}".replace(
@@ -154,7 +154,7 @@ def _fill(cfg: DictConfig, values: dict[str, Any]) -> None:
 
 
 def with_general_values(train: TrainConfig) -> TrainConfig:
-    """Return hyperparameters of a script: what is None gets the value of the preset `general`."""
+    """Return the hyperparameters of a script, where the preset `general` replaces None."""
     others = {"n_epochs": 10, "num_minibatches": NUM_MINIBATCHES, "gamma": 0.99, "gae_lambda": 0.95, "ent_coef": 0.0}
     options = ((key.partition("."), value) for key, value in PRESETS["general"].items())
     values = others | {name: value for (group, _, name), value in options if group == "train"}

@@ -74,7 +74,7 @@ class NormalWithNoise(IndependentNormal):
 
 
 class TanhNormalWithNoise(TanhNormal):
-    """The same, squashed into bounds by tanh.
+    """A normal distribution squashed into bounds by tanh, with the same choice of randomness.
 
     Args:
         loc: mean before squashing, [*B, A].

@@ -88,6 +88,8 @@ class RecurrentClipPPOLoss(ClipPPOLoss):
         tensordict = self.after_burn_in(tensordict)
         losses = super().forward(tensordict)
         losses.set("ratio_error", self._log_weights.abs().max())
+        # TorchRL's kl_approx is the mean of -log ratio. This estimate has less noise, and is never negative.
+        losses.set("kl", (self._log_weights.expm1() - self._log_weights).mean())
         if tensordict.get(keys.TRAIN_MASK, None) is not None:
             losses.update(self._metrics_of_trained_steps())
         self._add_memory_losses(losses, "memory", self._memory_metrics, self._regularize)
@@ -193,7 +195,7 @@ class RecurrentClipPPOLoss(ClipPPOLoss):
         ratio = self._log_weights.exp()
         is_clipped = self._log_weights.clamp(*self._clip_bounds) != self._log_weights
         return {
-            "kl_approx": (ratio - 1.0 - self._log_weights).mean(),  # unbiased, and never negative for a step
+            "kl_approx": -self._log_weights.mean(),
             "clip_fraction": is_clipped.to(ratio.dtype).mean(),
             "max_ratio": ratio.max(),
             "mean_ratio": ratio.mean(),

@@ -79,7 +79,7 @@ def config_from_content(content: dict[str, Any], path: Path, overrides: Sequence
     config = content.get("config")
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} holds no configuration.")
-    # Runs from before there were presets: what they left open means the same as in this one.
+    # Runs of older versions have no preset. This one has the defaults of that time.
     config = {"preset": "memory_task", **config}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "config.yaml"

@@ -32,6 +32,6 @@ def build_optimizer(config: TrainConfig, parameters: Sequence[nn.Parameter]) -> 
 
 
 def learning_rate(config: TrainConfig, finished_share: float) -> float:
-    """Return the learning rate after a share of the run, which is more than 1 if the run goes on longer."""
+    """Return the learning rate after a share of the run; it is above 1 in a run that was made longer."""
     rate = cast("float", config.learning_rate)  # the trainer has replaced None
     return rate * SCHEDULES[config.lr_schedule](min(finished_share, 1.0))

@@ -1,4 +1,4 @@
-"""What a run begins with: its kernels, the size of its network, and how it reads the observations."""
+"""Overview of a run at its start: its kernels, the size of its network, and how it reads the observations."""
 
 from __future__ import annotations
 

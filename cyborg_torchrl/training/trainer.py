@@ -31,7 +31,7 @@ from cyborg_torchrl.training.distributed import Ranks
 from cyborg_torchrl.training.optimizer import build_optimizer, learning_rate
 
 Metrics = dict[str, float]
-LOGGED = ("loss_objective", "loss_critic", "loss_entropy", "entropy", "kl_approx", "clip_fraction", "ratio_error")
+LOGGED = ("loss_objective", "loss_critic", "loss_entropy", "entropy", "kl", "kl_approx", "clip_fraction", "ratio_error")
 MAX_RATIO_ERROR, MAX_REDUCED_RATIO_ERROR = 1e-3, 3e-2
 """Limits of the ratio error before the first optimiser step: in float32, and in reduced precision."""
 
@@ -193,7 +193,7 @@ class PPOTrainer:
         """Train on the stored rollout, and append the metrics of each step. Return the number of epochs."""
         config = self.config
         num_epochs = cast("int", config.n_epochs)  # None was replaced in the constructor
-        epoch, kl = 0, torch.zeros(())
+        epoch, steps_before = 0, 0
         for epoch in range(1, num_epochs + 1):
             if epoch > 1 and config.refresh_states:
                 self._refresh(rollout)
@@ -204,7 +204,7 @@ class PPOTrainer:
                 break
             self.on_progress(epoch / num_epochs)
         if config.desired_kl:
-            self._adapt_rate(float(kl), config.desired_kl)
+            self._adapt_rate(float(torch.stack(history["kl"][steps_before:]).mean()), config.desired_kl)
         self.on_progress(1.0)
         return epoch
 

@@ -69,7 +69,7 @@ def test_equals_torchrls_loss(agent: PPOAgent, batch: TensorDictBase, functional
     theirs, their_grads = backward(ClipPPOLoss(actor, critic, functional=functional, **options), batch)
     for name, value in theirs.items():
         torch.testing.assert_close(ours[name], value, rtol=1e-5, atol=1e-6)
-    assert set(ours.keys()) == {*theirs.keys(), "ratio_error"}
+    assert set(ours.keys()) == {*theirs.keys(), "ratio_error", "kl"}
     size = sum(grad.square().sum() for grad in their_grads.values() if grad is not None)
     assert size > 0
     our_size = sum(grad.square().sum() for grad in our_grads.values() if grad is not None)
@@ -104,7 +104,9 @@ def test_equals_the_formula(agent: PPOAgent, batch: TensorDictBase, masked: bool
     torch.testing.assert_close(losses["loss_objective"], -objective, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(losses["loss_critic"], 0.7 * error.square().mean(), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(losses["loss_entropy"], -0.3 * new.entropy[mask].mean(), rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(losses["ratio_error"], log_ratio.detach().abs().max(), rtol=1e-4, atol=1e-6)
+    log_ratio = log_ratio.detach()
+    torch.testing.assert_close(losses["ratio_error"], log_ratio.abs().max(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(losses["kl"], (log_ratio.exp() - 1.0 - log_ratio).mean(), rtol=1e-4, atol=1e-6)
 
 
 def test_masked_steps_change_nothing(agent: PPOAgent, batch: TensorDictBase) -> None:
