@@ -18,6 +18,7 @@ from torchrl.envs.utils import check_env_specs
 from cyborg_torchrl import keys
 from cyborg_torchrl.envs.gym.gym_wrapper import WrapperError, check_wrapper
 from cyborg_torchrl.envs.make import episode_attribute
+from cyborg_torchrl.envs.transforms.normalization import frozen_statistics
 
 ENDS = (keys.DONE, keys.TERMINATED, keys.TRUNCATED)
 MAX_STEPS = 300
@@ -64,7 +65,8 @@ def check_environment(
     | length | no episode exceeds `max_episode_steps`; one of that length ends as `time_limit` says |
     | partial_reset | a reset of one environment changes nothing in the others |
 
-    The environment is seeded and left in the middle of an episode. Torch's generator does not change.
+    The environment is seeded and left in the middle of an episode. Torch's generator and the running statistics of
+    transforms do not change.
 
     Args:
         env: any TorchRL environment, with its transforms.
@@ -78,7 +80,7 @@ def check_environment(
     Returns:
         One finding for each check, in the order of the table.
     """
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), frozen_statistics(env):
         torch.manual_seed(seed)
         try:
             env.reset()
@@ -127,8 +129,8 @@ def _play(env: EnvBase, seed: int, num_steps: int, actions: list[TensorDictBase]
 
 
 def _leaves(tensordict: TensorDictBase) -> dict[NestedKey, Tensor]:
-    """Return the tensors of a tensordict by key."""
-    items = tensordict.items(include_nested=True, leaves_only=True)
+    """Return the tensors of a tensordict by key, without noise for the policy, which the environment does not draw."""
+    items = tensordict.exclude(keys.EXPLORATION_NOISE, (keys.NEXT, keys.EXPLORATION_NOISE)).items(True, True)
     return {key: value for key, value in items if isinstance(value, Tensor)}
 
 

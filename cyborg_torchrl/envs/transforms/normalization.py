@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -203,6 +204,19 @@ def freeze_statistics(env: EnvBase, statistics: nn.Module | None) -> None:
     for transform in transforms_of(env):
         if isinstance(transform, (NormalizeObservation, NormalizeReward)):
             transform.is_frozen = True
+
+
+@contextmanager
+def frozen_statistics(env: EnvBase) -> Generator[None]:
+    """Keep the moments of an environment's transforms as they are."""
+    running = [each for each in transforms_of(env) if getattr(each, "is_frozen", True) is False]
+    for transform in running:
+        transform.is_frozen = True
+    try:
+        yield
+    finally:
+        for transform in running:
+            transform.is_frozen = False
 
 
 def transforms_of(env: EnvBase | None) -> Iterator[Transform]:
