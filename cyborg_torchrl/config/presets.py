@@ -154,7 +154,10 @@ def _fill(cfg: DictConfig, values: dict[str, Any]) -> None:
 
 
 def with_general_values(train: TrainConfig) -> TrainConfig:
-    """Return the hyperparameters of a script, where the preset `general` replaces None."""
+    """Return the hyperparameters of a script, where the preset `general` replaces None.
+
+    A script shows no observations here, so discounts are those of categories and grids, and epochs those of floats.
+    """
     others = {"n_epochs": 10, "num_minibatches": NUM_MINIBATCHES, "gamma": 0.99, "gae_lambda": 0.95, "ent_coef": 0.0}
     options = ((key.partition("."), value) for key, value in PRESETS["general"].items())
     values = others | {name: value for (group, _, name), value in options if group == "train"}

@@ -296,8 +296,8 @@ class Config:
     env: Any = MISSING
     backbone: Any = MISSING
     preset: str = "auto"
-    """Values of the options that are null: memory_task (short rollouts of whole episodes, large steps), general (any
-    other task), or auto: memory_task for the memory tasks of this package, else general."""
+    """Values of the options that are null: memory_task (whole episodes, many epochs, large steps), general (any other
+    task), or auto: memory_task for the memory tasks of this package, else general."""
     memory: Any = field(default_factory=lambda: {"name": "none"})
     """An external memory around the backbone: none or pmm."""
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
