@@ -7,6 +7,7 @@ and actions is filled by `complete`, when the environment is built. A value that
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
@@ -25,6 +26,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "fusion.gate": False,
         "agent.policy_hidden_sizes": [],
         "agent.value_hidden_sizes": [],
+        "agent.log_std_init": 0.0,
         "transforms.normalize_observation": False,
         "transforms.normalize_reward": False,
         "transforms.noise_steps": 1.0,
@@ -43,6 +45,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "train.recurrent_mode": "tbptt",
         "train.learning_rate": 1e-3,
         "train.desired_kl": 0.02,
+        "train.gamma": 0.99,
+        "train.gae_lambda": 0.95,
     },
 }
 """Values by preset, whatever the observations are."""
@@ -64,6 +68,7 @@ SHOWN = (
     "fusion.gate",
     "agent.policy_hidden_sizes",
     "agent.value_hidden_sizes",
+    "agent.log_std_init",
 )
 """Options that a run shows at its start."""
 OPEN_OPTIONS = frozenset({*PRESETS["memory_task"], *PRESETS["general"], *SHOWN})
@@ -95,6 +100,7 @@ def complete(cfg: DictConfig, env: EnvBase) -> None:
     if cfg.preset != "general":
         return
     kind, is_continuous = observation_kind(env), env.action_spec.dtype.is_floating_point
+    num_actions = max(1, env.action_spec.shape[-1]) if is_continuous else 1
     is_shared = cfg.collector.name in ("rollout", "single", "fused")  # other collectors cannot share statistics
     _fill(
         cfg,
@@ -102,11 +108,10 @@ def complete(cfg: DictConfig, env: EnvBase) -> None:
             "encoder.hidden_sizes": [64] if kind == "vector" else [],
             "fusion.gate": kind == "categories",  # a question may choose what to recall
             "transforms.normalize_observation": kind == "vector" and is_shared,
-            "transforms.normalize_reward": kind == "vector" and is_continuous and is_shared,
-            "transforms.noise_steps": 3.0 if is_continuous else 1.0,
+            "transforms.normalize_reward": kind == "vector" and is_shared,
+            "transforms.noise_steps": 3.0 if is_continuous and num_actions == 1 else 1.0,
+            "agent.log_std_init": round(-math.log(num_actions), 2),
             "train.n_epochs": 10 if kind == "vector" else 4,
-            "train.gamma": 0.98 if kind == "vector" else 0.99,
-            "train.gae_lambda": 0.8 if kind == "vector" else 0.95,
             "train.ent_coef": 0.0 if is_continuous else 0.01,
         },
     )
@@ -156,9 +161,9 @@ def _fill(cfg: DictConfig, values: dict[str, Any]) -> None:
 def with_general_values(train: TrainConfig) -> TrainConfig:
     """Return the hyperparameters of a script, where the preset `general` replaces None.
 
-    A script shows no observations here, so discounts are those of categories and grids, and epochs those of floats.
+    A script shows no observations here, so epochs are those of floats.
     """
-    others = {"n_epochs": 10, "num_minibatches": NUM_MINIBATCHES, "gamma": 0.99, "gae_lambda": 0.95, "ent_coef": 0.0}
+    others = {"n_epochs": 10, "num_minibatches": NUM_MINIBATCHES, "ent_coef": 0.0}
     options = ((key.partition("."), value) for key, value in PRESETS["general"].items())
     values = others | {name: value for (group, _, name), value in options if group == "train"}
     return dataclasses.replace(train, **{key: value for key, value in values.items() if getattr(train, key) is None})

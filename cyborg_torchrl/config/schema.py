@@ -75,8 +75,9 @@ class AgentConfig:
     """Give the critic its own encoder and memory. The critic then costs as much as the actor."""
     std_from_features: bool = False
     """Compute the standard deviation of continuous actions from the features. false: one parameter for each action."""
-    log_std_init: float = 0.0
-    """Logarithm of the first standard deviation of continuous actions, in units of half their range."""
+    log_std_init: float | None = None
+    """Logarithm of the first standard deviation of continuous actions, in units of half their range. null: by the
+    preset."""
     squash: bool = False
     """Squash continuous actions into their bounds by tanh. false: actions beyond the bounds are clipped."""
     action_mask: str | None = "action_mask"

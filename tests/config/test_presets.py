@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
+import gymnasium
 import pytest
 from omegaconf import OmegaConf
 
@@ -47,6 +49,32 @@ def test_every_other_environment_gets_general_by_what_it_shows() -> None:
     assert pendulum.transforms.noise_steps > 1
     assert cartpole.transforms.noise_steps == 1
     assert grid.train.n_epochs < pendulum.train.n_epochs
+
+
+class Arm(gymnasium.Env[Any, Any]):
+    """An arm with some motors; it is only reset."""
+
+    def __init__(self, num_motors: int) -> None:
+        self.observation_space = gymnasium.spaces.Box(-1, 1, (2,))
+        self.action_space = gymnasium.spaces.Box(-1, 1, (num_motors,))
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        return self.observation_space.sample(), {}
+
+
+gymnasium.register("CyborgTests/Arm-v0", entry_point=Arm)
+
+
+@pytest.mark.parametrize(
+    ("num_motors", "noise_steps", "log_std_init"), [(1, 3, 0.0), (3, 1, -1.0986), (6, 1, -1.7918)]
+)
+def test_many_continuous_actions_explore_with_less_noise_each(
+    num_motors: int, noise_steps: float, log_std_init: float
+) -> None:
+    cfg = built("env=gymnasium", "id=CyborgTests/Arm-v0", f"env.options={{num_motors: {num_motors}}}")
+    assert cfg.transforms.noise_steps == noise_steps
+    assert cfg.agent.log_std_init == pytest.approx(log_std_init, abs=0.01)  # the standard deviations sum to 1
 
 
 def test_a_given_value_is_never_changed() -> None:

@@ -166,7 +166,7 @@ def build_by_id(
 
 
 build_gymnasium = register_environment("gymnasium")(
-    partial(build_by_id, make_registered, id="CartPole-v1", num_envs=8),
+    partial(build_by_id, make_registered, id="CartPole-v1", num_envs=16),
 )
 """Build a batch of any registered gymnasium environment.
 
