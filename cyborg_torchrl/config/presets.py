@@ -26,6 +26,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "fusion.gate": False,
         "agent.policy_hidden_sizes": [],
         "agent.value_hidden_sizes": [],
+        "agent.separate_critic": False,
         "agent.log_std_init": 0.0,
         "transforms.normalize_observation": False,
         "transforms.normalize_reward": False,
@@ -68,6 +69,7 @@ SHOWN = (
     "fusion.gate",
     "agent.policy_hidden_sizes",
     "agent.value_hidden_sizes",
+    "agent.separate_critic",
     "agent.log_std_init",
 )
 """Options that a run shows at its start."""
@@ -110,8 +112,9 @@ def complete(cfg: DictConfig, env: EnvBase) -> None:
             "transforms.normalize_observation": kind == "vector" and is_shared,
             "transforms.normalize_reward": kind == "vector" and is_shared,
             "transforms.noise_steps": 3.0 if is_continuous and num_actions == 1 else 1.0,
+            "agent.separate_critic": kind == "vector",
             "agent.log_std_init": round(-math.log(num_actions), 2),
-            "train.n_epochs": 10 if kind == "vector" else 4,
+            "train.n_epochs": 5 if kind == "vector" else 4,
             "train.ent_coef": 0.0 if is_continuous else 0.01,
         },
     )
@@ -163,7 +166,7 @@ def with_general_values(train: TrainConfig) -> TrainConfig:
 
     A script shows no observations here, so epochs are those of floats.
     """
-    others = {"n_epochs": 10, "num_minibatches": NUM_MINIBATCHES, "ent_coef": 0.0}
+    others = {"n_epochs": 5, "num_minibatches": NUM_MINIBATCHES, "ent_coef": 0.0}
     options = ((key.partition("."), value) for key, value in PRESETS["general"].items())
     values = others | {name: value for (group, _, name), value in options if group == "train"}
     return dataclasses.replace(train, **{key: value for key, value in values.items() if getattr(train, key) is None})

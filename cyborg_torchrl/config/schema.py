@@ -71,8 +71,8 @@ class AgentConfig:
     """Sizes of the hidden layers of the policy head. null: by the preset."""
     value_hidden_sizes: list[int] | None = field(default=None, metadata={"above": 0})
     """Sizes of the hidden layers of the value head. null: by the preset."""
-    separate_critic: bool = False
-    """Give the critic its own encoder and memory. The critic then costs as much as the actor."""
+    separate_critic: bool | None = None
+    """Give the critic its own encoder and memory. The critic then costs as much as the actor. null: by the preset."""
     std_from_features: bool = False
     """Compute the standard deviation of continuous actions from the features. false: one parameter for each action."""
     log_std_init: float | None = None

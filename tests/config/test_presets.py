@@ -49,6 +49,8 @@ def test_every_other_environment_gets_general_by_what_it_shows() -> None:
     assert pendulum.transforms.noise_steps > 1
     assert cartpole.transforms.noise_steps == 1
     assert grid.train.n_epochs < pendulum.train.n_epochs
+    assert pendulum.agent.separate_critic
+    assert not grid.agent.separate_critic
 
 
 class Arm(gymnasium.Env[Any, Any]):
