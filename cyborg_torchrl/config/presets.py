@@ -46,7 +46,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "train.recurrent_mode": "tbptt",
         "train.learning_rate": 1e-3,
         "train.desired_kl": 0.02,
-        "train.gamma": 0.99,
         "train.gae_lambda": 0.95,
     },
 }
@@ -110,11 +109,12 @@ def complete(cfg: DictConfig, env: EnvBase) -> None:
             "encoder.hidden_sizes": [64] if kind == "vector" else [],
             "fusion.gate": kind == "categories",  # a question may choose what to recall
             "transforms.normalize_observation": kind == "vector" and is_shared,
-            "transforms.normalize_reward": kind == "vector" and is_shared,
+            "transforms.normalize_reward": is_shared,
             "transforms.noise_steps": 3.0 if is_continuous and num_actions == 1 else 1.0,
             "agent.separate_critic": kind == "vector",
             "agent.log_std_init": round(-math.log(num_actions), 2),
             "train.n_epochs": 5 if kind == "vector" else 4,
+            "train.gamma": 0.995 if num_actions > 1 else 0.99,  # several motors: a robot, which must not fall
             "train.ent_coef": 0.0 if is_continuous else 0.01,
         },
     )
@@ -166,7 +166,7 @@ def with_general_values(train: TrainConfig) -> TrainConfig:
 
     A script shows no observations here, so epochs are those of floats.
     """
-    others = {"n_epochs": 5, "num_minibatches": NUM_MINIBATCHES, "ent_coef": 0.0}
+    others = {"n_epochs": 5, "num_minibatches": NUM_MINIBATCHES, "gamma": 0.99, "ent_coef": 0.0}
     options = ((key.partition("."), value) for key, value in PRESETS["general"].items())
     values = others | {name: value for (group, _, name), value in options if group == "train"}
     return dataclasses.replace(train, **{key: value for key, value in values.items() if getattr(train, key) is None})

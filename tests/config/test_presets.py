@@ -69,13 +69,15 @@ gymnasium.register("CyborgTests/Arm-v0", entry_point=Arm)
 
 
 @pytest.mark.parametrize(
-    ("num_motors", "noise_steps", "log_std_init"), [(1, 3, 0.0), (3, 1, -1.0986), (6, 1, -1.7918)]
+    ("num_motors", "noise_steps", "gamma", "log_std_init"),
+    [(1, 3, 0.99, 0.0), (3, 1, 0.995, -1.0986), (6, 1, 0.995, -1.7918)],
 )
-def test_many_continuous_actions_explore_with_less_noise_each(
-    num_motors: int, noise_steps: float, log_std_init: float
+def test_several_continuous_actions_explore_with_less_noise_each(
+    num_motors: int, noise_steps: float, gamma: float, log_std_init: float
 ) -> None:
     cfg = built("env=gymnasium", "id=CyborgTests/Arm-v0", f"env.options={{num_motors: {num_motors}}}")
     assert cfg.transforms.noise_steps == noise_steps
+    assert cfg.train.gamma == gamma
     assert cfg.agent.log_std_init == pytest.approx(log_std_init, abs=0.01)  # the standard deviations sum to 1
 
 
