@@ -113,7 +113,8 @@ def test_squashed_actions_stay_inside_and_start_with_the_given_deviation():
     env = build_env(cfg)
     agent = build_agent(cfg, env)
     assert issubclass(agent.sampler.distribution_class, TanhNormal)
-    env.append_transform(agent.backbone.make_tensordict_primer())
+    for _, backbone in agent.memories:
+        env.append_transform(backbone.make_tensordict_primer())
     action = env.rollout(20, agent, break_when_any_done=False, auto_cast_to_device=True)["action"]
     assert action.abs().max() <= 2.0
     cfg = load_config("public_benchmark", ["env=gymnasium", "id=Pendulum-v1", "agent.log_std_init=-1.5", *SMALL])

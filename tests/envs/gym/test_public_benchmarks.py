@@ -393,7 +393,7 @@ def test_short_form_of_the_id() -> None:
         ("gymnasium", ["env.options=3"], "options must be a mapping, as in 'env.options={g: 5.0}'; got 3"),
         ("gymnasium", ["env.frame_skip=0"], "frame_skip must be >= 1; got 0"),
         ("gymnasium", ["env.max_episode_steps=0"], "max_episode_steps must be >= 1; got 0"),
-        ("gymnasium", ["env.workers=3"], "workers = 3 must divide num_envs = 8"),
+        ("gymnasium", ["env.workers=3"], "workers = 3 must divide num_envs = 16"),
     ],
 )
 def test_wrong_input_is_told_in_one_line(name: str, overrides: list[str], message: str) -> None:
