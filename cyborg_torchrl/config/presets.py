@@ -112,7 +112,7 @@ def complete(cfg: DictConfig, env: EnvBase) -> None:
             "transforms.normalize_reward": is_shared,
             "transforms.noise_steps": 3.0 if is_continuous and num_actions == 1 else 1.0,
             "agent.separate_critic": kind == "vector",
-            "agent.log_std_init": round(-math.log(num_actions), 2),
+            "agent.log_std_init": round(math.log(1 / num_actions), 2),
             "train.n_epochs": 5 if kind == "vector" else 4,
             "train.gamma": 0.995 if num_actions > 1 else 0.99,  # several motors: a robot, which must not fall
             "train.ent_coef": 0.0 if is_continuous else 0.01,

@@ -104,7 +104,7 @@ def load_source(training: Training, cfg: DictConfig, source: Source) -> str:
     _check_fit(names, trained, state, source.path)
     training.agent.load_state_dict({**state, **{name: trained[name] for name in names}})
     if cfg.init_from.optimizer:
-        _load_optimizer(training.trainer, source)
+        _load_optimizer(training.trainer, source, cfg.train.optimizer)
     training.trainer.share_parameters()
     parts = ", ".join(parts_of(names)) + (", optimizer" if cfg.init_from.optimizer else "")
     return f"starting with {source.path} (update {source.content.get('update', '?')}): {parts}"
@@ -153,16 +153,23 @@ def _shape(entry: Any) -> str:
     return str(list(entry.shape)) if isinstance(entry, Tensor) else ""
 
 
-def _load_optimizer(trainer: PPOTrainer, source: Source) -> None:
+def _load_optimizer(trainer: PPOTrainer, source: Source, kind: str) -> None:
     """Load the optimiser's state; the learning rate and the other options stay those of this run.
 
     Raises:
-        CheckpointError: if it is the state of other parameters.
+        CheckpointError: if it is the state of another optimiser than `kind`, or of other parameters.
     """
+    before = source.content["config"]["train"].get("optimizer", "adam")  # older runs had no choice
+    if before != kind:
+        raise CheckpointError(
+            f"init_from.optimizer: {source.path} has the state of {before}, and this run uses {kind}; use "
+            f"train.optimizer={before}, or init_from.optimizer=false."
+        )
     content: Any = source.content.get("trainer", {})
     states = content.get("optimizer", {}).get("state", {})
     shapes = {number: list(parameter.shape) for number, parameter in enumerate(trainer.parameters)}
-    if {number: list(state["exp_avg"].shape) for number, state in states.items()} != shapes:
+    moment = "square_avg" if kind == "rmsprop" else "exp_avg"
+    if {number: list(state[moment].shape) for number, state in states.items()} != shapes:
         raise CheckpointError(
             f"init_from.optimizer: the optimiser in {source.path} has other parameters than this one ({len(states)} "
             f"there, {len(shapes)} here); use the same train.freeze, or init_from.optimizer=false."

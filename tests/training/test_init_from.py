@@ -169,6 +169,17 @@ def test_the_optimiser_continues_with_its_moments_and_a_new_learning_rate(first:
     assert not training.trainer.optimizer.state_dict()["state"]
 
 
+def test_rmsprop_continues_with_its_moments(tmp_path: Path) -> None:
+    options = [*CUE, "train.optimizer=rmsprop"]
+    first = train(tmp_path, "first", *options)
+    there = load_checkpoint(first / "checkpoints" / "best.pt")["trainer"]["optimizer"]["state"]
+    training = begun(config(tmp_path, "second", *options, f"init_from={first}", "init_from.optimizer=true"))
+    training.trainer.close()
+    here = training.trainer.optimizer.state_dict()["state"]
+    assert there
+    assert all(torch.equal(here[i]["square_avg"], state["square_avg"]) for i, state in there.items())
+
+
 @pytest.mark.parametrize("name", ["mamba", "pmm", "lru"])
 def test_memory_is_as_trained_at_another_horizon_unless_it_is_configured(name: str, tmp_path: Path) -> None:
     first = train(tmp_path, "first", *CUE, f"backbone={name}")
@@ -236,6 +247,10 @@ REFUSED = {
     "optimiser of parts": (
         ["init_from=PATH", "init_from.only=[encoder]", "init_from.optimizer=true"],
         r"init_from.optimizer needs the state of all parameters",
+    ),
+    "another optimiser": (
+        ["init_from=PATH", "init_from.optimizer=true", "train.optimizer=rmsprop"],
+        r"has the state of adam, and this run uses rmsprop; use train.optimizer=adam, or init_from.optimizer=false",
     ),
     "optimiser of others": (
         ["init_from=PATH", "init_from.optimizer=true", "train.freeze=[encoder]"],
