@@ -14,51 +14,50 @@ from torchrl.envs import EnvBase, InitTracker, RewardClipping, RewardSum, Tensor
 
 from cyborg_torchrl import keys
 from cyborg_torchrl.collectors.flat_dict import FlatDict, NotFusable, flat
+from cyborg_torchrl.envs.gym.batch import GymnasiumEnv
 from cyborg_torchrl.envs.memory.task import MemoryTask
-from cyborg_torchrl.envs.transforms.build import ScaleReward
+from cyborg_torchrl.envs.transforms.entries import EntryTransform
 
 Step = tuple[FlatDict, FlatDict, Tensor | None]
 """FlatDict after a step, entries before the next step, and a mask of beginning episodes; None: none begins."""
 
 
 class FusedEnv:
-    """A native environment and its transforms as one step on entries.
+    """An environment and its transforms as one step on entries.
 
     Args:
-        env: a `MemoryTask` behind any of TorchRL's InitTracker, RewardSum, RewardClipping and TensorDictPrimer, and our
-            ScaleReward.
+        env: a `MemoryTask` or a `GymnasiumEnv` behind any of TorchRL's InitTracker, RewardSum, RewardClipping and
+            TensorDictPrimer, and our transforms.
 
     Raises:
         NotFusable: if the environment or a transform is another one.
     """
 
     def __init__(self, env: EnvBase) -> None:
-        transforms, task = _unwrapped(env)
-        if not isinstance(task, MemoryTask):
-            raise NotFusable(f"{type(task).__name__} is not one of the native environments")
-        for name in ("_step", "_reset"):  # `advance` and `restart` are called instead of them
-            if getattr(type(task), name) is not getattr(MemoryTask, name):
-                raise NotFusable(f"{type(task).__name__} has another {name}")
-        self.task = task
-        self.is_ever_cut = False
-        self.never = torch.zeros(task.num_envs, 1, dtype=torch.bool, device=task.device)
+        transforms, base = _unwrapped(env)
+        self.is_ever_cut = isinstance(base, GymnasiumEnv)
+        self._advance, self._restart = _functions(base)
+        self.never = torch.zeros(*base.batch_size, 1, dtype=torch.bool, device=base.device)
         self.defaults: FlatDict = {}
         """Values of entries at an episode's first step: sums of rewards, memory states."""
         self.init_keys: list[NestedKey] = []
         """Flags of an episode's first step: one for each InitTracker."""
-        self._then: list[Callable[[FlatDict, FlatDict], None]] = []
+        self._after_step: list[Callable[[FlatDict, FlatDict], None]] = []
+        """Calls on the entries before and after a step."""
+        self._after_reset: list[Callable[[FlatDict, Tensor], None]] = []
         # Exact types, since a subclass may do something else.
         for transform in transforms:
             if type(transform) is InitTracker:
                 self.init_keys += map(unravel_key, transform.init_keys)
             elif type(transform) is RewardSum and list(transform.in_keys) == [keys.REWARD]:
-                self._then.append(self._sum(unravel_key(transform.out_keys[0])))
+                self._after_step.append(self._sum(unravel_key(transform.out_keys[0])))
             elif type(transform) is RewardClipping:
-                self._then.append(_clip(transform))
-            elif type(transform) is ScaleReward:
-                self._then.append(_scale(transform.scale))
+                self._after_step.append(_clip(transform))
+            elif isinstance(transform, EntryTransform) and not _overrides(transform, EntryTransform):
+                self._after_step.append(transform.after_step)
+                self._after_reset.append(transform.after_reset)
             elif type(transform) is TensorDictPrimer and not transform.random:
-                self.defaults |= _defaults(transform, task)
+                self.defaults |= _defaults(transform, base)
             else:
                 raise NotFusable(f"the environment has a {type(transform).__name__}")
         self._next_keys = {key: unravel_key((keys.NEXT, key)) for key in self.defaults}
@@ -74,20 +73,13 @@ class FusedEnv:
             The entries after the step ("next" in a tensordict), the entries before the next step, and a mask of
             episodes that begin there, [N, 1].
         """
-        observation, success, reward, terminated = self.task.advance(written[keys.ACTION])
-        after: FlatDict = {
-            keys.OBSERVATION: observation,
-            keys.SUCCESS: success,
-            keys.REWARD: reward,
-            keys.DONE: terminated,
-            keys.TERMINATED: terminated,
-            keys.TRUNCATED: self.never,
-        }
+        before = {**carried, **written, **_finite(written)}
+        after = self._advance(before[keys.ACTION])
         # Only the first step of an episode is marked, and "next" is never a first step.
         for key in self.init_keys:
             after[key] = self.never
-        for then in self._then:
-            then(after, carried)
+        for call in self._after_step:
+            call(before, after)
         # Entries that were not written in this step keep their values.
         for key, next_key in self._next_keys.items():
             if key not in after:
@@ -96,40 +88,69 @@ class FusedEnv:
         begins = dict(after)
         del begins[keys.REWARD]
         # Most steps end no episode, so the common case returns here, without a reset.
-        if not bool(terminated.any()):
+        is_over = after[keys.DONE]
+        if not bool(is_over.any()):
             return after, begins, None
-        begins[keys.OBSERVATION], begins[keys.SUCCESS] = self.task.restart(terminated.squeeze(-1))
-        begins[keys.DONE] = begins[keys.TERMINATED] = self.never
+        fresh = self._restart(is_over.squeeze(-1))
+        for begin in self._after_reset:
+            begin(fresh, is_over)
+        for key, value in (*fresh.items(), *self.defaults.items()):
+            begins[key] = torch.where(is_over.view(-1, *(1,) * (value.ndim - 1)), value, after[key])
+        begins[keys.DONE] = begins[keys.TERMINATED] = begins[keys.TRUNCATED] = self.never
         for key in self.init_keys:
-            begins[key] = terminated
-        for key, default in self.defaults.items():
-            is_over = terminated.view(-1, *(1,) * (default.ndim - 1))
-            begins[key] = torch.where(is_over, default, after[key])
-        return after, begins, terminated
+            begins[key] = is_over
+        return after, begins, is_over
 
     def _sum(self, key: NestedKey) -> Callable[[FlatDict, FlatDict], None]:
         self.defaults[key] = torch.zeros(self.never.shape, device=self.never.device)
 
-        def then(after: FlatDict, carried: FlatDict) -> None:
-            after[key] = carried[key] + after[keys.REWARD]
+        def call(before: FlatDict, after: FlatDict) -> None:
+            after[key] = before[key] + after[keys.REWARD]
 
-        return then
+        return call
 
 
 def _clip(transform: RewardClipping) -> Callable[[FlatDict, FlatDict], None]:
     low, high = transform.clamp_min, transform.clamp_max
 
-    def then(after: FlatDict, _: FlatDict) -> None:
+    def call(_: FlatDict, after: FlatDict) -> None:
         after[keys.REWARD] = after[keys.REWARD].clamp(low, high)
 
-    return then
+    return call
 
 
-def _scale(scale: float) -> Callable[[FlatDict, FlatDict], None]:
-    def then(after: FlatDict, _: FlatDict) -> None:
-        after[keys.REWARD] = after[keys.REWARD] * scale
+def _functions(env: EnvBase) -> tuple[Callable[[Tensor], FlatDict], Callable[[Tensor], FlatDict]]:
+    """Return a step and a reset of an environment, without its transforms: they return entries of all environments."""
+    known = MemoryTask if isinstance(env, MemoryTask) else GymnasiumEnv
+    if not isinstance(env, (MemoryTask, GymnasiumEnv)):
+        raise NotFusable(f"{type(env).__name__} is not one of the package's environments")
+    if name := _overrides(env, known):  # `advance` and `restart` are called instead of them
+        raise NotFusable(f"{type(env).__name__} has another {name}")
+    if isinstance(env, GymnasiumEnv):
+        return env.advance, env.restart
+    never = torch.zeros(env.num_envs, 1, dtype=torch.bool, device=env.device)
 
-    return then
+    def advance(action: Tensor) -> FlatDict:
+        observation, success, reward, terminated = env.advance(action)
+        return {
+            keys.OBSERVATION: observation,
+            keys.SUCCESS: success,
+            keys.REWARD: reward,
+            keys.DONE: terminated,
+            keys.TERMINATED: terminated,
+            keys.TRUNCATED: never,
+        }
+
+    def restart(is_over: Tensor) -> FlatDict:
+        observation, success = env.restart(is_over)
+        return {keys.OBSERVATION: observation, keys.SUCCESS: success}
+
+    return advance, restart
+
+
+def _overrides(value: object, known: type) -> str:
+    """Return the first of `_step` and `_reset` that is not that of a known class; "" if there is none."""
+    return next((name for name in ("_step", "_reset") if getattr(type(value), name) is not getattr(known, name)), "")
 
 
 def _unwrapped(env: EnvBase) -> tuple[list[Transform], EnvBase]:
@@ -143,15 +164,15 @@ def _unwrapped(env: EnvBase) -> tuple[list[Transform], EnvBase]:
     return transforms, env
 
 
-def _defaults(primer: TensorDictPrimer, task: MemoryTask) -> FlatDict:
+def _defaults(primer: TensorDictPrimer, env: EnvBase) -> FlatDict:
     values, primers = primer.default_value, cast("Composite", primer.primers)
     found: FlatDict = {}
     for key, spec in primers.items(True, True):
         key = unravel_key(key)
         value = values.get(key, None) if isinstance(values, Mapping) else values
-        if not isinstance(value, (int, float)) or spec.shape[:1] != (task.num_envs,):
+        if not isinstance(value, (int, float)) or spec.shape[:1] != env.batch_size:
             raise NotFusable("the environment's primer has other values than numbers")
-        found[key] = torch.full(spec.shape, value, dtype=spec.dtype, device=task.device)
+        found[key] = torch.full(spec.shape, value, dtype=spec.dtype, device=env.device)
     return found
 
 

@@ -22,7 +22,7 @@ def first_game(env: EnvBase) -> Any:
     """Return the first gymnasium environment of a batch; None for other kinds, and for those in other processes."""
     while isinstance(env, TransformedEnv):
         env = env.base_env
-    games = env._env.envs if isinstance(env, GymnasiumEnv) else None
+    games = env.games.envs if isinstance(env, GymnasiumEnv) else None
     return games[0] if games else None
 
 

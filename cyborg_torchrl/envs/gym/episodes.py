@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import gymnasium
 import numpy as np
 import torch
-from gymnasium.vector import AutoresetMode, VectorEnv
-from gymnasium.vector.utils import batch_space, concatenate, create_empty_array, iterate
 from torch import Tensor
 
 from cyborg_torchrl.envs.gym.episode import Episode
-from cyborg_torchrl.envs.gym.processes import EnvironmentProcesses, InThisProcess
-
-Info = dict[str, Any]
+from cyborg_torchrl.envs.gym.processes import EnvironmentProcesses, InThisProcess, Stepped
 
 
-class EpisodeVectorEnv(VectorEnv):
+class EpisodeBatch:
     """Environments stepped together; each is reset only on request, and each episode has its seed.
 
     A seed given by `reseed` takes effect at each environment's next reset, so the caller may still act on the present
     observations. A collector may give the same seed again after its first reset. Then the seed is not used a second
     time, and no episode is played twice. The seeds of all environments are unrelated. With gymnasium's `seed + i`, two
-    vectors with neighbouring seeds would share most episodes.
+    batches with neighbouring seeds would share most episodes.
 
     Args:
         makers: one callable for each environment.
@@ -41,53 +37,41 @@ class EpisodeVectorEnv(VectorEnv):
             self.runner = EnvironmentProcesses(makers, workers, self.episodes)
         else:
             self.runner = InThisProcess(dict(enumerate(makers)))
-        self.single_observation_space, self.single_action_space, metadata = self.runner.spaces()
-        self.observation_space = batch_space(self.single_observation_space, self.num_envs)
-        self.action_space = batch_space(self.single_action_space, self.num_envs)
-        self.autoreset_mode = AutoresetMode.DISABLED
-        self.metadata = {**metadata, "autoreset_mode": self.autoreset_mode}
+        self.observation_space, self.action_space, self.metadata = self.runner.spaces()
 
     @property
     def envs(self) -> list[gymnasium.Env]:
         """The environments in this process; empty with worker processes."""
         return list(self.runner.envs.values())
 
+    @property
+    def observations(self) -> list[Any]:
+        """The present observation of each environment."""
+        return [episode.observation for episode in self.episodes]
+
     def reseed(self, seed: int) -> None:
         """Seed each environment at its next reset."""
         self._next = [int(word) for word in np.random.SeedSequence(seed).generate_state(self.num_envs)]
 
-    def reset(self, *, seed: int | None = None, options: Info | None = None) -> tuple[Any, Info]:
-        """Reset all environments, or those in `options["reset_mask"]`."""
-        if seed is not None:
-            self.reseed(seed)
-        rest = dict(options or {})
-        mask = rest.pop("reset_mask", np.ones(self.num_envs, dtype=bool))
-        chosen = [int(i) for i in np.flatnonzero(mask)]
+    def begin(self, chosen: Iterable[int]) -> None:
+        """Begin an episode in each of the chosen environments."""
+        seeds: dict[int, int] = {}
         for i in chosen:
             self.episodes[i].begin(self._next[i])
             self._next[i] = None
-        infos: Info = {}
-        begun = self.runner.reset({i: self.episodes[i].seed for i in chosen}, rest or None)
-        for i, (observation, info) in begun.items():
+            seeds[i] = self.episodes[i].seed
+        for i, (observation, _) in self.runner.reset(seeds, None).items():
             self.episodes[i].observation = observation
-            infos = self._add_info(infos, info, i)
-        return self._observed(), infos
 
-    def step(self, actions: Any) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, Info]:
-        """Take a step in each environment."""
-        each = list(iterate(self.action_space, actions))
-        rewards = np.zeros(self.num_envs)
-        terminated, truncated = np.zeros(self.num_envs, dtype=bool), np.zeros(self.num_envs, dtype=bool)
-        infos: Info = {}
-        for i, step in self.runner.step(dict(enumerate(each))).items():
-            observation, rewards[i], terminated[i], truncated[i], info = step
-            episode = self.episodes[i]
+    def step(self, actions: Sequence[Any]) -> list[Stepped]:
+        """Take a step in each environment, and return what each has returned."""
+        stepped = self.runner.step(dict(enumerate(actions)))
+        for i, episode in enumerate(self.episodes):
             if not episode.actions and episode.number == 0 and self._next[i] == episode.stream:
                 self._next[i] = None  # this episode already used the seed
-            episode.observation = observation
-            episode.actions.append(each[i])
-            infos = self._add_info(infos, info, i)
-        return self._observed(), rewards, terminated, truncated, infos
+            episode.observation = stepped[i][0]
+            episode.actions.append(actions[i])
+        return [stepped[i] for i in range(self.num_envs)]
 
     def get_state(self) -> dict[str, Any]:
         """Return the present episodes as tensors, numbers and texts."""
@@ -109,7 +93,7 @@ class EpisodeVectorEnv(VectorEnv):
             ValueError: if the state has another number of environments.
         """
         if len(state["streams"]) != self.num_envs:
-            raise ValueError(f"the state is for {len(state['streams'])} environments; this vector has {self.num_envs}.")
+            raise ValueError(f"the state is for {len(state['streams'])} environments; this batch has {self.num_envs}.")
         for i, episode in enumerate(self.episodes):
             episode.stream, episode.number = state["streams"][i], state["numbers"][i]
             episode.actions = [] if state["actions"][i] is None else list(state["actions"][i].numpy())
@@ -122,14 +106,9 @@ class EpisodeVectorEnv(VectorEnv):
             lost[i] = self.episodes[i].fingerprint != state["fingerprints"][i]
         return lost
 
-    def close_extras(self, **kwargs: Any) -> None:
+    def close(self) -> None:
         """Close the environments."""
         self.runner.close()
-
-    def _observed(self) -> Any:
-        space = self.single_observation_space
-        seen = [episode.observation for episode in self.episodes]
-        return concatenate(space, seen, create_empty_array(space, n=self.num_envs, fn=np.zeros))
 
 
 def _as_tensor(actions: Sequence[Any]) -> Tensor | None:

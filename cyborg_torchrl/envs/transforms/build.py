@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 
 import torch
-from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 from torch.nn import functional as F
@@ -14,23 +13,26 @@ from torchrl.data import Bounded, Categorical, Composite, MultiCategorical, Tens
 from torchrl.envs import CatFrames, EnvBase, RewardClipping, Transform
 
 from cyborg_torchrl import keys
+from cyborg_torchrl.envs.transforms.entries import Entries, EntryTransform
 from cyborg_torchrl.envs.transforms.normalization import NormalizeObservation, NormalizeReward
 from cyborg_torchrl.modules.encoders.build import default_observations
 from cyborg_torchrl.modules.encoders.images import image_layout, is_picture
 
 
-class _Previous(Transform):
-    """A value of the last step as an entry of shape `shape`, zero at an episode's first step."""
+class _Previous(EntryTransform):
+    """A value of the last step as an entry of shape `shape` on the device `home`, zero at an episode's first step."""
 
     shape: Sequence[int]
+    home: torch.device | None
 
     def transform_observation_spec(self, observation_spec: Composite) -> Composite:
         """Add the entry."""
         observation_spec[self.out_keys[0]] = Unbounded(self.shape, device=observation_spec.device)
         return observation_spec
 
-    def _reset(self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase) -> TensorDictBase:
-        return tensordict_reset.set(self.out_keys[0], torch.zeros(self.shape, device=tensordict_reset.device))
+    def after_reset(self, begun: Entries, is_reset: Tensor | None) -> None:
+        """Begin with zero."""
+        begun[self.out_keys[0]] = torch.zeros(self.shape, device=self.home)
 
 
 class PreviousAction(_Previous):
@@ -45,6 +47,7 @@ class PreviousAction(_Previous):
 
     def __init__(self, action_spec: TensorSpec, batch_dims: int = 1) -> None:
         super().__init__(in_keys=[keys.ACTION], out_keys=[keys.PREVIOUS_ACTION])
+        self.home = action_spec.device
         self.batch = tuple(action_spec.shape[:batch_dims])
         self.sizes: list[int] | None = None
         self.centre: Tensor | None = None
@@ -59,8 +62,9 @@ class PreviousAction(_Previous):
                 self.centre, self.half_range = (low + high) / 2, (high - low) / 2
         self.shape = (*self.batch, sum(self.sizes) if self.sizes else event.numel())
 
-    def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
-        return next_tensordict.set(keys.PREVIOUS_ACTION, self.encode(tensordict.get(keys.ACTION)))
+    def after_step(self, before: Entries, after: Entries) -> None:
+        """Add the action of this step."""
+        after[keys.PREVIOUS_ACTION] = self.encode(before[keys.ACTION])
 
     def encode(self, action: Tensor) -> Tensor:
         """Return actions [*B, ...] as vectors [*B, A]."""
@@ -82,13 +86,14 @@ class PreviousReward(_Previous):
 
     def __init__(self, reward_spec: TensorSpec) -> None:
         super().__init__(in_keys=[keys.REWARD], out_keys=[keys.PREVIOUS_REWARD])
-        self.shape = reward_spec.shape
+        self.shape, self.home = reward_spec.shape, reward_spec.device
 
-    def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
-        return next_tensordict.set(keys.PREVIOUS_REWARD, next_tensordict.get(keys.REWARD).float())
+    def after_step(self, before: Entries, after: Entries) -> None:
+        """Add the reward of this step."""
+        after[keys.PREVIOUS_REWARD] = after[keys.REWARD].float()
 
 
-class ExplorationNoise(Transform):
+class ExplorationNoise(EntryTransform):
     """Standard normal noise that changes slowly, as the entry "exploration_noise", [N, A] float.
 
     A policy whose actions take their randomness from it explores in one direction for some steps, instead of trembling
@@ -103,23 +108,25 @@ class ExplorationNoise(Transform):
 
     def __init__(self, action_spec: TensorSpec, steps: float) -> None:
         super().__init__(in_keys=[keys.EXPLORATION_NOISE], out_keys=[keys.EXPLORATION_NOISE])
-        self.shape, self.kept = action_spec.shape, 1.0 - 1.0 / steps
+        self.shape, self.home = action_spec.shape, action_spec.device
+        self.kept = 1.0 - 1.0 / steps
 
     def transform_observation_spec(self, observation_spec: Composite) -> Composite:
         """Add the entry."""
         observation_spec[keys.EXPLORATION_NOISE] = Unbounded(self.shape, device=observation_spec.device)
         return observation_spec
 
-    def _reset(self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase) -> TensorDictBase:
-        return tensordict_reset.set(keys.EXPLORATION_NOISE, torch.randn(self.shape, device=tensordict_reset.device))
+    def after_step(self, before: Entries, after: Entries) -> None:
+        """Change the noise a little."""
+        noise = before[keys.EXPLORATION_NOISE]
+        after[keys.EXPLORATION_NOISE] = self.kept * noise + math.sqrt(1.0 - self.kept**2) * torch.randn_like(noise)
 
-    def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
-        noise = tensordict.get(keys.EXPLORATION_NOISE)
-        noise = self.kept * noise + math.sqrt(1.0 - self.kept**2) * torch.randn_like(noise)
-        return next_tensordict.set(keys.EXPLORATION_NOISE, noise)
+    def after_reset(self, begun: Entries, is_reset: Tensor | None) -> None:
+        """Begin with new noise."""
+        begun[keys.EXPLORATION_NOISE] = torch.randn(self.shape, device=self.home)
 
 
-class ScaleReward(Transform):
+class ScaleReward(EntryTransform):
     """Rewards multiplied by a number. TorchRL's `RewardScaling` refuses rewards with bounds.
 
     Args:
@@ -136,8 +143,9 @@ class ScaleReward(Transform):
         reward_spec[keys.REWARD] = Unbounded(spec.shape, device=spec.device, dtype=spec.dtype)
         return reward_spec
 
-    def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
-        return next_tensordict.set(keys.REWARD, next_tensordict.get(keys.REWARD) * self.scale)
+    def after_step(self, before: Entries, after: Entries) -> None:
+        """Scale the rewards."""
+        after[keys.REWARD] = after[keys.REWARD] * self.scale
 
 
 def build_transforms(

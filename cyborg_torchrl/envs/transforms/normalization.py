@@ -7,13 +7,13 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from tensordict import TensorDictBase
-from tensordict.utils import NestedKey
+from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor, nn
 from torchrl.data import Bounded, Composite, TensorSpec, Unbounded
 from torchrl.envs import Compose, EnvBase, Transform, TransformedEnv
 
 from cyborg_torchrl import keys
+from cyborg_torchrl.envs.transforms.entries import Entries, EntryTransform
 
 EPSILON = 1e-8
 
@@ -91,7 +91,7 @@ class RunningMoments(nn.Module):
         return (self.var + EPSILON).sqrt()
 
 
-class NormalizeObservation(Transform):
+class NormalizeObservation(EntryTransform):
     """Observations with mean 0 and standard deviation 1 by running moments, then clipped.
 
     Every observation counts once. (TorchRL's `VecNormV2` adds the whole batch again whenever one environment is reset,
@@ -108,7 +108,8 @@ class NormalizeObservation(Transform):
     def __init__(
         self, observation_spec: Composite, in_keys: Sequence[NestedKey], batch_dims: int = 1, limit: float = 10.0
     ) -> None:
-        super().__init__(in_keys=list(in_keys), out_keys=list(in_keys))
+        in_keys = [unravel_key(key) for key in in_keys]
+        super().__init__(in_keys=in_keys, out_keys=in_keys)
         shapes = [observation_spec[key].shape[batch_dims:] for key in in_keys]
         self.moments = nn.ModuleList(RunningMoments(shape) for shape in shapes)
         self.limit, self.is_frozen = limit, False
@@ -120,27 +121,27 @@ class NormalizeObservation(Transform):
             observation_spec[key] = Bounded(-self.limit, self.limit, spec.shape, device=spec.device, dtype=spec.dtype)
         return observation_spec
 
-    def _reset(self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase) -> TensorDictBase:
-        mask = tensordict.get("_reset", None)
-        return self._normalize(tensordict_reset, None if mask is None else mask.reshape(-1))
+    def after_step(self, before: Entries, after: Entries) -> None:
+        """Normalise the observations."""
+        self._normalize(after, None)
 
-    def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
-        return self._normalize(next_tensordict, None)
+    def after_reset(self, begun: Entries, is_reset: Tensor | None) -> None:
+        """Normalise the first observations of episodes."""
+        self._normalize(begun, None if is_reset is None else is_reset.reshape(-1))
 
-    def _normalize(self, tensordict: TensorDictBase, mask: Tensor | None) -> TensorDictBase:
+    def _normalize(self, entries: Entries, mask: Tensor | None) -> None:
         all_moments = cast("Iterable[RunningMoments]", self.moments)
         for key, moments in zip(self.in_keys, all_moments, strict=True):
-            seen = tensordict.get(key)
+            seen = entries[key]
             if not self.is_frozen:
                 rows = seen.reshape(-1, *moments.mean.shape)
                 moments.update(rows if mask is None else rows[mask])
             centred = ((seen - moments.mean) / moments.std).clamp(-self.limit, self.limit)
             # Infinity is not clipped, so that the check of the rollout finds it.
-            tensordict.set(key, torch.where(seen.isinf(), seen, centred).to(seen.dtype))
-        return tensordict
+            entries[key] = torch.where(seen.isinf(), seen, centred).to(seen.dtype)
 
 
-class NormalizeReward(Transform):
+class NormalizeReward(EntryTransform):
     """Rewards divided by the running standard deviation of the discounted return; not centred.
 
         R_t = gamma R_{t-1} + r_t within an episode,   r_t <- r_t / std of all R so far
@@ -164,18 +165,20 @@ class NormalizeReward(Transform):
         reward_spec[keys.REWARD] = Unbounded(spec.shape, device=spec.device, dtype=spec.dtype)
         return reward_spec
 
-    def _reset(self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase) -> TensorDictBase:
-        mask = tensordict.get("_reset", None)
-        reset = torch.ones_like(self._returns, dtype=torch.bool) if mask is None else mask.reshape(self._returns.shape)
-        self._returns = self._returns.masked_fill(reset, 0.0)
-        return tensordict_reset
-
-    def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
-        reward = next_tensordict.get(keys.REWARD)
+    def after_step(self, before: Entries, after: Entries) -> None:
+        """Normalise the rewards."""
+        reward = after[keys.REWARD]
         self._returns = self.gamma * self._returns + reward
         if not self.is_frozen:
             self.moments.update(self._returns.reshape(-1))
-        return next_tensordict.set(keys.REWARD, (reward / self.moments.std).to(reward.dtype))
+        after[keys.REWARD] = (reward / self.moments.std).to(reward.dtype)
+
+    def after_reset(self, begun: Entries, is_reset: Tensor | None) -> None:
+        """Begin new returns."""
+        if is_reset is None:
+            self._returns = torch.zeros_like(self._returns)
+        else:
+            self._returns = self._returns.masked_fill(is_reset.reshape(self._returns.shape), 0.0)
 
 
 def statistics_of(env: EnvBase) -> nn.ModuleDict | None:

@@ -97,7 +97,7 @@ def test_after_a_death_the_episodes_go_on_where_they_were(acting, caplog) -> Non
     with caplog.at_level(logging.WARNING):
         for t in range(25):
             if t in (0, 4, 5, 9, 18):
-                kill(env._env.runner, t % 2)
+                kill(env.games.runner, t % 2)
             played, carried = env.step_and_maybe_reset(carried.set("action", noop))
             same, expected = alone.step_and_maybe_reset(expected.set("action", noop))
             for key in ("observation", "reward", "terminated", "truncated"):
@@ -114,7 +114,7 @@ def test_what_seed_and_actions_do_not_decide_is_cut_off(acting) -> None:
     for _ in range(3):
         _, carried = env.step_and_maybe_reset(carried.set("action", noop))
     before = carried["observation"].clone()
-    kill(env._env.runner, 0)
+    kill(env.games.runner, 0)
     played, carried = env.step_and_maybe_reset(carried.set("action", noop))
     after = played["next"]
     assert after["truncated"].squeeze(-1).tolist() == [True, True, False, False]
@@ -180,7 +180,7 @@ def _kill_if_there(pid: int, deaths: list[int]) -> None:
 
 def test_no_process_outlives_the_one_that_collects() -> None:
     code = "import time; from cyborg_torchrl.envs.gym.environment import build_gymnasium; env = build_gymnasium("
-    code += "num_envs=2, workers=2); print(*env._env.runner.pids, flush=True); time.sleep(100)"
+    code += "num_envs=2, workers=2); print(*env.games.runner.pids, flush=True); time.sleep(100)"
     command = [sys.executable, "-c", code]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
