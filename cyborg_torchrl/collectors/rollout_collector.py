@@ -41,7 +41,7 @@ class RolloutCollector:
     episode is truncated, the value of its last observation is computed at once, with its memory state:
     ("next", "state_value").
 
-    Policies and native environments step on tensors without tensordicts (see `FusedCollector`).
+    Policies and environments of this package step on tensors without tensordicts (see `FusedCollector`).
 
     Args:
         env: the environment, batched or not; `InitTracker` and the policy's primers are added if they are missing.
