@@ -30,10 +30,10 @@ TRAJ_IDS = ("collector", "traj_ids")
 class FusedCollector(Collector):
     """A drop-in for `torchrl.collectors.Collector` that steps on tensors.
 
-    Iteration, seeding, weight updates, state_dict and all options are TorchRL's. A rollout uses no tensordict between its
-    steps if the environment is one of this package, and the policy consists of TensorDictModules and our `Backbone`. It
-    runs the same operations in the same order, in a fraction of the time. With `compiled_step=False` batches equal those
-    of `Collector` bit by bit for the same seed.
+    Iteration, seeding, weight updates, state_dict and all options are TorchRL's. A rollout uses no tensordict between
+    its steps if the environment is one of this package, and the policy consists of TensorDictModules and our
+    `Backbone`. It runs the same operations in the same order, in a fraction of the time. With `compiled_step=False`
+    batches equal those of `Collector` bit by bit for the same seed.
 
     Environments of this package are a `MemoryTask` or a batch of gymnasium environments, with our transforms, and
     TorchRL's InitTracker, RewardSum, RewardClipping and TensorDictPrimer.
