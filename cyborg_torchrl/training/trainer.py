@@ -154,9 +154,10 @@ class PPOTrainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the content of `state_dict`."""
+        """Restore the content of `state_dict`. The optimiser's options stay those of this trainer's configuration."""
         self.loss.load_state_dict(state["loss"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        own = self.optimizer.state_dict()
+        self.optimizer.load_state_dict({**state["optimizer"], "param_groups": own["param_groups"]})
         self.num_updates, self.num_steps = state["num_updates"], state["num_steps"]
         self.rate_factor = state.get("rate_factor", 1.0)  # older checkpoints have none
 

@@ -125,3 +125,15 @@ def test_the_optimizer_of_a_run_is_resumed_and_cannot_change(tmp_path) -> None:
 def test_weight_decay_belongs_to_adamw(name: str) -> None:
     with pytest.raises(ConfigError, match=f"train.weight_decay belongs to optimizer=adamw; the optimizer is '{name}'"):
         load_config(overrides=[f"train.optimizer={name}", "train.weight_decay=0.1"])
+
+
+def test_a_resumed_run_takes_the_optimizers_options_from_its_configuration(tmp_path) -> None:
+    overrides = ["env.num_envs=4", "env.horizon=4", f"logger.base_dir={tmp_path}", "train.total_timesteps=1"]
+    first = build_trainer(load_config(overrides=overrides)).trainer
+    first.update(first.collector.rollout())
+    second = build_trainer(load_config(overrides=[*overrides, "train.adam_eps=0.25"])).trainer
+    second.load_state_dict(first.state_dict())
+    assert second.optimizer.param_groups[0]["eps"] == 0.25
+    before, after = (each.optimizer.state_dict()["state"] for each in (first, second))
+    assert before
+    assert all(torch.equal(before[i]["exp_avg"], after[i]["exp_avg"]) for i in before)
