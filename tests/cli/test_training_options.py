@@ -128,7 +128,8 @@ def test_weight_decay_belongs_to_adamw(name: str) -> None:
 
 
 def test_a_resumed_run_takes_the_optimizers_options_from_its_configuration(tmp_path) -> None:
-    overrides = ["env.num_envs=4", "env.horizon=4", f"logger.base_dir={tmp_path}", "train.total_timesteps=1"]
+    overrides = ["env.horizon=2", "env.num_envs=4", "train.n_steps=4", "train.total_timesteps=16", "logger=quiet"]
+    overrides += [f"logger.base_dir={tmp_path}"]
     first = build_trainer(load_config(overrides=overrides)).trainer
     first.update(first.collector.rollout())
     second = build_trainer(load_config(overrides=[*overrides, "train.adam_eps=0.25"])).trainer
