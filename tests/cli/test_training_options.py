@@ -128,7 +128,7 @@ def test_weight_decay_belongs_to_adamw(name: str) -> None:
 
 
 def test_a_resumed_run_takes_the_optimizers_options_from_its_configuration(tmp_path) -> None:
-    overrides = ["env.horizon=2", "env.num_envs=4", "train.n_steps=4", "train.total_timesteps=16", "logger=quiet"]
+    overrides = ["env.horizon=2", "env.num_envs=8", "train.n_steps=4", "train.total_timesteps=32", "logger=quiet"]
     overrides += [f"logger.base_dir={tmp_path}"]
     first = build_trainer(load_config(overrides=overrides)).trainer
     first.update(first.collector.rollout())
