@@ -1,6 +1,7 @@
 """Recurrent cores over plain tensors."""
 
 from cyborg_torchrl.cores.abstract import Core, InitialState, State, Terms, restart, unroll
+from cyborg_torchrl.cores.attention import AttentionCore, build_attention
 from cyborg_torchrl.cores.gru import GRULayer, build_gru
 from cyborg_torchrl.cores.layered import LayeredCore, RecurrentLayer, layered_core_builder
 from cyborg_torchrl.cores.lru import LRULayer, build_lru
@@ -19,6 +20,7 @@ from cyborg_torchrl.cores.stack import StackCore, build_stack
 from cyborg_torchrl.cores.timescale import TimescaleNorm, log_spaced_timescales
 
 __all__ = [
+    "AttentionCore",
     "Core",
     "GRULayer",
     "InitialState",
@@ -37,6 +39,7 @@ __all__ = [
     "Terms",
     "TimescaleNorm",
     "augment_with_pmm",
+    "build_attention",
     "build_gru",
     "build_lru",
     "build_lstm",

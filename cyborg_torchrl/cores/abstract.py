@@ -52,6 +52,8 @@ class Core(nn.Module, ABC):
     """Shape of each named tensor of the state, without the batch dimension."""
     term_names: tuple[str, ...] = ()
     """Names of the terms that `forward_with_terms` returns. Most cores have none."""
+    counters: tuple[str, ...] = ()
+    """Names of the state's tensors that count steps, in whole numbers. No gradient passes through them."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         """Let the methods of every core, also those of other packages, compute without autocast."""

@@ -65,6 +65,9 @@ class StackCore(Core):
             for core, names in zip(cores, self.state_names, strict=True)
             for name, shape in core.state_shapes.items()
         }
+        self.counters = tuple(
+            names[name] for core, names in zip(cores, self.state_names, strict=True) for name in core.counters
+        )
         self.term_names = tuple(unique for names in self.layer_term_names for unique in names.values())
 
     def initial_state(self, batch: int) -> State:

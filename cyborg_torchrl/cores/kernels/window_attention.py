@@ -1,0 +1,114 @@
+"""Attention over a window of the last steps on a CPU: a step in C++, a sequence without copies of its windows."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from cyborg_torchrl.cores.kernels.native import is_native, run
+
+BLOCK = 64
+"""Queries of a row that are computed at once."""
+PRODUCTS = 2**18
+"""Products that are computed at once: few enough to stay in the processor's cache."""
+
+
+def attend_step(
+    q: Float[Tensor, "B H D"],
+    keys: Float[Tensor, "B H D K"],
+    values: Float[Tensor, "B H K D"],
+    bias: Float[Tensor, "H K"],
+    age: Float[Tensor, " B"],
+) -> Float[Tensor, "B H D"]:
+    """Return what one query of each head reads from the last K steps, without gradients.
+
+    Args:
+        q: queries.
+        keys: keys, the newest last; a view of a longer buffer [B, H, D, C].
+        values: values, the newest last; a view of a buffer [B, H, C, D].
+        bias: added to the products, by distance: the newest first.
+        age: steps of the episode so far, the present one included; earlier ones are left out.
+    """
+    batch, heads, size, length = keys.shape
+    if is_native(q):
+        read = torch.empty_like(q, memory_format=torch.contiguous_format)
+        sizes = (length, batch * heads, size, keys.stride(2), heads)
+        run(
+            "attend", sizes, [q.contiguous(), keys, values, bias.contiguous(), age.contiguous()], [read], eps=size**-0.5
+        )
+        return read
+    products = torch.einsum("bhd,bhdk->bhk", q, keys) * size**-0.5 + bias.flip(-1)
+    is_before_start = torch.arange(length - 1, -1, -1) >= age.view(-1, 1, 1)
+    weights = products.masked_fill(is_before_start, -torch.inf).softmax(-1)
+    return torch.einsum("bhk,bhkd->bhd", weights, values)
+
+
+class _WindowAttention(torch.autograd.Function):
+    """Attention of a sequence. Arguments and results are those of `attention.attend`."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, q: Tensor, keys: Tensor, values: Tensor, bias: Tensor, age: Tensor) -> Tensor:
+        read = torch.empty_like(q)
+        kept: list[Tensor] = []
+        for queries, steps, distance in _blocks(q, bias):
+            is_far = (distance < 0) | (distance >= bias.shape[-1])
+            table = bias[:, distance.clamp(0, bias.shape[-1] - 1)].masked_fill(is_far, -torch.inf)
+            for rows in _rows(q, table):
+                is_before_start = (distance >= age[rows, queries].unsqueeze(-1)).unsqueeze(1)
+                products = table.masked_fill(is_before_start, -torch.inf).flatten(0, 1)
+                k, v = keys[rows, ..., steps].flatten(0, 1), values[rows, :, steps].flatten(0, 1)
+                products.baddbmm_(q[rows, :, queries].flatten(0, 1), k, alpha=q.shape[-1] ** -0.5)
+                weights = products.softmax(-1)
+                read[rows, :, queries] = torch.bmm(weights, v).view_as(read[rows, :, queries])
+                kept.append(weights)
+        ctx.save_for_backward(q, keys, values, bias, *kept)
+        return read
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad_read: Tensor) -> tuple[Tensor | None, ...]:
+        q, keys, values, bias, *kept = ctx.saved_tensors
+        grad_q, grad_bias = torch.empty_like(q), torch.zeros_like(bias)
+        grad_keys, grad_values = torch.zeros_like(keys), torch.zeros_like(values)
+        all_weights = iter(kept)
+        for queries, steps, distance in _blocks(q, bias):
+            total: Tensor | None = None
+            for rows in _rows(q, distance.expand(bias.shape[0], *distance.shape)):
+                weights, grad = next(all_weights), grad_read[rows, :, queries].flatten(0, 1)
+                k, v = keys[rows, ..., steps].flatten(0, 1), values[rows, :, steps].flatten(0, 1)
+                grad_values[rows, :, steps] += torch.bmm(weights.transpose(1, 2), grad).unflatten(0, (-1, q.shape[1]))
+                slope = torch.ops.aten._softmax_backward_data(torch.bmm(grad, v.transpose(1, 2)), weights, -1, q.dtype)
+                by_head = slope.unflatten(0, (-1, q.shape[1])).sum(0)
+                total = by_head if total is None else total + by_head
+                slope *= q.shape[-1] ** -0.5
+                grad_q[rows, :, queries] = torch.bmm(slope, k.transpose(1, 2)).unflatten(0, (-1, q.shape[1]))
+                own_q = q[rows, :, queries].flatten(0, 1)
+                grad_keys[rows, ..., steps] += torch.bmm(own_q.transpose(1, 2), slope).unflatten(0, (-1, q.shape[1]))
+            assert total is not None
+            grad_bias.index_add_(1, distance.clamp(0, bias.shape[-1] - 1).flatten(), total.flatten(1))
+        return grad_q, grad_keys, grad_values, grad_bias, None
+
+
+def attend_sequence(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor, age: Tensor) -> Tensor:
+    """Do the same as `attention.attend`."""
+    return _WindowAttention.apply(q, keys, values, bias, age)
+
+
+def _blocks(q: Tensor, bias: Tensor) -> list[tuple[slice, slice, Tensor]]:
+    """Return for each block its queries, its keys, and their distances [queries, keys]."""
+    length, window = q.shape[2], bias.shape[-1] - 1
+    found = []
+    for start in range(0, length, BLOCK):
+        end = min(start + BLOCK, length)
+        index = torch.arange(end - start + window)
+        distance = window + index[: end - start].unsqueeze(1) - index
+        found.append((slice(start, end), slice(start, end + window), distance))
+    return found
+
+
+def _rows(q: Tensor, table: Tensor) -> list[slice]:
+    """Return the rows whose products with a table of this size are computed at once."""
+    count = max(1, PRODUCTS // table.numel())
+    return [slice(start, start + count) for start in range(0, q.shape[0], count)]
