@@ -10,9 +10,11 @@ from cyborg_torchrl.cores.mamba import MambaBlock
 from cyborg_torchrl.cores.mamba2 import Mamba2Block
 from cyborg_torchrl.cores.mamba_family import build_mamba, build_mamba2, build_mamba_gru, build_pseudo_mamba
 from cyborg_torchrl.cores.memoryless import MemorylessCore
+from cyborg_torchrl.cores.min_gru import MinGRULayer, build_min_gru
 from cyborg_torchrl.cores.mlp import MLPBlock
 from cyborg_torchrl.cores.pmm import PMMCore, augment_with_pmm, build_pmm
 from cyborg_torchrl.cores.pseudo_mamba import PseudoMambaBlock
+from cyborg_torchrl.cores.rnn import RNNLayer, build_rnn
 from cyborg_torchrl.cores.scan import gated_linear_scan
 from cyborg_torchrl.cores.selective_scan import selective_scan
 from cyborg_torchrl.cores.ssd import ssd_scan
@@ -31,8 +33,10 @@ __all__ = [
     "Mamba2Block",
     "MambaBlock",
     "MemorylessCore",
+    "MinGRULayer",
     "PMMCore",
     "PseudoMambaBlock",
+    "RNNLayer",
     "RecurrentLayer",
     "StackCore",
     "State",
@@ -46,8 +50,10 @@ __all__ = [
     "build_mamba",
     "build_mamba2",
     "build_mamba_gru",
+    "build_min_gru",
     "build_pmm",
     "build_pseudo_mamba",
+    "build_rnn",
     "build_stack",
     "gated_linear_scan",
     "layered_core_builder",

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 
 class GRUGate(nn.Module):
-    """The gate of GTrXL in place of a residual.
+    """The gate of GTrXL, which replaces a residual.
 
     r = sigmoid(W_r y + U_r x);    z = sigmoid(W_z y + U_z x - 2);    n = tanh(W_n y + U_n (r x));
     (1 - z) x + z n

@@ -13,15 +13,29 @@ from cyborg_torchrl.cores import (
     GRULayer,
     LRULayer,
     LSTMLayer,
+    MinGRULayer,
     RecurrentLayer,
+    RNNLayer,
     build_gru,
     build_lru,
     build_lstm,
+    build_min_gru,
+    build_rnn,
     gated_linear_scan,
 )
 
 STEPS, BATCH, FEATURES, HIDDEN = 5, 3, 2, 4
-LAYERS = [GRULayer, LSTMLayer, LRULayer]
+
+
+def tanh_layer(in_features: int, hidden_size: int, _: int) -> RNNLayer:
+    return RNNLayer(in_features, hidden_size)
+
+
+def relu_layer(in_features: int, hidden_size: int, _: int) -> RNNLayer:
+    return RNNLayer(in_features, hidden_size, "relu")
+
+
+LAYERS = [GRULayer, LSTMLayer, LRULayer, MinGRULayer, tanh_layer, relu_layer]
 
 
 def resets() -> Tensor:
@@ -150,7 +164,46 @@ def test_lru_by_hand() -> None:
     torch.testing.assert_close(h_1, torch.tensor([[0.6 * 10 + 0.8 * 0.5 * 5]]))
 
 
-@pytest.mark.parametrize("build", [build_gru, build_lstm, build_lru])
+@pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
+def test_rnn_equals_torch(nonlinearity: str) -> None:
+    core = build_rnn(FEATURES, hidden_size=HIDDEN, num_layers=2, nonlinearity=nonlinearity).double()
+    reference = nn.RNN(FEATURES, HIDDEN, 2, nonlinearity=nonlinearity, batch_first=True).double()
+    with torch.no_grad():
+        for index, layer in enumerate(core.layers):
+            layer.input.weight.copy_(getattr(reference, f"weight_ih_l{index}"))
+            layer.recurrent.copy_(getattr(reference, f"weight_hh_l{index}"))
+            layer.input.bias.copy_(getattr(reference, f"bias_ih_l{index}"))
+            getattr(reference, f"bias_hh_l{index}").zero_()
+    x, hidden = leaf(BATCH, 20, FEATURES), leaf(BATCH, 2, HIDDEN)
+    y, last = core(x, {"hidden": hidden}, torch.zeros(BATCH, 20, dtype=torch.bool))
+    expected, expected_last = reference(x, hidden.transpose(0, 1))
+    torch.testing.assert_close(y, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(last["hidden"], expected_last.transpose(0, 1), rtol=0, atol=1e-12)
+    ours, theirs = (torch.autograd.grad(each.square().sum(), [x, hidden]) for each in (y, expected))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_rnn_starts_as_its_papers_say() -> None:
+    eye = torch.eye(8)
+    assert torch.equal(RNNLayer(3, 8, "relu").recurrent, eye)
+    weight = RNNLayer(3, 8).recurrent
+    torch.testing.assert_close(weight @ weight.t(), eye, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="unknown nonlinearity 'sigmoid'"):
+        build_rnn(3, nonlinearity="sigmoid")
+
+
+def test_min_gru_by_hand() -> None:
+    """A gate of 1/4 between a state of 10 and a candidate of 2 * 3: 0.75 * 10 + 0.25 * 6 = 9."""
+    layer = MinGRULayer(1, 1, 10)
+    with torch.no_grad():
+        layer.maps.weight.copy_(torch.tensor([[0.0], [2.0]]))
+        layer.gate_bias.fill_(math.log(0.25 / 0.75))
+    h_1, _ = layer.step(torch.tensor([[3.0]]), (torch.tensor([[10.0]]),))
+    torch.testing.assert_close(h_1, torch.tensor([[9.0]]))
+
+
+@pytest.mark.parametrize("build", [build_gru, build_lstm, build_lru, build_min_gru])
 def test_builders_refuse_impossible_options(build: Callable) -> None:
     for option in ("hidden_size", "num_layers", "max_horizon"):
         with pytest.raises(ValueError, match=f"{option} must be >= 1; got 0"):
@@ -161,7 +214,7 @@ def test_builders_refuse_impossible_options(build: Callable) -> None:
         build(3, readout_groups=0)
 
 
-@pytest.mark.parametrize("build", [build_gru, build_lstm, build_lru])
+@pytest.mark.parametrize("build", [build_gru, build_lstm, build_lru, build_min_gru])
 @pytest.mark.parametrize("horizon", [10, 1000])
 def test_memories_keep_for_as_long_as_the_horizon(build: Callable, horizon: int) -> None:
     """The slowest channel forgets less than a fifth over the horizon, the fastest nearly all within ten steps."""

@@ -14,7 +14,7 @@ class SlidingCache:
     step later. Earlier views keep their content, so a caller may store them. A buffer is copied once in W steps.
 
     A cache that is not the newest view of the buffer is copied into a new buffer. So it is right for any caller, and
-    fast for one that goes on from the last result.
+    fast for one that continues from the last result.
 
     Args:
         dim: the dimension of the steps.
