@@ -52,12 +52,12 @@ class CoreCase(NamedTuple):
     name: str
     is_learned: bool
     num_layers: int
-    layers: tuple[str, ...] = ()
-    """Layers of a stack."""
+    options: tuple[tuple[str, object], ...] = ()
+    """Other options than the defaults."""
 
     def __str__(self) -> str:
-        parts = [self.name, "learned" if self.is_learned else "zero", str(self.num_layers), *self.layers]
-        return "-".join(parts)
+        parts = [self.name, "learned" if self.is_learned else "zero", str(self.num_layers)]
+        return "-".join([*parts, *(str(value) for _, value in self.options)])
 
 
 def core_cases() -> list[CoreCase]:
@@ -68,7 +68,14 @@ def core_cases() -> list[CoreCase]:
         for is_learned in (False, True) if "learn_initial_state" in options else (False,):
             for num_layers in (1, 2) if "num_layers" in options else (1,):
                 cases.append(CoreCase(name, is_learned, num_layers))
-    return [*cases, CoreCase("stack", True, 1, ("mlp", "gru", "mlp"))]
+    short = (("window", 3), ("position", "rotary"), ("gating", "gru"), ("has_clock", True))
+    return [
+        *cases,
+        CoreCase("stack", True, 1, (("layers", ("mlp", "gru", "mlp")),)),
+        CoreCase("stack", True, 1, (("layers", ("lru", "attention")),)),
+        CoreCase("attention", False, 2, short),
+        CoreCase("lru", True, 2, (("is_complex", True),)),
+    ]
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -97,7 +104,7 @@ def build_case(case: CoreCase, in_features: int, **options: object) -> Core:
         "num_layers": case.num_layers,
         "max_horizon": 200,
         "learn_initial_state": case.is_learned,
-        **({"layers": case.layers} if case.layers else {}),
+        **dict(case.options),
         **options,
     }
     core = builder(in_features, **{name: value for name, value in wanted.items() if name in known})

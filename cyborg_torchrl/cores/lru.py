@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -14,10 +14,11 @@ from cyborg_torchrl.cores.blocks import blocks
 from cyborg_torchrl.cores.kernels.gated_recurrence import gated_recurrence_cpp
 from cyborg_torchrl.cores.kernels.linear import linear
 from cyborg_torchrl.cores.kernels.native import is_native
-from cyborg_torchrl.cores.layered import LayerState, RecurrentLayer, layered_core_builder
+from cyborg_torchrl.cores.layered import LayeredCore, LayerState, RecurrentLayer, layered_core_builder
+from cyborg_torchrl.cores.lru_complex import ComplexLRULayer
 from cyborg_torchrl.cores.resets import reset_steps
 from cyborg_torchrl.cores.timescale import log_spaced_timescales
-from cyborg_torchrl.registry import register_backbone
+from cyborg_torchrl.registry import register_backbone, with_options_of
 
 
 class _Gates(NamedTuple):
@@ -191,5 +192,17 @@ class LRULayer(RecurrentLayer):
         return F.softplus(self.rate)
 
 
-build_lru = register_backbone("lru")(layered_core_builder(LRULayer))
-"""Build the core of `backbone=lru`: a `LayeredCore` of `LRULayer`."""
+_build_real, _build_complex = layered_core_builder(LRULayer), layered_core_builder(ComplexLRULayer)
+
+
+@register_backbone("lru")
+@with_options_of(_build_real)
+def build_lru(in_features: int, *, is_complex: bool = False, **options: Any) -> LayeredCore:
+    """Build the core of `backbone=lru`: a `LayeredCore` of `LRULayer`.
+
+    Args:
+        in_features: F, features of the input.
+        is_complex: complex states, which rotate (`ComplexLRULayer`).
+        options: those of every layered core: `hidden_size`, `num_layers`, `max_horizon`, `readout`, ...
+    """
+    return (_build_complex if is_complex else _build_real)(in_features, **options)

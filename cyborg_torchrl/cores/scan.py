@@ -6,7 +6,7 @@ Time comes first ([T, B, D]) in this module. So one step is one contiguous block
 from __future__ import annotations
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Inexact
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
@@ -14,7 +14,10 @@ from cyborg_torchrl.cores.resets import reset_steps
 
 
 class _LinearRecurrence(torch.autograd.Function):
-    """h_t = a_t h_{t-1} + b_t. The backward pass costs O(T). Indexing in a loop under autograd would cost O(T^2)."""
+    """h_t = a_t h_{t-1} + b_t. The backward pass costs O(T). Indexing in a loop under autograd would cost O(T^2).
+
+    Numbers are real or complex; `conj` does nothing to real ones.
+    """
 
     @staticmethod
     def forward(
@@ -38,7 +41,7 @@ class _LinearRecurrence(torch.autograd.Function):
         resets = reset_steps(is_init)
         grad_drive = torch.empty_like(states)
         grad_initial, grad_t, a_tp1 = torch.zeros_like(h_0), torch.zeros_like(h_0), torch.zeros_like(h_0)
-        rows = zip(decay.unbind(0), grad_states.unbind(0), grad_drive.unbind(0), strict=True)
+        rows = zip(decay.conj().resolve_conj().unbind(0), grad_states.unbind(0), grad_drive.unbind(0), strict=True)
         for t, (a_t, g_t, out_t) in reversed(list(enumerate(rows))):
             grad_t = torch.addcmul(g_t, a_tp1, grad_t, out=out_t)
             a_tp1 = a_t
@@ -49,22 +52,22 @@ class _LinearRecurrence(torch.autograd.Function):
         previous = torch.cat([h_0.unsqueeze(0), states[:-1]])
         if any(resets):
             previous = torch.where(is_init.unsqueeze(-1), initial, previous)
-        return previous.mul_(grad_drive), grad_drive, a_tp1 * grad_t, None, grad_initial
+        return previous.conj() * grad_drive, grad_drive, a_tp1 * grad_t, None, grad_initial
 
 
 def gated_linear_scan(
-    decay: Float[Tensor, "T B D"],
-    drive: Float[Tensor, "T B D"],
-    h_0: Float[Tensor, "B D"],
+    decay: Inexact[Tensor, "T B D"],
+    drive: Inexact[Tensor, "T B D"],
+    h_0: Inexact[Tensor, "B D"],
     is_init: Bool[Tensor, "T B"],
-    initial: Float[Tensor, "B D"],
-) -> Float[Tensor, "T B D"]:
+    initial: Inexact[Tensor, "B D"],
+) -> Inexact[Tensor, "T B D"]:
     """Run a gated linear recurrence over a sequence, and restart where episodes begin.
 
         h_t = a_t * h_{t-1} + b_t,   h_{t-1} := initial where is_init_t
 
     Args:
-        decay: a_t, in [0, 1].
+        decay: a_t, of absolute value at most 1.
         drive: b_t.
         h_0: the state before the first step.
         is_init: true where an episode begins. The state before it is dropped there, NaN included.

@@ -225,7 +225,7 @@ def test_learned_initial_state_gets_its_gradient_at_every_reset(build_core: Buil
     x = torch.randn(1, STEPS, FEATURES).double()
     is_init = torch.zeros(1, STEPS, dtype=torch.bool)
     is_init[:, 10] = True
-    state = {name: torch.randn_like(value) for name, value in initial.items()}
+    state = {name: value if name in core.counters else torch.randn_like(value) for name, value in initial.items()}
     learned = [p for module in core.modules() if isinstance(module, InitialState) for p in module.parameters()]
     ours = torch.autograd.grad(core(x, state, is_init)[0].square().sum(), learned)
     part = unroll(core, x[:, 10:], core.initial_state(1), torch.zeros_like(is_init[:, 10:]))[0]

@@ -23,6 +23,7 @@ from cyborg_torchrl.cores import (
     build_rnn,
     gated_linear_scan,
 )
+from cyborg_torchrl.cores.lru_complex import ComplexLRULayer
 
 STEPS, BATCH, FEATURES, HIDDEN = 5, 3, 2, 4
 
@@ -35,7 +36,7 @@ def relu_layer(in_features: int, hidden_size: int, _: int) -> RNNLayer:
     return RNNLayer(in_features, hidden_size, "relu")
 
 
-LAYERS = [GRULayer, LSTMLayer, LRULayer, MinGRULayer, tanh_layer, relu_layer]
+LAYERS = [GRULayer, LSTMLayer, LRULayer, ComplexLRULayer, MinGRULayer, tanh_layer, relu_layer]
 
 
 def resets() -> Tensor:
@@ -191,6 +192,21 @@ def test_rnn_starts_as_its_papers_say() -> None:
     torch.testing.assert_close(weight @ weight.t(), eye, rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match="unknown nonlinearity 'sigmoid'"):
         build_rnn(3, nonlinearity="sigmoid")
+
+
+def test_complex_lru_by_hand() -> None:
+    """All gates at 1/2, a = 0.6 and a quarter turn: 0.6 i (10 + 5 i) + 0.8 / 2 * (5 + 2.5 i)."""
+    layer = ComplexLRULayer(1, 2, 10)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.zero_()
+        layer.input.weight.copy_(torch.tensor([[1.0], [0.5]]))
+        layer.rate.fill_(math.log(math.expm1(-math.log(0.6))))
+        layer.angle.fill_(math.pi / 2)
+    h_1, _ = layer.step(torch.tensor([[5.0]]), (torch.tensor([[10.0, 5.0]]),))
+    torch.testing.assert_close(h_1, torch.tensor([[-0.6 * 5 + 0.4 * 5, 0.6 * 10 + 0.4 * 2.5]]))
+    with pytest.raises(ValueError, match="is_complex needs an even hidden_size; got 3"):
+        build_lru(3, is_complex=True, hidden_size=3)
 
 
 def test_min_gru_by_hand() -> None:
