@@ -2,13 +2,22 @@
 
 from cyborg_torchrl.cores.abstract import Core, InitialState, State, Terms, restart, unroll
 from cyborg_torchrl.cores.attention import AttentionCore, build_attention
+from cyborg_torchrl.cores.ffm import FFMBlock
+from cyborg_torchrl.cores.gated_delta import GatedDeltaBlock
 from cyborg_torchrl.cores.gru import GRULayer, build_gru
 from cyborg_torchrl.cores.layered import LayeredCore, RecurrentLayer, layered_core_builder
 from cyborg_torchrl.cores.lru import LRULayer, build_lru
 from cyborg_torchrl.cores.lstm import LSTMLayer, build_lstm
 from cyborg_torchrl.cores.mamba import MambaBlock
 from cyborg_torchrl.cores.mamba2 import Mamba2Block
-from cyborg_torchrl.cores.mamba_family import build_mamba, build_mamba2, build_mamba_gru, build_pseudo_mamba
+from cyborg_torchrl.cores.mamba_family import (
+    build_ffm,
+    build_gated_delta,
+    build_mamba,
+    build_mamba2,
+    build_mamba_gru,
+    build_pseudo_mamba,
+)
 from cyborg_torchrl.cores.memoryless import MemorylessCore
 from cyborg_torchrl.cores.min_gru import MinGRULayer, build_min_gru
 from cyborg_torchrl.cores.mlp import MLPBlock
@@ -24,7 +33,9 @@ from cyborg_torchrl.cores.timescale import TimescaleNorm, log_spaced_timescales
 __all__ = [
     "AttentionCore",
     "Core",
+    "FFMBlock",
     "GRULayer",
+    "GatedDeltaBlock",
     "InitialState",
     "LRULayer",
     "LSTMLayer",
@@ -44,6 +55,8 @@ __all__ = [
     "TimescaleNorm",
     "augment_with_pmm",
     "build_attention",
+    "build_ffm",
+    "build_gated_delta",
     "build_gru",
     "build_lru",
     "build_lstm",

@@ -1,4 +1,4 @@
-"""Named stacks: `mamba`, `mamba2`, `pseudo_mamba`, `mamba_gru`."""
+"""Named stacks of one block: `mamba`, `mamba2`, `pseudo_mamba`, `ffm`, `gated_delta`; and `mamba_gru`."""
 
 from __future__ import annotations
 
@@ -34,6 +34,10 @@ build_mamba = _register_stack_of("mamba")
 """Build the core of `backbone=mamba`: a stack of `MambaBlock`."""
 build_mamba2 = _register_stack_of("mamba2")
 """Build the core of `backbone=mamba2`: a stack of `Mamba2Block`."""
+build_ffm = _register_stack_of("ffm")
+"""Build the core of `backbone=ffm`: a stack of `FFMBlock`."""
+build_gated_delta = _register_stack_of("gated_delta")
+"""Build the core of `backbone=gated_delta`: a stack of `GatedDeltaBlock`."""
 build_pseudo_mamba = _register_stack_of("pseudo_mamba")
 """Build the core of `backbone=pseudo_mamba`: a stack of `PseudoMambaBlock`."""
 

@@ -11,6 +11,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from cyborg_torchrl.cores.abstract import Core, State, Terms
+from cyborg_torchrl.cores.ffm import FFMBlock
+from cyborg_torchrl.cores.gated_delta import GatedDeltaBlock
 from cyborg_torchrl.cores.mamba import MambaBlock
 from cyborg_torchrl.cores.mamba2 import Mamba2Block
 from cyborg_torchrl.cores.mlp import MLPBlock
@@ -18,6 +20,8 @@ from cyborg_torchrl.cores.pseudo_mamba import PseudoMambaBlock
 from cyborg_torchrl.registry import backbones, check_known, did_you_mean, register_backbone
 
 BLOCKS: dict[str, Callable[..., Core]] = {
+    "ffm": FFMBlock,
+    "gated_delta": GatedDeltaBlock,
     "mamba": MambaBlock,
     "mamba2": Mamba2Block,
     "mlp": MLPBlock,
