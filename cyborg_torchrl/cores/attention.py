@@ -94,9 +94,9 @@ class AttentionCore(Core):
     def step(self, x: Float[Tensor, "B F"], state: State) -> tuple[Float[Tensor, "B D"], State]:
         """Take one step. Without gradients on a CPU, a cache that the step before returned is not copied."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.device.type != "cpu":
-            y, state = self(x.unsqueeze(1), state, torch.zeros(len(x), 1, dtype=torch.bool, device=x.device))
+            y, state = self(x.unsqueeze(1), state, torch.zeros(x.shape[0], 1, dtype=torch.bool, device=x.device))
             return y.squeeze(1), state
-        age = (state["count"] * self.digits).sum(-1) + 1.0
+        age = self._number(state["count"]) + 1.0
         y, last = self._embed(x, age), {"count": self._count(age)}
         for i, (layer, (keys, values)) in enumerate(zip(self.layers, self._sliding, strict=True)):
             q, k, v = layer.project(y, age)  # pyright: ignore[reportCallIssue]
@@ -109,7 +109,7 @@ class AttentionCore(Core):
         self, x: Float[Tensor, "B T F"], state: State, is_init: Bool[Tensor, "B T"]
     ) -> tuple[Float[Tensor, "B T D"], State]:
         """Run a sequence."""
-        age = _ages((state["count"] * self.digits).sum(-1), is_init)
+        age = _ages(self._number(state["count"]), is_init)
         back = torch.arange(self.window, 0, -1, device=x.device)  # from the cache to the first step
         is_past = (back < age[:, :1]).view(-1, 1, 1, self.window)
         is_kept = (back <= age[:, -1:]).view(-1, 1, 1, self.window)
@@ -130,6 +130,9 @@ class AttentionCore(Core):
             return y
         angle = age.unsqueeze(-1) * self.speeds
         return y + self.clock(torch.cat([angle.sin(), angle.cos()], -1))
+
+    def _number(self, count: Float[Tensor, "B 3"]) -> Float[Tensor, " B"]:
+        return (count * self.digits).sum(-1).round().clamp_min(0.0)
 
     def _count(self, age: Float[Tensor, " B"]) -> Float[Tensor, "B 3"]:
         return (age.unsqueeze(-1) / self.digits).floor().remainder(DIGITS[1])
@@ -159,7 +162,7 @@ def attend(
     q, keys, values = F.pad(q, (0, 0, 0, rest)), F.pad(keys, (0, rest)), F.pad(values, (0, 0, 0, rest))
     index = torch.arange(window + block, device=q.device)
     distance = window + index[:block].unsqueeze(1) - index
-    age = F.pad(age, (0, rest), value=1.0).view(len(q), 1, -1, block, 1)
+    age = F.pad(age, (0, rest), value=1.0).view(q.shape[0], 1, -1, block, 1)
     is_unread = (distance < 0) | (distance > window) | (distance >= age)
     k = keys.unfold(3, window + block, block).transpose(2, 3)  # [B, H, blocks, D, window + block]
     v = values.unfold(2, window + block, block)

@@ -73,36 +73,36 @@ class FFMBlock(Core):
 
     def step(self, x: Float[Tensor, "B F"], state: State) -> tuple[Float[Tensor, "B D"], State]:
         """Take one step."""
-        memory = torch.addcmul(self._drive(x), self._decay(), _complex(state["memory"]))
-        return self._emit(memory, x), {"memory": self._state(memory)}
+        # In real numbers, since ONNX has no complex ones.
+        real, imaginary = state["memory"].unflatten(-1, (self.contexts, 2)).unbind(-1)
+        kept = torch.exp(-F.softplus(self.rate)).unsqueeze(-1)
+        cos, sin = kept * self.speed.cos(), -kept * self.speed.sin()
+        turned = self._written(x).unsqueeze(-1) + cos * real - sin * imaginary, sin * real + cos * imaginary
+        memory = torch.stack(turned, -1).flatten(-2)
+        return self._emit(memory.flatten(-2), x), {"memory": memory}
 
     def forward(
         self, x: Float[Tensor, "B T F"], state: State, is_init: Bool[Tensor, "B T"]
     ) -> tuple[Float[Tensor, "B T D"], State]:
         """Run a sequence."""
         x, is_init = x.transpose(0, 1).contiguous(), is_init.transpose(0, 1).contiguous()
-        drive, initial = self._drive(x), _complex(self.initial_state(x.shape[1])["memory"])
-        memory = gated_linear_scan(self._decay().expand_as(drive), drive, _complex(state["memory"]), is_init, initial)
-        return self._emit(memory, x).transpose(0, 1), {"memory": self._state(memory[-1])}
-
-    def _decay(self) -> Tensor:
-        """Return the factors of all numbers, [M C] complex."""
         kept = torch.exp(-F.softplus(self.rate)).unsqueeze(-1).expand(-1, self.contexts)
-        return torch.polar(kept, -self.speed.expand_as(kept)).flatten()
+        decay = torch.polar(kept, -self.speed.expand_as(kept)).flatten()
+        written = self._written(x).unsqueeze(-1).expand(*x.shape[:2], -1, self.contexts).flatten(-2)
+        drive, initial = torch.complex(written, torch.zeros_like(written)), self.initial_state(x.shape[1])["memory"]
+        memory = gated_linear_scan(decay.expand_as(drive), drive, _complex(state["memory"]), is_init, _complex(initial))
+        memory = torch.view_as_real(memory).flatten(-2)
+        last = memory[-1].unflatten(-1, (self.traces, -1))
+        return self._emit(memory, x).transpose(0, 1), {"memory": last}
 
-    def _drive(self, x: Tensor) -> Tensor:
-        written = linear(x, self.write.weight) * torch.sigmoid(linear(x, self.write_gate.weight, self.write_gate.bias))
-        written = written.unsqueeze(-1).expand(*written.shape, self.contexts).flatten(-2)
-        return torch.complex(written, torch.zeros_like(written))
+    def _written(self, x: Tensor) -> Tensor:
+        return linear(x, self.write.weight) * torch.sigmoid(linear(x, self.write_gate.weight, self.write_gate.bias))
 
     def _emit(self, memory: Tensor, x: Tensor) -> Tensor:
-        read = self.norm(linear(torch.view_as_real(memory).flatten(-2), self.read.weight, self.read.bias))
+        read = self.norm(linear(memory, self.read.weight, self.read.bias))
         gate = torch.sigmoid(linear(x, self.output_gate.weight, self.output_gate.bias))
         return torch.lerp(linear(x, self.skip.weight), read, gate)
 
-    def _state(self, memory: Tensor) -> Tensor:
-        return torch.view_as_real(memory).reshape(-1, self.traces, 2 * self.contexts)
 
-
-def _complex(memory: Tensor) -> Tensor:
-    return torch.view_as_complex(memory.reshape(len(memory), -1, 2))
+def _complex(memory: Float[Tensor, "B M C"]) -> Tensor:
+    return torch.view_as_complex(memory.unflatten(-1, (-1, 2)).contiguous()).flatten(-2)

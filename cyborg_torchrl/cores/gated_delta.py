@@ -85,7 +85,7 @@ class GatedDeltaBlock(Core):
             None,
             state["delta_conv"],
             is_init.t().contiguous(),
-            self.initial_state(len(x))["delta_conv"],
+            self.initial_state(x.shape[0])["delta_conv"],
         )
         read, matrix = delta_rule(*self._project(x, u.transpose(0, 1)), state["delta"], is_init)
         return self._emit(read, x), {"delta_conv": conv, "delta": matrix}

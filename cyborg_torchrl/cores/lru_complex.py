@@ -54,9 +54,12 @@ class ComplexLRULayer(RecurrentLayer):
         self.angle = nn.Parameter(2.0 * math.pi / periods[torch.randperm(numbers)])
 
     def step(self, x: Float[Tensor, "B F"], state: LayerState) -> tuple[Tensor, LayerState]:
-        """Take one step."""
-        decay, drive = self._gates(x)
-        hidden = _real(torch.addcmul(drive, decay, _complex(state[0])))
+        """Take one step, in real numbers, since ONNX has no complex ones."""
+        kept, drive = self._gates(x)
+        real, imaginary = state[0].unflatten(-1, (-1, 2)).unbind(-1)
+        cos, sin = kept * self.angle.cos(), kept * self.angle.sin()
+        turned = torch.stack([cos * real - sin * imaginary, sin * real + cos * imaginary], -1)
+        hidden = turned.flatten(-2) + drive
         return hidden, (hidden,)
 
     def forward(
@@ -67,22 +70,21 @@ class ComplexLRULayer(RecurrentLayer):
         initial: LayerState,
     ) -> tuple[Tensor, LayerState]:
         """Run a sequence."""
-        decay, drive = self._gates(x)
-        hidden = _real(gated_linear_scan(decay, drive, _complex(state[0]), is_init, _complex(initial[0])))
+        kept, drive = self._gates(x)
+        decay = torch.polar(kept, self.angle.expand_as(kept))
+        hidden = gated_linear_scan(decay, _complex(drive), _complex(state[0]), is_init, _complex(initial[0]))
+        hidden = torch.view_as_real(hidden).flatten(-2)
         return hidden, (hidden[-1],)
 
     def _gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a_t [*, H / 2], and b_t [*, H]: real and imaginary parts next to each other."""
         decay_gate, input_gate = torch.sigmoid(linear(x, self.gates.weight, self.gates.bias)).chunk(2, -1)
         # loss = a - 1 gives 1 - a^2 without cancellation, as in `LRULayer`
         loss = torch.expm1(decay_gate * (-2.0 * F.softplus(self.rate)))
         power = torch.sqrt(-loss * (2.0 + loss))
-        value = _complex(linear(x, self.input.weight, self.input.bias))
-        return torch.polar(1.0 + loss, self.angle.expand_as(loss)), power * input_gate * value
+        value = linear(x, self.input.weight, self.input.bias).unflatten(-1, (-1, 2))
+        return 1.0 + loss, ((power * input_gate).unsqueeze(-1) * value).flatten(-2)
 
 
 def _complex(x: Tensor) -> Tensor:
     return torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
-
-
-def _real(x: Tensor) -> Tensor:
-    return torch.view_as_real(x).flatten(-2)

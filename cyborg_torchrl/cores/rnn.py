@@ -38,20 +38,25 @@ class _Recurrence(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad_states: Tensor) -> tuple[Tensor | None, ...]:
-        weight, previous, states, is_init = ctx.saved_tensors
-        slopes = 1.0 - states.square() if ctx.nonlinearity == "tanh" else (states > 0.0).to(states.dtype)
-        resets = reset_steps(is_init)
-        grads = torch.empty_like(states)
-        grad_initial, carry = torch.zeros_like(states[0]), torch.zeros_like(states[0])
-        rows = zip(*(v.unbind(0) for v in (grad_states, slopes, grads)), strict=True)
-        for t, (g_t, slope_t, grad_t) in reversed(list(enumerate(rows))):
-            torch.mul(g_t + carry, slope_t, out=grad_t)
-            carry = grad_t @ weight
-            if resets[t]:
-                mask = is_init[t].unsqueeze(-1)
-                grad_initial += carry.masked_fill(~mask, 0.0)
-                carry = carry.masked_fill(mask, 0.0)
-        return grads, grads.flatten(0, 1).t() @ previous.flatten(0, 1), carry, None, grad_initial, None
+        with torch.autocast(grad_states.device.type, enabled=False):  # it may be called under autocast
+            return _backward(ctx, grad_states)
+
+
+def _backward(ctx: FunctionCtx, grad_states: Tensor) -> tuple[Tensor | None, ...]:
+    weight, previous, states, is_init = ctx.saved_tensors
+    slopes = 1.0 - states.square() if ctx.nonlinearity == "tanh" else (states > 0.0).to(states.dtype)
+    resets = reset_steps(is_init)
+    grads = torch.empty_like(states)
+    grad_initial, carry = torch.zeros_like(states[0]), torch.zeros_like(states[0])
+    rows = zip(*(v.unbind(0) for v in (grad_states, slopes, grads)), strict=True)
+    for t, (g_t, slope_t, grad_t) in reversed(list(enumerate(rows))):
+        torch.mul(g_t + carry, slope_t, out=grad_t)
+        carry = grad_t @ weight
+        if resets[t]:
+            mask = is_init[t].unsqueeze(-1)
+            grad_initial += carry.masked_fill(~mask, 0.0)
+            carry = carry.masked_fill(mask, 0.0)
+    return grads, grads.flatten(0, 1).t() @ previous.flatten(0, 1), carry, None, grad_initial, None
 
 
 class RNNLayer(RecurrentLayer):

@@ -68,6 +68,7 @@ class _WindowAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @torch.autocast("cpu", enabled=False)  # it may be called under autocast  # pyright: ignore[reportUntypedFunctionDecorator]
     def backward(ctx: FunctionCtx, grad_read: Tensor) -> tuple[Tensor | None, ...]:
         q, keys, values, bias, *kept = ctx.saved_tensors
         grad_q, grad_bias = torch.empty_like(q), torch.zeros_like(bias)
