@@ -232,11 +232,12 @@ def read(name: str, arm: str) -> list[list[dict[str, float]]]:
 
 def print_table() -> None:
     """Print the greedy returns and the speeds of all finished runs as Markdown."""
-    print("| task | steps | " + " | ".join(f"{arm}, return | {arm}, steps/s" for arm in ARMS) + " |")
-    print("|---|---|" + "---|---|" * len(ARMS))
+    arms = [arm for arm in ARMS if any(read(name, arm) for name in TASKS)]
+    print("| task | steps | " + " | ".join(f"{arm}, return | {arm}, steps/s" for arm in arms) + " |")
+    print("|---|---|" + "---|---|" * len(arms))
     for name, task in TASKS.items():
         cells: list[str] = []
-        for arm in ARMS:
+        for arm in arms:
             runs = read(name, arm)
             returns = torch.tensor([rows[-1]["greedy_return"] for rows in runs], dtype=torch.float64)
             speeds = [rows[-1]["steps"] / rows[-1]["cpu_seconds"] for rows in runs]

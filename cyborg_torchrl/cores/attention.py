@@ -92,7 +92,10 @@ class AttentionCore(Core):
         return self.initial(batch)
 
     def step(self, x: Float[Tensor, "B F"], state: State) -> tuple[Float[Tensor, "B D"], State]:
-        """Take one step. Without gradients on a CPU, a cache that the step before returned is not copied."""
+        """Take one step. Without gradients on a CPU, a cache that the step before returned is not copied.
+
+        So the states of several steps share memory. Do not write into them.
+        """
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.device.type != "cpu":
             y, state = self(x.unsqueeze(1), state, torch.zeros(x.shape[0], 1, dtype=torch.bool, device=x.device))
             return y.squeeze(1), state
