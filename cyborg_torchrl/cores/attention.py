@@ -112,15 +112,17 @@ class AttentionCore(Core):
         self, x: Float[Tensor, "B T F"], state: State, is_init: Bool[Tensor, "B T"]
     ) -> tuple[Float[Tensor, "B T D"], State]:
         """Run a sequence."""
-        age = _ages(self._number(state["count"]), is_init)
-        back = torch.arange(self.window, 0, -1, device=x.device)  # from the cache to the first step
-        is_past = (back < age[:, :1]).view(-1, 1, 1, self.window)
-        is_kept = (back <= age[:, -1:]).view(-1, 1, 1, self.window)
+        index = torch.arange(-self.window, x.shape[1], device=x.device)  # of the cache and of the sequence
+        start = torch.where(is_init, index[self.window :], -self.window).cummax(1).values  # the last first step
+        count = self._number(state["count"]).unsqueeze(1)
+        age = torch.where(start >= 0, -start, count) + index[self.window :] + 1.0
+        is_past = ~is_init[:, :1, None, None]
+        is_kept = (index[-self.window :] >= start[:, -1:]).unsqueeze(1).unsqueeze(1)
         y, last = self._embed(x, age), {"count": self._count(age[:, -1])}
         for i, layer in enumerate(self.layers):
             q, k, v = layer.project(y, age)  # pyright: ignore[reportCallIssue]
             k = torch.cat([torch.where(is_past, state[f"keys_{i}"], 0.0), k.permute(0, 2, 3, 1)], -1)
-            v = torch.cat([torch.where(is_past.transpose(-1, -2), state[f"values_{i}"], 0.0), v.transpose(1, 2)], -2)
+            v = torch.cat([torch.where(is_past, state[f"values_{i}"], 0.0), v.transpose(1, 2)], -2)
             read = attend(q.transpose(1, 2), k, v, layer.bias, age)  # pyright: ignore[reportArgumentType]
             y = layer.finish(y, read.transpose(1, 2))  # pyright: ignore[reportCallIssue]
             last[f"keys_{i}"] = torch.where(is_kept, k[..., -self.window :], 0.0)
@@ -172,13 +174,6 @@ def attend(
     products = q.unflatten(2, (-1, block)) @ k * q.shape[-1] ** -0.5 + bias[:, distance.clamp(0, window)].unsqueeze(1)
     weights = products.masked_fill(is_unread, -torch.inf).softmax(-1)
     return (weights @ v.transpose(-1, -2)).flatten(2, 3)[:, :, :length]
-
-
-def _ages(count: Float[Tensor, " B"], is_init: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-    """Return the number of steps since the start of the episode, the present one included."""
-    index = torch.arange(is_init.shape[1], device=is_init.device)
-    start = torch.where(is_init, index, -1).cummax(1).values
-    return torch.where(start >= 0, index - start + 1.0, count.unsqueeze(1) + index + 1.0)
 
 
 build_attention = register_backbone("attention")(AttentionCore)

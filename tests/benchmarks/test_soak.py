@@ -6,6 +6,7 @@ import json
 import mmap
 import multiprocessing
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -112,7 +113,10 @@ def test_processes_that_outlive_the_run_are_found(tmp_path: Path) -> None:
     command = [sys.executable, "-c", "import time; time.sleep(60)"]
     stray = subprocess.Popen(command, env={**os.environ, MARKER: "stray"}, start_new_session=True)
     try:
-        assert left_behind("stray") == [" ".join(command)]
+        found, deadline = left_behind("stray"), time.monotonic() + 20
+        while not found and time.monotonic() < deadline:  # a new process has its environment only after `exec`
+            found = left_behind("stray")
+        assert found == [" ".join(command)]
     finally:
         stray.kill()
         stray.wait()

@@ -232,7 +232,7 @@ def test_help_lists_choices_and_keys(command: str, capsys) -> None:
         main([command, "--help"])
     assert ended.value.code == 0
     text = capsys.readouterr().out
-    assert re.search(r"^backbone: gru, .*lru", text, re.MULTILINE)
+    assert re.search(r"^backbone: attention, .*lru", text, re.MULTILINE)
     assert "recurrent_mode: episode" in text
     assert ("--jobs" in text) == (command == "sweep")
 

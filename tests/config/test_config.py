@@ -93,7 +93,7 @@ def test_bad_overrides(override, expected):
             r"unknown key 'backbone.widht': known: backbone.hidden_size, .*, backbone.readout_groups\.$",
         ),
         ("train.foo_bar=3", r"known: train.adam_eps, .* and [0-9]+ more; all: cyborg-torchrl train --help$"),
-        ("backbone=gtrxl", r"unknown backbone 'gtrxl': known: gru, lru, .*, stack\.$"),
+        ("backbone=gtrxl", r"unknown backbone 'gtrxl': known: attention, .*, stack\.$"),
         ("train.recurrent_mode=rnn", r"unknown train.recurrent_mode 'rnn': known: burn_in, episode, none, tbptt\.$"),
     ],
 )
