@@ -243,9 +243,8 @@ def print_table() -> None:
             speeds = [rows[-1]["steps"] / rows[-1]["cpu_seconds"] for rows in runs]
             interval = mean_interval(returns) if len(runs) > 1 else None
             limits = f" [{interval[0]:.1f}, {interval[1]:.1f}]" if interval else ""
-            cells += (
-                [f"{returns.mean():.1f}{limits} ({len(runs)} seeds)", f"{np.mean(speeds):.0f}"] if runs else ["", ""]
-            )
+            seeds = "1 seed" if len(runs) == 1 else f"{len(runs)} seeds"
+            cells += [f"{returns.mean():.1f}{limits} ({seeds})", f"{np.mean(speeds):.0f}"] if runs else ["", ""]
         print(f"| {name} | {task.total_timesteps:,} | " + " | ".join(cells) + " |")
 
 
@@ -258,10 +257,13 @@ def plot(path: str) -> None:
         for arm, colour in zip(ARMS, ("C0", "C1", "C2"), strict=True):
             for number, rows in enumerate(read(name, arm)):
                 curve = [(row["steps"], row["mean_return"]) for row in rows[:-1] if not np.isnan(row["mean_return"])]
-                if curve:
-                    axis.plot(*zip(*curve, strict=True), colour, alpha=0.8, label="" if number else arm)
+                steps, returns = np.array(curve).reshape(-1, 2).T
+                # The other arm logs the mean of its last 100 episodes, ours that of one update.
+                width = max(3, len(returns) // 25) if arm == "ours" else 1
+                means = [returns[max(0, i + 1 - width) : i + 1].mean() for i in range(len(returns))]
+                axis.plot(steps / 1000, means, colour, alpha=0.8, label="" if number else arm)
         axis.set_title(name)
-        axis.set_xlabel("steps")
+        axis.set_xlabel("steps / 1000")
     axes.flat[0].set_ylabel("return while training")
     axes.flat[0].legend()
     figure.savefig(path, dpi=110)

@@ -113,7 +113,9 @@ class AttentionCore(Core):
     ) -> tuple[Float[Tensor, "B T D"], State]:
         """Run a sequence."""
         index = torch.arange(-self.window, x.shape[1], device=x.device)  # of the cache and of the sequence
-        start = torch.where(is_init, index[self.window :], -self.window).cummax(1).values  # the last first step
+        start = torch.where(is_init, index[self.window :], -self.window)
+        if x.shape[1] > 1:  # an exported step must not contain it
+            start = start.cummax(1).values  # the present episode's first step
         count = self._number(state["count"]).unsqueeze(1)
         age = torch.where(start >= 0, -start, count) + index[self.window :] + 1.0
         is_past = ~is_init[:, :1, None, None]
