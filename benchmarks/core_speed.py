@@ -25,9 +25,14 @@ from cyborg_torchrl.cores import (
     Core,
     Mamba2Block,
     MambaBlock,
+    build_attention,
+    build_ffm,
+    build_gated_delta,
     build_gru,
     build_lru,
     build_lstm,
+    build_min_gru,
+    build_rnn,
     selective_scan,
 )
 from cyborg_torchrl.cores.kernels.native import IS_BUILT
@@ -74,12 +79,16 @@ def torch_training(module: nn.GRU | nn.LSTM, x: Tensor) -> Run:
 
 
 def acting(core: Core, x: Tensor, steps: int = 50) -> Run:
-    """Build acting steps of a core, each from the last state."""
+    """Build acting steps of a core, each from the last state, after 128 other steps: a window of attention is full."""
     core.to(x.device)
+    before = x.unsqueeze(1).expand(-1, 128, -1)
+    with torch.no_grad():
+        is_init = torch.zeros(before.shape[:2], dtype=torch.bool, device=x.device)
+        _, begun = core(before, core.initial_state(x.shape[0]), is_init)
 
     @torch.no_grad()
     def run() -> None:
-        state = core.initial_state(x.shape[0])
+        state = begun
         for _ in range(steps):
             _, state = core.step(x, state)
 
@@ -169,6 +178,19 @@ def comparisons(device: torch.device) -> Iterator[tuple[str, str, str, Run, Run]
         "mamba block, d_model 128, 64 x 128", "nn.GRU 128", "<= 3",
         training(MambaBlock(128), wide), torch_training(nn.GRU(128, 128, batch_first=True), wide),
     )  # fmt: skip
+    gru, cell = nn.GRU(64, 64, batch_first=True), nn.GRUCell(64, 64)
+    for name, core, train_bar, act_bar in (
+        ("attention, window 128", build_attention(64, window=128), "<= 3", "<= 6"),
+        ("gated_delta", build_gated_delta(64), "<= 3", ""),
+        ("min_gru", build_min_gru(64), "<= 1", ""),
+        ("rnn", build_rnn(64), "<= 1", ""),
+        ("ffm", build_ffm(64), "", ""),
+    ):
+        yield f"{name}, 64 x 128", "nn.GRU 64", train_bar, training(core, x), torch_training(gru, x)
+        yield (
+            f"{name}, 50 acting steps of 64", "GRUCell 64", act_bar,
+            acting(core, x[:, 0]), torch_acting(cell, x[:, 0]),
+        )  # fmt: skip
     sizes = 64, 128, 128, 16
     yield "selective scan, 64 x 128 x 128 x 16", "loop with unbind", "<= 0.5", *scans(sizes, device)
     if IS_BUILT and device.type == "cpu":

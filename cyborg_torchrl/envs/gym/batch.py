@@ -30,8 +30,8 @@ class GymnasiumEnv(EnvBase):
     """A batch of gymnasium environments.
 
     TorchRL's `GymWrapper` is not used. It resets all environments as soon as it is seeded, although the caller still
-    has their observations. Here a seed takes effect at the next reset, partial resets work on any device, and a step
-    takes less than half the time.
+    has their observations. Here a seed takes effect at the next reset, partial resets work on any device, and the
+    collectors can step on tensors.
 
     "success", [N, 1] float, is what the environments report as `info["success"]`. gymnasium does not say whether an
     environment reports it, and some do so only at the end of some episodes. So the entry is NaN until one of the
