@@ -53,8 +53,8 @@ class Task:
     """Numbers of the observation that the agent sees; None: all."""
     ours: list[str] = field(default_factory=list)
     """Overrides of our arm: none but the environment."""
-    zoo: str = "robot"
-    """Settings of the sb3 arm."""
+    zoo: str | None = "robot"
+    """Settings of the sb3 arm; None: the task has only our arm."""
 
 
 TASKS = {
@@ -66,6 +66,8 @@ TASKS = {
     "HalfCheetah": Task("HalfCheetah-v5", 1_000_000, list(range(8))),
     "Walker2d": Task("Walker2d-v5", 1_000_000, list(range(8)), zoo="robot_linear_clip"),
     "MemoryS7": Task("MiniGrid-MemoryS7-v0", 500_000, None, ["env=minigrid"], zoo="MiniGrid"),
+    "MemoryS13Random": Task("MiniGrid-MemoryS13Random-v0", 2_000_000, None, ["env=minigrid"], zoo=None),
+    "CountRecall": Task("popgym-CountRecallEasy-v0", 3_000_000, None, ["env=popgym"], zoo=None),
 }
 """Tasks by name. "Pendulum", "CartPole", "MountainCar" hide velocities; robots show only their positions."""
 
@@ -211,8 +213,12 @@ def run(name: str, arm: str, seed: int) -> None:
     if path.exists():
         return
     task = TASKS[name]
-    zoo = name if arm == "sb3-mujoco" else task.zoo
-    rows = train_ours(task, seed) if arm == "ours" else train_sb3(task, zoo, seed)
+    if arm == "ours":
+        rows = train_ours(task, seed)
+    elif task.zoo is None:
+        return
+    else:
+        rows = train_sb3(task, name if arm == "sb3-mujoco" else task.zoo, seed)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, ["steps", "cpu_seconds", "mean_return", "greedy_return"], lineterminator="\n")

@@ -19,6 +19,7 @@ from cyborg_torchrl.collectors.flat_dict import FlatDict, NotFusable, RolloutWri
 from cyborg_torchrl.collectors.fused_env import EnvStep, env_step
 from cyborg_torchrl.collectors.fused_policy import FusedPolicy
 from cyborg_torchrl.collectors.profiling import recorded
+from cyborg_torchrl.collectors.rollout_collector import warn_unread_mask
 from cyborg_torchrl.collectors.runtime import rare_garbage_collection
 from cyborg_torchrl.envs.gym.gym_wrapper import check_wrapper
 from cyborg_torchrl.modules.nan_check import check_finite
@@ -68,6 +69,7 @@ class FusedCollector(Collector):
         self.compiled_step, self.cudagraph = compiled_step, cudagraph
         super().__init__(*args, auto_register_policy_transforms=auto_register_policy_transforms, **kwargs)
         check_wrapper(self.env)
+        warn_unread_mask(self.env, self.policy)
         self.why_not_fused = self._fuse()
         """Reason why TorchRL steps the environment or collects; "" if it does neither."""
         if cudagraph and (self._fused is None or {device.type for device in self._devices()} != {"cuda"}):

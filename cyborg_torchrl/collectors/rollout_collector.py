@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -98,6 +99,7 @@ class RolloutCollector:
         with torch.no_grad():  # a reset here, as in TorchRL's collectors, so that both draw the same random numbers
             self._carried = self.env.reset()
         check_wrapper(self.env)  # the parts of a SerialEnv exist only after a reset
+        warn_unread_mask(self.env, policy)
         self._fused: tuple[PolicyStep, EnvStep] | None = None
         if is_fused and keys.VALUE in policy.out_keys:
             with contextlib.suppress(NotFusable):
@@ -275,8 +277,21 @@ def rollout_steps(frames_per_batch: int, total_frames: int, num_envs: int) -> in
     return frames_per_batch // num_envs
 
 
+def warn_unread_mask(env: EnvBase, policy: TensorDictModuleBase) -> None:
+    """Warn if the environment marks its valid actions and the policy does not read that entry."""
+    entries = [unravel_key(key) for key in env.observation_spec.keys(True, True)]
+    masks = [key for key in entries if key == keys.ACTION_MASK or key[-1] == keys.ACTION_MASK]
+    read = {unravel_key(key) for key in policy.in_keys}
+    if masks and read.isdisjoint(masks):
+        warnings.warn(
+            f"the policy does not read the environment's entry {masks[0]!r}, so it may choose invalid actions. Build "
+            f"it with PPOAgent(..., action_mask={masks[0]!r}, mask_shape=...).",
+            stacklevel=3,
+        )
+
+
 NEEDED = (keys.ACTION, keys.VALUE, keys.IS_INIT, *((keys.NEXT, k) for k in (keys.REWARD, keys.DONE, keys.TERMINATED)))
-"""FlatDict that no update does without."""
+"""Entries that no update does without."""
 
 
 def excluded_keys(exclude_keys: Sequence[NestedKey], env: EnvBase, policy: TensorDictModuleBase) -> list[NestedKey]:

@@ -46,11 +46,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "train.recurrent_mode": "tbptt",
         "train.learning_rate": 1e-3,
         "train.desired_kl": 0.02,
-        "train.gae_lambda": 0.95,
     },
 }
 """Values by preset, whatever the observations are."""
 NUM_STEPS, NUM_MINIBATCHES = 128, 8
+LONGEST_SEQUENCE = 320
+"""Longest episode of a prediction task that is trained on as one sequence."""
 SHOWN = (
     "train.n_steps",
     "train.seq_len",
@@ -102,11 +103,12 @@ def complete(cfg: DictConfig, env: EnvBase) -> None:
         return
     kind, is_continuous = observation_kind(env), env.action_spec.dtype.is_floating_point
     num_actions = max(1, env.action_spec.shape[-1]) if is_continuous else 1
+    is_prediction = getattr(env, "is_prediction", False)  # what follows does not depend on the answers
     is_shared = cfg.collector.name in ("rollout", "single", "fused")  # other collectors cannot share statistics
     _fill(
         cfg,
         {
-            "encoder.hidden_sizes": [64] if kind == "vector" else [],
+            "encoder.hidden_sizes": [] if kind == "pixels" else [64],
             "fusion.gate": kind == "categories",  # a question may choose what to recall
             "transforms.normalize_observation": kind == "vector" and is_shared,
             "transforms.normalize_reward": is_shared,
@@ -114,15 +116,19 @@ def complete(cfg: DictConfig, env: EnvBase) -> None:
             "agent.separate_critic": kind == "vector",
             "agent.log_std_init": round(math.log(1 / num_actions), 2),
             "train.n_epochs": 5 if kind == "vector" else 4,
-            "train.gamma": 0.995 if num_actions > 1 else 0.99,  # several motors: a robot, which must not fall
+            "train.gamma": 0.5 if is_prediction else 0.995 if num_actions > 1 else 0.99,  # motors: a robot may fall
+            "train.gae_lambda": 0.5 if is_prediction else 0.95,
             "train.ent_coef": 0.0 if is_continuous else 0.01,
         },
     )
-    train = cfg.train
+    train, longest = cfg.train, getattr(env, "max_episode_steps", None)
+    is_short = is_prediction and longest is not None and longest <= LONGEST_SEQUENCE
+    if is_short and "window" in cfg.backbone:
+        _fill(cfg, {"backbone.window": longest})
     if train.recurrent_mode != "episode":
-        _fill(cfg, {"train.n_steps": NUM_STEPS})
+        _fill(cfg, {"train.n_steps": longest if is_short else NUM_STEPS})
     if train.recurrent_mode in ("burn_in", "tbptt"):
-        _fill(cfg, {"train.seq_len": min(NUM_STEPS // 2, train.n_steps)})
+        _fill(cfg, {"train.seq_len": min(longest if is_short else NUM_STEPS // 2, train.n_steps)})
     sequences = cfg.env.get("num_envs") or env.batch_size.numel()
     if train.recurrent_mode != "episode":  # the control gets as many minibatches as an agent with memory
         sequences *= max(1, train.n_steps // (train.seq_len or NUM_STEPS // 2))
@@ -132,7 +138,8 @@ def complete(cfg: DictConfig, env: EnvBase) -> None:
 def describe_preset(cfg: DictConfig, env: EnvBase) -> str:
     """Return one line: the preset, the kind of task, and the values in use, as overrides."""
     actions = "continuous" if env.action_spec.dtype.is_floating_point else "discrete"
-    values = (f"{key}={str(OmegaConf.select(cfg, key)).lower().replace(' ', '')}" for key in SHOWN)
+    shown = (*SHOWN, "backbone.window") if "window" in cfg.backbone else SHOWN
+    values = (f"{key}={str(OmegaConf.select(cfg, key)).lower().replace(' ', '')}" for key in shown)
     return f"preset={cfg.preset} ({observation_kind(env)}, {actions} actions): {' '.join(values)}".replace(
         "none", "null"
     )
@@ -166,7 +173,7 @@ def with_general_values(train: TrainConfig) -> TrainConfig:
 
     A script shows no observations here, so epochs are those of floats.
     """
-    others = {"n_epochs": 5, "num_minibatches": NUM_MINIBATCHES, "gamma": 0.99, "ent_coef": 0.0}
+    others = {"n_epochs": 5, "num_minibatches": NUM_MINIBATCHES, "gamma": 0.99, "gae_lambda": 0.95, "ent_coef": 0.0}
     options = ((key.partition("."), value) for key, value in PRESETS["general"].items())
     values = others | {name: value for (group, _, name), value in options if group == "train"}
     return dataclasses.replace(train, **{key: value for key, value in values.items() if getattr(train, key) is None})

@@ -13,6 +13,7 @@ from cyborg_torchrl.cores.kernels.sliding_cache import SlidingCache
 from cyborg_torchrl.cores.kernels.window_attention import BLOCK, attend_sequence, attend_step
 from cyborg_torchrl.registry import check_known, register_backbone
 
+DEFAULT_WINDOW = 128
 DIGITS = (1.0, 256.0, 65536.0)
 """Values of the digits in which steps are counted: bfloat16 holds each digit exactly."""
 
@@ -30,7 +31,7 @@ class AttentionCore(Core):
     Args:
         in_features: F, features of the input.
         hidden_size: width of the layers, a multiple of 2 * num_heads.
-        window: steps back that a layer reaches, besides the present one.
+        window: steps back that a layer reaches, besides the present one. None: 128.
         num_layers: number of layers; together they reach num_layers * window steps back.
         num_heads: heads of a layer, with D = hidden_size / num_heads numbers each.
         position: "relative" (a trained bias for each head and distance), "rotary" or "alibi".
@@ -51,7 +52,7 @@ class AttentionCore(Core):
         in_features: int,
         *,
         hidden_size: int = 64,
-        window: int = 64,
+        window: int | None = None,
         num_layers: int = 1,
         num_heads: int = 4,
         position: str = "relative",
@@ -59,6 +60,7 @@ class AttentionCore(Core):
         gating: str = "none",
     ) -> None:
         super().__init__()
+        window = DEFAULT_WINDOW if window is None else window
         for name, value in (("window", window), ("num_layers", num_layers), ("num_heads", num_heads)):
             if value < 1:
                 raise ValueError(f"{name} must be >= 1; got {value}.")

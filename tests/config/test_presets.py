@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import gymnasium
 import pytest
@@ -79,6 +79,42 @@ def test_several_continuous_actions_explore_with_less_noise_each(
     assert cfg.transforms.noise_steps == noise_steps
     assert cfg.train.gamma == gamma
     assert cfg.agent.log_std_init == pytest.approx(log_std_init, abs=0.01)  # the standard deviations sum to 1
+
+
+class Quiz(gymnasium.Env):
+    """Asks for what it showed: an answer changes nothing that follows."""
+
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": [], "is_prediction": True}
+    observation_space = gymnasium.spaces.Discrete(3)
+    action_space = gymnasium.spaces.Discrete(2)
+
+    def __init__(self, length: int) -> None:
+        self.max_episode_steps = length
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        return self.observation_space.sample(), {}
+
+
+gymnasium.register("CyborgTests/Quiz-v0", entry_point=Quiz)
+
+
+@pytest.mark.parametrize(("length", "sequence", "window"), [(40, 40, 40), (1000, None, None)])
+def test_answers_that_change_nothing_are_trained_with_a_small_discount_on_whole_episodes(length, sequence, window):
+    quiz = ["env=gymnasium", "id=CyborgTests/Quiz-v0", f"env.options={{length: {length}}}", "backbone=attention"]
+    cfg = built(*quiz)
+    assert (cfg.train.gamma, cfg.train.gae_lambda) == (0.5, 0.5)
+    assert (cfg.train.n_steps, cfg.train.seq_len) == ((sequence, sequence) if sequence else (128, 64))
+    assert cfg.backbone.window == window
+    given = built(*quiz, "train.gamma=0.9", "train.n_steps=20", "backbone.window=7")
+    assert (given.train.gamma, given.train.n_steps, given.train.seq_len, given.backbone.window) == (0.9, 20, 20, 7)
+
+
+@pytest.mark.parametrize(("family", "is_prediction"), [("RepeatPrevious", True), ("Battleship", False)])
+def test_popgym_knows_which_answers_change_nothing(family: str, is_prediction: bool) -> None:
+    pytest.importorskip("popgym")
+    cfg = built("env=popgym", f"id=popgym-{family}Easy-v0", "env.num_envs=2")
+    assert (cfg.train.gamma == 0.5) is is_prediction
 
 
 def test_a_given_value_is_never_changed() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from tensordict import TensorDict
@@ -113,6 +115,18 @@ def test_the_mask_is_not_an_observation():
     _, _, agent = make("categorical")
     assert agent.encoder.in_keys == ["observation"]
     assert agent.observed_keys == ["observation", "action_mask"]
+
+
+@pytest.mark.parametrize("collector", ["rollout", "plain", "fused"])
+def test_a_policy_that_does_not_read_the_mask_is_a_warning(collector):
+    _, env, agent = make("categorical")
+    unaware = PPOAgent(agent.encoder, agent.backbone, env.action_spec, batch_dims=1)
+    buffer = RecurrentRolloutBuffer(N * T, 8, 6, num_envs=N)
+    with pytest.warns(UserWarning, match="does not read the environment's entry 'action_mask'"):
+        collectors(env, unaware, buffer, collector)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        collectors(env, agent, buffer, collector)
 
 
 @pytest.mark.parametrize("kind", SPECS)

@@ -37,6 +37,9 @@ class GymnasiumEnv(EnvBase):
     environment reports it, and some do so only at the end of some episodes. So the entry is NaN until one of the
     environments has reported something. From then on a missing report counts as no success.
 
+    `is_prediction` is `metadata["is_prediction"]` of the environments: whether an action is an answer that changes
+    nothing that follows. The preset then takes a small discount.
+
     Args:
         makers: builders of the N environments.
         workers: number of worker processes; 0: all environments in this process.
@@ -59,6 +62,7 @@ class GymnasiumEnv(EnvBase):
         self.max_episode_steps = max_episode_steps
         self.has_reported = bool(self.games.metadata.get("reports_success"))
         """Whether an environment has reported success."""
+        self.is_prediction = bool(self.games.metadata.get("is_prediction"))
         batch, flag = self.batch_size, (len(makers), 1)
         observation = _spec_of(self.games.observation_space, self.device)
         action = _spec_of(self.games.action_space, self.device)
