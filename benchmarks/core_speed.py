@@ -26,6 +26,7 @@ from cyborg_torchrl.cores import (
     Mamba2Block,
     MambaBlock,
     build_attention,
+    build_bistable,
     build_ffm,
     build_gated_delta,
     build_gru,
@@ -185,6 +186,7 @@ def comparisons(device: torch.device) -> Iterator[tuple[str, str, str, Run, Run]
         ("min_gru", build_min_gru(64), "<= 1", ""),
         ("rnn", build_rnn(64), "<= 1", ""),
         ("ffm", build_ffm(64), "", ""),
+        ("bistable", build_bistable(64), "", ""),
     ):
         yield f"{name}, 64 x 128", "nn.GRU 64", train_bar, training(core, x), torch_training(gru, x)
         yield (

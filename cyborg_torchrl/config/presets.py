@@ -115,7 +115,7 @@ def complete(cfg: DictConfig, env: EnvBase) -> None:
             "transforms.noise_steps": 3.0 if is_continuous and num_actions == 1 else 1.0,
             "agent.separate_critic": kind == "vector",
             "agent.log_std_init": round(math.log(1 / num_actions), 2),
-            "train.n_epochs": 5 if kind == "vector" else 4,
+            "train.n_epochs": 8 if is_prediction else 5 if kind == "vector" else 4,
             "train.gamma": 0.5 if is_prediction else 0.995 if num_actions > 1 else 0.99,  # motors: a robot may fall
             "train.gae_lambda": 0.5 if is_prediction else 0.95,
             "train.ent_coef": 0.0 if is_continuous else 0.01,

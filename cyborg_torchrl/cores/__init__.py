@@ -2,6 +2,7 @@
 
 from cyborg_torchrl.cores.abstract import Core, InitialState, State, Terms, restart, unroll
 from cyborg_torchrl.cores.attention import AttentionCore, build_attention
+from cyborg_torchrl.cores.bistable import BistableLayer, build_bistable
 from cyborg_torchrl.cores.ffm import FFMBlock
 from cyborg_torchrl.cores.gated_delta import GatedDeltaBlock
 from cyborg_torchrl.cores.gru import GRULayer, build_gru
@@ -32,6 +33,7 @@ from cyborg_torchrl.cores.timescale import TimescaleNorm, log_spaced_timescales
 
 __all__ = [
     "AttentionCore",
+    "BistableLayer",
     "Core",
     "FFMBlock",
     "GRULayer",
@@ -55,6 +57,7 @@ __all__ = [
     "TimescaleNorm",
     "augment_with_pmm",
     "build_attention",
+    "build_bistable",
     "build_ffm",
     "build_gated_delta",
     "build_gru",

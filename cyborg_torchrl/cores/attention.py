@@ -56,7 +56,7 @@ class AttentionCore(Core):
         num_layers: int = 1,
         num_heads: int = 4,
         position: str = "relative",
-        has_clock: bool = False,
+        has_clock: bool = True,
         gating: str = "none",
     ) -> None:
         super().__init__()

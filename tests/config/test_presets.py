@@ -103,7 +103,7 @@ gymnasium.register("CyborgTests/Quiz-v0", entry_point=Quiz)
 def test_answers_that_change_nothing_are_trained_with_a_small_discount_on_whole_episodes(length, sequence, window):
     quiz = ["env=gymnasium", "id=CyborgTests/Quiz-v0", f"env.options={{length: {length}}}", "backbone=attention"]
     cfg = built(*quiz)
-    assert (cfg.train.gamma, cfg.train.gae_lambda) == (0.5, 0.5)
+    assert (cfg.train.gamma, cfg.train.gae_lambda, cfg.train.n_epochs) == (0.5, 0.5, 8)
     assert (cfg.train.n_steps, cfg.train.seq_len) == ((sequence, sequence) if sequence else (128, 64))
     assert cfg.backbone.window == window
     given = built(*quiz, "train.gamma=0.9", "train.n_steps=20", "backbone.window=7")

@@ -166,7 +166,7 @@ def test_steps_are_counted_exactly_in_bfloat16() -> None:
 
 def test_positions_stay_exact_in_long_episodes() -> None:
     """After 100,000 steps rotary attention reads as at the start: only distances count."""
-    core = build(position="rotary").float()
+    core = build(position="rotary", has_clock=False).float()
     x = torch.randn(1, 30, 3)
     is_init = torch.zeros(1, 30, dtype=torch.bool)
     with torch.no_grad():

@@ -6,16 +6,19 @@ import math
 from collections.abc import Callable
 
 import pytest
+import scipy.optimize
 import torch
 from torch import Tensor, nn
 
 from cyborg_torchrl.cores import (
+    BistableLayer,
     GRULayer,
     LRULayer,
     LSTMLayer,
     MinGRULayer,
     RecurrentLayer,
     RNNLayer,
+    build_bistable,
     build_gru,
     build_lru,
     build_lstm,
@@ -36,7 +39,14 @@ def relu_layer(in_features: int, hidden_size: int, _: int) -> RNNLayer:
     return RNNLayer(in_features, hidden_size, "relu")
 
 
-LAYERS = [GRULayer, LSTMLayer, LRULayer, ComplexLRULayer, MinGRULayer, tanh_layer, relu_layer]
+def bistable_layer(in_features: int, hidden_size: int, _: int) -> BistableLayer:
+    layer = BistableLayer(in_features, hidden_size)
+    with torch.no_grad():
+        layer.weights.normal_()  # they start at zero
+    return layer
+
+
+LAYERS = [GRULayer, LSTMLayer, LRULayer, ComplexLRULayer, MinGRULayer, tanh_layer, relu_layer, bistable_layer]
 
 
 def resets() -> Tensor:
@@ -192,6 +202,32 @@ def test_rnn_starts_as_its_papers_say() -> None:
     torch.testing.assert_close(weight @ weight.t(), eye, rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match="unknown nonlinearity 'sigmoid'"):
         build_rnn(3, nonlinearity="sigmoid")
+
+
+def test_bistable_by_hand() -> None:
+    """a = 1 + tanh(1 + 2), c = sigmoid(-1 + 0.5 * 2) = 1/2, halfway between 2 and tanh(3 + a * 2)."""
+    layer = BistableLayer(1, 1)
+    with torch.no_grad():
+        layer.maps.weight.copy_(torch.tensor([[1.0], [-1.0], [3.0]]))
+        layer.biases.zero_()
+        layer.weights.copy_(torch.tensor([[1.0], [0.5]]))
+    h_1, _ = layer.step(torch.ones(1, 1), (torch.full((1, 1), 2.0),))
+    expected = 1.0 + 0.5 * math.tanh(3.0 + 2.0 * (1.0 + math.tanh(3.0)))
+    torch.testing.assert_close(h_1, torch.tensor([[expected]]))
+
+
+def test_a_bistable_unit_keeps_its_bit() -> None:
+    """100,000 noisy steps later the unit has its sign, and without noise the value that solves h = tanh(a h)."""
+    core = build_bistable(2, hidden_size=8)
+    signs = torch.randint(0, 2, (4, 1, 8)) * 2.0 - 1.0
+    noise = 0.02 * torch.randn(4, 100_000, 2)
+    noise[:, -1000:] = 0.0
+    with torch.no_grad():
+        y, _ = core(noise, {"hidden": 0.3 * signs}, torch.zeros(4, 100_000, dtype=torch.bool))
+    assert torch.equal(y.sign(), signs.expand_as(y))
+    slope = 1.0 + math.tanh(0.5)
+    value = scipy.optimize.brentq(lambda h: math.tanh(slope * h) - h, 0.1, 1.0)
+    torch.testing.assert_close(y[:, -1], value * signs.squeeze(1), rtol=0, atol=1e-5)
 
 
 def test_complex_lru_by_hand() -> None:
