@@ -99,7 +99,8 @@ class BistableLayer(RecurrentLayer):
 
     def step(self, x: Float[Tensor, "B F"], state: LayerState) -> tuple[Tensor, LayerState]:
         """Take one step."""
-        hidden = _cell(*self._inputs(x).chunk(3, -1), self.weights, state[0])[-1]
+        feedback, keep, drive = self._inputs(x).chunk(3, -1)
+        hidden = _cell(feedback, keep, drive, self.weights, state[0])[-1]
         return hidden, (hidden,)
 
     def forward(
