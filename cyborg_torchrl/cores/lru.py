@@ -17,7 +17,7 @@ from cyborg_torchrl.cores.kernels.native import is_native
 from cyborg_torchrl.cores.layered import LayeredCore, LayerState, RecurrentLayer, layered_core_builder
 from cyborg_torchrl.cores.lru_complex import ComplexLRULayer
 from cyborg_torchrl.cores.resets import reset_steps
-from cyborg_torchrl.cores.timescale import log_spaced_timescales
+from cyborg_torchrl.cores.timescale import LONG_REACH, log_spaced_timescales
 from cyborg_torchrl.registry import register_backbone, with_options_of
 
 
@@ -133,7 +133,7 @@ class LRULayer(RecurrentLayer):
         b_t     = sqrt(1 - a_t^2) * sigmoid(W_g x_t + c_g) * (W_x x_t)
         h_t     = a_t * h_{t-1} + b_t
 
-    The rates start at the inverse of time constants, log-uniform from 1 step to ten horizons. The input has no bias
+    The rates start at the inverse of time constants, log-uniform from 1 step to 1,000 horizons. The input has no bias
     unless `input_bias` is set, so a blank step writes nothing.
 
     Source: De et al. (2024), "Griffin", section 2.4 (RG-LRU), after Orvieto et al. (2023). We differ in the time
@@ -150,7 +150,7 @@ class LRULayer(RecurrentLayer):
         self.has_input_bias = input_bias
         self.no_bias: Tensor
         self.register_buffer("no_bias", torch.zeros(hidden_size), persistent=False)
-        rate = 1.0 / log_spaced_timescales(hidden_size, max_horizon)
+        rate = 1.0 / log_spaced_timescales(hidden_size, max_horizon, LONG_REACH)
         self.rate = nn.Parameter(torch.log(torch.expm1(rate)))
 
     def step(self, x: Float[Tensor, "B F"], state: LayerState) -> tuple[Tensor, LayerState]:

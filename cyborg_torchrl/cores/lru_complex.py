@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from cyborg_torchrl.cores.kernels.linear import linear
 from cyborg_torchrl.cores.layered import LayerState, RecurrentLayer
 from cyborg_torchrl.cores.scan import gated_linear_scan
-from cyborg_torchrl.cores.timescale import log_spaced_timescales
+from cyborg_torchrl.cores.timescale import LONG_REACH, log_spaced_timescales
 
 
 class ComplexLRULayer(RecurrentLayer):
@@ -48,7 +48,7 @@ class ComplexLRULayer(RecurrentLayer):
         numbers = hidden_size // 2
         self.gates = nn.Linear(in_features, 2 * numbers)
         self.input = nn.Linear(in_features, hidden_size, bias=input_bias)
-        rate = 1.0 / log_spaced_timescales(numbers, max_horizon)
+        rate = 1.0 / log_spaced_timescales(numbers, max_horizon, LONG_REACH)
         self.rate = nn.Parameter(torch.log(torch.expm1(rate)))
         periods = torch.logspace(math.log10(2.0), math.log10(10.0 * max_horizon), numbers)
         self.angle = nn.Parameter(2.0 * math.pi / periods[torch.randperm(numbers)])

@@ -16,6 +16,10 @@ from cyborg_torchrl.cores.kernels.native import is_native
 READOUTS = ("timescale_norm", "none")
 
 
+LONG_REACH = 1000.0
+"""Horizons that the slowest channels of `lru` reach, so that episodes may be longer than those of training."""
+
+
 def log_spaced_timescales(channels: int, max_horizon: int, reach: float = 10.0) -> Float[Tensor, " D"]:
     """Return time constants in steps, log-uniform from 1 to `reach * max_horizon`, ascending, [channels].
 
