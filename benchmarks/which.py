@@ -1,0 +1,147 @@
+r"""Train every core on the same tasks, with the same number of parameters and steps: which one for which task?
+
+python -m benchmarks.which run                                    # hours; finished runs are skipped
+python -m benchmarks.which run --cores lru gru --tasks n_back --seeds 0
+python -m benchmarks.which table                                  # Markdown, from all results so far
+
+The width of each core is chosen so that the agent has about 100,000 parameters. All other options are those of the
+task. A run adds one row to benchmarks/results/which.csv: greedy success (or return) after training, and steps a second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import json
+import subprocess
+import sys
+import tempfile
+from contextlib import closing
+from pathlib import Path
+
+import torch
+
+from cyborg_torchrl import load_config
+from cyborg_torchrl.training.builders import build_agent, build_env
+from cyborg_torchrl.training.stats import mean_interval
+
+RESULTS = Path(__file__).parent / "results" / "which.csv"
+COLUMNS = ("core", "task", "seed", "hidden_size", "parameters", "steps", "score", "steps_per_second")
+PARAMETERS = 100_000
+WIDTHS = range(16, 513, 8)
+
+TASKS = {
+    "delayed_cue 1,000": ["env=delayed_cue", "env.horizon=1000", "train.total_timesteps=200000"],
+    "copy_memory": ["env=copy_memory", "env.level=easy", "train.total_timesteps=1000000"],
+    "assoc_recall, 16 pairs": ["env=assoc_recall", "env.pairs=16", "env.horizon=50", "train.total_timesteps=1000000"],
+    "n_back": ["env=n_back", "env.level=easy", "train.total_timesteps=400000"],
+    "RepeatPreviousHard": ["env=popgym", "id=popgym-RepeatPreviousHard-v0", "train.total_timesteps=500000"],
+}
+"""Overrides by task. The score of RepeatPreviousHard is the return, of the others success."""
+
+CORES = {
+    name: [f"backbone={name}"]
+    for name in (
+        "lru", "gru", "lstm", "rnn", "min_gru", "bistable", "attention", "ffm", "gated_delta", "mamba", "mamba2",
+        "mamba_gru", "pseudo_mamba",
+    )
+} | {
+    "lru, complex": ["backbone=lru", "backbone.is_complex=true"],
+    "lru with pmm": ["backbone=lru", "memory=pmm"],
+    "gru without memory": ["backbone=gru", "train.recurrent_mode=none"],
+}  # fmt: skip
+"""Overrides by core; the last one is the control."""
+
+
+def number_of_parameters(overrides: list[str], hidden_size: int) -> int:
+    """Return the parameters of an agent."""
+    cfg = load_config(overrides=[*overrides, f"backbone.hidden_size={hidden_size}", "env.num_envs=1"])
+    with closing(build_env(cfg)) as env:
+        return sum(parameter.numel() for parameter in build_agent(cfg, env).parameters())
+
+
+def width_for(overrides: list[str]) -> tuple[int, int]:
+    """Return the width whose number of parameters is nearest to the budget, and this number."""
+    low, high = 0, len(WIDTHS) - 1
+    while high - low > 1:  # the number of parameters grows with the width
+        middle = (low + high) // 2
+        low, high = (middle, high) if number_of_parameters(overrides, WIDTHS[middle]) < PARAMETERS else (low, middle)
+    sizes = {WIDTHS[index]: number_of_parameters(overrides, WIDTHS[index]) for index in (low, high)}
+    width = min(sizes, key=lambda width: abs(sizes[width] - PARAMETERS))
+    return width, sizes[width]
+
+
+def train(core: str, task: str, seed: int) -> dict[str, object]:
+    """Train one agent with the command line."""
+    overrides = [*TASKS[task], *CORES[core]]
+    width, parameters = width_for(overrides)
+    with tempfile.TemporaryDirectory() as scratch:
+        command = [sys.executable, "-m", "cyborg_torchrl", "train", *overrides, f"backbone.hidden_size={width}"]
+        command += [f"train.seed={seed}", f"logger.base_dir={scratch}", "logger.progress=false"]
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    summary = json.loads(output.splitlines()[-1])
+    score = summary["mean_reward"] if summary["success_rate"] is None else summary["success_rate"]
+    values = (core, task, seed, width, parameters, summary["total_timesteps"], score, summary["steps_per_second"])
+    return dict(zip(COLUMNS, values, strict=True))
+
+
+def read() -> list[dict[str, str]]:
+    """Return the rows of the CSV file; [] if there is none."""
+    if not RESULTS.exists():
+        return []
+    with RESULTS.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def run(cores: list[str], tasks: list[str], seeds: list[int]) -> None:
+    """Train what is missing, and add a row for each run."""
+    known = {(row["core"], row["task"], int(row["seed"])) for row in read()}
+    is_new = not RESULTS.exists()
+    with RESULTS.open("a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        if is_new:
+            writer.writeheader()
+        for seed, task, core in itertools.product(seeds, tasks, cores):
+            if (core, task, seed) not in known:
+                row = train(core, task, seed)
+                writer.writerow(row)
+                file.flush()
+                print(f"{core}, {task}, seed {seed}: {row['score']:.3f}", file=sys.stderr)
+
+
+def table() -> str:
+    """Return mean score [95 % interval] and steps a second of each core and task as Markdown."""
+    rows = read()
+    lines = ["| core | " + " | ".join(TASKS) + " |", "|---" * (len(TASKS) + 1) + "|"]
+    for core in CORES:
+        cells: list[str] = []
+        for task in TASKS:
+            found = [row for row in rows if (row["core"], row["task"]) == (core, task)]
+            scores = torch.tensor([float(row["score"]) for row in found], dtype=torch.float64)
+            interval = mean_interval(scores) if len(found) > 1 else None
+            limits = f" [{interval[0]:.2f}, {min(1, interval[1]):.2f}]" if interval else ""
+            speed = sum(float(row["steps_per_second"]) for row in found) / max(1, len(found))
+            cells.append(f"{scores.mean():.2f}{limits}, {speed:,.0f}/s" if found else "")
+        lines.append(f"| {core} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    running = commands.add_parser("run", help="train, and add a row for each run")
+    running.add_argument("--cores", nargs="+", default=list(CORES), choices=list(CORES))
+    running.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
+    running.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    commands.add_parser("table", help="print the results as Markdown")
+    arguments = parser.parse_args()
+    if arguments.command == "table":
+        print(table())
+    else:
+        run(arguments.cores, arguments.tasks, arguments.seeds)
+
+
+if __name__ == "__main__":
+    main()
