@@ -128,8 +128,8 @@ def layered_core_builder(layer: Callable[[int, int, int, bool], RecurrentLayer])
             in_features: F, features of the input.
             hidden_size: H, channels of each layer.
             num_layers: number of layers.
-            max_horizon: steps that memory should bridge. Time-scales reach ten times as far, those of `lru` 1,000 times. None: 1000. A configured
-                environment with a horizon sets it.
+            max_horizon: steps that memory should bridge. Time-scales reach ten times as far, those of `lru` 1,000
+                times. None: 1000. A configured environment with a horizon sets it.
             input_bias: add a bias to the values written into memory. Off, so that a blank step writes nothing.
             options: other options of `LayeredCore`.
 
