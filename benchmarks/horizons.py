@@ -1,11 +1,12 @@
 r"""Evaluate trained agents on episodes longer than those of training: does the memory last?
 
-cyborg-torchrl sweep backbone=gru,lru,bistable 'train.seed=range(3)' env.horizon=100 train.total_timesteps=200000 \
-    --folder runs/horizons
+    cyborg-torchrl sweep backbone=gru,lru,bistable 'train.seed=range(3)' env.horizon=100 \
+        train.total_timesteps=200000 --folder runs/horizons
+
 python -m benchmarks.horizons runs/horizons                          # greedy success at 1, 3, 10, 30, 100 horizons
 python -m benchmarks.horizons runs/horizons --factors 1 10 --episodes 100 --output horizons.csv
 
-Each run of the sweep is evaluated at multiples of its own `env.horizon`. One row of a CSV file holds one evaluation.
+Each run of the sweep is evaluated at multiples of the `env.horizon` that it was trained with. One row of a CSV file holds one evaluation.
 Rows that are there are not computed again, so an interrupted command continues. The table goes to stdout as Markdown.
 """
 

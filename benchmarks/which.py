@@ -95,7 +95,7 @@ def read() -> list[dict[str, str]]:
 
 
 def run(cores: list[str], tasks: list[str], seeds: list[int]) -> None:
-    """Train what is missing, and add a row for each run."""
+    """Train the missing runs, and add a row for each."""
     known = {(row["core"], row["task"], int(row["seed"])) for row in read()}
     is_new = not RESULTS.exists()
     with RESULTS.open("a", newline="") as file:
