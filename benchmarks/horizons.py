@@ -6,8 +6,9 @@ r"""Evaluate trained agents on episodes longer than those of training: does the 
 python -m benchmarks.horizons runs/horizons                          # greedy success at 1, 3, 10, 30, 100 horizons
 python -m benchmarks.horizons runs/horizons --factors 1 10 --episodes 100 --output horizons.csv
 
-Each run of the sweep is evaluated at multiples of the `env.horizon` that it was trained with. One row of a CSV file holds one evaluation.
-Rows that are there are not computed again, so an interrupted command continues. The table goes to stdout as Markdown.
+Each run of the sweep is evaluated at multiples of the `env.horizon` that it was trained with. One row of a CSV file
+holds one evaluation. Rows that are there are not computed again, so an interrupted command continues. The table goes to
+stdout as Markdown.
 """
 
 from __future__ import annotations
