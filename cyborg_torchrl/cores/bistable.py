@@ -79,7 +79,8 @@ class BistableLayer(RecurrentLayer):
     to one of them after every disturbance that is small enough: it remembers a bit for any time. The input opens and
     closes the memory by a_t.
 
-    Units start bistable, with b_a = 0.5. The candidate has no bias, so a blank step does not move a unit at zero.
+    Units start bistable, with b_a = 1. With b_a = 0.5, one of three seeds mixed bits that stay with values that fade, and
+    failed in longer episodes. The candidate has no bias, so a blank step does not move a unit at zero.
 
     Args:
         in_features: F, features of the input.
@@ -94,7 +95,7 @@ class BistableLayer(RecurrentLayer):
         self.state_names = ("hidden",)
         self.features = hidden_size
         self.maps = nn.Linear(in_features, 3 * hidden_size, bias=False)
-        self.biases = nn.Parameter(torch.cat([torch.full((hidden_size,), 0.5), torch.zeros(hidden_size)]))
+        self.biases = nn.Parameter(torch.cat([torch.ones(hidden_size), torch.zeros(hidden_size)]))
         self.weights = nn.Parameter(torch.zeros(2, hidden_size))
 
     def step(self, x: Float[Tensor, "B F"], state: LayerState) -> tuple[Tensor, LayerState]:

@@ -225,7 +225,7 @@ def test_a_bistable_unit_keeps_its_bit() -> None:
     with torch.no_grad():
         y, _ = core(noise, {"hidden": 0.3 * signs}, torch.zeros(4, 100_000, dtype=torch.bool))
     assert torch.equal(y.sign(), signs.expand_as(y))
-    slope = 1.0 + math.tanh(0.5)
+    slope = 1.0 + math.tanh(1.0)
     value = scipy.optimize.brentq(lambda h: math.tanh(slope * h) - h, 0.1, 1.0)
     torch.testing.assert_close(y[:, -1], value * signs.squeeze(1), rtol=0, atol=1e-5)
 
