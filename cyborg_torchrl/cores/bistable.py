@@ -79,8 +79,8 @@ class BistableLayer(RecurrentLayer):
     to one of them after every disturbance that is small enough: it remembers a bit for any time. The input opens and
     closes the memory by a_t.
 
-    Units start bistable, with b_a = 1. With b_a = 0.5, one of three seeds mixed bits that stay with values that fade, and
-    failed in longer episodes. The candidate has no bias, so a blank step does not move a unit at zero.
+    Units start bistable, with b_a = 1. With b_a = 0.5, one of three seeds mixed bits that stay with values that fade,
+    and failed in longer episodes. The candidate has no bias, so a blank step does not move a unit at zero.
 
     Args:
         in_features: F, features of the input.
