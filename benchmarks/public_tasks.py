@@ -248,9 +248,10 @@ def print_table() -> None:
             returns = torch.tensor([rows[-1]["greedy_return"] for rows in runs], dtype=torch.float64)
             speeds = [rows[-1]["steps"] / rows[-1]["cpu_seconds"] for rows in runs]
             interval = mean_interval(returns) if len(runs) > 1 else None
-            limits = f" [{interval[0]:.1f}, {interval[1]:.1f}]" if interval else ""
+            digits = 2 if abs(float(returns.mean())) < 10.0 else 1
+            limits = f" [{interval[0]:.{digits}f}, {interval[1]:.{digits}f}]" if interval else ""
             seeds = "1 seed" if len(runs) == 1 else f"{len(runs)} seeds"
-            cells += [f"{returns.mean():.1f}{limits} ({seeds})", f"{np.mean(speeds):.0f}"] if runs else ["", ""]
+            cells += [f"{returns.mean():.{digits}f}{limits} ({seeds})", f"{np.mean(speeds):.0f}"] if runs else ["", ""]
         print(f"| {name} | {task.total_timesteps:,} | " + " | ".join(cells) + " |")
 
 

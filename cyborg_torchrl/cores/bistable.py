@@ -86,8 +86,8 @@ class BistableLayer(RecurrentLayer):
         in_features: F, features of the input.
         hidden_size: H, units.
 
-    Source: Vecoven et al. (2021), "A bio-inspired bistable recurrent cell allows for long-lasting memory", equations 5
-    to 7 (BRC). We differ in the biases b_a and b_c.
+    Source: Vecoven et al. (2021), "A bio-inspired bistable recurrent cell allows for long-lasting memory" (BRC). We
+    differ in the biases b_a and b_c.
     """
 
     def __init__(self, in_features: int, hidden_size: int) -> None:

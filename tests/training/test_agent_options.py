@@ -149,7 +149,8 @@ def test_no_illegal_action_in_training(where, many):
 def test_without_a_mask_illegal_actions_are_taken():
     """Shows that the count above can fail."""
     Legal.illegal = Legal.steps = 0
-    train(*LEGAL, "train.seq_len=10", "agent.action_mask=null")
+    with pytest.warns(UserWarning, match="does not read the environment's entry 'action_mask'"):
+        train(*LEGAL, "train.seq_len=10", "agent.action_mask=null")
     assert Legal.illegal > 50
 
 
