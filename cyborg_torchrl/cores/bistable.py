@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from cyborg_torchrl.cores.kernels.linear import linear
-from cyborg_torchrl.cores.layered import LayeredCore, LayerState, RecurrentLayer
+from cyborg_torchrl.cores.layered import LayeredCore, LayerState, RecurrentLayer, bare_core
 from cyborg_torchrl.cores.resets import reset_steps
 from cyborg_torchrl.registry import register_backbone, with_options_of
 
@@ -135,8 +135,4 @@ def build_bistable(in_features: int, *, hidden_size: int = 64, num_layers: int =
     Raises:
         ValueError: if a size is below 1.
     """
-    for name, value in (("hidden_size", hidden_size), ("num_layers", num_layers)):
-        if value < 1:
-            raise ValueError(f"{name} must be >= 1; got {value}.")
-    widths = [in_features, *[hidden_size] * (num_layers - 1)]
-    return LayeredCore([BistableLayer(width, hidden_size) for width in widths], in_features, readout="none", **options)
+    return bare_core(lambda width: BistableLayer(width, hidden_size), in_features, hidden_size, num_layers, **options)

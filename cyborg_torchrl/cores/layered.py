@@ -109,6 +109,28 @@ class LayeredCore(Core):
         return {name: torch.stack(column, 1) for name, column in zip(self.state_names, columns, strict=True)}
 
 
+def bare_core(
+    layer: Callable[[int], RecurrentLayer], in_features: int, hidden_size: int, num_layers: int, **options: bool
+) -> LayeredCore:
+    """Build a core whose states are read out as they are.
+
+    Args:
+        layer: from its number of input features to a layer with `hidden_size` units.
+        in_features: F, features of the input.
+        hidden_size: H, units of each layer.
+        num_layers: number of layers.
+        options: other options of `LayeredCore`.
+
+    Raises:
+        ValueError: if a size is below 1.
+    """
+    for name, value in (("hidden_size", hidden_size), ("num_layers", num_layers)):
+        if value < 1:
+            raise ValueError(f"{name} must be >= 1; got {value}.")
+    layers = [layer(width) for width in (in_features, *[hidden_size] * (num_layers - 1))]
+    return LayeredCore(layers, in_features, readout="none", **options)
+
+
 def layered_core_builder(layer: Callable[[int, int, int, bool], RecurrentLayer]) -> Callable[..., LayeredCore]:
     """Return a builder of cores, given a builder `layer(in_features, hidden_size, max_horizon, input_bias)`."""
 

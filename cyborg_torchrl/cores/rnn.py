@@ -9,7 +9,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional as F
 
 from cyborg_torchrl.cores.kernels.linear import linear
-from cyborg_torchrl.cores.layered import LayeredCore, LayerState, RecurrentLayer
+from cyborg_torchrl.cores.layered import LayeredCore, LayerState, RecurrentLayer, bare_core
 from cyborg_torchrl.cores.resets import reset_steps
 from cyborg_torchrl.registry import check_known, register_backbone, with_options_of
 
@@ -121,9 +121,6 @@ def build_rnn(
     Raises:
         ValueError: if a size is below 1, or the nonlinearity is unknown.
     """
-    for name, value in (("hidden_size", hidden_size), ("num_layers", num_layers)):
-        if value < 1:
-            raise ValueError(f"{name} must be >= 1; got {value}.")
-    widths = [in_features, *[hidden_size] * (num_layers - 1)]
-    layers = [RNNLayer(width, hidden_size, nonlinearity) for width in widths]
-    return LayeredCore(layers, in_features, readout="none", **options)
+    return bare_core(
+        lambda width: RNNLayer(width, hidden_size, nonlinearity), in_features, hidden_size, num_layers, **options
+    )
