@@ -7,22 +7,38 @@ import torch
 from cyborg_torchrl.envs.popgym.base import PopgymEnv
 from cyborg_torchrl.envs.popgym.autoencode import AutoencodeEnv
 from cyborg_torchrl.envs.popgym.battleship import BattleshipEnv
+from cyborg_torchrl.envs.popgym.cartpole import (
+    NoisyPositionOnlyCartPoleEnv,
+    PositionOnlyCartPoleEnv,
+    VelocityOnlyCartPoleEnv,
+)
+from cyborg_torchrl.envs.popgym.concentration import ConcentrationEnv
 from cyborg_torchrl.envs.popgym.count_recall import CountRecallEnv
 from cyborg_torchrl.envs.popgym.higher_lower import HigherLowerEnv
+from cyborg_torchrl.envs.popgym.labyrinth import LabyrinthEscapeEnv, LabyrinthExploreEnv
 from cyborg_torchrl.envs.popgym.minesweeper import MineSweeperEnv
 from cyborg_torchrl.envs.popgym.multiarmed_bandit import MultiarmedBanditEnv
+from cyborg_torchrl.envs.popgym.pendulum import NoisyPositionOnlyPendulumEnv, PositionOnlyPendulumEnv
 from cyborg_torchrl.envs.popgym.repeat_first import RepeatFirstEnv
 from cyborg_torchrl.envs.popgym.repeat_previous import RepeatPreviousEnv
 
 FAMILIES: dict[str, type[PopgymEnv]] = {
     "Autoencode": AutoencodeEnv,
     "Battleship": BattleshipEnv,
+    "Concentration": ConcentrationEnv,
     "CountRecall": CountRecallEnv,
     "HigherLower": HigherLowerEnv,
+    "LabyrinthEscape": LabyrinthEscapeEnv,
+    "LabyrinthExplore": LabyrinthExploreEnv,
     "MineSweeper": MineSweeperEnv,
     "MultiarmedBandit": MultiarmedBanditEnv,
+    "NoisyPositionOnlyCartPole": NoisyPositionOnlyCartPoleEnv,
+    "NoisyPositionOnlyPendulum": NoisyPositionOnlyPendulumEnv,
+    "PositionOnlyCartPole": PositionOnlyCartPoleEnv,
+    "PositionOnlyPendulum": PositionOnlyPendulumEnv,
     "RepeatFirst": RepeatFirstEnv,
     "RepeatPrevious": RepeatPreviousEnv,
+    "VelocityOnlyCartpole": VelocityOnlyCartPoleEnv,  # popgym spells this id so
 }
 """Families by their names in ids."""
 

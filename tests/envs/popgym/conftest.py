@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import math
+import sys
 import warnings
 from collections import deque
 from collections.abc import Callable
@@ -31,7 +33,8 @@ class Script:
         """The numbers that the native environment has drawn in a step."""
 
     def shuffle(self, cards: np.ndarray) -> None:
-        cards[:] = self.decks.popleft()[::-1]  # they are dealt from the end
+        # Cards are dealt from the end.
+        cards[:] = self.row["table"] if "table" in self.row else self.decks.popleft()[::-1]
 
     def uniform(self, low: Any, high: Any, size: Any = None) -> np.ndarray:
         return self.row["state"]
@@ -47,24 +50,48 @@ class Script:
         return self.row["mines"]
 
 
-def _module(family: str) -> ModuleType:
-    name = importlib.import_module("cyborg_torchrl.envs.popgym.build").FAMILIES[family].__module__.rpartition(".")[2]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return importlib.import_module(f"popgym.envs.{name}")
+class ScriptedMaze:
+    """A maze of the package mazelib, which popgym needs for its mazes, with a prepared grid."""
+
+    generator: Any
+    row: Row
+
+    def generate(self) -> None:
+        side = math.isqrt(len(self.row["grid"]))
+        self.grid = self.row["grid"].reshape(side, side).astype(np.int8)
+
+    def generate_entrances(self, start_outer: bool) -> None:
+        side = len(self.grid)
+        self.start, self.end = (divmod(int(self.row[name]), side) for name in ("start", "end"))
 
 
-def make_package_env(family: str, level: str) -> Any:
+def _maze_module(monkeypatch: pytest.MonkeyPatch, family: str) -> ModuleType:
+    """Import a module of popgym that needs mazelib."""
+    names = ("mazelib", "mazelib.generate", "mazelib.generate.HuntAndKill")
+    for name in names:
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    sys.modules["mazelib"].Maze = ScriptedMaze
+    sys.modules[names[-1]].HuntAndKill = lambda *sides: None
+    name = {"LabyrinthEscape": "labyrinth_escape", "LabyrinthExplore": "labyrinth_explore"}[family]
+    for module in ("popgym.core.maze", f"popgym.envs.{name}"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    return importlib.import_module(f"popgym.envs.{name}")
+
+
+def make_package_env(monkeypatch: pytest.MonkeyPatch, family: str, level: str) -> Any:
     """One environment of the package, without wrappers."""
     pytest.importorskip("popgym", reason="popgym is not installed: pip install 'cyborg-torchrl[benchmarks]'")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return getattr(_module(family), f"{family}{level}")()
+        is_maze = family.startswith("Labyrinth")
+        module = _maze_module(monkeypatch, family) if is_maze else importlib.import_module("popgym.envs")
+        return getattr(module, f"{family.replace('Cartpole', 'CartPole')}{level}")()
 
 
 def begin(env: Any, row: Row) -> Any:
     """Begin an episode with the random part of a native episode, and return its observation."""
     env._np_random = Script(row)
+    ScriptedMaze.row = row
     if "board" in row:
         env.place_ship = lambda board, size: row["board"].reshape(board.shape).astype(board.dtype)
     observation, _ = env.reset()
@@ -138,7 +165,7 @@ def play(
     torch.manual_seed(0)
     native = FAMILIES[family](num_envs, level=level, seed=1)
     recorder = Recorder(native, monkeypatch)
-    package = [make_package_env(family, level) for _ in range(num_envs)]
+    package = [make_package_env(monkeypatch, family, level) for _ in range(num_envs)]
     first = native.restart()
     for i, env in enumerate(package):
         assert_same(native_parts(first, i), parts(begin(env, recorder.rows.popleft())))
