@@ -88,6 +88,11 @@ def make_package_env(monkeypatch: pytest.MonkeyPatch, family: str, level: str) -
         return getattr(module, f"{family.replace('Cartpole', 'CartPole')}{level}")()
 
 
+@pytest.fixture(name="make_package_env")
+def _make_package_env(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], Any]:
+    return partial(make_package_env, monkeypatch)
+
+
 def begin(env: Any, row: Row) -> Any:
     """Begin an episode with the random part of a native episode, and return its observation."""
     env._np_random = Script(row)
