@@ -13,9 +13,9 @@ from cyborg_torchrl.envs.popgym.cards import SUITS, PredictionGame, suits
 class AutoencodeEnv(PredictionGame):
     """Autoencode: all cards are shown one by one, and then their suits are the answers, the last card first.
 
-    - Observation: "0", [N] integer, is 1 while cards are shown and 0 while they are asked for. "1", [N] integer in
+    - Observation: "0", [N] integer, is 1 while cards are shown and 0 while answers are due. "1", [N] integer in
       [0, 4), is the suit of the card, and 0 once the first answer was given.
-    - Action, [N] integer in [0, 4): the suit that is asked for; ignored while cards are shown.
+    - Action, [N] integer in [0, 4): the suit of the next card in reverse order; ignored while cards are shown.
     - Reward: 1 / cards for a right answer, as much off for a wrong one.
     - The last answer terminates the episode, after 2 cards - 1 steps.
 
@@ -25,8 +25,8 @@ class AutoencodeEnv(PredictionGame):
     | Medium | 2 |
     | Hard | 3 |
 
-    The last card is shown with the mark 0, since its suit is asked for at once. Suit 0 and "no card" look the same. Both
-    are so in popgym.
+    The last card is shown with the mark 0, since its answer is due at once. Suit 0 and "no card" look the same. So it
+    is in popgym.
     """
 
     levels = {"Easy": {"num_decks": 1}, "Medium": {"num_decks": 2}, "Hard": {"num_decks": 3}}

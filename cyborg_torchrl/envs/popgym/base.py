@@ -64,7 +64,7 @@ class PopgymEnv(EnvBase):
     """A batch of POPGym environments on one device, with the rules of popgym 1.0.7.
 
     Observations, rewards and ends are those of the package, step by step, if both get the same deck, board or noise.
-    Random numbers come from one generator, so the same seed draws other episodes than the package does. "success" is
+    The same seed draws other episodes than the package does. "success" is
     NaN, since POPGym does not define it.
 
     A subclass declares its levels, and implements the abstract methods. Its entry "observation" is what agents see.
@@ -112,6 +112,8 @@ class PopgymEnv(EnvBase):
         self._success = torch.full((num_envs, 1), torch.nan, device=self.device)
         self._run = Run(torch.zeros(num_envs, 1, dtype=torch.long, device=self.device))
         self._generator = torch.Generator(device=self.device)
+        # Numbers that are drawn in steps, so that the reset of one environment does not change the noise of others.
+        self._step_generator = torch.Generator(device=self.device)
         self._prepare_tables()
         self.set_seed(int(torch.randint(2**31, ())) if seed is None else seed)
 
@@ -232,6 +234,7 @@ class PopgymEnv(EnvBase):
             "stock": {name: value.clone() for name, value in run.stock.items()},
             "used": run.used,
             "generator": self._generator.get_state(),
+            "step_generator": self._step_generator.get_state(),
         }
 
     def set_state(self, state: Mapping[str, Any]) -> Tensor:
@@ -252,6 +255,7 @@ class PopgymEnv(EnvBase):
             used=state["used"],
         )
         self._generator.set_state(state["generator"])
+        self._step_generator.set_state(state["step_generator"])
         return torch.zeros(self.num_envs, dtype=torch.bool)
 
     def _reset(self, tensordict: TensorDictBase | None = None, **_: Any) -> TensorDict:
@@ -269,11 +273,13 @@ class PopgymEnv(EnvBase):
     def _set_seed(self, seed: int | None) -> None:
         if seed is not None:
             self._generator.manual_seed(seed)
+            self._step_generator.manual_seed(seed + 1)  # the two draw different things
             self._run.stock = {}
 
     def _constant(self, *values: float) -> Tensor:
         """Return numbers as a float tensor on the device: [count], or [] for one number."""
-        return torch.tensor(values if len(values) > 1 else values[0], dtype=torch.float32, device=self.device)
+        numbers = torch.tensor(values, dtype=torch.float32, device=self.device)
+        return numbers if len(values) > 1 else numbers.squeeze(0)
 
     def _first(self, size: int) -> Tensor:
         """Return the flat index of each environment's first number, [N], in a tensor [N, size]."""
@@ -292,4 +298,4 @@ class PopgymEnv(EnvBase):
             draw: `torch.rand` or `torch.randn`.
             shape: sizes of one environment's numbers.
         """
-        return draw(self.num_envs, *shape, generator=self._generator, device=self.device)
+        return draw(self.num_envs, *shape, generator=self._step_generator, device=self.device)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from cyborg_torchrl.envs.popgym.base import PopgymEnv
 from cyborg_torchrl.envs.popgym.autoencode import AutoencodeEnv
+from cyborg_torchrl.envs.popgym.base import PopgymEnv
 from cyborg_torchrl.envs.popgym.battleship import BattleshipEnv
 from cyborg_torchrl.envs.popgym.cartpole import (
     NoisyPositionOnlyCartPoleEnv,
@@ -45,9 +45,7 @@ FAMILIES: dict[str, type[PopgymEnv]] = {
 
 def native_ids() -> dict[str, tuple[type[PopgymEnv], str]]:
     """Return the family and the level of each id that has a native environment, such as "popgym-CountRecallEasy-v0"."""
-    return {
-        f"popgym-{name}{level}-v0": (family, level) for name, family in FAMILIES.items() for level in family.levels
-    }
+    return {f"popgym-{name}{level}-v0": (family, level) for name, family in FAMILIES.items() for level in family.levels}
 
 
 def build_native(

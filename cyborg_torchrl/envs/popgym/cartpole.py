@@ -25,8 +25,8 @@ class PositionOnlyCartPoleEnv(PopgymEnv):
     - Observation, [N, 2] float: the cart's position in m and the pole's angle in radians.
     - Action, [N] integer: push to the left (0) or to the right (1).
     - Reward: 1 / steps for each step, the last one included.
-    - The episode terminates if the cart is further than 2.4 m from the middle or the pole leans by more than 12 degrees.
-      It is truncated after its steps; both may be true.
+    - The episode terminates if the cart is further than 2.4 m from the middle, or the pole leans by more than 12
+      degrees. It is truncated after its steps; both may be true.
 
     | level | steps |
     |---|---|

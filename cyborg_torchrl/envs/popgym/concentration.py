@@ -1,4 +1,4 @@
-"""POPGym's Concentration: find pairs of cards that lie face down."""
+"""POPGym's Concentration: find pairs of cards that are face down."""
 
 from __future__ import annotations
 

@@ -11,10 +11,11 @@ from cyborg_torchrl.envs.popgym.cards import KINDS, PredictionGame
 
 
 class CountRecallEnv(PredictionGame):
-    """CountRecall: cards are dealt from one shuffled deck and asked for from another one.
+    """CountRecall: cards are dealt from one shuffled deck, and another shuffled deck has the questions.
 
-    - Observation, [N, 2] integer: the kind of the card that is dealt, and the kind that is asked for.
-    - Action, [N] integer in [0, cards / kinds]: how many cards of that kind were dealt so far, this step included.
+    - Observation, [N, 2] integer: the kind of the card that is dealt, and the kind in question.
+    - Action, [N] integer in [0, cards / kinds]: how many cards of the kind in question were dealt so far, this step
+      included.
     - Reward: 1 / (cards - 1) for the right number, as much off for any other.
     - The last card terminates the episode, after cards - 1 steps.
 

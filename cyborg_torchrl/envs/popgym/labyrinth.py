@@ -17,8 +17,8 @@ LONGEST = 1024
 class LabyrinthEnv(PopgymEnv):
     """The base of both mazes: an agent moves from cell to cell and sees the 3 x 3 cells around it.
 
-    - Observation, [N, 10] integer: the cells row by row (0 free, 1 wall, 2 start, 3 goal), and the last action, which is
-      4 at first.
+    - Observation, [N, 10] integer: the cells row by row (0 free, 1 wall, 2 start, 3 goal), and the last action, 4 at
+      first.
     - Action, [N] integer: left (0), right (1), up (2), down (3). A move into a wall does nothing.
     - The episode is truncated after 1,023 steps.
 

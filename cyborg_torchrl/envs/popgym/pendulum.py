@@ -59,7 +59,7 @@ class PositionOnlyPendulumEnv(PopgymEnv):
         cost = torch.addcmul(lean * lean, speed, speed, value=0.1)
         cost = torch.addcmul(cost, torque, torque, value=0.001)
         reward = torch.add(self._best, cost, alpha=-1 / (HALF_COST * self.steps)).float()
-        # Gravity 10 m/s², mass 1 kg, length 1 m. gymnasium multiplies the torque by 3 in float32, and then adds in float64.
+        # Gravity 10 m/s², mass 1 kg, length 1 m. gymnasium multiplies the torque in float32, and then adds in float64.
         acceleration = torch.add(torque * 3.0, angle.sin(), alpha=15.0)
         speed = torch.add(speed, acceleration, alpha=TIME_STEP).clamp(-MAX_SPEED, MAX_SPEED)
         angle = torch.add(angle, speed, alpha=TIME_STEP)

@@ -135,9 +135,7 @@ def parts(observation: Any) -> list[np.ndarray]:
 
 
 def native_parts(entries: dict, index: int) -> list[np.ndarray]:
-    return [
-        value[index].numpy() for key, value in entries.items() if key == "observation" or key[0] == "observation"
-    ]
+    return [value[index].numpy() for key, value in entries.items() if key == "observation" or key[0] == "observation"]
 
 
 def assert_same(native: list[np.ndarray], package: list[np.ndarray]) -> None:

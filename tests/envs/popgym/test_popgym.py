@@ -170,7 +170,7 @@ def test_a_batch_is_its_single_environments_and_partial_resets_disturb_no_other(
 
         monkeypatch.setitem(env.__dict__, "_random", random)
         played = [[flat(env.restart())[0]]]
-        for step in range(steps):  # noqa: B007  (read by `random`)
+        for step in range(steps):
             result = env.advance(actions[step][chosen])
             given.is_reset = result[keys.DONE].squeeze(-1) | extra[step][chosen]
             begun = env.restart(given.is_reset) if given.is_reset.any() else result
