@@ -50,8 +50,8 @@ class Run:
     """[N, 1] integer: the clock at which each episode reaches its last step."""
     clock: int = 0
     """Steps since all environments began an episode together."""
-    ends: set[int] = field(default_factory=set)
-    """Clocks at which some deadline may be. At any other clock the deadlines are not read."""
+    next_end: int = 0
+    """No deadline is earlier than this clock, so the deadlines are not read before."""
     entries: Entries = field(default_factory=dict)
     """The episodes; empty before the first reset."""
     stock: Entries = field(default_factory=dict)
@@ -162,12 +162,19 @@ class PopgymEnv(EnvBase):
         run = self._run
         run.clock += 1
         reward, is_over = self._play(action, run.entries)
-        is_last = run.deadline == run.clock if run.clock in run.ends else self._never
+        is_last = self._never if run.clock < run.next_end else self._is_last()
         terminated, truncated, done = self._ends(is_over, is_last)
         result = self._observed()
         result[keys.REWARD] = reward
         result[keys.TERMINATED], result[keys.TRUNCATED], result[keys.DONE] = terminated, truncated, done
         return result
+
+    def _is_last(self) -> Tensor:
+        """Return the episodes at their last step, [N, 1] bool, and find out when to look again."""
+        run = self._run
+        later = torch.where(run.deadline > run.clock, run.deadline, run.clock + self._num_steps)
+        run.next_end = int(later.min())
+        return run.deadline == run.clock
 
     def _ends(self, is_over: Tensor | None, is_last: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return which episodes are terminated, truncated, and either of them, [N, 1] bool.
@@ -194,12 +201,10 @@ class PopgymEnv(EnvBase):
         run = self._run
         index = None if is_reset is None else is_reset.nonzero().view(-1)
         if index is None or not run.entries or len(index) == self.num_envs:
-            index, run.clock = None, 0
-            run.ends.clear()
+            index, run.clock, run.next_end = None, 0, self._num_steps
             run.deadline.fill_(self._num_steps)
         else:
             run.deadline.index_fill_(0, index, run.clock + self._num_steps)
-        run.ends.add(run.clock + self._num_steps)
         self._begin(index, self._take(self.num_envs if index is None else len(index)))
         return self._observed()
 
@@ -230,6 +235,7 @@ class PopgymEnv(EnvBase):
         return {
             "clock": run.clock,
             "deadline": run.deadline.clone(),
+            "next_end": run.next_end,
             "entries": {name: value.clone() for name, value in run.entries.items()},
             "stock": {name: value.clone() for name, value in run.stock.items()},
             "used": run.used,
@@ -249,7 +255,7 @@ class PopgymEnv(EnvBase):
             # Copies, since steps write into some of these tensors.
             deadline=state["deadline"].to(self.device, copy=True),
             clock=state["clock"],
-            ends=set(state["deadline"].view(-1).tolist()),
+            next_end=state["next_end"],
             entries={name: value.to(self.device, copy=True) for name, value in state["entries"].items()},
             stock={name: value.to(self.device, copy=True) for name, value in state["stock"].items()},
             used=state["used"],

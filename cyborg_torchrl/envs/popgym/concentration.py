@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -47,46 +48,71 @@ class ConcentrationEnv(PopgymEnv):
     def _prepare_tables(self) -> None:
         cards, (_, kinds) = CARDS * self.num_decks, KINDS[self.kind]
         self._first_card = self._first(cards)
-        self._face_down = torch.tensor(kinds, device=self.device)
-        self._no_card = torch.tensor(-1, device=self.device)
-        self._none_left = torch.tensor(0, device=self.device)
-        self._pair = self._constant(2 / cards)
-        self._free, self._one_lost, self._two_lost = self._constant(0.0, -1 / self._num_steps, -2 / self._num_steps)
+        self._num_kinds, self._zero, self._no_card = torch.tensor([kinds, 0, -1], device=self.device)
+        verdicts = [_verdict(*case, cards, self._num_steps) for case in product((False, True), repeat=4)]
+        rewards, changes = zip(*verdicts, strict=True)
+        self._rewards, self._changes = self._constant(*rewards), torch.tensor(changes, device=self.device)
 
     def _draw(self, count: int) -> Entries:
         return {"table": self._permutations(count, CARDS * self.num_decks)}
 
     def _prepare(self, drawn: Entries) -> Entries:
-        table = drawn["table"]
-        view = self._face_down.expand_as(table).contiguous()
+        kind = KINDS[self.kind][0](drawn["table"]) - self._num_kinds
         return {
-            "kind": KINDS[self.kind][0](table),
-            "view": view,
-            "observation": view,
-            "turned": self._no_card.repeat(len(table)),
-            "left": table.new_full((len(table), 1), table.shape[1]),
+            # Kinds are negative in these two, so that 0 is a card that is face down.
+            "kind": kind,
+            "view": torch.zeros_like(kind),
+            "observation": torch.zeros_like(kind) + self._num_kinds,
+            "turned": self._no_card.repeat(len(kind)),
+            "left": kind.new_full((len(kind), 1), kind.shape[1]),
         }
 
     def _play(self, action: Tensor, entries: Entries) -> Outcome:
-        card, turned = self._first_card + action, entries["turned"]
-        kind = entries["kind"].take(card)
+        kinds, view, turned = entries["kind"], entries["view"].view(-1), entries["turned"]
+        card = self._first_card + action
         is_first = turned == self._no_card
-        is_same = turned == card
-        # The first card of a turn is visible too, so a visible card that is not it was face up before.
-        is_up = (entries["view"].take(card) != self._face_down) ^ is_same
         other = torch.where(is_first, card, turned)
-        other_kind = entries["kind"].take(other)
-        is_alike = (kind == other_kind) > is_same  # also the first card of a turn
-        is_pair = is_alike > (is_first | is_up)
-        lost = torch.where(is_first ^ is_up, self._free, self._two_lost)
-        lost = torch.where(is_first & is_up, self._one_lost, torch.where(is_up, self._two_lost, lost))
+        kind, other_kind = kinds.take(card), kinds.take(other)
+        case = _number(is_first, turned == card, view.take(card) == self._zero, kind == other_kind)
+        keeps, keeps_other, is_turned, not_turned, pairs = self._changes.index_select(0, case).unbind(1)
+        view.index_copy_(0, card, kind)
+        observation = entries["view"] + self._num_kinds
+        view.index_copy_(0, card, kind * keeps)
+        view.index_copy_(0, other, other_kind * keeps_other)
+        left = entries["left"] - pairs.unsqueeze(1)
+        entries.update(observation=observation, left=left, turned=torch.addcmul(not_turned, card, is_turned))
+        return Outcome(self._rewards.take(case).unsqueeze(1), left == self._zero)
 
-        seen = entries["view"].clone()
-        seen.view(-1).index_copy_(0, card, kind)
-        view = seen.clone()
-        view.view(-1).index_copy_(0, card, torch.where(is_alike | is_up, kind, self._face_down))
-        view.view(-1).index_copy_(0, other, torch.where(is_first | (is_alike > is_up), other_kind, self._face_down))
-        left = torch.sub(entries["left"], is_pair.unsqueeze(-1).long(), alpha=2)
-        turned = torch.where(is_first > is_up, card, self._no_card)
-        entries.update(observation=seen, view=view, left=left, turned=turned)
-        return Outcome(torch.where(is_pair, self._pair, lost).unsqueeze(-1), left == self._none_left)
+
+def _verdict(
+    is_first: bool, is_same: bool, is_hidden: bool, is_alike: bool, cards: int, steps: int
+) -> tuple[float, tuple[int, ...]]:
+    """Return the reward of a card that is turned over, and the changes that follow.
+
+    Args:
+        is_first: no other card of this turn was turned over.
+        is_same: the other card of this turn is the same one.
+        is_hidden: the card was face down.
+        is_alike: the other card of this turn has the same kind.
+        cards: number of cards.
+        steps: steps of an episode.
+
+    Returns:
+        The reward, and five integers: whether the card stays face up, whether the other one does, whether the turn
+        continues with this card, that minus 1, and the number of cards that are found.
+    """
+    if not is_hidden and not is_same:  # it was found before
+        return -(1 if is_first else 2) / steps, (1, int(is_first), 0, -1, 0)
+    if is_first:
+        return 0.0, (1, 1, 1, 0, 0)
+    if is_alike and not is_same:
+        return 2 / cards, (1, 1, 0, -1, 2)
+    return -2 / steps, (0, 0, 0, -1, 0)
+
+
+def _number(*flags: Tensor) -> Tensor:
+    """Return the integers [N] whose binary digits are flags, [N] bool each, the highest digit first."""
+    number = flags[0].view(torch.uint8)
+    for flag in flags[1:]:
+        number = torch.add(flag.view(torch.uint8), number, alpha=2)
+    return number.long()

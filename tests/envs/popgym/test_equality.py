@@ -44,7 +44,7 @@ def remember(env: PopgymEnv, step: int) -> Tensor:
     entries = env._run.entries
     kind, turned = entries["kind"], entries["turned"]
     first = (turned - env._first_card).clamp(min=0).unsqueeze(1)
-    is_hidden = entries["view"] == env._face_down
+    is_hidden = entries["view"] == 0
     is_partner = (kind == kind.gather(1, first)) & is_hidden
     chosen = torch.where(turned.unsqueeze(1) < 0, is_hidden, is_partner)
     action = (torch.rand(chosen.shape) + chosen.float()).argmax(1)
