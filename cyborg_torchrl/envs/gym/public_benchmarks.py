@@ -115,7 +115,9 @@ def build_popgym(
     if not reasons:
         LOGGER.info("%s: the native environment.", id)
         return build_native(id, num_envs, device=device, seed=seed)
-    LOGGER.info("%s: the package popgym, since %s.", id, " and ".join(reasons))
+    # An option that costs the native environment is worth a line that everybody sees.
+    level = logging.WARNING if native else logging.INFO
+    LOGGER.log(level, "%s: the package popgym, since %s.", id, " and ".join(reasons))
     return build_by_id(
         _make_popgym,
         id=id,

@@ -64,8 +64,7 @@ class PopgymEnv(EnvBase):
     """A batch of POPGym environments on one device, with the rules of popgym 1.0.7.
 
     Observations, rewards and ends are those of the package, step by step, if both get the same deck, board or noise.
-    The same seed draws other episodes than the package does. "success" is
-    NaN, since POPGym does not define it.
+    The same seed draws other episodes than the package does. "success" is NaN, since POPGym does not define it.
 
     A subclass declares its levels, and implements the abstract methods. Its entry "observation" is what agents see.
 
@@ -253,11 +252,11 @@ class PopgymEnv(EnvBase):
             raise ValueError(f"the state is for {len(state['deadline'])} environments; this one has {self.num_envs}.")
         self._run = Run(
             # Copies, since steps write into some of these tensors.
-            deadline=state["deadline"].to(self.device, copy=True),
+            deadline=state["deadline"].to(self.device).clone(),
             clock=state["clock"],
             next_end=state["next_end"],
-            entries={name: value.to(self.device, copy=True) for name, value in state["entries"].items()},
-            stock={name: value.to(self.device, copy=True) for name, value in state["stock"].items()},
+            entries={name: value.to(self.device).clone() for name, value in state["entries"].items()},
+            stock={name: value.to(self.device).clone() for name, value in state["stock"].items()},
             used=state["used"],
         )
         self._generator.set_state(state["generator"])
@@ -279,7 +278,7 @@ class PopgymEnv(EnvBase):
     def _set_seed(self, seed: int | None) -> None:
         if seed is not None:
             self._generator.manual_seed(seed)
-            self._step_generator.manual_seed(seed + 1)  # the two draw different things
+            self._step_generator.manual_seed(seed + 2**32)
             self._run.stock = {}
 
     def _constant(self, *values: float) -> Tensor:

@@ -41,7 +41,6 @@ class BattleshipEnv(PopgymEnv):
         cells, needed = self.side**2, sum(SHIPS)
         self._rewards = self._constant(-1 / (cells - needed), 1 / needed)
         self._first_cell = self._first(cells)
-        self._cell_of = torch.tensor([self.side, 1], device=self.device)
         self._none_left = torch.tensor(0, device=self.device)
         self._places = {length: _places(self.side, length).to(self.device) for length in set(SHIPS)}
 
@@ -60,7 +59,8 @@ class BattleshipEnv(PopgymEnv):
         return {"ship": board.clone(), "left": left, "observation": board.new_zeros(len(board))}
 
     def _play(self, action: Tensor, entries: Entries) -> Outcome:
-        cell = torch.addmv(self._first_cell, action, self._cell_of)
+        row, column = action.unbind(1)
+        cell = torch.add(self._first_cell + column, row, alpha=self.side)
         entries["observation"] = hit = entries["ship"].take(cell)
         entries["ship"].view(-1).index_fill_(0, cell, 0)  # a second shot is a miss
         hit = hit.unsqueeze(-1)

@@ -44,7 +44,7 @@ class CountRecallEnv(PredictionGame):
     def _deal(self, *decks: Tensor) -> Entries:
         kind_of, kinds = KINDS[self.kind]
         dealt, asked = (kind_of(deck) for deck in decks)
-        counts = torch.nn.functional.one_hot(dealt, kinds).cumsum(1)
+        counts = (dealt.unsqueeze(-1) == torch.arange(kinds, device=dealt.device)).cumsum(1)
         answer = counts.gather(-1, asked.unsqueeze(-1)).squeeze(-1)
         stake = torch.full(dealt.shape, 1 / (self.num_cards - 1), device=dealt.device)
         return {"observation": torch.stack((dealt, asked), -1), "answer": answer, "stake": stake}

@@ -53,7 +53,6 @@ class MineSweeperEnv(PopgymEnv):
         self._mine = torch.tensor(MINE, device=self.device)
         self._none_left = torch.tensor(0, device=self.device)
         self._first_cell = self._first(self.side**2)
-        self._cell_of = torch.tensor([self.side, 1], device=self.device)
 
     def _draw(self, count: int) -> Entries:
         return {"mines": self._permutations(count, self.side**2)[:, : self.mines]}
@@ -71,7 +70,8 @@ class MineSweeperEnv(PopgymEnv):
         }
 
     def _play(self, action: Tensor, entries: Entries) -> Outcome:
-        cell = torch.addmv(self._first_cell, action, self._cell_of)
+        row, column = action.unbind(1)
+        cell = torch.add(self._first_cell + column, row, alpha=self.side)
         kind = entries["kind"].take(cell)
         entries["kind"].view(-1).index_copy_(0, cell, self._after.take(kind))
         entries["observation"] = entries["around"].take(cell)

@@ -348,6 +348,15 @@ def test_neither_popgym_nor_gymnasium_is_needed() -> None:
     assert run.stdout.strip() == "torch.Size([2, 3])", run.stderr
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_reset_of_no_environment_changes_nothing(family: str) -> None:
+    env = FAMILIES[family](3, seed=0)
+    env.restart()
+    result = env.advance(actions_for(env, 1)[0])
+    begun = env.restart(torch.zeros(3, dtype=torch.bool))
+    assert all(torch.equal(begun[key], result[key]) for key in env._seen)
+
+
 def test_wrong_arguments() -> None:
     family = FAMILIES["RepeatFirst"]
     with pytest.raises(ValueError, match="unknown level 'Eazy': did you mean 'Easy'"):
