@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from cyborg_torchrl.checks import check_recurrent
 from cyborg_torchrl.config import checks, load_config
+from cyborg_torchrl.envs.popgym.build import FAMILIES
 from cyborg_torchrl.training import builders
 from cyborg_torchrl.training.builders import build_agent, build_env
 from cyborg_torchrl.training.experiment import run_experiment
@@ -208,6 +209,25 @@ def test_runs(mode: str, tmp_path: Path) -> None:
     errors = [float(line.split(",")[column]) for line in lines[1:]]
     assert len(errors) >= 1
     assert max(errors) <= (1e-2 if "train.state_dtype=float16" in overrides else 1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_popgym(family: str) -> None:
+    """The same episodes as on the CPU, since the stand-in's random numbers are those of the CPU."""
+    here, there = (FAMILIES[family](4, seed=0, device=device) for device in ("cpu", AWAY))
+    seen = [env.restart() for env in (here, there)]
+    for step in range(40):
+        for key, value in seen[1].items():
+            assert value.device == AWAY
+            assert torch.equal(value.cpu().nan_to_num(), seen[0][key].nan_to_num()), key
+        action = here.action_spec.rand()
+        seen = [env.advance(action.to(env.device)) for env in (here, there)]
+        if step == 20:
+            state = there.get_state()
+            there.set_state(state)
+        done = seen[0]["done"].squeeze(-1)
+        if done.any():
+            seen = [here.restart(done), there.restart(done.to(AWAY))]
 
 
 @pytest.mark.parametrize("backbone", ["lru", "mamba_gru", pytest.param("pmm", marks=pytest.mark.slow)])

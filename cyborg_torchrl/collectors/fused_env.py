@@ -16,6 +16,7 @@ from cyborg_torchrl import keys
 from cyborg_torchrl.collectors.flat_dict import FlatDict, NotFusable, flat
 from cyborg_torchrl.envs.gym.batch import GymnasiumEnv
 from cyborg_torchrl.envs.memory.task import MemoryTask
+from cyborg_torchrl.envs.popgym.base import PopgymEnv
 from cyborg_torchrl.envs.transforms.entries import EntryTransform
 
 Step = tuple[FlatDict, FlatDict, Tensor | None]
@@ -26,8 +27,8 @@ class FusedEnv:
     """An environment and its transforms as one step on entries.
 
     Args:
-        env: a `MemoryTask` or a `GymnasiumEnv` behind any of TorchRL's InitTracker, RewardSum, RewardClipping and
-            TensorDictPrimer, and our transforms.
+        env: a `MemoryTask`, a `PopgymEnv` or a `GymnasiumEnv` behind any of TorchRL's InitTracker, RewardSum,
+            RewardClipping and TensorDictPrimer, and our transforms.
 
     Raises:
         NotFusable: if the environment or a transform is another one.
@@ -35,7 +36,7 @@ class FusedEnv:
 
     def __init__(self, env: EnvBase) -> None:
         transforms, base = _unwrapped(env)
-        self.is_ever_cut = isinstance(base, GymnasiumEnv)
+        self.is_ever_cut = not isinstance(base, MemoryTask)
         self._advance, self._restart = _functions(base)
         self.never = torch.zeros(*base.batch_size, 1, dtype=torch.bool, device=base.device)
         self.defaults: FlatDict = {}
@@ -121,12 +122,12 @@ def _clip(transform: RewardClipping) -> Callable[[FlatDict, FlatDict], None]:
 
 def _functions(env: EnvBase) -> tuple[Callable[[Tensor], FlatDict], Callable[[Tensor], FlatDict]]:
     """Return a step and a reset of an environment, without its transforms: they return entries of all environments."""
-    known = MemoryTask if isinstance(env, MemoryTask) else GymnasiumEnv
-    if not isinstance(env, (MemoryTask, GymnasiumEnv)):
+    known = next((kind for kind in (MemoryTask, PopgymEnv, GymnasiumEnv) if isinstance(env, kind)), None)
+    if known is None:
         raise NotFusable(f"{type(env).__name__} is not one of the package's environments")
     if name := _overrides(env, known):  # `advance` and `restart` are called instead of them
         raise NotFusable(f"{type(env).__name__} has another {name}")
-    if isinstance(env, GymnasiumEnv):
+    if not isinstance(env, MemoryTask):
         return env.advance, env.restart
     never = torch.zeros(env.num_envs, 1, dtype=torch.bool, device=env.device)
 

@@ -22,6 +22,7 @@ from cyborg_torchrl.checks import check_environment
 from cyborg_torchrl.collectors import RolloutCollector
 from cyborg_torchrl.cores import build_gru
 from cyborg_torchrl.envs import MemoryTask, oracle_policy
+from cyborg_torchrl.envs.popgym.build import native_ids
 from cyborg_torchrl.modules import Backbone, PPOAgent, build_encoder
 from cyborg_torchrl.registry import environments
 
@@ -42,6 +43,9 @@ class Case(NamedTuple):
         return "-".join(map(str, (self.name, *self.options.values())))
 
 
+# A first action often ends MineSweeperEasy.
+NATIVE_IDS = [name for name in native_ids() if ("Medium" if "MineSweeper" in name else "Easy") in name]
+LENGTHS = dict.fromkeys(("popgym-LabyrinthEscapeEasy-v0", "popgym-LabyrinthExploreEasy-v0"), 1100)
 CASES = [
     Case("assoc_recall", {"horizon": 3, "pairs": 2}),
     Case("associative_recall", {"horizon": 3, "pairs": 2}),
@@ -56,14 +60,15 @@ CASES = [
     Case("tmaze", {"horizon": 4}),
     # no pole falls within 7 steps
     Case("gymnasium", {"id": "CartPole-v1", "max_episode_steps": 7}, "truncated", "gymnasium"),
-    Case("popgym", {"id": "popgym-RepeatFirstEasy-v0"}, None, "popgym"),
-    Case("popgym", {"id": "popgym-AutoencodeEasy-v0"}, None, "popgym"),
+    *(Case("popgym", {"id": name}, None, num_steps=LENGTHS.get(name)) for name in NATIVE_IDS),
+    Case("popgym", {"id": "popgym-RepeatFirstEasy-v0", "native": False}, None, "popgym"),
+    Case("popgym", {"id": "popgym-AutoencodeEasy-v0", "native": False}, None, "popgym"),
     Case("bsuite", {"id": "memory_len/2"}, None, "bsuite"),
     Case("minigrid", {"id": "MiniGrid-MemoryS7-v0", "max_episode_steps": 6}, "truncated", "minigrid"),
     Case("memory_gym", {"id": "MortarMayhem-Grid-v0", "max_episode_steps": 6}, "truncated", "memory_gym", 14),
     Case("treechop", {"backend": "crafter", "max_episode_steps": 6}, "truncated", "crafter", 8),
 ]
-TASKS = [case for case in CASES if case.package is None]
+TASKS = [case for case in CASES if case.package is None and case.name != "popgym"]
 
 
 def build(case: Case, num_envs: int = 3, **options: Any) -> EnvBase:

@@ -5,6 +5,8 @@ Each package is optional and is imported at first use. The arguments of the buil
 
 from __future__ import annotations
 
+import importlib.util
+import logging
 import os
 from functools import partial
 from typing import Any
@@ -21,8 +23,12 @@ from cyborg_torchrl.envs.gym.environment import (
     make_wrapped,
     one_line_errors,
 )
+from cyborg_torchrl.envs.popgym.build import build_native, native_ids, native_steps
 from cyborg_torchrl.registry import did_you_mean, register_environment
 
+LOGGER = logging.getLogger(__name__)
+LISTING_NATIVE = 'python -c "from cyborg_torchrl.envs.popgym.build import native_ids; print(*native_ids())"'
+"""The command that lists the ids of POPGym that have a native environment."""
 MEMORY_GYM = (
     "pip install --no-deps memory-gym && pip install pygame-ce (it pins an old gymnasium that it does not need)"
 )
@@ -60,14 +66,70 @@ def _make_popgym(env_id: str, max_episode_steps: int | None, options: dict[str, 
     return env
 
 
-build_popgym = register_environment("popgym")(
-    partial(build_by_id, _make_popgym, id="popgym-RepeatFirstEasy-v0", num_envs=64),
-)
-"""Build POPGym environments (Morad et al. 2023). Most returns are in [-1, 1]; success is not defined.
+@register_environment("popgym")
+def build_popgym(
+    *,
+    id: str = "popgym-RepeatFirstEasy-v0",
+    num_envs: int = 64,
+    native: bool = True,
+    frame_skip: int = 1,
+    max_episode_steps: int | None = None,
+    workers: int = 0,
+    visible: list[int] | None = None,
+    options: dict[str, Any] | None = None,
+    device: torch.device | str | None = None,
+    seed: int | None = None,
+) -> EnvBase:
+    """Build POPGym environments (Morad et al. 2023). Most returns are in [-1, 1]; success is not defined.
 
-Card games terminate. Control tasks and searches are truncated at their `max_episode_length`. An id is such as
-"popgym-RepeatPreviousHard-v0". Options are keyword arguments of the environment.
-"""
+    Card games terminate. Control tasks and searches are truncated at their length. The environments are native ones:
+    batches of tensors with the package's rules, which do not need the package. Options that they do not have take the
+    package: frame_skip, a shorter max_episode_steps, workers, visible and options. A log line says which one is used.
+
+    Args:
+        id: POPGym id, such as "popgym-RepeatPreviousHard-v0".
+        num_envs: number of environments.
+        native: use the native environment where there is one; otherwise the package popgym.
+        frame_skip: environment steps for each action; rewards are summed.
+        max_episode_steps: environment steps after which episodes are truncated; None: the limit of the id.
+        workers: number of worker processes; 0: all environments in this process.
+        visible: numbers of a vector observation that the agent sees, by index; None: all.
+        options: keyword arguments of the package's environment.
+        device: device of all tensors.
+        seed: seed of the episodes.
+
+    Raises:
+        ValueError: if the package is needed and missing, the id is unknown or an option cannot be used, in one line.
+    """
+    known = native_ids()
+    others = {"frame_skip": frame_skip != 1, "workers": workers, "visible": visible is not None, "options": options}
+    reasons = [f"{name} is set" for name, is_set in others.items() if is_set]
+    if not native:
+        reasons.insert(0, "native is false")
+    if id not in known:
+        if importlib.util.find_spec("popgym") is None:
+            raise ValueError(f"no popgym id '{id}': {did_you_mean(id, known, LISTING_NATIVE)}")
+        reasons.insert(0, "no native environment has this id")
+    elif max_episode_steps is not None and max_episode_steps < native_steps(id):
+        reasons.append("max_episode_steps is below the limit of the id")
+    if not reasons:
+        LOGGER.info("%s: the native environment.", id)
+        return build_native(id, num_envs, device=device, seed=seed)
+    # An option that costs the native environment is worth a line that everybody sees.
+    level = logging.WARNING if native else logging.INFO
+    LOGGER.log(level, "%s: the package popgym, since %s.", id, " and ".join(reasons))
+    return build_by_id(
+        _make_popgym,
+        id=id,
+        num_envs=num_envs,
+        frame_skip=frame_skip,
+        max_episode_steps=max_episode_steps,
+        workers=workers,
+        visible=visible,
+        options=options,
+        device=device,
+        seed=seed,
+    )
 
 
 def _make_bsuite(env_id: str, max_episode_steps: int | None, options: dict[str, Any] | None) -> Any:

@@ -6,6 +6,7 @@ import importlib
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from cyborg_torchrl.training.experiment import run_experiment
 gymnasium = pytest.importorskip("gymnasium", reason="gymnasium is not installed: pip install 'cyborg-torchrl[gym]'")
 
 BUILDERS = {
-    "popgym": (build_popgym, "popgym-RepeatFirstEasy-v0"),
+    "popgym": (partial(build_popgym, native=False), "popgym-RepeatFirstEasy-v0"),
     "bsuite": (build_bsuite, "memory_len/10"),
     "minigrid": (build_minigrid, "MiniGrid-MemoryS7-v0"),
     "memory_gym": (build_memory_gym, "MysteryPath-Grid-v0"),
@@ -420,7 +421,7 @@ def test_missing_packages_are_told_with_the_command(
     need(name)
     monkeypatch.setitem(sys.modules, hidden, None)
     with pytest.raises(ConfigError) as caught:
-        build_env(load_config(overrides=[f"env={name}"]))
+        build_env(load_config(overrides=[f"env={name}", *(["env.native=false"] if name == "popgym" else [])]))
     assert command in str(caught.value)
     assert "\n" not in str(caught.value)
 

@@ -1,0 +1,1 @@
+"""POPGym's environments as batches of tensors, without the package popgym."""
