@@ -35,9 +35,6 @@ MEMORY_GYM = (
 BSUITE_LENGTHS = (("_memory_length", 1), ("_chain_length", 0), ("_episode_len", 0), ("_max_steps", 0))
 """Attributes of bsuite experiments with the length of an episode, and a number to add."""
 
-POPGYM_PREDICTIONS = ("RepeatFirst", "RepeatPrevious", "Autoencode", "CountRecall", "HigherLower")
-"""Families of POPGym in which an action is an answer that changes nothing that follows."""
-
 
 def _check_id(env_id: str, package: str, what: str, starts: tuple[str, ...] = ()) -> None:
     """Check that an id belongs to a package: its entry point is in the package, or it has a prefix."""
@@ -61,8 +58,8 @@ def _make_popgym(env_id: str, max_episode_steps: int | None, options: dict[str, 
     env = make_registered(env_id, max_episode_steps, options)
     if "HigherLower" in env_id:  # its length is that of the deck; it has no attribute
         env.unwrapped.max_episode_length = env.unwrapped.deck.num_cards - 1
-    family = env_id.removeprefix("popgym-")
-    env.metadata = {**env.metadata, "is_prediction": family.startswith(POPGYM_PREDICTIONS)}
+    known = native_ids()
+    env.metadata = {**env.metadata, "is_prediction": env_id in known and known[env_id][0].is_prediction}
     return env
 
 
