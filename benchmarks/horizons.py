@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import json
 from collections import defaultdict
 from pathlib import Path
 
@@ -32,8 +33,8 @@ FACTORS = (1, 3, 10, 30, 100)
 def core_name(run: Path) -> str:
     """Return the backbone of a run, with the options that its command gave."""
     cfg = OmegaConf.load(run / "config.yaml")
-    given = OmegaConf.load(run / "job.json").get("overrides", []) if (run / "job.json").exists() else []
-    options = [text.removeprefix("backbone.") for text in given if text.startswith("backbone.")]
+    given = json.loads((run / "job.json").read_text())["overrides"]
+    options = [f"{key.removeprefix('backbone.')}={value}" for key, value in given.items() if "backbone." in key]
     return " ".join([cfg.backbone.name, *options])
 
 
