@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cyborg_torchrl.config import ConfigError
 
+T = TypeVar("T")
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """Environment variables that torchrun, and other launchers of torch.distributed, set for each process."""
 RANK_SEEDS = 10_007
@@ -104,14 +105,25 @@ class Ranks:
                 dist.broadcast(sent, src=0)
                 tensor.copy_(sent)
 
-    def broadcast_object(self, content: Any) -> Any:
-        """Return the first rank's object, which is sent as a pickle. The others wait for it as long as it takes."""
+    def from_first(self, make: Callable[[], T]) -> T:
+        """Call `make` in the first process. Return its result, or raise its error, in all processes.
+
+        The others wait for it as long as it takes. Result and error are sent as pickles.
+        """
         if self.size == 1:
-            return content
-        contents = [content]
+            return make()
+        outcome: list[Any] = [None]
+        if self.is_first:
+            try:
+                outcome = [(make(), None)]
+            except Exception as error:  # the others wait, and must not wait for ever
+                outcome = [(None, error)]
         with _peer_errors():
-            dist.broadcast_object_list(contents, src=0, group=self._waiting_group)
-        return contents[0]
+            dist.broadcast_object_list(outcome, src=0, group=self._waiting_group)
+        result, error = outcome[0]
+        if error is not None:
+            raise error
+        return result
 
     def gather_objects(self, content: Any) -> list[Any]:
         """Return the objects of all ranks, in their order, to the first rank; [] to all others."""

@@ -106,12 +106,12 @@ def run_experiment(cfg: DictConfig) -> dict[str, Any]:
 def _run(cfg: DictConfig, ranks: Ranks) -> dict[str, Any]:
     started = time.perf_counter()
     progress = Progress(is_shown=cfg.logger.progress and ranks.is_first)
-    point = ranks.broadcast_object(find_run(cfg) if ranks.is_first else None)
+    point = ranks.from_first(lambda: find_run(cfg))
     if point is not None and point.is_finished(cfg):
         progress.console.print(f"{point.folder} is done already.")
-        return {**point.summary, "run_dir": str(point.folder)}
+        return {**(point.summary or {}), "run_dir": str(point.folder)}
     point = point or ResumePoint()
-    source = ranks.broadcast_object(find_source(cfg, point) if ranks.is_first else None)
+    source = ranks.from_first(lambda: find_source(cfg, point))
     cfg = with_trained_memory(cfg, source, point)
     experiment = _prepare(cfg, ranks, point, source, progress, started)
     trainer = experiment.training.trainer
@@ -156,8 +156,7 @@ def _prepare(
             progress.console.print(load_source(training, cfg, source), highlight=False)
         if ranks.is_first and is_emulated(cfg.encoder.autocast, training.trainer.device):
             print(f"warning: {SLOW_AUTOCAST.format(cfg.encoder.autocast)}", file=sys.stderr)
-        path = point.folder or Path(cfg.logger.base_dir) / (cfg.logger.run_name or default_run_name(cfg))
-        path = ranks.broadcast_object(path)
+        path = ranks.from_first(lambda: point.folder or _new_folder(cfg))
         about = overview(training.agent)
         for line in overview_lines(about):
             progress.console.print(line, soft_wrap=True)
@@ -172,6 +171,10 @@ def _prepare(
     experiment.has_success = point.content.get("has_success", False)
     experiment.is_stopped = point.has_stopped_early(cfg)
     return experiment
+
+
+def _new_folder(cfg: DictConfig) -> Path:
+    return Path(cfg.logger.base_dir) / (cfg.logger.run_name or default_run_name(cfg))
 
 
 def _open_run(path: Path, cfg: DictConfig, point: ResumePoint, num_updates: int, about: Mapping[str, Any]) -> RunFolder:
@@ -231,11 +234,8 @@ def _score(experiment: Experiment) -> float | None:
 def _evaluate_update(experiment: Experiment) -> None:
     """Add the evaluation of an update to its metrics. The first rank evaluates, and the others wait for its result."""
     trainer, agent, _ = experiment.training
-    metrics: dict[str, float] = {}
-    if trainer.ranks.is_first:
-        on_episodes = experiment.progress.show_evaluation
-        metrics = evaluate_update(experiment.cfg, agent, trainer.num_updates, on_episodes)
-    metrics = trainer.ranks.broadcast_object(metrics)
+    show = experiment.progress.show_evaluation
+    metrics = trainer.ranks.from_first(lambda: evaluate_update(experiment.cfg, agent, trainer.num_updates, show))
     experiment.eval_seconds += metrics["eval/seconds"]
     experiment.metrics |= metrics
 

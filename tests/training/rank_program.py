@@ -25,7 +25,7 @@ from torchrl.data.replay_buffers.samplers import SamplerWithoutReplacement
 
 from cyborg_torchrl import keys
 from cyborg_torchrl.collectors import RolloutCollector
-from cyborg_torchrl.config import load_config
+from cyborg_torchrl.config import ConfigError, load_config
 from cyborg_torchrl.data import Rollout
 from cyborg_torchrl.envs.transforms.normalization import RunningMoments
 from cyborg_torchrl.training.builders import (
@@ -173,9 +173,25 @@ def run_moments(ranks: Ranks) -> list[torch.Tensor]:
 def wait_for_the_first(ranks: Ranks) -> str:
     """Return the first rank's object, for which the others wait longer than the timeout of other operations."""
     dist.distributed_c10d._set_pg_timeout(TIMEOUT, dist.group.WORLD)
-    if ranks.is_first:
+
+    def make() -> str:
         time.sleep(2 * TIMEOUT.total_seconds())
-    return ranks.broadcast_object("late" if ranks.is_first else "")
+        return "late"
+
+    return ranks.from_first(make)
+
+
+def error_of_the_first(ranks: Ranks) -> str:
+    """Return the error that the first rank meets."""
+
+    def fail() -> None:
+        raise ConfigError(f"rank {ranks.rank} has failed")
+
+    try:
+        ranks.from_first(fail)
+    except ConfigError as error:
+        return str(error)
+    return "no error"
 
 
 def run_all(ranks: Ranks) -> dict[str, Any]:
@@ -183,7 +199,8 @@ def run_all(ranks: Ranks) -> dict[str, Any]:
         **{name: run(name, ranks) for name in CASES},
         "unequal": {f"float{bits}": run_unequal(ranks, is_double=bits == 64) for bits in (32, 64)},
         "moments": run_moments(ranks),
-        "broadcast_object": ranks.broadcast_object({"rank": ranks.rank}),
+        "from_first": ranks.from_first(lambda: {"rank": ranks.rank}),
+        "error": error_of_the_first(ranks),
         "gather_objects": ranks.gather_objects(ranks.rank),
     }
 

@@ -99,8 +99,12 @@ def test_moments_cover_the_numbers_of_all_ranks(results: tuple[Any, Any, Any]) -
             torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
 
 
-def test_objects_are_broadcast_and_gathered(results: tuple[Any, Any, Any]) -> None:
-    assert [result["broadcast_object"] for result in results] == [{"rank": 0}] * 3
+def test_results_and_errors_of_the_first_rank_reach_all(results: tuple[Any, Any, Any]) -> None:
+    assert [result["from_first"] for result in results] == [{"rank": 0}] * 3
+    assert [result["error"] for result in results] == ["rank 0 has failed"] * 3
+
+
+def test_objects_are_gathered(results: tuple[Any, Any, Any]) -> None:
     assert [result["gather_objects"] for result in results] == [[0], [0, 1], []]
 
 
