@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -13,14 +12,13 @@ import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import unravel_key
-from torch import Tensor, nn
+from torch import Tensor
 
 from cyborg_torchrl import keys
 from cyborg_torchrl.collectors.profiling import part, timed
 from cyborg_torchrl.config import TrainConfig
 from cyborg_torchrl.config.presets import with_general_values
 from cyborg_torchrl.data import EpisodeBuffer, RecurrentRolloutBuffer, Rollout, RolloutBuffer
-from cyborg_torchrl.data.chunks import ceil_div
 from cyborg_torchrl.envs.transforms.normalization import RunningMoments
 from cyborg_torchrl.modules.encoders import Autocast
 from cyborg_torchrl.modules.nan_check import NonFiniteError, check_finite
@@ -29,9 +27,9 @@ from cyborg_torchrl.objectives import RecurrentClipPPOLoss, add_advantages, mask
 from cyborg_torchrl.objectives.functional import explained_variance
 from cyborg_torchrl.training.distributed import Ranks
 from cyborg_torchrl.training.optimizer import build_optimizer, learning_rate
+from cyborg_torchrl.training.optimizer_step import OptimizerStep, check_finite_step
 
 Metrics = dict[str, float]
-LOGGED = ("loss_objective", "loss_critic", "loss_entropy", "entropy", "kl", "kl_approx", "clip_fraction", "ratio_error")
 MAX_RATIO_ERROR, MAX_REDUCED_RATIO_ERROR = 1e-3, 3e-2
 """Limits of the ratio error before the first optimiser step: in float32, and in reduced precision."""
 
@@ -86,7 +84,7 @@ class PPOTrainer:
         self.total_updates = max(1, config.total_timesteps // buffer.num_steps)
         self.steps_per_update = buffer.num_steps * self.ranks.size
         self._moments = [module for module in loss.modules() if isinstance(module, RunningMoments)]
-        self._metric_names: list[str] = []
+        self.step = OptimizerStep(loss, self.parameters, self.optimizer, config, self.ranks)
         if self.ranks.size > 1:
             self._synchronize()
 
@@ -120,6 +118,7 @@ class PPOTrainer:
                 those of the last finite step.
         """
         self._set_learning_rate()
+        self.step.start()
         check_finite(rollout.steps if isinstance(rollout, Rollout) else rollout, self._checked)
         if self.ranks.size > 1:
             for moments in self._moments:
@@ -211,97 +210,40 @@ class PPOTrainer:
 
     def _run_epoch(self, rollout: Rollout, history: dict[str, list[Tensor]]) -> None:
         batches = iter(self.buffer)
-        while True:
-            with part("minibatches"):
-                batch = next(batches, None)  # a rank without a minibatch still takes part in the steps of the others
-            try:
-                metrics = self._step(batch)
-            except NonFiniteError as error:
-                raise (error if batch is None else self._with_location(error, batch, rollout)) from None
-            if not metrics:
-                return
-            for name, value in metrics.items():
-                history[name].append(value)
+        steps_before = len(history["grad_norm"])
+        try:
+            while True:
+                with part("minibatches"):
+                    batch = next(batches, None)  # a rank without a minibatch takes part in the steps of the others
+                metrics = self.step(batch)
+                if not metrics:
+                    break
+                for name, value in metrics.items():
+                    history[name].append(value)
+            self._check_epoch(history, steps_before)
+        except NonFiniteError as error:
+            raise self._with_location(error, rollout) from None
 
-    def _step(self, batch: TensorDictBase | None) -> dict[str, Tensor]:
-        """Take an optimiser step on a minibatch; None if this rank has no more. Return {} if no rank has one."""
-        self.optimizer.zero_grad()
-        metrics = self._average_over_ranks(self._backward(batch), batch)
-        if not metrics:
-            return {}
-        with part("optimizer"):
-            grad_norm = nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
-            _check_step(metrics, grad_norm)  # before the step, which would make every parameter NaN
-            self.optimizer.step()
-        return metrics | {"grad_norm": grad_norm.detach()}
+    def _check_epoch(self, history: dict[str, list[Tensor]], steps_before: int) -> None:
+        """Raise NonFiniteError for the first step of an epoch whose gradient is not finite."""
+        is_finite = torch.stack(history["grad_norm"][steps_before:]).isfinite()
+        if not bool(is_finite.all()):
+            index = steps_before + int(is_finite.to(torch.uint8).argmin())
+            check_finite_step({name: values[index] for name, values in history.items()})
 
-    def _backward(self, batch: TensorDictBase | None) -> dict[str, Tensor]:
-        """Compute the gradients of a minibatch. Return its metrics, {} without a minibatch."""
-        metrics: dict[str, Tensor] = {}
-        for rows, share in self._parts(batch):
-            with part("forward"):
-                losses = self.loss(rows.to(self.device))
-            with part("backward"):
-                (_total(losses) * share).backward()
-            for name, value in losses.items():
-                if name == "ratio_error":
-                    metrics[name] = torch.maximum(value.detach(), metrics.get(name, value.detach()))
-                elif name in LOGGED or "memory_" in name:
-                    metrics[name] = metrics.get(name, 0.0) + value.detach() * share
-        return metrics
-
-    def _parts(self, batch: TensorDictBase | None) -> list[tuple[TensorDictBase, float]]:
-        """Split a minibatch into parts of whole rows. Return each with its share of the trained steps."""
-        if batch is None:
-            return []
-        limit = self.config.micro_batch_steps
-        if limit is None or batch.numel() <= limit or not self.loss.is_mean_over_steps:
-            return [(batch, 1.0)]
-        max_rows = max(1, limit // (batch.numel() // len(batch)))
-        num_parts = ceil_div(len(batch), max_rows)
-        parts = batch.split(ceil_div(len(batch), num_parts))  # parts of similar sizes
-        num_trained = [_num_trained(part) for part in parts]
-        total = sum(num_trained)
-        return [(part, number / total) for part, number in zip(parts, num_trained, strict=True) if number]
-
-    def _average_over_ranks(self, metrics: dict[str, Tensor], batch: TensorDictBase | None) -> dict[str, Tensor]:
-        """Replace gradients by their means over all ranks, and return the means of the metrics, in one message.
-
-        Return the metrics as they are if no rank has trained steps. The gradients are then unchanged.
-        """
-        if self.ranks.size == 1:
-            return metrics
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        _check_step(metrics, nn.utils.get_total_norm(gradients))  # before averaging: only the rank at fault reports it
-        if batch is None and self.loss.normalize_advantage:
-            self.ranks.standardized(torch.zeros(0))  # the loss of the other ranks calls it too
-        # A rank without a minibatch sends zeros under the names of its last metrics, with no weight.
-        self._metric_names = sorted(set(metrics) - {"ratio_error"}) or self._metric_names
-        zero = torch.zeros((), device=self.device)
-        scalars = [metrics.get(name, zero) for name in self._metric_names]
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
-        weight = 0.0 if batch is None else _num_trained(batch)
-        means = self.ranks.weighted_means([*gradients, *scalars], weight)
-        if means is None:
-            return metrics
-        for parameter, gradient in zip(self.parameters, means, strict=False):
-            parameter.grad = gradient
-        return metrics | dict(zip(self._metric_names, means[len(self.parameters) :], strict=True))
-
-    def _with_location(self, error: NonFiniteError, batch: TensorDictBase, rollout: Rollout) -> NonFiniteError:
-        """Return the error with the first sequence of the minibatch that causes it alone."""
-        self.loss.standardize = None  # only this rank searches
-        for row in range(len(batch)):
-            part = batch[row : row + 1]
-            self.optimizer.zero_grad()
-            _total(self.loss(part.to(self.device))).backward()
-            gradients = [p.grad for p in self.parameters if p.grad is not None]
-            if all(bool(gradient.isfinite().all()) for gradient in gradients):
+    def _with_location(self, error: NonFiniteError, rollout: Rollout) -> NonFiniteError:
+        """Return the error with a stored sequence that causes it alone; as it is if there is none."""
+        for batch in self.buffer:
+            if self.step.has_finite_gradient(batch):
                 continue
-            environment, step = part.get(keys.LOCATION).reshape(-1, 2)[0].tolist()
-            record = {"row": part.detach().cpu().to_dict(), "steps": rollout.steps[environment].cpu().to_dict()}
-            hint = "in the sequence that begins there, while it was trained"
-            return NonFiniteError(error.key, error.value, environment, step, record, hint)
+            for row in range(len(batch)):
+                part = batch[row : row + 1]
+                if self.step.has_finite_gradient(part):
+                    continue
+                environment, step = part.get(keys.LOCATION).reshape(-1, 2)[0].tolist()
+                record = {"row": part.detach().cpu().to_dict(), "steps": rollout.steps[environment].cpu().to_dict()}
+                hint = "in the sequence that begins there, while it was trained"
+                return NonFiniteError(error.key, error.value, environment, step, record, hint)
         return error
 
     def _refresh(self, rollout: Rollout) -> None:
@@ -402,23 +344,3 @@ def _locations(num_envs: int, num_steps: int, device: torch.device | None) -> Te
     environments = torch.arange(num_envs, dtype=torch.int32, device=device)
     steps = torch.arange(num_steps, dtype=torch.int32, device=device)
     return torch.stack(torch.meshgrid(environments, steps, indexing="ij"), -1)
-
-
-def _total(losses: TensorDictBase) -> Tensor:
-    return torch.stack([value for name, value in losses.items() if name.startswith("loss_")]).sum()
-
-
-def _check_step(metrics: dict[str, Tensor], grad_norm: Tensor) -> None:
-    """Raise NonFiniteError for a gradient that is not finite; it names the loss that is not finite, if there is one."""
-    if math.isfinite(grad_norm):
-        return
-    for name, value in metrics.items():
-        if name.startswith("loss_") and not math.isfinite(value):
-            raise NonFiniteError(name, float(value))
-    raise NonFiniteError("gradient", float(grad_norm))
-
-
-def _num_trained(batch: TensorDictBase) -> float:
-    """Return the number of steps of a minibatch that have a loss."""
-    mask = batch.get(keys.TRAIN_MASK, None)
-    return float(batch.numel() if mask is None else mask.sum())

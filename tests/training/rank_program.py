@@ -146,8 +146,8 @@ def run_unequal(ranks: Ranks, *, is_double: bool) -> list[torch.Tensor]:
     for cut in (6, 8):
         parts = (sequences[:cut], sequences[cut:])
         part = sequences if ranks.size == 1 else parts[ranks.rank]
-        trainer._step(part if len(part) else None)
-    assert trainer._step(None) == {}, "no rank has a minibatch left"
+        trainer.step(part if len(part) else None)
+    assert trainer.step(None) == {}, "no rank has a minibatch left"
     return [p.detach().clone() for p in agent.parameters()]
 
 
