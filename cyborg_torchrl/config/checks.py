@@ -53,6 +53,11 @@ def validate(cfg: DictConfig) -> None:
     device = resolve_device(cfg.train.device)
     if cfg.collector.cudagraph and device.type != "cuda":
         raise ConfigError(f"collector.cudagraph needs train.device=cuda; the device here is '{device}'.")
+    if cfg.train.cudagraph and (device.type != "cuda" or cfg.train.optimizer == "rmsprop"):
+        raise ConfigError(
+            f"train.cudagraph needs train.device=cuda and adam or adamw; here they are '{device}' and "
+            f"'{cfg.train.optimizer}'."
+        )
     choose_preset(cfg)
     _check_owners(cfg)
     _check_chunks(cfg)

@@ -130,15 +130,20 @@ class TrainConfig:
     """State that a chunk starts from: stored, or initial. initial is wrong, but common; it is here for comparison."""
     refresh_states: bool = option(False, belongs_to=("burn_in", "tbptt"))
     """Recompute the stored states with the current parameters before each epoch except the first."""
-    storage: str = option("ram", choices=("ram", "memmap", "device"))
-    """Storage of the rollout: ram, memmap (files in a temporary folder), or device (the one of train.device)."""
+    storage: str | None = option(None, choices=("ram", "memmap", "device"))
+    """Storage of the rollout: ram, memmap (files in a temporary folder), or device (the one of train.device). null:
+    device on a GPU, else ram."""
     n_epochs: int | None = option(None, above=0)
     """Passes over each rollout. null: by the preset."""
     num_minibatches: int | None = option(None, above=0)
     """Minibatches in a pass. They split environments or chunks, never the order of time. null: by the preset."""
-    micro_batch_steps: int | None = option(32_768, above=0)
+    micro_batch_steps: int | None = option(None, above=0)
     """Steps of a minibatch that pass through the network at once. The gradients of larger minibatches are added up from
-    parts, except with normalize_advantage=minibatch or a core that has its own loss. null: no limit."""
+    parts, except with normalize_advantage=minibatch or a core that has its own loss. null: 32,768 on a CPU, no limit on
+    a GPU."""
+    cudagraph: bool | None = None
+    """Replay each optimiser step as a CUDA graph: one launch instead of hundreds, with the same results. null: on a
+    GPU, in one process."""
     learning_rate: float | None = option(None, above=0)
     """Step size of the optimiser. null: by the preset."""
     lr_schedule: str = option("linear", choices=("constant", "linear", "cosine"))

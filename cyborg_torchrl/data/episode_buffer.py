@@ -30,8 +30,9 @@ class EpisodeBuffer(SequenceBuffer):
         row_length: steps of a row, at least those of the longest episode in a rollout.
         batch_size: rows in a minibatch.
         num_envs: N.
-        **options: `state_keys`, `storage` and those of TorchRL's `ReplayBuffer`. `state_keys` are the entries that are
-            memory states, or tensordicts of them. `storage` may be a function that makes one with a number of rows.
+        **options: `state_keys`, `storage` and those of TorchRL's `ReplayBuffer`, and `zero_after_resets` (see
+            `RecurrentRolloutBuffer`). `state_keys` are the entries that are memory states, or tensordicts of them.
+            `storage` may be a function that makes one with a number of rows.
 
     Raises:
         ValueError: if the storage is too small for a rollout.
@@ -76,4 +77,4 @@ class EpisodeBuffer(SequenceBuffer):
 
     def _sequences(self, rows: TensorDictBase, row: Tensor) -> TensorDictBase:
         del row
-        return with_states(rows.get(STEPS), rows.get(STORED_STATE))
+        return with_states(rows.get(STEPS), rows.get(STORED_STATE), zero_after_resets=self.zero_after_resets)

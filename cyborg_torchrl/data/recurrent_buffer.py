@@ -48,9 +48,11 @@ class RecurrentRolloutBuffer(SequenceBuffer):
         state_dtype: precision of the stored states; None: that of the rollout.
         start_state: "stored", or "initial": every sequence starts from the initial state, even in the middle of an
             episode. Many libraries do the latter; it is wrong and exists here for comparison.
-        **options: `state_keys`, `storage` and those of TorchRL's `ReplayBuffer`. `state_keys` are the entries that are
-            memory states, or tensordicts of them. `storage` has one row a stretch, on a memmap or a device, for
-            example. It may be a function that makes one with a number of rows.
+        **options: `zero_after_resets`, `state_keys`, `storage` and those of TorchRL's `ReplayBuffer`. With
+            `zero_after_resets=False`, states are views of the first step's everywhere. This saves memory and time, and
+            is right for a `PPOAgent`, which reads no other. `state_keys` are the entries that are memory states, or
+            tensordicts of them. `storage` has one row a stretch, on a memmap or a device, for example. It may be a
+            function that makes one with a number of rows.
 
     Raises:
         ValueError: if the numbers do not fit together, or the storage is too small for a rollout.
@@ -192,7 +194,7 @@ class RecurrentRolloutBuffer(SequenceBuffer):
             is_init = sequences.get(keys.IS_INIT).clone()
             is_init[:, 0] = True
             sequences, states = sequences.set(keys.IS_INIT, is_init), torch.zeros_like(states)
-        return with_states(sequences, states), chunk
+        return with_states(sequences, states, zero_after_resets=self.zero_after_resets), chunk
 
     def _rows_are_sequences(self) -> bool:
         """Return whether stored rows need no cutting: one chunk a row, no burn-in, no padding."""

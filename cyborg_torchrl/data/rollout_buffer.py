@@ -111,7 +111,17 @@ class OneRolloutBuffer(ReplayBuffer):
 
 
 class SequenceBuffer(OneRolloutBuffer):
-    """Base of the buffers whose rows are consecutive steps with one memory state."""
+    """Base of the buffers whose rows are consecutive steps with one memory state.
+
+    Args:
+        *sizes: those of `OneRolloutBuffer`.
+        zero_after_resets: see `RecurrentRolloutBuffer`.
+        **options: those of `OneRolloutBuffer`.
+    """
+
+    def __init__(self, *sizes: int, zero_after_resets: bool = True, **options: Any) -> None:
+        super().__init__(*sizes, **options)
+        self.zero_after_resets = zero_after_resets
 
     def sample(self, batch_size: int | None = None, return_info: bool = False) -> Any:
         """Return sequences [B, S], and TorchRL's info if it is requested."""

@@ -68,20 +68,26 @@ def as_primed(states: TensorDictBase, is_init: Tensor) -> TensorDictBase:
     return states.apply(lambda value: value.masked_fill(flags.view(-1, *[1] * (value.ndim - 1)), 0.0))
 
 
-def with_states(sequences: TensorDictBase, states: TensorDictBase) -> TensorDictBase:
+def with_states(sequences: TensorDictBase, states: TensorDictBase, *, zero_after_resets: bool = True) -> TensorDictBase:
     """Set states [B] at every step of sequences [B, S], as a view, and zero from the first later reset on.
 
     Our backbone reads only the state of the first step. TorchRL's modules also read it at every reset, where their
     primer writes zero.
+
+    Args:
+        sequences: steps with `is_init`; changed in place.
+        states: the states before the first steps.
+        zero_after_resets: False: leave the view as it is, for a policy of our backbones.
     """
     steps = sequences.shape[1]
-    is_init = sequences.get(keys.IS_INIT).squeeze(-1)
-    is_later_episode = is_init[:, 1:].cumsum(1) > 0
-    has_resets = bool(is_later_episode.any())
+    is_later_episode: Tensor | None = None
+    if zero_after_resets:
+        is_later_episode = sequences.get(keys.IS_INIT).squeeze(-1)[:, 1:].cumsum(1) > 0
+        is_later_episode = is_later_episode if bool(is_later_episode.any()) else None
 
     def spread(state: Tensor) -> Tensor:
         everywhere = state.unsqueeze(1).expand(-1, steps, *state.shape[1:])
-        if not has_resets:
+        if is_later_episode is None:
             return everywhere
         mask = is_later_episode.view(*is_later_episode.shape, *[1] * (state.ndim - 1))
         return torch.cat([everywhere[:, :1], everywhere[:, 1:].masked_fill(mask, 0.0)], 1)

@@ -21,6 +21,7 @@ from cyborg_torchrl.collectors.guarded_policy import GuardedPolicy
 from cyborg_torchrl.collectors.ray_cluster import RayCluster
 from cyborg_torchrl.collectors.runtime import prepare_cpu
 from cyborg_torchrl.config import ConfigError, TrainConfig, resolve_device
+from cyborg_torchrl.config.device_values import by_device
 from cyborg_torchrl.config.imports import import_components
 from cyborg_torchrl.config.presets import complete
 from cyborg_torchrl.cores import Core, MemorylessCore
@@ -210,7 +211,9 @@ def build_buffer(cfg: DictConfig, env: EnvBase, steps: int) -> Buffer:
     if train.recurrent_mode == "none":
         return RolloutBuffer(num_steps, batch_size, storage=storage)
     if train.recurrent_mode == "episode":
-        return EpisodeBuffer(num_steps, row_length, batch_size, num_envs=num_envs, storage=storage)
+        return EpisodeBuffer(
+            num_steps, row_length, batch_size, num_envs=num_envs, storage=storage, zero_after_resets=False
+        )
     return RecurrentRolloutBuffer(
         num_steps,
         row_length,
@@ -221,13 +224,16 @@ def build_buffer(cfg: DictConfig, env: EnvBase, steps: int) -> Buffer:
         state_dtype=None if train.state_dtype == "float32" else getattr(torch, train.state_dtype),
         start_state=train.start_state,
         storage=storage,
+        zero_after_resets=False,  # the agent reads the first step's state alone
     )
 
 
 def _storage(cfg: DictConfig, rows: int) -> LazyTensorStorage:
-    if cfg.train.storage == "memmap":
+    device = resolve_device(cfg.train.device)
+    place = cfg.train.storage or by_device(device)["storage"]
+    if place == "memmap":
         return LazyMemmapStorage(rows)
-    return LazyTensorStorage(rows, device=resolve_device(cfg.train.device) if cfg.train.storage == "device" else "cpu")
+    return LazyTensorStorage(rows, device=device if place == "device" else "cpu")
 
 
 def _row_lengths(cfg: DictConfig, steps: int, env: EnvBase) -> tuple[int, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -20,8 +20,11 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 
 
 def build_optimizer(config: TrainConfig, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
-    """Build the optimiser `config.optimizer`."""
-    options = {"lr": config.learning_rate, "eps": config.adam_eps}
+    """Build the optimiser `config.optimizer`, in a form that a CUDA graph can capture if `config.cudagraph` is set."""
+    options: dict[str, Any] = {"lr": config.learning_rate, "eps": config.adam_eps}
+    if config.cudagraph:
+        options["lr"] = torch.tensor(config.learning_rate, device=parameters[0].device)
+        options["capturable"] = parameters[0].device.type == "cuda"
     if config.optimizer == "rmsprop":
         return torch.optim.RMSprop(parameters, **options)
     # One kernel for all parameters, where torch has it.

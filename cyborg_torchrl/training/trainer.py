@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import warnings
 from collections import defaultdict
@@ -17,6 +18,7 @@ from torch import Tensor
 from cyborg_torchrl import keys
 from cyborg_torchrl.collectors.profiling import part, timed
 from cyborg_torchrl.config import TrainConfig
+from cyborg_torchrl.config.device_values import with_device_values
 from cyborg_torchrl.config.presets import with_general_values
 from cyborg_torchrl.data import EpisodeBuffer, RecurrentRolloutBuffer, Rollout, RolloutBuffer
 from cyborg_torchrl.envs.transforms.normalization import RunningMoments
@@ -26,6 +28,7 @@ from cyborg_torchrl.modules.replay import as_primed, state_after
 from cyborg_torchrl.objectives import RecurrentClipPPOLoss, add_advantages, masked_standardize, measure_drift
 from cyborg_torchrl.objectives.functional import explained_variance
 from cyborg_torchrl.training.distributed import Ranks
+from cyborg_torchrl.training.graphed_step import CudaGraphs, GraphedStep
 from cyborg_torchrl.training.optimizer import build_optimizer, learning_rate
 from cyborg_torchrl.training.optimizer_step import OptimizerStep, check_finite_step
 
@@ -48,6 +51,7 @@ class PPOTrainer:
         ranks: the processes that train this agent together; None: this process alone. Each has a trainer, a collector
             and a buffer of the same sizes. All start with the parameters of the first, and each optimiser step uses
             their minibatches together. `config.total_timesteps` are the steps of one rank.
+        graphs: what captures optimiser steps with `config.cudagraph`; None: CUDA graphs.
 
     Examples: see `examples/compose_with_torchrl.py`.
     """
@@ -61,10 +65,16 @@ class PPOTrainer:
         config: TrainConfig,
         on_progress: Callable[[float], None] = lambda share: None,
         ranks: Ranks | None = None,
+        graphs: CudaGraphs | None = None,
     ) -> None:
-        config = with_general_values(config)
+        self.parameters = [p for p in loss.parameters() if p.requires_grad]
+        self.device = self.parameters[0].device
+        ranks = ranks or Ranks()
+        config = with_device_values(with_general_values(config), self.device)
+        if ranks.size > 1 or loss.functional or config.optimizer == "rmsprop":
+            config = dataclasses.replace(config, cudagraph=False)
         self.collector, self.loss, self.buffer, self.config = collector, loss, buffer, config
-        self.value_operator, self.on_progress, self.ranks = value_operator, on_progress, ranks or Ranks()
+        self.value_operator, self.on_progress, self.ranks = value_operator, on_progress, ranks
         read = [key for key in loss.in_keys or () if not (isinstance(key, tuple) and key[0] == keys.NEXT)]
         written = (keys.VALUE, keys.ACTION_LOG_PROB)
         observed = [key for key in read if key not in written]
@@ -72,8 +82,6 @@ class PPOTrainer:
         self._checked = [*observed, *written, (keys.NEXT, keys.REWARD), (keys.NEXT, keys.EPISODE_REWARD)]
         self._bootstrapped = [unravel_key((keys.NEXT, key)) for key in (*observed, keys.VALUE)]
         self._trained = {*read, keys.IS_INIT, keys.ADVANTAGE, keys.VALUE_TARGET, keys.VALUE}
-        self.parameters = [p for p in loss.parameters() if p.requires_grad]
-        self.device = self.parameters[0].device
         self.optimizer = build_optimizer(config, self.parameters)
         self.seconds: dict[str, float] = {}
         """Seconds of each part of the last update."""
@@ -85,6 +93,7 @@ class PPOTrainer:
         self.steps_per_update = buffer.num_steps * self.ranks.size
         self._moments = [module for module in loss.modules() if isinstance(module, RunningMoments)]
         self.step = OptimizerStep(loss, self.parameters, self.optimizer, config, self.ranks)
+        self._take_step = GraphedStep(self.step, graphs) if config.cudagraph else self.step
         if self.ranks.size > 1:
             self._synchronize()
 
@@ -134,7 +143,7 @@ class PPOTrainer:
         metrics |= {name: float(torch.stack(values).mean()) for name, values in history.items()}
         # The first minibatch runs before any optimiser step: only there the ratio must be 1.
         metrics["ratio_error"] = float(self.ranks.maximum(history["ratio_error"][0]))
-        metrics |= {"epochs": epochs, "learning_rate": self.optimizer.param_groups[0]["lr"]}
+        metrics |= {"epochs": epochs, "learning_rate": float(self.optimizer.param_groups[0]["lr"])}
         self._warn_about_ratio_error(metrics["ratio_error"], rollout.steps.get(keys.VALUE).dtype)
         return metrics
 
@@ -215,7 +224,7 @@ class PPOTrainer:
             while True:
                 with part("minibatches"):
                     batch = next(batches, None)  # a rank without a minibatch takes part in the steps of the others
-                metrics = self.step(batch)
+                metrics = self._take_step(batch)
                 if not metrics:
                     break
                 for name, value in metrics.items():
@@ -272,9 +281,13 @@ class PPOTrainer:
         return {name: float(self.ranks.mean(value)) for name, value in drift.items()}
 
     def _set_learning_rate(self) -> None:
-        rate = learning_rate(self.config, self.num_updates / self.total_updates)
+        rate = self.rate_factor * learning_rate(self.config, self.num_updates / self.total_updates)
+        rate = float(torch.tensor(rate, dtype=torch.float32))  # so that it is the same with and without a CUDA graph
         for group in self.optimizer.param_groups:
-            group["lr"] = self.rate_factor * rate
+            if isinstance(group["lr"], Tensor):  # a CUDA graph reads this address
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
 
     def _adapt_rate(self, kl: float, desired_kl: float) -> None:
         """Take smaller steps after an update that moved the policy too far; never larger ones than scheduled."""

@@ -1,0 +1,239 @@
+"""Optimiser steps as graphs: the same parameters bit by bit, few launches, and no number that the CPU waits for."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from cyborg_torchrl.config import ConfigError, load_config
+from cyborg_torchrl.cores.kernels import gated_recurrence, group_norm, gru, lstm, native
+from cyborg_torchrl.modules.nan_check import NonFiniteError
+from cyborg_torchrl.training import trainer as trainer_module
+from cyborg_torchrl.training.builders import build_trainer
+from cyborg_torchrl.training.graphed_step import CudaGraphs, GraphedStep
+
+OPTIONS = [
+    "env.horizon=9",
+    "env.num_envs=8",
+    "train.total_timesteps=200",
+    "train.n_epochs=2",
+    "train.num_minibatches=4",
+]
+RESETS = ["train=tbptt", "train.n_steps=30", "train.seq_len=30"]
+LAUNCHES = {"lru": 150, "gru": 160, "lstm": 160}
+"""Most launches of a minibatch, the choice of its rows included. One C++ kernel counts as one."""
+
+
+WAITING = {"_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "_unique2", "unique_dim", "equal"}
+"""Operations whose result the CPU has to wait for: a number, or a size."""
+INDEXING = {"index", "index_put_", "_index_put_impl_"}
+WITHOUT_LAUNCH = {
+    "empty",
+    "empty_like",
+    "new_empty",
+    "empty_strided",
+    "new_empty_strided",
+    "detach",
+    "alias",
+    "lift_fresh",
+}
+WITHOUT_LAUNCH |= {"_record_function_enter_new", "_record_function_exit"}
+
+
+class Recording(TorchDispatchMode):
+    """The operations of a computation, in their order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], Any]] = []
+        self.waiting: list[str] = []
+        self._overwritten: list[tuple[Tensor, Tensor]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = func._schema.name.split("::")[1]
+        flags = [leaf for leaf in tree_leaves(args[1:]) if isinstance(leaf, Tensor) and leaf.dtype == torch.bool]
+        if name in WAITING or (name in INDEXING and flags):
+            self.waiting.append(name)
+        for argument, value in zip(func._schema.arguments, args, strict=False):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                self._overwritten += [(tensor, tensor.clone()) for tensor in tree_leaves(value) if tensor is not None]
+        result = func(*args, **kwargs)
+        self.calls.append((func, args, kwargs, result))
+        return result
+
+    @property
+    def launches(self) -> list[str]:
+        """Names of the operations that compute something; views do not."""
+        return [_name(func) for func, *_ in self.calls if not func.is_view and _name(func) not in WITHOUT_LAUNCH]
+
+    @property
+    def kernels(self) -> list[str]:
+        """Names of the C++ kernels."""
+        return [args[0] for func, args, *_ in self.calls if _name(func) == "run"]
+
+    def put_back(self) -> None:
+        """Undo what the operations have overwritten."""
+        with torch.no_grad():
+            for tensor, before in reversed(self._overwritten):
+                tensor.copy_(before)
+
+    def replay(self) -> None:
+        """Repeat the operations, and write their results where they were at first."""
+        with torch.no_grad():
+            for func, args, kwargs, result in self.calls:
+                if func.is_view or _name(func) in WITHOUT_LAUNCH:
+                    continue
+                again = func(*args, **kwargs)
+                for place, value in zip(tree_leaves(result), tree_leaves(again), strict=True):
+                    if isinstance(place, Tensor) and place.data_ptr() != value.data_ptr():
+                        place.copy_(value)
+
+
+class RecordedGraphs(CudaGraphs):
+    """A stand-in for CUDA graphs.
+
+    As with a CUDA graph, Python does not run again: numbers, branches and addresses are those of the recording.
+    Capturing changes nothing, since what an operation overwrote is put back.
+    """
+
+    def __init__(self) -> None:
+        self.recordings: list[Recording] = []
+
+    def warm_up(self, run: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        return run()
+
+    def capture(self, run: Callable[[], None]) -> Callable[[], None]:
+        recording = Recording()
+        with recording:
+            run()
+        recording.put_back()
+        self.recordings.append(recording)
+        return recording.replay
+
+
+def _name(func: Any) -> str:
+    return func._schema.name.split("::")[1]
+
+
+@pytest.fixture(autouse=True)
+def _visible_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let C++ kernels run as operators of torch, which a recording sees."""
+    if not native.IS_BUILT:
+        pytest.skip("without the C++ kernels, recurrences are loops of torch operations")
+
+    def run_operator(name, sizes, inputs, outputs, is_init=None, eps=0.0, threads=None) -> None:
+        native._operator(name, list(sizes), list(inputs), list(outputs), is_init, eps, threads)
+
+    for module in (gated_recurrence, group_norm, gru, lstm):
+        monkeypatch.setattr(module, "run", run_operator)
+
+
+def trained(graphs: Any, *overrides: str) -> tuple[list[torch.Tensor], list[dict[str, float]]]:
+    """Return the parameters and the metrics of a run; `graphs` None: without graphs."""
+    cfg = load_config(overrides=[*OPTIONS, *overrides])
+    cfg.train.cudagraph = graphs is not None  # refused in a configuration without CUDA
+    trainer, agent, _ = build_trainer(cfg)
+    if graphs is not None:
+        trainer._take_step = GraphedStep(trainer.step, graphs)
+    metrics = [
+        {name: value for name, value in update.items() if "seconds" not in name and "per_second" not in name}
+        for update in trainer.run()
+    ]
+    return [p.detach() for p in agent.parameters()], metrics
+
+
+@pytest.mark.parametrize("backbone", LAUNCHES)
+@pytest.mark.parametrize("resets", [[], RESETS], ids=["episodes", "resets"])
+def test_graph_and_no_graph_are_equal_bit_by_bit(backbone: str, resets: list[str]) -> None:
+    graphs, overrides = RecordedGraphs(), [f"backbone={backbone}", *resets]
+    expected, found = trained(None, *overrides), trained(graphs, *overrides)
+    assert len(graphs.recordings) == 1
+    assert all(torch.equal(first, second) for first, second in zip(expected[0], found[0], strict=True))
+    assert found[1] == expected[1]
+
+
+@pytest.mark.parametrize("backbone", LAUNCHES)
+def test_a_minibatch_takes_few_launches_and_waits_for_nothing(backbone: str) -> None:
+    trainer, _, _ = build_trainer(load_config(overrides=[*OPTIONS, f"backbone={backbone}", *RESETS]))
+    trainer.update(trainer.collector.rollout())
+    batches = iter(trainer.buffer)
+    with Recording() as recording:
+        trainer.step(next(batches))
+    assert recording.waiting == []
+    assert "recur" in recording.kernels or backbone != "lru", "C++ kernels must be visible"
+    assert len(recording.launches) <= LAUNCHES[backbone], sorted(recording.launches)
+
+
+def test_a_recording_sees_an_operation_that_waits() -> None:
+    with Recording() as recording:
+        float(torch.ones(3).sum())
+        torch.arange(3)[torch.tensor([True, False, True])]
+    assert recording.waiting == ["_local_scalar_dense", "index"]
+
+
+def test_minibatches_with_a_mask_are_not_captured() -> None:
+    graphs = RecordedGraphs()
+    overrides = ["backbone=gru", "train=tbptt", "train.n_steps=10", "train.seq_len=4"]
+    expected, found = trained(None, *overrides), trained(graphs, *overrides)
+    assert graphs.recordings == []
+    assert all(torch.equal(first, second) for first, second in zip(expected[0], found[0], strict=True))
+
+
+def test_a_capture_that_fails_is_reported_and_changes_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    class Broken(RecordedGraphs):
+        def capture(self, run):
+            del run
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    expected = trained(None, "backbone=gru")
+    with caplog.at_level(logging.WARNING):
+        found = trained(Broken(), "backbone=gru")
+    (record,) = [record for record in caplog.records if "train.cudagraph" in record.message]
+    assert "not permitted when stream is capturing" in record.message
+    assert all(torch.equal(first, second) for first, second in zip(expected[0], found[0], strict=True))
+
+
+@pytest.mark.parametrize("has_graph", [False, True])
+def test_after_a_gradient_that_is_not_finite_nothing_changes(has_graph: bool, monkeypatch) -> None:
+    """In the second update one advantage is infinite. Parameters and optimiser stay as before its minibatch."""
+    trainer, agent, _ = build_trainer(load_config(overrides=[*OPTIONS, "train.normalize_advantage=none"]))
+    if has_graph:
+        trainer._take_step = GraphedStep(trainer.step, RecordedGraphs())
+    trainer.update(trainer.collector.rollout())
+    add, states = trainer_module.add_advantages, []
+
+    def infinite(steps, *arguments, **options):
+        add(steps, *arguments, **options)
+        steps["advantage"][5, 3] = torch.inf
+
+    take = trainer._take_step
+
+    def recorded(batch):
+        states.append([value.clone() for value in agent.state_dict().values()])
+        return take(batch)
+
+    monkeypatch.setattr(trainer_module, "add_advantages", infinite)
+    trainer._take_step = recorded
+    with pytest.raises(NonFiniteError, match="in environment 5 at step 0 of the rollout"):
+        trainer.update(trainer.collector.rollout())
+    after = list(agent.state_dict().values())
+    assert all(value.isfinite().all() for value in after)
+    changes = [any(not torch.equal(a, b) for a, b in zip(first, after, strict=True)) for first in states]
+    assert changes == sorted(changes, reverse=True), "after the first equal state all are equal"
+    assert changes.count(False) >= 1
+    trainer.step.start()
+    assert not trainer.step._stopped, "the next update takes steps again"
+
+
+@pytest.mark.parametrize("overrides", [["train.cudagraph=true"], ["train.cudagraph=true", "train.optimizer=rmsprop"]])
+def test_a_graph_that_cannot_be_is_refused(overrides: list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"train\.cudagraph needs train\.device=cuda"):
+        load_config(overrides=overrides)
