@@ -48,7 +48,8 @@ class GraphedStep:
 
     The first steps of a shape are taken without a graph, as the warm-up that a capture needs; no step is taken twice
     or thrown away. Parameters are the same bit by bit as without graphs. A minibatch with a mask or burn-in, and one
-    of a fifth shape, is never captured. If a capture fails, a warning names the cause, and all steps are taken without graphs.
+    of a fifth shape, is never captured. If a capture fails, a warning names the cause, and all steps are taken without
+    graphs.
 
     Args:
         step: the step to capture. Its optimiser is capturable.
