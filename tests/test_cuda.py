@@ -174,10 +174,11 @@ def test_the_dump_of_a_run_is_looked_into_without_a_gpu(
     assert (said["environment"], said["first_step_without_log_prob"], said["is_reproduced"]) == (1, 3, True)
 
 
-def test_a_run_with_a_graph_is_the_same_run(tmp_path: Path) -> None:
-    own = [*SMALL, f"logger.base_dir={tmp_path}", "train.device=cuda", "collector=fused"]
+@pytest.mark.parametrize("option", ["collector=fused collector.cudagraph", "collector.cudagraph", "train.cudagraph"])
+def test_a_run_with_a_graph_is_the_same_run(option: str, tmp_path: Path) -> None:
+    own = [*SMALL, f"logger.base_dir={tmp_path}", "train.device=cuda"]
     for cudagraph in ("false", "true"):
-        asked = [f"collector.cudagraph={cudagraph}", f"logger.run_name=graphed_{cudagraph}"]
+        asked = [*f"{option}={cudagraph}".split(), f"logger.run_name=graphed_{cudagraph}"]
         run_experiment(load_config(overrides=[*own, *asked]))
     runs = [tmp_path / f"graphed_{cudagraph}" for cudagraph in ("false", "true")]
     ends = [load_checkpoint(run / "checkpoints" / "last.pt")["agent"] for run in runs]

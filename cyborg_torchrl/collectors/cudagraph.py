@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 
 from cyborg_torchrl.collectors.flat_dict import FlatDict
-from cyborg_torchrl.collectors.fused_policy import FusedPolicy
+from cyborg_torchrl.collectors.fused_policy import FusedPolicy, OpaquePolicy
 
 Run = Callable[[], FlatDict]
 """A computation whose input and output tensors have fixed addresses."""
@@ -61,6 +61,31 @@ class GraphedPolicy:
     def _run(self) -> FlatDict:
         self._outputs = self.policy(self._inputs)
         return self._outputs
+
+
+def with_graph(
+    policy: FusedPolicy | OpaquePolicy, devices: Iterable[torch.device], cudagraph: bool | None
+) -> FusedPolicy | OpaquePolicy | GraphedPolicy:
+    """Return a policy's step as a CUDA graph.
+
+    Args:
+        policy: the step.
+        devices: the devices of policy, environment and storage.
+        cudagraph: False: return the step unchanged. None: also where it cannot be captured.
+
+    Raises:
+        ValueError: if `cudagraph` is true, but the policy is not fused, or is not on a CUDA device.
+    """
+    is_fused, found = isinstance(policy, FusedPolicy), sorted(set(map(str, devices)))
+    if cudagraph is not False and is_fused and all(name.startswith("cuda") for name in found):
+        return GraphedPolicy(policy)
+    if cudagraph:
+        here = f"here are {', '.join(found)}" if is_fused else "the policy here is called as a whole"
+        raise ValueError(
+            "cudagraph needs a policy that can be fused, and all of it, the environment too, on one CUDA device; "
+            f"{here}."
+        )
+    return policy
 
 
 def captured_on_cuda(run: Run) -> Callable[[], None]:

@@ -14,10 +14,10 @@ from torchrl.collectors import Collector
 from torchrl.envs.utils import ExplorationType
 
 from cyborg_torchrl import keys
-from cyborg_torchrl.collectors.cudagraph import GraphedPolicy
+from cyborg_torchrl.collectors.cudagraph import GraphedPolicy, with_graph
 from cyborg_torchrl.collectors.flat_dict import FlatDict, NotFusable, RolloutWriter, flat
 from cyborg_torchrl.collectors.fused_env import EnvStep, env_step
-from cyborg_torchrl.collectors.fused_policy import FusedPolicy
+from cyborg_torchrl.collectors.fused_policy import FusedPolicy, OpaquePolicy
 from cyborg_torchrl.collectors.profiling import recorded
 from cyborg_torchrl.collectors.rollout_collector import warn_unread_mask
 from cyborg_torchrl.collectors.runtime import rare_garbage_collection
@@ -48,7 +48,7 @@ class FusedCollector(Collector):
         compiled_step: compute the agent's networks by one C++ call a step, if there is one (`compile_step`). Its
             results differ from those of torch in the last digits.
         cudagraph: replay the policy's step as a CUDA graph (`GraphedPolicy`). Not TorchRL's `cudagraph_policy`, which
-            changes how tensordicts behave in the whole process.
+            changes how tensordicts behave in the whole process. None: where that is possible.
         **kwargs: as for `Collector`.
 
     Raises:
@@ -61,10 +61,10 @@ class FusedCollector(Collector):
         *args: Any,
         auto_register_policy_transforms: bool = True,
         compiled_step: bool = True,
-        cudagraph: bool = False,
+        cudagraph: bool | None = False,
         **kwargs: Any,
     ) -> None:
-        self._fused: tuple[FusedPolicy | GraphedPolicy, EnvStep] | None = None
+        self._fused: tuple[FusedPolicy | OpaquePolicy | GraphedPolicy, EnvStep] | None = None
         self._tensors: FlatDict | None = None
         self.compiled_step, self.cudagraph = compiled_step, cudagraph
         super().__init__(*args, auto_register_policy_transforms=auto_register_policy_transforms, **kwargs)
@@ -72,11 +72,8 @@ class FusedCollector(Collector):
         warn_unread_mask(self.env, self.policy)
         self.why_not_fused = self._fuse()
         """Reason why TorchRL steps the environment or collects; "" if it does neither."""
-        if cudagraph and (self._fused is None or {device.type for device in self._devices()} != {"cuda"}):
-            raise ValueError(
-                "cudagraph needs a policy that can be fused, and all of it, the environment too, on one CUDA device; "
-                f"{self.why_not_fused or 'here are ' + ', '.join(sorted(map(str, self._devices())))}."
-            )
+        if cudagraph and self._fused is None:
+            raise ValueError(f"cudagraph needs a policy that can be fused; {self.why_not_fused}.")
         if self.why_not_fused:
             part = "the environment is stepped" if self._fused else "collected"
             LOGGER.warning("%s without fusion, as TorchRL does it: %s.", part, self.why_not_fused)
@@ -159,7 +156,7 @@ class FusedCollector(Collector):
         try:
             step, reason = env_step(self.env)
             policy = FusedPolicy(self._orig_policy, compiled_step=self.compiled_step)
-            self._fused = GraphedPolicy(policy) if self.cudagraph else policy, step
+            self._fused = with_graph(policy, self._devices(), self.cudagraph), step
         except NotFusable as error:
             return str(error)
         return reason

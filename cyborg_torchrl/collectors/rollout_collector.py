@@ -18,6 +18,7 @@ from torchrl.modules import set_recurrent_mode
 from torchrl.modules.utils.utils import _maybe_append_env_transforms_from_module as append_transforms
 
 from cyborg_torchrl import keys
+from cyborg_torchrl.collectors.cudagraph import GraphedPolicy, with_graph
 from cyborg_torchrl.collectors.flat_dict import NotFusable, RolloutWriter, flat
 from cyborg_torchrl.collectors.fused_env import EnvStep, env_step
 from cyborg_torchrl.collectors.fused_policy import PolicyStep, policy_step
@@ -57,10 +58,12 @@ class RolloutCollector:
         is_fused: step on tensors if possible.
         compiled_step: compute the agent's networks by one C++ call a step, if there is one (`compile_step`). Its
             results differ from those of torch in the last digits.
+        cudagraph: replay the policy's step as a CUDA graph (`GraphedPolicy`); None: where that is possible.
 
     Raises:
         ValueError: if `frames_per_batch` is not a multiple of the number of environments, or `total_frames` of
-            `frames_per_batch`; or if an excluded entry is needed or does not exist.
+            `frames_per_batch`; or if an excluded entry is needed or does not exist. With `cudagraph`: if the policy is
+            not fused, or not on a CUDA device.
         WrapperError: if TorchRL's `GymWrapper` gets the environment wrong.
         NoValidActionError: while collecting, if an action mask allows no action.
         NonFiniteError: while collecting, if an entry that the update reads is not finite, or the last observation of an
@@ -79,6 +82,7 @@ class RolloutCollector:
         exclude_keys: Sequence[NestedKey] = (),
         is_fused: bool = True,
         compiled_step: bool = True,
+        cudagraph: bool | None = False,
     ) -> None:
         # A critic with a separate memory has to act at every step, or its state would be lost.
         policy = acting_policy(policy, value_operator)
@@ -100,10 +104,12 @@ class RolloutCollector:
             self._carried = self.env.reset()
         check_wrapper(self.env)  # the parts of a SerialEnv exist only after a reset
         warn_unread_mask(self.env, policy)
-        self._fused: tuple[PolicyStep, EnvStep] | None = None
+        self._fused: tuple[PolicyStep | GraphedPolicy, EnvStep] | None = None
         if is_fused and keys.VALUE in policy.out_keys:
+            devices = [parameter.device for parameter in policy.parameters()] + [self.env.device or torch.device("cpu")]
+            step = with_graph(policy_step(policy, self.env, compiled_step=compiled_step), devices, cudagraph)
             with contextlib.suppress(NotFusable):
-                self._fused = policy_step(policy, self.env, compiled_step=compiled_step), env_step(self.env)[0]
+                self._fused = step, env_step(self.env)[0]
 
     def __iter__(self) -> Iterator[Rollout]:
         """Yield rollouts until `total_frames` steps have been taken."""
@@ -154,7 +160,9 @@ class RolloutCollector:
             rows.append(record(played, is_last=t == self.steps - 1))
         return torch.stack(rows, len(self.env.batch_size)), states
 
-    def _rollout_on_tensors(self, policy: PolicyStep, env: EnvStep) -> tuple[TensorDictBase, list[TensorDictBase]]:
+    def _rollout_on_tensors(
+        self, policy: PolicyStep | GraphedPolicy, env: EnvStep
+    ) -> tuple[TensorDictBase, list[TensorDictBase]]:
         """Do the same on flat dictionaries."""
         batch_size = self.env.batch_size
         dropped_before = set(self._dropped)

@@ -222,9 +222,9 @@ class CollectorConfig:
     workers on a Ray cluster; lost workers are replaced."""
     num_workers: int = option(2, above=0)
     """Processes of multi_sync, workers of ray."""
-    cudagraph: bool = option(False, belongs_to=("fused",))
-    """Replay the policy's step as a CUDA graph (fused): the same batches in less than half the time. Environment and
-    networks must be on train.device=cuda."""
+    cudagraph: bool | None = option(None, belongs_to=("rollout", "fused"))
+    """Replay the policy's step as a CUDA graph (rollout, fused): the same batches in less than half the time.
+    Environment and networks must be on train.device=cuda. null: where they are."""
     address: str | None = option(None, belongs_to=("ray",))
     """Ray cluster: auto (the one that runs on this machine) or ip:port. null: a new one, on this machine."""
     num_cpus: float = option(1.0, minimum=0)

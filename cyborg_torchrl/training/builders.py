@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -267,13 +267,16 @@ def build_collector(
     options: dict[str, Any] = {"frames_per_batch": frames, "total_frames": total_frames}
     name = cfg.collector.name
     if name == "rollout":
-        collector = RolloutCollector(env, agent, **options, **_recorded_entries(agent, buffer, env))
+        entries = _recorded_entries(agent, buffer, env)
+        with _refusals("collector.cudagraph") if cfg.collector.cudagraph else nullcontext():
+            collector = RolloutCollector(env, agent, cudagraph=cfg.collector.cudagraph, **options, **entries)
     elif name == "single":
         collector = Collector(env, GuardedPolicy(agent), auto_register_policy_transforms=True, **options)
     elif name == "fused":
-        has_graph = cfg.collector.cudagraph
-        with _refusals("collector.cudagraph" if has_graph else "collector"):
-            collector = FusedCollector(env, agent, cudagraph=has_graph, auto_register_policy_transforms=True, **options)
+        with _refusals("collector.cudagraph" if cfg.collector.cudagraph else "collector"):
+            collector = FusedCollector(
+                env, agent, cudagraph=cfg.collector.cudagraph, auto_register_policy_transforms=True, **options
+            )
     elif name == "ray":
         options |= _recorded_entries(agent, buffer, env)
         options["state_steps"] = partial(_constant, buffer.state_steps(steps))  # the buffer is not sent to the workers

@@ -71,6 +71,23 @@ def test_a_captured_step_yields_what_the_policy_does() -> None:
     assert stand_in.captures == 3  # once a rollout
 
 
+def test_the_default_collector_yields_the_same_with_a_captured_step() -> None:
+    rollouts = []
+    for stand_in in (None, StandIn()):
+        torch.manual_seed(0)
+        trainer, _, _ = build_trainer(load_config(overrides=[*OPTIONS, "train.total_timesteps=240"]))
+        collector = trainer.collector
+        if stand_in is not None:
+            policy, step = collector._fused
+            collector._fused = GraphedPolicy(policy, stand_in), step
+        torch.manual_seed(5)
+        rollouts.append([collector.rollout() for _ in range(2)])
+    assert stand_in is not None
+    assert stand_in.captures == 2
+    for found, expected in zip(*rollouts, strict=True):
+        assert_equal([found.steps, found.stored_states], [expected.steps, expected.stored_states])
+
+
 def test_what_was_written_stays_when_the_next_step_overwrites_the_graphs_memory() -> None:
     cfg = load_config(overrides=OPTIONS)
     env = build_env(cfg)
