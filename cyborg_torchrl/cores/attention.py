@@ -21,8 +21,9 @@ DIGITS = (1.0, 256.0, 65536.0)
 class AttentionCore(Core):
     """Layers of causal attention over the last `window` steps, and no further than the episode's start.
 
-    The input is mapped to the width of the layers. With `has_clock`, a map of the sines and cosines of the episode's
-    step is added. A sequence is computed in blocks, so its cost is linear in its length.
+    The input is mapped to the width of the layers, without bias. With `has_clock`, a map of the sines and cosines of
+    the episode's step is added before queries and keys are computed, but not to the values. A sequence is computed in
+    blocks, so its cost is linear in its length.
 
     State: for each layer i, `keys_i` [B, heads, D, window] and `values_i` [B, heads, window, D] of the last steps, the
     newest last, and zero where there was no step. `count` [B, 3], the steps of the episode so far, in digits of base
@@ -35,7 +36,7 @@ class AttentionCore(Core):
         num_layers: number of layers; together they reach num_layers * window steps back.
         num_heads: heads of a layer, with D = hidden_size / num_heads numbers each.
         position: "relative" (a trained bias for each head and distance), "rotary" or "alibi".
-        has_clock: add the step of the episode to the input.
+        has_clock: let queries and keys depend on the step of the episode.
         gating: "none" (residuals) or "gru" (the gates of GTrXL).
 
     Raises:
@@ -69,7 +70,7 @@ class AttentionCore(Core):
         check_known("position", position, ("relative", "rotary", "alibi"))
         check_known("gating", gating, ("none", "gru"))
         self.in_features, self.out_features, self.window = in_features, hidden_size, window
-        self.input = nn.Linear(in_features, hidden_size)
+        self.input = nn.Linear(in_features, hidden_size, bias=False)
         self.clock = nn.Linear(hidden_size, hidden_size, bias=False) if has_clock else None
         speeds = torch.logspace(0.0, -3.0, hidden_size // 2)
         self.speeds: Tensor
@@ -102,9 +103,9 @@ class AttentionCore(Core):
             y, state = self(x.unsqueeze(1), state, torch.zeros(x.shape[0], 1, dtype=torch.bool, device=x.device))
             return y.squeeze(1), state
         age = self._number(state["count"]) + 1.0
-        y, last = self._embed(x, age), {"count": self._count(age)}
+        y, clock, last = self.input(x), self._clock(age), {"count": self._count(age)}
         for i, (layer, (keys, values)) in enumerate(zip(self.layers, self._sliding, strict=True)):
-            q, k, v = layer.project(y, age)  # pyright: ignore[reportCallIssue]
+            q, k, v = layer.project(y, clock, age)  # pyright: ignore[reportCallIssue]
             k, v = keys.append(state[f"keys_{i}"], k), values.append(state[f"values_{i}"], v)
             y = layer.finish(y, attend_step(q, k, v, layer.bias, age))  # pyright: ignore
             last |= {f"keys_{i}": k[..., 1:], f"values_{i}": v[..., 1:, :]}
@@ -122,9 +123,9 @@ class AttentionCore(Core):
         age = torch.where(start >= 0, -start, count) + index[self.window :] + 1.0
         is_past = ~is_init[:, :1, None, None]
         is_kept = (index[-self.window :] >= start[:, -1:]).unsqueeze(1).unsqueeze(1)
-        y, last = self._embed(x, age), {"count": self._count(age[:, -1])}
+        y, clock, last = self.input(x), self._clock(age), {"count": self._count(age[:, -1])}
         for i, layer in enumerate(self.layers):
-            q, k, v = layer.project(y, age)  # pyright: ignore[reportCallIssue]
+            q, k, v = layer.project(y, clock, age)  # pyright: ignore[reportCallIssue]
             k = torch.cat([torch.where(is_past, state[f"keys_{i}"], 0.0), k.permute(0, 2, 3, 1)], -1)
             v = torch.cat([torch.where(is_past, state[f"values_{i}"], 0.0), v.transpose(1, 2)], -2)
             read = attend(q.transpose(1, 2), k, v, layer.bias, age)  # pyright: ignore[reportArgumentType]
@@ -133,12 +134,11 @@ class AttentionCore(Core):
             last[f"values_{i}"] = torch.where(is_kept.transpose(-1, -2), v[..., -self.window :, :], 0.0)
         return y, last
 
-    def _embed(self, x: Tensor, age: Tensor) -> Tensor:
-        y = self.input(x)
+    def _clock(self, age: Tensor) -> Tensor | None:
         if self.clock is None:
-            return y
+            return None
         angle = age.unsqueeze(-1) * self.speeds
-        return y + self.clock(torch.cat([angle.sin(), angle.cos()], -1))
+        return self.clock(torch.cat([angle.sin(), angle.cos()], -1))
 
     def _number(self, count: Float[Tensor, "B 3"]) -> Float[Tensor, " B"]:
         return (count * self.digits).sum(-1).round().clamp_min(0.0)

@@ -35,15 +35,20 @@ class GRUGate(nn.Module):
 class AttentionLayer(nn.Module):
     """Attention and two linear maps, each behind a norm.
 
-    z = x + W_o attend(norm(x));    y = z + W_2 relu(W_1 norm(z))
-    attend(n)_t = sum_s softmax_s(q_t . k_s / sqrt(D) + bias(t - s)) v_s
+        q, k = W norm(x + clock) + b;    v = W_v norm(x)
+        r_t = sum_s softmax_s(q_t . k_s / sqrt(D) + bias(t - s)) v_s
+        z = x + W_o (r / sqrt(mean(r^2) + 1e-5));    y = z + W_2 relu(W_1 norm(z))
+
+    A blank step (x = 0) has v = 0. Together with the norm of what is read, with its mean over a head, a few steps with
+    content are as easy to find among hundreds of blank ones as among ten.
     """
 
     def __init__(self, width: int, num_heads: int, window: int, position: str, gating: str) -> None:
         super().__init__()
         self.num_heads, self.window = num_heads, window
-        self.norms = nn.ModuleList([nn.LayerNorm(width), nn.LayerNorm(width)])
-        self.maps, self.output = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.norms = nn.ModuleList([nn.LayerNorm(width, bias=False), nn.LayerNorm(width)])
+        self.queries_keys, self.values = nn.Linear(width, 2 * width), nn.Linear(width, width, bias=False)
+        self.output = nn.Linear(width, width)
         self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.ReLU(), nn.Linear(2 * width, width))
         self.gates = nn.ModuleList([GRUGate(width), GRUGate(width)] if gating == "gru" else [])
         self.bias: Tensor
@@ -62,9 +67,14 @@ class AttentionLayer(nn.Module):
         self.turns: Tensor | None
         self.register_buffer("turns", turns if position == "rotary" else None, persistent=False)
 
-    def project(self, x: Float[Tensor, "*B W"], age: Float[Tensor, " *B"]) -> tuple[Tensor, ...]:
+    def project(
+        self, x: Float[Tensor, "*B W"], clock: Float[Tensor, "*B W"] | None, age: Float[Tensor, " *B"]
+    ) -> tuple[Tensor, ...]:
         """Return queries, keys and values, each [*B, heads, D]."""
-        q, k, v = self.maps(self.norms[0](x)).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
+        content = self.norms[0](x)
+        place = content if clock is None else self.norms[0](x + clock)
+        q, k = self.queries_keys(place).unflatten(-1, (2, self.num_heads, -1)).unbind(-3)
+        v = self.values(content).unflatten(-1, (self.num_heads, -1))
         if self.turns is not None:
             place = (age.remainder(self.period).unsqueeze(-1) * self.turns).remainder(self.period)
             angle = place.unsqueeze(-2) * (2.0 * math.pi / self.period)
@@ -73,6 +83,7 @@ class AttentionLayer(nn.Module):
 
     def finish(self, x: Float[Tensor, "*B W"], read: Float[Tensor, "*B H D"]) -> Tensor:
         """Return the output of the layer, [*B, W], given what attention has read."""
+        read = read * torch.rsqrt(read.square().mean(-1, keepdim=True) + 1e-5)
         x = self._join(0, x, self.output(read.flatten(-2)))
         return self._join(1, x, self.mlp(self.norms[1](x)))
 

@@ -47,12 +47,17 @@ def gate(weights: torch.nn.Module, x: Tensor, y: Tensor) -> Tensor:
 def one_episode(core: AttentionCore, x: Tensor) -> Tensor:
     """Outputs [T, D] of one episode [T, F], query by query and head by head."""
     y = [core.input(x_t) for x_t in x]
+    clock = [torch.zeros_like(y_t) for y_t in y]
     if core.clock is not None:
         for t in range(len(y)):
             angle = (t + 1) * core.speeds
-            y[t] = y[t] + core.clock.weight @ torch.cat([angle.sin(), angle.cos()])
+            clock[t] = core.clock.weight @ torch.cat([angle.sin(), angle.cos()])
     for layer in core.layers:
-        maps = [layer.maps(layer.norms[0](y_t)).view(3, 2, 8) for y_t in y]
+        maps = []
+        for y_t, clock_t in zip(y, clock, strict=True):
+            place, content = layer.norms[0](y_t + clock_t), layer.norms[0](y_t)
+            q_and_k = layer.queries_keys.weight @ place + layer.queries_keys.bias
+            maps.append(torch.cat([q_and_k, layer.values.weight @ content]).view(3, 2, 8))
         out = []
         for t, y_t in enumerate(y):
             read = []
@@ -68,7 +73,8 @@ def one_episode(core: AttentionCore, x: Tensor) -> Tensor:
                         q = torch.cat([rotated.real, rotated.imag])
                     products.append(q @ k / math.sqrt(8) + layer.bias[head, t - s])
                 weights = torch.stack(products).softmax(0)
-                read.append(sum(w * maps[s][2, head] for w, s in zip(weights, past, strict=True)))
+                mean = sum(w * maps[s][2, head] for w, s in zip(weights, past, strict=True))
+                read.append(mean / (mean.square().mean() + 1e-5).sqrt())
             a = layer.output(torch.cat(read))
             z = gate(layer.gates[0], y_t, a) if layer.gates else y_t + a
             b = layer.mlp[2](F.relu(layer.mlp[0](layer.norms[1](z))))
@@ -122,6 +128,20 @@ def test_a_step_in_cpp_equals_torch(size: int, steps: int, dtype: torch.dtype, m
     monkeypatch.setattr(window_attention, "is_native", lambda tensor: False)
     theirs = window_attention.attend_step(q, keys, values, bias, age)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=3e-6 if dtype is torch.float32 else 1e-13)
+
+
+def test_blank_steps_write_nothing_and_hide_nothing() -> None:
+    """One symbol before 400 blank steps: what is read is nearly as large as after 3."""
+    torch.manual_seed(0)
+    core = AttentionCore(3, window=500, has_clock=False)
+    reads: dict[int, Tensor] = {}
+    for steps in (3, 400):
+        x = torch.zeros(1, steps + 1, 3)
+        x[0, 0, 0] = 1.0
+        is_init = torch.zeros(1, steps + 1, dtype=torch.bool)
+        reads[steps] = core(x, core.initial_state(1), is_init)[0][0, -1]
+    assert reads[400].norm() > 0.4 * reads[3].norm()
+    assert torch.cosine_similarity(reads[400], reads[3], dim=0) > 0.8
 
 
 def test_a_state_can_be_stored_and_continued_twice() -> None:
