@@ -50,6 +50,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """Values by preset, whatever the observations are."""
 NUM_STEPS, NUM_MINIBATCHES = 128, 8
+LONGEST_WINDOW = 600
+"""Longest episode of a memory task that attention reads as a whole."""
 LONGEST_SEQUENCE = 320
 """Longest episode of a prediction task that is trained on as one sequence."""
 SHOWN = (
@@ -93,12 +95,15 @@ def choose_preset(cfg: DictConfig) -> None:
 
 
 def complete(cfg: DictConfig, env: EnvBase) -> None:
-    """Fill the options that the preset `general` derives from the environment, in place.
+    """Fill the options that a preset derives from the environment, in place.
 
     Args:
         cfg: the configuration; a second call changes nothing.
         env: its environment, without the transforms.
     """
+    longest = getattr(env, "max_episode_steps", None)
+    if cfg.preset == "memory_task" and "window" in cfg.backbone and longest is not None and longest <= LONGEST_WINDOW:
+        _fill(cfg, {"backbone.window": longest})
     if cfg.preset != "general":
         return
     kind, is_continuous = observation_kind(env), env.action_spec.dtype.is_floating_point
@@ -121,7 +126,7 @@ def complete(cfg: DictConfig, env: EnvBase) -> None:
             "train.ent_coef": 0.0 if is_continuous else 0.01,
         },
     )
-    train, longest = cfg.train, getattr(env, "max_episode_steps", None)
+    train = cfg.train
     is_short = is_prediction and longest is not None and longest <= LONGEST_SEQUENCE
     if is_short and "window" in cfg.backbone:
         _fill(cfg, {"backbone.window": longest})

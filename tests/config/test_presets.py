@@ -211,3 +211,10 @@ def test_the_backbone_of_a_file_stays(tmp_path: Path, more: str, backbone: str) 
     file = tmp_path / "mine.yaml"
     file.write_text(f"env: {{name: gymnasium, id: Pendulum-v1}}\n{more}")
     assert load_config(str(file)).backbone.name == backbone
+
+
+@pytest.mark.parametrize(("horizon", "window"), [(20, 80), (600, None)])
+def test_attention_reads_whole_episodes_of_short_memory_tasks(horizon: int, window: int | None) -> None:
+    options = ["env=copy_memory", "env.sequence=30", f"env.horizon={horizon}", "env.num_envs=2"]
+    assert built(*options, "backbone=attention").backbone.window == window
+    assert built(*options, "backbone=attention", "backbone.window=9").backbone.window == 9
