@@ -35,19 +35,22 @@ class GRUGate(nn.Module):
 class AttentionLayer(nn.Module):
     """Attention and two linear maps, each behind a norm.
 
-        q, k = W norm(x + clock) + b;    v = W_v norm(x)
-        r_t = sum_s softmax_s(q_t . k_s / sqrt(D) + bias(t - s)) v_s
-        z = x + W_o (r / sqrt(mean(r^2) + 1e-5));    y = z + W_2 relu(W_1 norm(z))
+        q, k = W norm(x + clock);    v = W_v norm(x)
+        r_t = sum_s softmax_s(g q_t' . k_s' / sqrt(D) + bias(t - s)) v_s
+        z = x + W_o r';    y = z + W_2 relu(W_1 norm(z))
 
-    A blank step (x = 0) has v = 0. Together with the norm of what is read, with its mean over a head, a few steps with
-    content are as easy to find among hundreds of blank ones as among ten.
+    Here u' = u / sqrt(mean(u^2) + 1e-5), with the mean over the D numbers of a head, and g is trained. With normalised
+    queries and keys, products stay small, and so do rounding errors of the softmax (Henry et al. 2020, "Query-key
+    normalization for transformers"). A blank step (x = 0) has v = 0. Since r is normalised, a few steps with content
+    are as easy to find among hundreds of blank ones as among ten.
     """
 
     def __init__(self, width: int, num_heads: int, window: int, position: str, gating: str) -> None:
         super().__init__()
         self.num_heads, self.window = num_heads, window
         self.norms = nn.ModuleList([nn.LayerNorm(width, bias=False), nn.LayerNorm(width)])
-        self.queries_keys, self.values = nn.Linear(width, 2 * width), nn.Linear(width, width, bias=False)
+        self.queries_keys, self.values = (nn.Linear(width, n * width, bias=False) for n in (2, 1))
+        self.gain = nn.Parameter(torch.ones(width // num_heads))
         self.output = nn.Linear(width, width)
         self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.ReLU(), nn.Linear(2 * width, width))
         self.gates = nn.ModuleList([GRUGate(width), GRUGate(width)] if gating == "gru" else [])
@@ -74,6 +77,7 @@ class AttentionLayer(nn.Module):
         content = self.norms[0](x)
         place = content if clock is None else self.norms[0](x + clock)
         q, k = self.queries_keys(place).unflatten(-1, (2, self.num_heads, -1)).unbind(-3)
+        q, k = _normalize(q) * self.gain, _normalize(k)
         v = self.values(content).unflatten(-1, (self.num_heads, -1))
         if self.turns is not None:
             place = (age.remainder(self.period).unsqueeze(-1) * self.turns).remainder(self.period)
@@ -83,12 +87,15 @@ class AttentionLayer(nn.Module):
 
     def finish(self, x: Float[Tensor, "*B W"], read: Float[Tensor, "*B H D"]) -> Tensor:
         """Return the output of the layer, [*B, W], given what attention has read."""
-        read = read * torch.rsqrt(read.square().mean(-1, keepdim=True) + 1e-5)
-        x = self._join(0, x, self.output(read.flatten(-2)))
+        x = self._join(0, x, self.output(_normalize(read).flatten(-2)))
         return self._join(1, x, self.mlp(self.norms[1](x)))
 
     def _join(self, i: int, x: Tensor, y: Tensor) -> Tensor:
         return self.gates[i](x, y) if self.gates else x + y
+
+
+def _normalize(x: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5)
 
 
 def _rotate(x: Tensor, angle: Tensor) -> Tensor:

@@ -44,6 +44,10 @@ def gate(weights: torch.nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return (1 - z) * x + z * n
 
 
+def normalized(x: Tensor) -> Tensor:
+    return x / ((x**2).mean(-1, keepdim=True) + 1e-5).sqrt()
+
+
 def one_episode(core: AttentionCore, x: Tensor) -> Tensor:
     """Outputs [T, D] of one episode [T, F], query by query and head by head."""
     y = [core.input(x_t) for x_t in x]
@@ -56,8 +60,9 @@ def one_episode(core: AttentionCore, x: Tensor) -> Tensor:
         maps = []
         for y_t, clock_t in zip(y, clock, strict=True):
             place, content = layer.norms[0](y_t + clock_t), layer.norms[0](y_t)
-            q_and_k = layer.queries_keys.weight @ place + layer.queries_keys.bias
-            maps.append(torch.cat([q_and_k, layer.values.weight @ content]).view(3, 2, 8))
+            q, k = (layer.queries_keys.weight @ place).view(2, 2, 8)
+            q, k = normalized(q) * layer.gain, normalized(k)
+            maps.append(torch.stack([q, k, (layer.values.weight @ content).view(2, 8)]))
         out = []
         for t, y_t in enumerate(y):
             read = []
@@ -74,7 +79,7 @@ def one_episode(core: AttentionCore, x: Tensor) -> Tensor:
                     products.append(q @ k / math.sqrt(8) + layer.bias[head, t - s])
                 weights = torch.stack(products).softmax(0)
                 mean = sum(w * maps[s][2, head] for w, s in zip(weights, past, strict=True))
-                read.append(mean / (mean.square().mean() + 1e-5).sqrt())
+                read.append(normalized(mean))
             a = layer.output(torch.cat(read))
             z = gate(layer.gates[0], y_t, a) if layer.gates else y_t + a
             b = layer.mlp[2](F.relu(layer.mlp[0](layer.norms[1](z))))
