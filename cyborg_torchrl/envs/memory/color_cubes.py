@@ -31,7 +31,7 @@ class ColorCubesEnv(RewritingTask):
       begins. The colour flag. The cubes are in the order of their colours if the flag is set, and in reading order
       otherwise.
     - Action, [N] integer: 0 up, 1 down, 2 left, 3 right, 4 interact. A move into a wall changes nothing.
-    - Reward: +1 for an interaction with the target, -1 for another interaction, -0.01 for each other step.
+    - Reward: +1 for an interaction with the target, 0 for another interaction, -0.01 for each other step.
     - "success", [N, 1] float: 1 if the agent finished all phases.
 
     The levels are trivial (one cube, one phase), medium (three cubes), and extreme. In `extreme` colours are shown only
@@ -66,6 +66,7 @@ class ColorCubesEnv(RewritingTask):
     cubes: int
     grid: int
     measure = "cubes"
+    mistake = 0.0  # or agents learn never to interact, long before one of them finds a target
     least = {"cubes": 1, "grid": 2, "horizon": 0}
 
     def __init__(

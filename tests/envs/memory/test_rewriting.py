@@ -131,7 +131,7 @@ def test_cubes_by_hand(hide_colours: bool) -> None:
 
 def test_an_interaction_elsewhere_ends_the_episode() -> None:
     env = cubes([8, 1], agent=8, target=1, luck=[])
-    assert played(env, [4])[0][1:] == (-1.0, True, 0.0)
+    assert played(env, [4])[0][1:] == (0.0, True, 0.0)
 
 
 def test_waiting_ignores_actions() -> None:
