@@ -173,8 +173,7 @@ class PopgymEnv(EnvBase):
     def _is_last(self) -> Tensor:
         """Return the episodes at their last step, [N, 1] bool, and find out when to look again."""
         run = self._run
-        later = torch.where(run.deadline > run.clock, run.deadline, run.clock + self._num_steps)
-        run.next_end = int(later.min())
+        run.next_end = max(run.clock + 1, int(run.deadline.min()))
         return run.deadline == run.clock
 
     def _ends(self, is_over: Tensor | None, is_last: Tensor) -> tuple[Tensor, Tensor, Tensor]:
