@@ -19,6 +19,7 @@ TRUNCATED: Final = "truncated"
 SUCCESS: Final = "success"
 PREVIOUS_ACTION: Final = "previous_action"
 PREVIOUS_REWARD: Final = "previous_reward"
+FIRST_STEP: Final = "first_step"
 
 FEATURES: Final = "features"
 """Output of the encoder for the current observation, [*B, T, F]."""

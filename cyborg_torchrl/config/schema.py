@@ -39,7 +39,7 @@ class EncoderConfig:
     """Sizes of the layers before the features. null: by the preset."""
     observation_keys: list[str] | None = None
     """Observations to read; nested keys with dots. null: "pixels" if there are any, else "observation", else all.
-    "previous_action" and "previous_reward" are always read if they exist."""
+    "previous_action", "previous_reward" and "first_step" are always read if they exist."""
     convolutions: str = option("auto", choices=("auto", "small", "nature", "impala"))
     """Network for pictures: small (3 convolutions of 3 x 3), nature (3 larger ones; sides of 36 or more), impala (15,
     slow), or auto: small if the shorter side has at most 48 pixels, else nature."""
@@ -195,6 +195,8 @@ class TransformsConfig:
     """Show the previous action as "previous_action": one-hot, or scaled to [-1, 1]; zero at an episode's first step."""
     previous_reward: bool = False
     """Show the previous reward as "previous_reward", unscaled; zero at an episode's first step."""
+    first_step: bool = False
+    """Show a flag as "first_step", 1 at an episode's first step and 0 after it."""
     frame_stack: int = option(1, above=0)
     """Number of consecutive observations that are concatenated. 1: only the current one."""
     normalize_observation: bool | None = None

@@ -22,6 +22,7 @@ METADATA = "cyborg_torchrl"
 MEANINGS = {
     keys.PREVIOUS_ACTION: "the action that led here: one-hot, or clipped and scaled to [-1, 1]; zeros where is_init",
     keys.PREVIOUS_REWARD: "the reward that came with this observation; zero where is_init",
+    keys.FIRST_STEP: "1 where is_init, else 0",
 }
 
 

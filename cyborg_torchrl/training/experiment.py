@@ -292,6 +292,7 @@ def _summarise(experiment: Experiment) -> dict[str, Any]:
         "init_from": cfg.init_from.path,
         "success_rate": evaluation.success_rate if evaluation else metrics.get("success_rate"),
         "mean_reward": evaluation.mean_reward if evaluation else metrics.get("mean_reward"),
+        "mmer": trainer.epoch_returns.mmer,
         "eval_actions": cfg.logger.eval_actions if evaluation else None,
         "eval_episodes": evaluation.episodes if evaluation else 0,
         "eval_cut_episodes": evaluation.num_cut if evaluation else 0,

@@ -28,7 +28,7 @@ from cyborg_torchrl.training.loggers import MetricBackends, require_packages
 
 COLUMNS: tuple[str, ...] = (
     "update", "steps", "seconds", "steps_per_second", "seconds_collect", "seconds_advantages", "seconds_update",
-    "seconds_checkpoint", "episodes", "success_rate", "mean_reward", "reward_per_step",
+    "seconds_checkpoint", "episodes", "success_rate", "mean_reward", "mmer", "reward_per_step",
     "explained_variance", "loss_objective", "loss_critic", "loss_entropy", "entropy", "kl", "kl_approx",
     "clip_fraction", "grad_norm", "ratio_error", "epochs", "learning_rate",
     "eval/success_rate", "eval/mean_reward", "eval/episodes", "eval/cut_episodes", "eval/seconds",

@@ -29,6 +29,7 @@ from cyborg_torchrl.objectives import RecurrentClipPPOLoss, add_advantages, mask
 from cyborg_torchrl.objectives.functional import explained_variance
 from cyborg_torchrl.training.distributed import Ranks
 from cyborg_torchrl.training.graphed_step import CudaGraphs, GraphedStep
+from cyborg_torchrl.training.mmer import EPOCH_STEPS, EpochReturns
 from cyborg_torchrl.training.optimizer import build_optimizer, learning_rate
 from cyborg_torchrl.training.optimizer_step import OptimizerStep, check_finite_step
 
@@ -89,6 +90,7 @@ class PPOTrainer:
         self.rate_factor = 1.0
         """Share of the scheduled learning rate that is used (`config.desired_kl`)."""
         self.num_steps = 0
+        self.epoch_returns = EpochReturns()
         self.total_updates = max(1, config.total_timesteps // buffer.num_steps)
         self.steps_per_update = buffer.num_steps * self.ranks.size
         self._moments = [module for module in loss.modules() if isinstance(module, RunningMoments)]
@@ -140,6 +142,9 @@ class PPOTrainer:
             metrics |= self._drift(rollout)
         self.num_updates += 1
         self.num_steps += rollout.steps.numel() * self.ranks.size
+        self.epoch_returns.add(self.num_steps, metrics["episodes"], metrics.get("mean_reward"))
+        if self.epoch_returns.mmer is not None:
+            metrics["mmer"] = self.epoch_returns.mmer
         metrics |= {name: float(torch.stack(values).mean()) for name, values in history.items()}
         # The first minibatch runs before any optimiser step: only there the ratio must be 1.
         metrics["ratio_error"] = float(self.ranks.maximum(history["ratio_error"][0]))
@@ -159,6 +164,7 @@ class PPOTrainer:
             "num_updates": self.num_updates,
             "num_steps": self.num_steps,
             "rate_factor": self.rate_factor,
+            "epoch_returns": self.epoch_returns.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -168,6 +174,7 @@ class PPOTrainer:
         self.optimizer.load_state_dict({**state["optimizer"], "param_groups": own["param_groups"]})
         self.num_updates, self.num_steps = state["num_updates"], state["num_steps"]
         self.rate_factor = state.get("rate_factor", 1.0)  # older checkpoints have none
+        self.epoch_returns = EpochReturns(**state.get("epoch_returns", {"epoch": self.num_steps // EPOCH_STEPS}))
 
     def _synchronize(self) -> None:
         """Start all ranks with the first one's parameters, and standardise advantages over all of them."""

@@ -34,7 +34,7 @@ CASES = [
     ["env=multi_cue_delay", "env.level=easy", "env.horizon=3", "train.recurrent_mode=none"],
 ]
 GYMNASIUM_CASES = [
-    ["env=gymnasium", "id=CartPole-v1", "transforms.previous_action=true", "transforms.previous_reward=true"],
+    ["env=gymnasium", "id=CartPole-v1", "transforms.previous_action=true", "transforms.first_step=true"],
     ["env=gymnasium", "id=Pendulum-v1", "env.max_episode_steps=31"],  # noise, both normalisations, truncations
     ["env=gymnasium", "id=Blackjack-v1", "transforms.reward_scale=0.5"],  # a tuple of categories, short episodes
     ["env=gymnasium", "id=FrozenLake-v1", "transforms.clip_reward=0.5"],  # one category

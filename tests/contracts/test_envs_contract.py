@@ -38,6 +38,8 @@ class Case(NamedTuple):
     """What must be installed for it."""
     num_steps: int | None = None
     """None: two episodes."""
+    growth: int = 1
+    """Steps that one more step of the horizon adds to the longest episode."""
 
     def __str__(self) -> str:
         return "-".join(map(str, (self.name, *self.options.values())))
@@ -49,10 +51,14 @@ LENGTHS = dict.fromkeys(("popgym-LabyrinthEscapeEasy-v0", "popgym-LabyrinthExplo
 CASES = [
     Case("assoc_recall", {"horizon": 3, "pairs": 2}),
     Case("associative_recall", {"horizon": 3, "pairs": 2}),
+    Case("color_cubes", {"horizon": 1, "cubes": 3, "phases": 2, "grid": 3}, growth=2),
+    Case("color_cubes", {"level": "extreme"}, growth=3),
     Case("copy_memory", {"horizon": 3, "sequence": 2}),
     Case("delayed_cue", {"horizon": 0}),
     Case("delayed_cue", {"horizon": 4}),
     Case("distractor_nav", {"horizon": 3, "distractors": 2}),
+    Case("endless_tmaze", {"horizon": 3, "corridors": 2}, growth=12),
+    Case("endless_tmaze", {"horizon": 3, "corridors": 2, "random_lengths": True}, growth=12),
     Case("multi_cue_delay", {"horizon": 3, "cues": 2}),
     Case("n_back", {"horizon": 4, "n": 2}),
     Case("pattern_binding", {"horizon": 3, "patterns": 2}),
@@ -118,7 +124,7 @@ def test_length_follows_the_horizon(case: Case) -> None:
         assert max(played) == most
         assert env.horizon == horizon
         lengths[horizon] = most
-    assert lengths[12] - lengths[5] == 7
+    assert lengths[12] - lengths[5] == 7 * case.growth
 
 
 @pytest.mark.parametrize("case", TASKS, ids=str)

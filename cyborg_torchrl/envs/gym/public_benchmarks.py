@@ -69,6 +69,7 @@ def build_popgym(
     id: str = "popgym-RepeatFirstEasy-v0",
     num_envs: int = 64,
     native: bool = True,
+    fixed: bool = False,
     frame_skip: int = 1,
     max_episode_steps: int | None = None,
     workers: int = 0,
@@ -87,6 +88,7 @@ def build_popgym(
         id: POPGym id, such as "popgym-RepeatPreviousHard-v0".
         num_envs: number of environments.
         native: use the native environment where there is one; otherwise the package popgym.
+        fixed: mend popgym's faults, which the docstrings of the native environments list; not with the package.
         frame_skip: environment steps for each action; rewards are summed.
         max_episode_steps: environment steps after which episodes are truncated; None: the limit of the id.
         workers: number of worker processes; 0: all environments in this process.
@@ -111,7 +113,11 @@ def build_popgym(
         reasons.append("max_episode_steps is below the limit of the id")
     if not reasons:
         LOGGER.info("%s: the native environment.", id)
-        return build_native(id, num_envs, device=device, seed=seed)
+        return build_native(id, num_envs, fixed=fixed, device=device, seed=seed)
+    if fixed:
+        raise ValueError(
+            f"fixed mends native environments, but '{id}' takes the package, since {' and '.join(reasons)}."
+        )
     # An option that costs the native environment is worth a line that everybody sees.
     level = logging.WARNING if native else logging.INFO
     LOGGER.log(level, "%s: the package popgym, since %s.", id, " and ".join(reasons))

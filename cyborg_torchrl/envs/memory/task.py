@@ -251,7 +251,11 @@ class MemoryTask(EnvBase):
         return self._entries(observation, success, terminated).set(keys.REWARD, reward)
 
     def _observed(self) -> tuple[Tensor, Tensor]:
-        return self._show(self._time, self._latents), (self._num_right / self.num_answers).unsqueeze(-1)
+        return self._show(self._time, self._latents), self._succeeded().unsqueeze(-1)
+
+    def _succeeded(self) -> Tensor:
+        """Return the success so far, [N] float."""
+        return self._num_right / self.num_answers
 
     def _entries(self, observation: Tensor, success: Tensor, done: Tensor) -> TensorDict:
         entries = {

@@ -25,15 +25,15 @@ class AutoencodeEnv(PredictionGame):
     | Medium | 2 |
     | Hard | 3 |
 
-    The last card is shown with the mark 0, since its answer is due at once. Suit 0 and "no card" look the same. So it
-    is in popgym.
+    The last card is shown with the mark 0, since its answer is due at once. Suit 0 and "no card" look the same, which
+    is a fault of popgym. With `fixed`, "no card" is 4.
     """
 
     levels = {"Easy": {"num_decks": 1}, "Medium": {"num_decks": 2}, "Hard": {"num_decks": 3}}
 
     def spaces(self) -> Spaces:
         """Return the specs and the length that follow from the level."""
-        observation = Composite({"0": Categorical(2), "1": Categorical(SUITS)})
+        observation = Composite({"0": Categorical(2), "1": Categorical(SUITS + self.fixed)})
         return Spaces(observation, Categorical(SUITS), 2 * self.num_cards - 1)
 
     def _deal(self, *decks: Tensor) -> Entries:
@@ -44,7 +44,7 @@ class AutoencodeEnv(PredictionGame):
         stake = torch.full(suit.shape, 1 / self.num_cards, device=suit.device)
         return {
             "observation.0": is_shown,
-            "observation.1": suit,
+            "observation.1": torch.nn.functional.pad(suit, (0, self.num_cards), value=SUITS if self.fixed else 0),
             "answer": torch.cat((unasked, suit.flip(1)), 1),
             "stake": torch.cat((torch.zeros_like(unasked, dtype=stake.dtype), stake), 1),
         }

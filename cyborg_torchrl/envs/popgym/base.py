@@ -71,6 +71,7 @@ class PopgymEnv(EnvBase):
     Args:
         num_envs: N, number of environments.
         level: Easy, Medium or Hard.
+        fixed: mend the faults of popgym that the family's docstring lists; no effect where it lists none.
         device: device of all tensors.
         seed: seed of the episodes; None draws one from torch's generator.
 
@@ -94,6 +95,7 @@ class PopgymEnv(EnvBase):
         num_envs: int = 64,
         *,
         level: str = "Easy",
+        fixed: bool = False,
         device: torch.device | str | None = None,
         seed: int | None = None,
     ) -> None:
@@ -103,7 +105,7 @@ class PopgymEnv(EnvBase):
         if seed is not None:
             check_least("seed", seed, 0)
         super().__init__(device=device, batch_size=[num_envs])
-        self.num_envs, self.level = num_envs, level
+        self.num_envs, self.level, self.fixed = num_envs, level, fixed
         for name, value in self.levels[level].items():
             setattr(self, name, value)
         self._make_specs(self.spaces())
@@ -171,8 +173,7 @@ class PopgymEnv(EnvBase):
     def _is_last(self) -> Tensor:
         """Return the episodes at their last step, [N, 1] bool, and find out when to look again."""
         run = self._run
-        later = torch.where(run.deadline > run.clock, run.deadline, run.clock + self._num_steps)
-        run.next_end = int(later.min())
+        run.next_end = max(run.clock + 1, int(run.deadline.min()))
         return run.deadline == run.clock
 
     def _ends(self, is_over: Tensor | None, is_last: Tensor) -> tuple[Tensor, Tensor, Tensor]:

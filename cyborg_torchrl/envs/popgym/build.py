@@ -49,18 +49,24 @@ def native_ids() -> dict[str, tuple[type[PopgymEnv], str]]:
 
 
 def build_native(
-    id: str, num_envs: int, *, device: torch.device | str | None = None, seed: int | None = None
+    id: str,
+    num_envs: int,
+    *,
+    fixed: bool = False,
+    device: torch.device | str | None = None,
+    seed: int | None = None,
 ) -> PopgymEnv:
     """Build the native environment of an id.
 
     Args:
         id: a key of `native_ids()`.
         num_envs: number of environments.
+        fixed: mend the faults of popgym that the family's docstring lists.
         device: device of all tensors.
         seed: seed of the episodes; None draws one from torch's generator.
     """
     family, level = native_ids()[id]
-    return family(num_envs, level=level, device=device, seed=seed)
+    return family(num_envs, level=level, fixed=fixed, device=device, seed=seed)
 
 
 def native_steps(id: str) -> int:

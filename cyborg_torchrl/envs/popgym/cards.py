@@ -47,6 +47,7 @@ class PredictionGame(PopgymEnv):
 
     is_prediction = True
     is_terminal = True
+    rounds = 4
     num_decks: int
     num_shuffles: ClassVar[int] = 1
     """How often all cards are shuffled for an episode."""
@@ -84,7 +85,8 @@ class PredictionGame(PopgymEnv):
 
     def _begin(self, index: Tensor | None, fresh: Entries) -> None:
         entries, row = self._run.entries, self._run.clock % (self._num_steps + 1)
-        films = {name: film.roll(row, 1).transpose(0, 1).contiguous() for name, film in fresh.items()}
+        turned = {name: film.roll(row, 1) if row else film for name, film in fresh.items()}
+        films = {name: film.transpose(0, 1).contiguous() for name, film in turned.items()}
         answer, stake = (films.pop(name).unsqueeze(-1) for name in ("answer", "stake"))
         films["reward"] = (-stake).repeat(1, 1, self.action_spec.n).scatter_(-1, answer, stake)
         for name, film in films.items():

@@ -35,7 +35,7 @@ class PositionOnlyCartPoleEnv(PopgymEnv):
     | Hard | 600 |
 
     The first state is drawn evenly from [-0.05, 0.05]. States are float64, as in gymnasium. popgym means to punish the
-    fall with -1, but gymnasium's reward at a fall is 1, so that never happens, and it does not here.
+    fall with -1, but gymnasium's reward at a fall is 1, so that never happens. With `fixed` it does.
     """
 
     levels = {"Easy": {"steps": 200}, "Medium": {"steps": 400}, "Hard": {"steps": 600}}
@@ -74,7 +74,8 @@ class PositionOnlyCartPoleEnv(PopgymEnv):
         entries["state"] = state = torch.add(state, rates, alpha=TIME_STEP)
         positions = state[:, ::2]
         entries["observation"] = self._seen_of(state, positions)
-        return Outcome(self._reward, (positions.abs() > self._limits).any(1, keepdim=True))
+        is_over = (positions.abs() > self._limits).any(1, keepdim=True)
+        return Outcome(self._reward.masked_fill(is_over, -1.0) if self.fixed else self._reward, is_over)
 
     def _seen_of(self, state: Tensor, positions: Tensor) -> Tensor:
         """Return the observations [N, 2] in a step, from the states [N, 4] and their positions [N, 2]."""
@@ -85,7 +86,8 @@ class VelocityOnlyCartPoleEnv(PositionOnlyCartPoleEnv):
     """VelocityOnlyCartPole: gymnasium's CartPole without the positions.
 
     - Observation, [N, 2] float: the velocities of the cart (m/s) and the pole (radians/s).
-    - The first observation of an episode has the two positions instead. That is a fault of popgym, which is kept.
+    - The first observation of an episode has the two positions instead. That is a fault of popgym. With `fixed` it has
+      the velocities.
 
     Everything else is as in `PositionOnlyCartPoleEnv`, the levels too.
     """
@@ -93,6 +95,10 @@ class VelocityOnlyCartPoleEnv(PositionOnlyCartPoleEnv):
     def spaces(self) -> Spaces:
         """Return the specs and the length that follow from the level."""
         return super().spaces()._replace(observation=Unbounded((2,), dtype=torch.float32))
+
+    def _prepare(self, drawn: Entries) -> Entries:
+        entries = super()._prepare(drawn)
+        return {**entries, "observation": entries["state"][:, 1::2].float()} if self.fixed else entries
 
     def _seen_of(self, state: Tensor, positions: Tensor) -> Tensor:
         return state[:, 1::2].float()

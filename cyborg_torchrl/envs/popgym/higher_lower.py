@@ -23,7 +23,8 @@ class HigherLowerEnv(PredictionGame):
     | Medium | 2 |
     | Hard | 3 |
 
-    No return reaches 1, since there are fewer answers than cards, and equal ranks pay nothing. That is so in popgym.
+    No return reaches 1, since there are fewer answers than cards, and equal ranks pay nothing. That is a fault of
+    popgym. With `fixed`, an answer pays 1 / pairs of unequal ranks instead.
     """
 
     levels = {"Easy": {"num_decks": 1}, "Medium": {"num_decks": 2}, "Hard": {"num_decks": 3}}
@@ -35,5 +36,6 @@ class HigherLowerEnv(PredictionGame):
     def _deal(self, *decks: Tensor) -> Entries:
         rank = ranks(decks[0])
         present, following = rank[:, :-1], rank[:, 1:]
-        stake = (following != present).float() / self.num_cards
+        is_unequal = (following != present).float()
+        stake = is_unequal / (is_unequal.sum(1, keepdim=True) if self.fixed else self.num_cards)
         return {"observation": rank, "answer": (following < present).long(), "stake": stake}

@@ -28,8 +28,8 @@ class LabyrinthEnv(PopgymEnv):
     | Medium | 15 x 15 |
     | Hard | 19 x 19 |
 
-    Two faults of popgym are kept. It truncates one step before its longest episode of 1,024 steps, which is
-    `max_episode_steps` here too. Next to the upper or left border, the view is shifted: the missing row or column is
+    popgym has two faults, which `fixed` mends. It truncates one step before its longest episode of 1,024 steps, which
+    is `max_episode_steps` here too. Next to the upper or left border, the view is shifted: the missing row or column is
     added as a wall below or to the right, so the agent is not in its middle.
     """
 
@@ -43,9 +43,9 @@ class LabyrinthEnv(PopgymEnv):
         return Spaces(observation, Categorical(NUM_ACTIONS), LONGEST)
 
     def _prepare_tables(self) -> None:
-        self._num_steps = LONGEST - 1
+        self._num_steps = LONGEST if self.fixed else LONGEST - 1
         side = 2 * self.rooms + 1
-        moves, views = _moves(side), _views(side)
+        moves, views = _moves(side), _views(side, self.fixed)
         self._moves, self._views = moves.view(-1).to(self.device), views.to(self.device)
         self._first_cell = self._first(side**2 + 1)
         self._first_column = self._first_cell.unsqueeze(1)
@@ -136,10 +136,16 @@ def _moves(side: int) -> Tensor:
     return torch.stack([r * side + c for r, c in places], -1).view(-1, 4)
 
 
-def _views(side: int) -> Tensor:
-    """Return the cells that are seen from each cell, [cells, 9]; `side * side` where there is a wall instead."""
-    near = [[i for i in (x - 1, x, x + 1) if 0 <= i < side] for x in range(side)]
-    near = [[*seen, *[side] * (3 - len(seen))] for seen in near]  # the missing one is always the last one
+def _views(side: int, fixed: bool) -> Tensor:
+    """Return the cells that are seen from each cell, [cells, 9]; `side * side` where there is a wall instead.
+
+    Args:
+        side: rows and columns of the maze.
+        fixed: keep the cell in the middle of its view; otherwise a missing row or column is always the last one.
+    """
+    near = [[i if 0 <= i < side else side for i in (x - 1, x, x + 1)] for x in range(side)]
+    if not fixed:
+        near = [sorted(seen) for seen in near]
     numbers = torch.arange(side**2).view(side, side)
     numbers = torch.nn.functional.pad(numbers, (0, 1, 0, 1), value=side**2)
     seen = torch.tensor(near)

@@ -1,4 +1,4 @@
-"""Transforms between environment and agent: previous action and reward, frame stack, normalisation."""
+"""Transforms between environment and agent: previous action and reward, first step, frame stack, normalisation."""
 
 from __future__ import annotations
 
@@ -93,6 +93,26 @@ class PreviousReward(_Previous):
         after[keys.PREVIOUS_REWARD] = after[keys.REWARD].float()
 
 
+class FirstStep(_Previous):
+    """A flag of an episode's first step as the entry "first_step", [N, 1] float.
+
+    Args:
+        reward_spec: reward spec of the environment.
+    """
+
+    def __init__(self, reward_spec: TensorSpec) -> None:
+        super().__init__(in_keys=[keys.REWARD], out_keys=[keys.FIRST_STEP])
+        self.shape, self.home = reward_spec.shape, reward_spec.device
+
+    def after_step(self, before: Entries, after: Entries) -> None:
+        """Take the flag away."""
+        after[keys.FIRST_STEP] = torch.zeros(self.shape, device=self.home)
+
+    def after_reset(self, begun: Entries, is_reset: Tensor | None) -> None:
+        """Begin with the flag."""
+        begun[keys.FIRST_STEP] = torch.ones(self.shape, device=self.home)
+
+
 class ExplorationNoise(EntryTransform):
     """Standard normal noise that changes slowly, as the entry "exploration_noise", [N, A] float.
 
@@ -154,6 +174,7 @@ def build_transforms(
     gamma: float,
     previous_action: bool = False,
     previous_reward: bool = False,
+    first_step: bool = False,
     frame_stack: int = 1,
     normalize_observation: bool = False,
     reward_scale: float = 1.0,
@@ -171,6 +192,7 @@ def build_transforms(
         gamma: discount of the return, by whose deviation rewards are normalised.
         previous_action: show the previous action.
         previous_reward: show the previous reward.
+        first_step: show a flag at an episode's first step.
         frame_stack: number of last observations to concatenate; the first one of an episode is repeated.
         normalize_observation: normalise float observations by their running mean and standard deviation.
         reward_scale: multiply rewards by this number.
@@ -208,6 +230,8 @@ def build_transforms(
         transforms.append(PreviousAction(env.action_spec, batch_dims))
     if previous_reward:
         transforms.append(PreviousReward(env.reward_spec))
+    if first_step:
+        transforms.append(FirstStep(env.reward_spec))
     if reward_scale != 1.0:
         transforms.append(ScaleReward(reward_scale))
     if normalize_reward:

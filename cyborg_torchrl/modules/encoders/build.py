@@ -25,7 +25,7 @@ LOGGER = logging.getLogger(__name__)
 DISCRETE = ("one_hot", "embedding")
 MAIN = (keys.PIXELS, keys.OBSERVATION)
 """Read alone if they exist, the first before the second."""
-PREVIOUS = (keys.PREVIOUS_ACTION, keys.PREVIOUS_REWARD)
+PREVIOUS = (keys.PREVIOUS_ACTION, keys.PREVIOUS_REWARD, keys.FIRST_STEP)
 """Always read if they exist."""
 BOOKKEEPING = frozenset(
     {
@@ -88,7 +88,7 @@ a convolutional network; bytes become [0, 1], and floats too if all have the sam
         hidden_sizes: widths of hidden layers for the vectors.
         observation_keys: entries to read: names, or nested keys as tuples or with dots ("camera.left"). The name of a
             nested entry selects all its leaves. None: "pixels" if it exists, else "observation", else all
-            observations. "previous_action" and "previous_reward" are always read if they exist.
+            observations. "previous_action", "previous_reward" and "first_step" are always read if they exist.
         convolutions: network of pictures: "small", "nature", "impala", or "auto": small up to 48 pixels, else nature.
         grids: observations of integers that are grids of object numbers; all other bytes with sides of 8 or more are
             pictures. None: by the size.

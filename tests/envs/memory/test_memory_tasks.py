@@ -22,21 +22,28 @@ TASKS: dict[str, type[MemoryTask]] = {
 SMALL = {
     "assoc_recall": {"pairs": 3},
     "associative_recall": {"pairs": 2, "values": 3},
+    "color_cubes": {"cubes": 2, "phases": 1, "grid": 3},
     "copy_memory": {"sequence": 4, "symbols": 3},
     "delayed_cue": {"cues": 3},
     "distractor_nav": {"distractors": 2},
+    "endless_tmaze": {"corridors": 2},
     "multi_cue_delay": {"cues": 3, "values": 2},
     "n_back": {"n": 2, "symbols": 3},
     "pattern_binding": {"patterns": 3},
     "permuted_copy": {"sequence": 3, "symbols": 4},
     "tmaze": {},
 }
+NOT_UNIFORM = {"tmaze": {"x", "y"}, "endless_tmaze": {"length", "corridor", "x"}}
+NOT_UNIFORM["color_cubes"] = {"wait", "is_update", "is_phase", "luck"}
+LEVELS = [(name, level) for name, task in TASKS.items() for level in task.levels]
 CHANCE = {
     "assoc_recall": 1 / 4,
     "associative_recall": 1 / 3,
+    "color_cubes": 1 / 9,
     "copy_memory": 1 / 3,
     "delayed_cue": 1 / 3,
     "distractor_nav": 1 / 3,
+    "endless_tmaze": 1 / 4,
     "multi_cue_delay": 1 / 2,
     "n_back": 1 / 2,
     "pattern_binding": 1 / 2,
@@ -294,7 +301,7 @@ def test_all_that_is_drawn_varies(name: str) -> None:
     env = TASKS[name](4000, horizon=4, seed=1, **SMALL[name])
     env.reset()
     for key, value in env._latents.items():
-        if (name, key) in {("tmaze", "x"), ("tmaze", "y")}:
+        if key in NOT_UNIFORM.get(name, ()):
             continue
         for column in value.reshape(4000, -1).T.long():
             counts = column.unique(return_counts=True)[1]
@@ -342,11 +349,12 @@ def test_levels_are_those_of_the_table() -> None:
     for name, levels in table.items():
         assert [tuple(level) for level in TASKS[name].levels.values()] == levels
     assert [level.horizon for level in TASKS["tmaze"].levels.values()] == [50, 250, 1000, 10_000]
-    assert all(list(task.levels) == ["easy", "medium", "hard", "extreme"] for task in TASKS.values())
+    names = {name: list(task.levels) for name, task in TASKS.items()}
+    assert names.pop("color_cubes") == ["trivial", "medium", "extreme"]
+    assert all(levels == ["easy", "medium", "hard", "extreme"] for levels in names.values())
 
 
-@pytest.mark.parametrize("level", ["easy", "medium", "hard", "extreme"])
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize(("name", "level"), LEVELS)
 def test_a_level_changes_the_episode(name: str, level: str) -> None:
     env = TASKS[name](2, level=level, seed=0)
     assert env.horizon == TASKS[name].levels[level].horizon

@@ -119,6 +119,14 @@ def test_previous_action_and_reward_are_those_of_the_step_before_and_zero_where_
     assert not steps["previous_reward"][:, 0].any()
 
 
+def test_the_first_step_of_an_episode_has_a_flag() -> None:
+    env = transformed(CountingEnv(vectors()), first_step=True)
+    check_env_specs(env)
+    steps = env.rollout(12, break_when_any_done=False)
+    assert torch.equal(steps["first_step"], steps["is_init"].float())
+    assert not steps["next", "first_step"].any()
+
+
 def test_previous_reward_is_raw_and_rewards_are_clipped_after_all() -> None:
     env = transformed(CountingEnv(vectors()), previous_reward=True, clip_reward=1.5)
     steps = env.rollout(6, break_when_any_done=False)
@@ -238,6 +246,7 @@ SMALL = [
 ALL = [
     "transforms.previous_action=true",
     "transforms.previous_reward=true",
+    "transforms.first_step=true",
     "transforms.frame_stack=2",
     "transforms.normalize_observation=true",
     "transforms.normalize_reward=true",
@@ -250,7 +259,12 @@ def test_native_tasks_take_all_of_them_and_the_update_sees_what_the_agent_saw() 
     env = build_env(cfg)
     check_env_specs(env)
     # cue, flags and their predecessors; one-hot action; reward
-    assert set(build_agent(cfg, env).encoder.in_keys) == {"observation", "previous_action", "previous_reward"}
+    assert set(build_agent(cfg, env).encoder.in_keys) == {
+        "observation",
+        "previous_action",
+        "previous_reward",
+        "first_step",
+    }
     trainer = build_trainer(cfg).trainer
     metrics = list(trainer.run())
     assert len(metrics) == 3
