@@ -24,9 +24,9 @@ def check_bootstrap(
 
 def _check(tested: PolicyUnderTest, bootstraps: Bootstraps, fresh_state: States, tolerance: float) -> Finding:
     carried = tested.step_from(bootstraps.steps)[1]
-    right = _values(tested, bootstraps.following, carried)
+    right = _values(tested, bootstraps.following, carried, is_first=False)
     fresh = {key: fresh_state[key].expand_as(value).to(value) for key, value in carried.items()}
-    restarted = _values(tested, bootstraps.following, fresh)
+    restarted = _values(tested, bootstraps.following, fresh, is_first=True)
     if right is None or restarted is None:
         return skip(BOOTSTRAP, "The policy gives no value estimate.")
     scale = float(right.abs().max().clamp_min(TINY))
@@ -47,7 +47,7 @@ def _check(tested: PolicyUnderTest, bootstraps: Bootstraps, fresh_state: States,
     )
 
 
-def _values(tested: PolicyUnderTest, following: TensorDictBase, states: States) -> Tensor | None:
+def _values(tested: PolicyUnderTest, following: TensorDictBase, states: States, *, is_first: bool) -> Tensor | None:
     work = following.select(*tested.input_keys)
-    work.set(tested.is_init_key, torch.zeros(*work.shape, 1, dtype=torch.bool, device=work.device))
+    work.set(tested.is_init_key, torch.full((*work.shape, 1), is_first, device=work.device))
     return tested.value(work.update(TensorDict(states, work.batch_size)))

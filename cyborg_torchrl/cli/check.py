@@ -47,11 +47,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Check policies and print the results. Return the exit code."""
     arguments = _parser().parse(argv)
     target = arguments.target or arguments.policy
+    if arguments.target and (arguments.policy or arguments.backbone or arguments.all):
+        raise UsageError("name a target, or give one of --policy, --backbone and --all.")
     if arguments.library and not target:
         raise UsageError(f"--library {arguments.library}: name a model file.")
     prepare_cpu(1)
     started = time.perf_counter()
-    names = list(backbones.names()) if arguments.all else [target or arguments.backbone]
+    names = list(backbones.names()) if arguments.all else [target or arguments.backbone or "lru"]
     results: dict[str, Result] = {}
     for name in names:
         if results:
@@ -69,9 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> CommandParser:
     parser = CommandParser(prog="cyborg-torchrl check", description=__doc__)
+    parser.add_argument("target", nargs="?", metavar="TARGET", help="MODULE:FUNCTION, a run's folder, or a model file")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("target", nargs="?", metavar="TARGET", help="MODULE:FUNCTION, a run's folder, or a model file")
-    which.add_argument("--backbone", default="lru", help="registered backbone, on delayed cue (%(default)s)")
+    which.add_argument("--backbone", help="registered backbone, on delayed cue (lru)")
     which.add_argument("--all", action="store_true", help="every registered backbone")
     which.add_argument("--policy", metavar="MODULE:FUNCTION", help="the same as TARGET")
     parser.add_argument("--library", choices=sorted(LIBRARIES), help="the library that wrote the model file TARGET")

@@ -53,6 +53,21 @@ class Lstm(nn.Module):
         return torch.distributions.Categorical(logits=outputs["logits"]).log_prob(actions)
 
 
+class ActsWithoutGradient(Lstm):
+    """Healthy: acting computes its logits without gradients, as many libraries do."""
+
+    def sequence(self, observations: Tensor, state: Any, is_first: Tensor) -> Any:
+        rows = []
+        for t in range(observations.shape[1]):
+            outputs, state = Lstm.step(self, observations[:, t], state, is_first[:, t])
+            rows.append(outputs)
+        return {name: torch.stack([row[name] for row in rows], 1) for name in rows[0]}
+
+    def step(self, observation: Tensor, state: Any, is_first: Tensor) -> tuple[Any, Any]:
+        outputs, state = super().step(observation, state, is_first)
+        return {**outputs, "logits": outputs["logits"].detach()}, state
+
+
 class Decay:
     """A leaky sum in numpy, without parameters."""
 
@@ -88,6 +103,12 @@ def test_torch_functions_are_healthy_and_unchanged() -> None:
     assert report.drift.updates == (1, 2)
     assert all(torch.equal(old, new) for old, new in zip(before, policy.parameters(), strict=True))
     assert all(parameter.grad is None and parameter.dtype == torch.float32 for parameter in policy.parameters())
+
+
+def test_parts_of_acting_without_gradient() -> None:
+    report = check_memory(ActsWithoutGradient(), torch.randn(N, T, 3), **OPTIONS)
+    assert failed_names(report) == set()
+    assert report["gradient: sequence against steps"].verdict == "passed", "the value was compared"
 
 
 def test_numpy_functions_are_healthy() -> None:

@@ -163,6 +163,7 @@ def test_a_model_of_sb3(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         (["no/such/run"], "it is no run"),
         (["--library", "sb3", "no_model.zip"], "is no file"),
         (["--library", "sb3"], "name a model file"),
+        (["runs/x", "--all"], "name a target, or"),
         (["--library", "sb3", "their_policy.py"], "their_policy.py"),
     ],
 )
