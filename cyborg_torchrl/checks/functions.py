@@ -146,13 +146,13 @@ class FunctionPolicy(PolicyUnderTest):
 
     @contextmanager
     def evaluating(self) -> Generator[None, None, None]:
-        """Call `train(False)`, and afterwards `train(True)`, if the policy has this function."""
-        switch = getattr(self.policy, "train", lambda mode: None)
+        """Call `train(False)` if the policy has this function, and afterwards `train` with its mode before (or True)."""
+        switch, is_training = getattr(self.policy, "train", lambda mode: None), getattr(self.policy, "training", True)
         switch(False)
         try:
             yield
         finally:
-            switch(True)
+            switch(is_training)
 
     @contextmanager
     def in_float64(self) -> Generator[PolicyUnderTest, None, None]:
