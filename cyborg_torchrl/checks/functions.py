@@ -146,7 +146,7 @@ class FunctionPolicy(PolicyUnderTest):
 
     @contextmanager
     def evaluating(self) -> Generator[None, None, None]:
-        """Call `train(False)` if the policy has this function, and afterwards `train` with its mode before (or True)."""
+        """Call `train(False)` if the policy has this function, and afterwards `train` with its old mode, or True."""
         switch, is_training = getattr(self.policy, "train", lambda mode: None), getattr(self.policy, "training", True)
         switch(False)
         try:
