@@ -40,6 +40,11 @@ def test_every_adapter_has_a_row() -> None:
     assert folders == set(honesty.LIBRARIES)
 
 
+def test_the_page_shows_the_last_results() -> None:
+    page = Path(honesty.ROOT) / "docs" / "honesty.md"
+    assert honesty.table() in page.read_text()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["", "states stored as zeros", "padding that trains", "values of a restarted memory"])
 def test_faults_in_sb3_contrib(fault: str) -> None:
