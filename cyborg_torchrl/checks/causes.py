@@ -39,6 +39,10 @@ SHIFTED = Suspicion(
     DIFFER + "they fit the observations of a neighbouring step, so observations are off by one.",
     "Store the observation that the action was chosen on, not the one that followed it.",
 )
+STATE_SHIFTED = Suspicion(
+    DIFFER + "they fit the states that are stored with a neighbouring step, so states are off by one.",
+    "Store the state before the step, and copy it before the next step overwrites it.",
+)
 SHUFFLED = Suspicion(
     DIFFER + "single steps fit, but do not follow one another, so the order of time was lost.",
     "Sample whole chunks of one environment, and never shuffle or flatten steps within them.",
@@ -64,9 +68,10 @@ def suspect(
     if all(bool((value == value[:1, :1]).all()) for value in states):
         return ZEROED
     for by in (1, -1):
-        other = _rolled(rollout.steps, tested.input_keys, by, dim=1)
-        if float(_share(tested, other, rollout.steps, tolerance).mean()) >= SHARE:
-            return SHIFTED
+        for entries, suspicion in ((tested.input_keys, SHIFTED), (tested.state_keys, STATE_SHIFTED)):
+            other = _rolled(rollout.steps, entries, by, dim=1)
+            if float(_share(tested, other, rollout.steps, tolerance).mean()) >= SHARE:
+                return suspicion
     steps = rollout.steps[:MAX_ENVS]
     for by in range(1, steps.shape[0]):
         other = _rolled(steps, tested.state_keys, by, dim=0)
@@ -85,5 +90,5 @@ def _rolled(steps: TensorDictBase, entries: Iterable[NestedKey], by: int, *, dim
 
 def _share(tested: PolicyUnderTest, other: TensorDictBase, steps: TensorDictBase, tolerance: float) -> Tensor:
     """Return the share of the steps of each environment whose recorded log-probs fit, [N], without the edges."""
-    error = (tested.step_from(other)[0] - tested.recorded_log_prob(steps)).abs()[:, 1:-1]
+    error = (tested.step_from(other)[0] - tested.recorded_score(steps)).abs().amax(-1)[:, 1:-1]
     return (error <= tolerance).float().mean(1)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Verdict = Literal["passed", "failed", "info", "not_applicable"]
-"""`info`: reported and not judged. `not_applicable`: the check could not have found a fault."""
+Verdict = Literal["passed", "failed", "consequence", "info", "not_applicable"]
+"""`consequence`: above its limit, and another failed finding names the cause. `info`: reported and not judged.
+`not_applicable`: the check could not have found a fault."""
 
 
 @dataclass(frozen=True)

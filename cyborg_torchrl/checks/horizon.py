@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from cyborg_torchrl.checks.findings import Finding, inform, skip
-from cyborg_torchrl.checks.probe import TINY, Probe
+from cyborg_torchrl.checks.probe import TINY, Probe, random_weights
 from cyborg_torchrl.checks.report import HorizonCurve
 
 REACH, ABOVE_NOISE = "gradient horizon", "gradient above noise"
@@ -16,13 +16,15 @@ NOISE = 1e-6
 """Share of the largest gradient below which a gradient has no effect in float32."""
 
 
-def check_horizon(probe: Probe) -> tuple[list[Finding], HorizonCurve]:
+def check_horizon(probe: Probe) -> tuple[list[Finding], HorizonCurve | None]:
     """Compare gradients in sequence mode with changes in step mode, on a probe without resets.
 
     If an action depends on the observation k steps before, the gradient k steps back must not be exactly zero. The
     gradient is taken of a random combination of the distribution's parameters. A log-prob would not do, since the
     log-prob of a policy that is certain has no gradient.
     """
+    if not probe.tested.has_gradient:
+        return [skip(REACH, "The policy computes no gradients.")], None
     curve = _observation_curve(probe) or _state_curve(probe)
     return [_judge_reach(curve), _report_noise(curve)], curve
 
@@ -34,7 +36,7 @@ def _observation_curve(probe: Probe) -> HorizonCurve | None:
     params = leafy.run("sequence").params
     if not observations or not params.requires_grad:
         return None
-    grads = torch.autograd.grad((_weights(probe, params)[:, -1] * params[:, -1]).sum(), observations, allow_unused=True)
+    grads = torch.autograd.grad((random_weights(params)[:, -1] * params[:, -1]).sum(), observations, allow_unused=True)
     squares = [grad.reshape(*grad.shape[:2], -1).square().sum(-1) for grad in grads if grad is not None]
     gradient = torch.stack(squares).sum(0).sqrt().mean(0).flip(0) if squares else torch.zeros(length)
     if not bool((gradient > 0).any()):
@@ -50,7 +52,7 @@ def _state_curve(probe: Probe) -> HorizonCurve:
     leafy, _, states = probe.with_gradient()
     length = probe.steps.shape[1]
     params = leafy.run("sequence").params
-    weighted = (_weights(probe, params) * params).sum((0, 2))
+    weighted = (random_weights(params) * params).sum((0, 2))
     gradient = torch.zeros(length)
     for t in range(length):
         if not params.requires_grad:
@@ -96,10 +98,6 @@ def _report_noise(curve: HorizonCurve) -> Finding:
     above = [lag for lag, size in enumerate(curve.gradient) if largest > 0 and size > NOISE * largest]
     text = f"Steps back at which the gradient to the {curve.leaf} is above {NOISE:g} of its largest."
     return inform(ABOVE_NOISE, float(above[-1]) if above else 0.0, text)
-
-
-def _weights(probe: Probe, params: Tensor) -> Tensor:
-    return torch.randn(params.shape, generator=torch.Generator().manual_seed(0)).to(params.device)
 
 
 def _floats(values: Tensor) -> tuple[float, ...]:

@@ -58,7 +58,8 @@ class Probe:
     def with_gradient(self) -> tuple[Probe, list[Tensor], list[Tensor]]:
         """Return a copy whose float observations and states [B, L, ...] require gradients, and these tensors."""
         steps = self.steps.clone()
-        names = ([k for k in self.tested.input_keys if steps.get(k).is_floating_point()], self.tested.state_keys)
+        groups = (self.tested.input_keys, self.tested.state_keys)
+        names = [[key for key in group if steps.get(key).is_floating_point()] for group in groups]
         for key in (*names[0], *names[1]):
             steps.set(key, steps.get(key).clone().requires_grad_())
         observations, states = ([steps.get(key) for key in group] for group in names)
@@ -109,6 +110,11 @@ def distance(a: Tensor, b: Tensor, where: Tensor | None = None) -> float:
         return 0.0
     change = (a.detach() - b.detach())[where.to(a.device)].abs().max()
     return float(change / a.detach().abs().max().clamp_min(TINY))
+
+
+def random_weights(params: Tensor) -> Tensor:
+    """Return weights of a random combination of parameters, in their shape; always the same."""
+    return torch.randn(params.shape, generator=torch.Generator().manual_seed(0)).to(params)
 
 
 def _resets(rows: int, length: int, generator: torch.Generator) -> Tensor:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rich.table import Table
 
 from cyborg_torchrl.checks.findings import Finding
 
-STYLES = {"passed": "green", "failed": "bold red", "info": "cyan", "not_applicable": "dim"}
+STYLES = {"passed": "green", "failed": "bold red", "consequence": "yellow", "info": "cyan", "not_applicable": "dim"}
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,20 @@ class HorizonCurve:
 
 
 @dataclass(frozen=True)
+class DriftCurve:
+    """How far stored states are from those of the new parameters, over optimiser updates on one rollout."""
+
+    updates: tuple[int, ...]
+    """Numbers of updates."""
+    states: tuple[float, ...]
+    """Relative distance of fresh and stored states."""
+    params: tuple[float, ...]
+    """Relative change of the distribution's parameters."""
+
+
+@dataclass(frozen=True)
 class Report:
-    """Result of `check_recurrent`."""
+    """Result of `check_recurrent`, `check_memory` or `Recorder.check`."""
 
     policy: str
     """Class of the policy."""
@@ -40,6 +52,7 @@ class Report:
     seed: int
     findings: tuple[Finding, ...]
     horizon: HorizonCurve | None = None
+    drift: DriftCurve | None = None
 
     @property
     def has_passed(self) -> bool:
@@ -62,6 +75,10 @@ class Report:
                 return finding
         raise KeyError(f"no finding '{name}'; there are: {', '.join(f.name for f in self.findings)}.")
 
+    def with_findings(self, *findings: Finding) -> Report:
+        """Return the report with more findings, such as that of `check_padding`."""
+        return replace(self, findings=(*self.findings, *findings))
+
     def to_dict(self) -> dict[str, Any]:
         """Return numbers, strings, lists and dicts; infinity and NaN become strings ("inf", "nan")."""
         return _plain({**asdict(self), "has_passed": self.has_passed})
@@ -83,11 +100,12 @@ class Report:
             text = f"{finding.explanation} {finding.cure}".strip()
             style = STYLES[finding.verdict]
             verdict = f"[{style}]{finding.verdict.replace('_', ' ')}[/]"
-            table.add_row(finding.name, _number(finding.value), _number(finding.limit), verdict, text)
+            table.add_row(finding.name, number_text(finding.value), number_text(finding.limit), verdict, text)
         return table
 
 
-def _number(value: float | None) -> str:
+def number_text(value: float | None) -> str:
+    """Return a number as the reports show it."""
     if value is None:
         return "-"
     is_count = value == round(value, 0) and abs(value) >= 1

@@ -6,14 +6,28 @@ from dataclasses import dataclass
 
 import torch
 from tensordict import LazyStackedTensorDict, TensorDictBase
+from torch import Tensor
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import set_recurrent_mode
 
 from cyborg_torchrl import keys
-from cyborg_torchrl.checks.policy_under_test import PolicyUnderTest, States
+from cyborg_torchrl.checks.policy_under_test import States
+from cyborg_torchrl.checks.tensordict_policy import TensorDictPolicy
 
 MIN_STEPS = 4
+
+
+@dataclass(frozen=True)
+class Bootstraps:
+    """Values that an update used for observations after M steps of a rollout."""
+
+    steps: TensorDictBase
+    """The steps before these observations, [M], with their inputs, flags and states."""
+    following: TensorDictBase
+    """The observations, as inputs of the policy, [M]."""
+    value: Tensor
+    """The values that were used, [M]."""
 
 
 @dataclass(frozen=True)
@@ -25,10 +39,12 @@ class Rollout:
     """The state that the environment gives at a reset, {key: [*shape]}; zero without a reset."""
     is_primed: bool
     """True if every recorded reset came with this state."""
+    bootstraps: Bootstraps | None = None
+    """Values that the update used for observations after steps of the rollout."""
 
 
 @torch.no_grad()
-def collect(tested: PolicyUnderTest, env: EnvBase, steps: int, seed: int) -> TensorDictBase:
+def collect(tested: TensorDictPolicy, env: EnvBase, steps: int, seed: int) -> TensorDictBase:
     """Collect a rollout [*env.batch_size, steps]. The environment is seeded; torch's generators do not change.
 
     Raises:
@@ -50,7 +66,7 @@ def collect(tested: PolicyUnderTest, env: EnvBase, steps: int, seed: int) -> Ten
         return LazyStackedTensorDict.maybe_dense_stack(rows, -1).contiguous()
 
 
-def prepare(tested: PolicyUnderTest, rollout: TensorDictBase) -> Rollout:
+def prepare(tested: TensorDictPolicy, rollout: TensorDictBase) -> Rollout:
     """Check a rollout, and return the entries that the checks need, as [N, T].
 
     Raises:
@@ -73,10 +89,22 @@ def prepare(tested: PolicyUnderTest, rollout: TensorDictBase) -> Rollout:
     for key, value in tested.states_of(steps).items():
         has_seen = is_primed and resets[key].shape[0] > 0
         fresh[key] = resets[key][0].clone() if has_seen else torch.zeros_like(value[0, 0])
-    return Rollout(steps, fresh, is_primed)
+    return Rollout(steps, fresh, is_primed, _bootstraps(tested, rollout))
 
 
-def _check_reset(tested: PolicyUnderTest, tensordict: TensorDictBase) -> None:
+def _bootstraps(tested: TensorDictPolicy, rollout: TensorDictBase) -> Bootstraps | None:
+    """Return the steps whose next value is recorded, without those that end in a terminal state."""
+    value = rollout.get((keys.NEXT, keys.VALUE), None)
+    following = rollout.get(keys.NEXT, None)
+    if value is None or any(following.get(key, None) is None for key in tested.input_keys):
+        return None
+    terminated = following.get(keys.TERMINATED, torch.zeros_like(value, dtype=torch.bool))
+    rows = ~terminated.reshape(rollout.shape)
+    steps = rollout.select(*tested.input_keys, tested.is_init_key, *tested.state_keys, *tested.recorded_keys)
+    return Bootstraps(steps[rows], following.select(*tested.input_keys)[rows], value.reshape(rollout.shape)[rows])
+
+
+def _check_reset(tested: TensorDictPolicy, tensordict: TensorDictBase) -> None:
     if tensordict.get(tested.is_init_key, None) is None:
         raise KeyError(
             f"the environment writes no {tested.is_init_key!r}, which says where episodes begin: add "
@@ -90,7 +118,7 @@ def _check_reset(tested: PolicyUnderTest, tensordict: TensorDictBase) -> None:
         )
 
 
-def _check_entries(tested: PolicyUnderTest, rollout: TensorDictBase) -> None:
+def _check_entries(tested: TensorDictPolicy, rollout: TensorDictBase) -> None:
     _check_reset(tested, rollout)
     missing = [key for key in tested.input_keys if rollout.get(key, None) is None]
     if missing:

@@ -33,9 +33,8 @@ def check_same_state(
     """Measure |log ratio| before any update: it is zero if and only if the update sees the same as the rollout."""
     steps = rollout.steps
     total = steps.shape[1]
-    single_log_prob, following = tested.step_from(steps)
-    recorded = tested.recorded_log_prob(steps)
-    errors = {SINGLE: (single_log_prob - recorded).abs()}
+    single_score, following = tested.step_from(steps)
+    errors = {SINGLE: (single_score - tested.recorded_score(steps)).abs()}
     shorter = sorted({length for length in chunk_lengths if length < total})
     for length in shorter:
         errors[f"same state: chunks of {length}"] = _chunk_errors(tested, steps, length)
@@ -78,7 +77,7 @@ def _chunk_errors(tested: PolicyUnderTest, steps: TensorDictBase, length: int) -
     total = steps.shape[1]
     whole = total - total % length
     parts = [steps[:, :whole].reshape(-1, length)] + ([steps[:, whole:]] if whole < total else [])
-    return torch.cat([_log_ratio(tested, part).flatten() for part in parts])
+    return torch.cat([_ratio_error(tested, part).flatten() for part in parts])
 
 
 def _buffer_errors(tested: PolicyUnderTest, steps: TensorDictBase, length: int) -> Tensor:
@@ -86,13 +85,13 @@ def _buffer_errors(tested: PolicyUnderTest, steps: TensorDictBase, length: int) 
     buffer = RecurrentRolloutBuffer(steps.numel(), length, batch_size=ceil_div(rows, 3), state_keys=tested.state_keys)
     with torch.random.fork_rng():
         buffer.store(steps)
-        device = tested.recorded_log_prob(steps).device
-        return torch.cat([_log_ratio(tested, batch.to(device)).flatten() for batch in buffer])
+        device = tested.recorded_score(steps).device
+        return torch.cat([_ratio_error(tested, batch.to(device)).flatten() for batch in buffer])
 
 
-def _log_ratio(tested: PolicyUnderTest, steps: TensorDictBase) -> Tensor:
-    log_prob = tested.log_prob(tested.run_sequence(steps), steps)
-    return (log_prob - tested.recorded_log_prob(steps)).abs()
+def _ratio_error(tested: PolicyUnderTest, steps: TensorDictBase) -> Tensor:
+    run = tested.run_sequence(steps)
+    return (tested.score(run.params, run.dist, steps) - tested.recorded_score(steps)).abs()
 
 
 def _continuity(tested: PolicyUnderTest, rollout: Rollout, following: Mapping) -> float:

@@ -10,7 +10,7 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 
 from cyborg_torchrl.checks import Report, check_recurrent
-from cyborg_torchrl.checks.policy_under_test import find_state_keys
+from cyborg_torchrl.checks.tensordict_policy import find_state_keys
 
 POLICIES = ("gru", "lru", "mamba", "mamba2", "mamba_gru", "pmm", "GRUModule", "LSTMModule")
 NUM_ENVS, STEPS = 4, 20

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,29 @@ def build_detached():
 
 def build_nothing():
     return None
+
+
+class Leaky:
+    def initial_state(self, batch):
+        return torch.zeros(batch, 3)
+
+    def step(self, observation, state, is_first):
+        state = 0.8 * state * ~is_first.unsqueeze(-1) + observation
+        return state.tanh(), state
+
+    def sequence(self, observations, state, is_first):
+        rows = []
+        for t in range(observations.shape[1]):
+            output, state = self.step(observations[:, t], state, is_first[:, t])
+            rows.append(output)
+        return torch.stack(rows, 1)
+
+    def parameters(self):
+        return []
+
+
+def build_functions():
+    return Leaky(), torch.randn(3, 20, 3)
 """
 
 
@@ -97,6 +121,34 @@ def test_a_policy_of_somebody_else(third_party: str, tmp_path: Path, capsys: pyt
     assert "FAILED" in capsys.readouterr().out
 
 
+def test_functions_of_somebody_else_and_the_page(third_party: str, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib").use("Agg")
+    page = tmp_path / "report.html"
+    assert main(["check", f"{third_party}:build_functions", "--html", str(page)]) == 0
+    text = page.read_text()
+    assert "their_policy:build_functions" in text
+    assert "All policies passed." in text
+    assert main(["check", f"{third_party}:build_detached", "--html", str(page)]) == 1
+    text = page.read_text()
+    assert "Failed: their_policy:build_detached" in text
+    assert "<svg" in text
+    assert text.index("gradient horizon") < text.index("repeatable"), "failures come first"
+
+
+def test_a_run(save_trained: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", str(save_trained("backbone=gru", "backbone.hidden_size=8"))]) == 0
+    assert "passed" in capsys.readouterr().out
+
+
+def test_a_model_of_sb3(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sb3 = pytest.importorskip("sb3_contrib")
+    gymnasium = pytest.importorskip("gymnasium")
+    path = tmp_path / "model.zip"
+    sb3.RecurrentPPO("MlpLstmPolicy", gymnasium.make("CartPole-v1"), policy_kwargs={"lstm_hidden_size": 8}).save(path)
+    assert main(["check", "--library", "sb3", str(path)]) == 0
+    assert "Sb3Policy: passed" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -107,6 +159,12 @@ def test_a_policy_of_somebody_else(third_party: str, tmp_path: Path, capsys: pyt
         (["--policy", "os:path"], "is no function"),
         (["--policy", "their_policy:build_nothing"], "must return (policy, env)"),
         (["--policy", "their_policy:build_without_primer"], "get_primers_from_module"),
+        (["their_policy.py"], "without its file"),
+        (["no/such/run"], "it is no run"),
+        (["--library", "sb3", "no_model.zip"], "is no file"),
+        (["--library", "sb3"], "name a model file"),
+        (["runs/x", "--all"], "name a target, or"),
+        (["--library", "sb3", "their_policy.py"], "their_policy.py"),
     ],
 )
 def test_bad_usage_is_one_line_and_exit_code_2(

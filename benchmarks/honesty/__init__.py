@@ -1,0 +1,1 @@
+"""Checks of the memory of recurrent libraries, each against the real package: see docs/honesty.md."""

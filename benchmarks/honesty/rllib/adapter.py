@@ -1,0 +1,109 @@
+"""RLlib, new API stack: the default PPO module with an LSTM, and episodes of its `SingleAgentEnvRunner`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import gymnasium
+import numpy as np
+import torch
+from ray.rllib.algorithms.ppo import PPOConfig
+from ray.rllib.algorithms.ppo.torch.default_ppo_torch_rl_module import DefaultPPOTorchRLModule
+from ray.rllib.core.columns import Columns
+from ray.rllib.core.rl_module.default_model_config import DefaultModelConfig
+from ray.rllib.core.rl_module.rl_module import RLModuleSpec
+from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
+from torch import Tensor
+
+from benchmarks.honesty.common import NUM_ENVS, STEPS, WIDTH, NoiseEnv, draw
+from cyborg_torchrl.checks import Recorder, Report, check_memory
+from cyborg_torchrl.checks.nested import Tree, leaves_of, map_leaves, replace_leaves
+
+PACKAGE = "ray"
+MODEL = DefaultModelConfig(use_lstm=True, lstm_cell_size=WIDTH, fcnet_hiddens=[WIDTH], max_seq_len=64)
+
+
+class Functions:
+    """The functions of the module: see `MemoryPolicy`."""
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+
+    def initial_state(self, batch: int) -> Tree:
+        """Return the module's own initial state, repeated for each environment."""
+
+        def repeat(leaf: Any) -> Tensor:
+            return torch.as_tensor(leaf).unsqueeze(0).repeat(batch, 1, 1)
+
+        return map_leaves(repeat, self.module.get_initial_state())
+
+    def step(self, observation: Tensor, state: Tree, is_first: Tensor) -> tuple[Any, Tree]:
+        """Act on sequences of one step, with the initial state where an episode begins."""
+        state = map_leaves(lambda leaf: leaf * (~is_first).view(-1, 1, 1), state)
+        batch = {Columns.OBS: observation.unsqueeze(1), Columns.STATE_IN: state}
+        outputs = self.module._forward(batch)  # exploration calls it without gradients
+        values = self.module.compute_values(batch)
+        return (outputs[Columns.ACTION_DIST_INPUTS][:, 0], values[:, 0]), outputs[Columns.STATE_OUT]
+
+    def sequence(self, observations: Tensor, state: Tree, is_first: Tensor) -> Any:
+        """Run the training pass over padded episodes, since the library keeps each episode apart."""
+        batch, length = is_first.shape
+        starts = [[0, *(t for t in range(1, length) if is_first[row, t])] for row in range(batch)]
+        parts = [(row, *ends) for row in range(batch) for ends in zip(starts[row], [*starts[row][1:], length])]  # noqa: B905
+        rows = [observations[row, begin:end] for row, begin, end in parts]
+        keep = [begin == 0 and not bool(is_first[row, 0]) for row, begin, _ in parts]
+        where, order = torch.tensor(keep).view(-1, 1, 1), torch.tensor([row for row, *_ in parts])
+        fresh = leaves_of(self.initial_state(len(parts)))
+        given = [torch.where(where, leaf[order], zero) for leaf, zero in zip(leaves_of(state), fresh, strict=True)]
+        padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        inputs = {Columns.OBS: padded, Columns.STATE_IN: replace_leaves(state, given)}
+        outputs = self.module.forward_train(inputs)
+        values = self.module.compute_values(inputs, outputs.get(Columns.EMBEDDINGS))
+        logits = outputs[Columns.ACTION_DIST_INPUTS]
+
+        def unpad(tensor: Tensor) -> Tensor:
+            steps = torch.cat([tensor[i, : end - begin] for i, (_, begin, end) in enumerate(parts)])
+            return steps.unflatten(0, (batch, length))
+
+        return unpad(logits), unpad(values)
+
+    def log_prob(self, outputs: Any, actions: Tensor) -> Tensor:
+        """Return log-probs of actions."""
+        return torch.distributions.Categorical(logits=outputs[0]).log_prob(actions)
+
+    def value(self, outputs: Any) -> Tensor:
+        """Return the value estimate."""
+        return outputs[1]
+
+    def parameters(self) -> Iterable[Tensor]:
+        """Return the module's parameters."""
+        return self.module.parameters()
+
+
+def check(seed: int) -> tuple[Report, Report]:
+    """Check the module, and the episodes that a runner samples with one environment."""
+    torch.manual_seed(seed)
+    env = NoiseEnv(seed)
+    spaces = {"observation_space": env.observation_space, "action_space": env.action_space}
+    spec = RLModuleSpec(DefaultPPOTorchRLModule, **spaces, model_config=MODEL)
+    report = check_memory(Functions(spec.build()), draw(seed), seed=seed)
+    gymnasium.register("honesty/Noise-v0", lambda **_: NoiseEnv(seed))
+    config = PPOConfig().environment("honesty/Noise-v0").env_runners(num_env_runners=0, num_envs_per_env_runner=1)
+    runner = SingleAgentEnvRunner(config=config.rl_module(model_config=MODEL).debugging(seed=seed))
+    policy = Functions(runner.module)
+    episodes = runner.sample(num_timesteps=NUM_ENVS * STEPS)
+    recorder = Recorder(policy)
+    for episode in episodes:
+        state = policy.initial_state(1)
+        stored = episode.get_extra_model_outputs(Columns.STATE_OUT)
+        for t in range(len(episode)):
+            recorder.add(
+                torch.as_tensor(episode.get_observations(t)).unsqueeze(0),
+                [t == 0],
+                state=state,
+                action=torch.as_tensor(np.array([episode.get_actions(t)])),
+                log_prob=np.array([episode.get_extra_model_outputs(Columns.ACTION_LOGP, t)]),
+            )
+            state = map_leaves(lambda leaf, t=t: torch.as_tensor(leaf[t]).unsqueeze(0), stored)
+    return report, recorder.check()
