@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from cyborg_torchrl.cores.abstract import Core, InitialState, State
 from cyborg_torchrl.cores.gated_readout import gated_readout
-from cyborg_torchrl.cores.scan import gated_linear_scan
+from cyborg_torchrl.cores.scan import gated_linear_scan, gated_linear_step
 from cyborg_torchrl.cores.timescale import build_readout, step_size_bias, step_sizes
 
 
@@ -64,7 +64,7 @@ class PseudoMambaBlock(Core):
     def step(self, x: Float[Tensor, "B F"], state: State) -> tuple[Float[Tensor, "B D"], State]:
         """Take one step."""
         u, z, decay, drive = self._gates(x)
-        hidden = torch.addcmul(drive, decay, state["mamba_ssm"])
+        hidden = gated_linear_step(decay, drive, state["mamba_ssm"])
         return self._emit(hidden, u, z), {"mamba_ssm": hidden}
 
     def forward(

@@ -1,0 +1,130 @@
+"""Kernels compiled for GPUs that need not be there, exactly as they would be launched.
+
+Triton compiles for any NVIDIA GPU, and its package has the tools that tell what the machine code uses.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from cyborg_torchrl.cores.kernels.triton import gated_recurrence, group_norm, linear_scan
+
+triton = pytest.importorskip("triton", reason="Triton is not installed (make test installs it)")
+jit = pytest.importorskip("triton.runtime.jit")
+
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 120: 99 * 1024}
+"""Bytes of shared memory that a program may use, by compute capability: A100, H100 and H200, RTX of 2025."""
+TYPES = {torch.float32: "*fp32", torch.bool: "*i1"}
+CHOICES = ("num_warps", "num_stages")
+
+
+class Launch(NamedTuple):
+    kernel: Any
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
+    """All launches of the test, which are only recorded."""
+    recorded = []
+
+    def run(kernel, *arguments, grid, warmup, **constants):
+        recorded.append(Launch(kernel, arguments, constants))
+
+    monkeypatch.setattr(jit.JITFunction, "run", run)
+    return recorded
+
+
+def compiled(launch: Launch, capability: int) -> Any:
+    """Compile a launch as it would be on a GPU, where tensors begin at multiples of 16 bytes."""
+    names = launch.kernel.arg_names
+    signature, attributes = dict.fromkeys(names, "constexpr"), {}
+    unspecialized = {names[i] for i in launch.kernel.do_not_specialize if isinstance(i, int)}
+    unspecialized |= {i for i in launch.kernel.do_not_specialize if isinstance(i, str)}
+    for i, (name, value) in enumerate(zip(names, launch.arguments, strict=False)):
+        if isinstance(value, Tensor):
+            assert value.is_contiguous()
+            signature[name] = TYPES[value.dtype]
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "i32" if isinstance(value, int) else "fp32"
+            # Triton would compile other code for 1 and for multiples of 16, which may round differently.
+            assert isinstance(value, float) or name in unspecialized, f"{name} would be specialized"
+    constants = {name: value for name, value in launch.constants.items() if name not in CHOICES}
+    options = {name: value for name, value in launch.constants.items() if name in CHOICES}
+    assert set(constants) == {name for name, kind in signature.items() if kind == "constexpr"}
+    source = triton.compiler.ASTSource(launch.kernel, signature, constexprs=constants, attrs=attributes)
+    target = triton.backends.compiler.GPUTarget("cuda", capability, 32)
+    return triton.compile(source, target=target, options=options)
+
+
+def assert_fits(launch: Launch, capability: int, tmp_path: Path) -> None:
+    """The machine code keeps float32, leaves nothing in local memory, fits into shared memory and has no atomics."""
+    kernel = compiled(launch, capability)
+    assert "tf32" not in kernel.asm["ptx"]
+    assert not re.search(r"\b(atom|red)\.", kernel.asm["ptx"])
+    assert kernel.metadata.shared <= SHARED_MEMORY[capability]
+    path = tmp_path / "kernel.cubin"
+    path.write_bytes(kernel.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    usage = subprocess.run([tool, "--dump-resource-usage", path], capture_output=True, text=True, check=True).stdout
+    spilled = dict(re.findall(r"(STACK|LOCAL):(\d+)", usage))
+    assert spilled == {"STACK": "0", "LOCAL": "0"}, f"{launch.kernel.__name__}: {usage}"
+
+
+def leaf(*shape: int) -> Tensor:
+    return torch.zeros(*shape, requires_grad=True)
+
+
+def flags(*shape: int) -> Tensor:
+    return torch.zeros(*shape, dtype=torch.bool)
+
+
+def run_gated_recurrence(size: int) -> list[Tensor]:
+    states = leaf(2, size)
+    return [gated_recurrence.gated_recurrence_triton(leaf(3, 2, 3 * size), leaf(size), states, flags(3, 2), states)]
+
+
+def run_linear_scan(size: int) -> list[Tensor]:
+    states = leaf(2, size)
+    return [linear_scan.linear_scan_triton(leaf(3, 2, size), leaf(3, 2, size), states, flags(3, 2), states)]
+
+
+def run_group_norm(size: int) -> list[Tensor]:
+    return [group_norm.group_norm_triton(leaf(3, size), scales, 16, 1e-4) for scales in (None, torch.ones(size))]
+
+
+def run_advantage(_: int) -> list[Tensor]:
+    x = torch.zeros(2, 3)
+    linear_scan.generalized_advantage_triton(x, x, x, flags(2, 3), flags(2, 3), 0.99, 0.95)
+    return []
+
+
+CASES = [
+    (run_gated_recurrence, 128),
+    (run_linear_scan, 128),
+    (run_group_norm, 128),
+    (run_group_norm, 96),
+    (run_advantage, 1),
+]
+
+
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
+@pytest.mark.parametrize(("run", "size"), CASES, ids=lambda part: getattr(part, "__name__", str(part)))
+def test_kernels_fit(
+    launches: list[Launch], tmp_path: Path, run: Callable[[int], list[Tensor]], size: int, capability: int
+) -> None:
+    for output in run(size):
+        output.sum().backward()
+    assert launches
+    for launch in launches:
+        assert_fits(launch, capability, tmp_path)
