@@ -12,10 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from cyborg_torchrl.cores import gated_linear_scan, lru, scan, timescale
+from cyborg_torchrl.cores import gated_linear_scan, gru, lru, lstm, scan, selective_scan, ssd_scan, timescale
 from cyborg_torchrl.cores.kernels import choice
 from cyborg_torchrl.cores.kernels.triton import gated_recurrence as lru_kernel
-from cyborg_torchrl.cores.kernels.triton import group_norm, launch, linear_scan
+from cyborg_torchrl.cores.kernels.triton import group_norm, launch, linear_scan, resident
+from cyborg_torchrl.cores.kernels.triton import gru as gru_kernel
+from cyborg_torchrl.cores.kernels.triton import lstm as lstm_kernel
+from cyborg_torchrl.cores.kernels.triton import selective_scan as scan_kernel
 from cyborg_torchrl.objectives import functional
 from cyborg_torchrl.objectives.functional import generalized_advantage
 from cyborg_torchrl.registry import backbones
@@ -162,6 +165,75 @@ def test_the_group_norm(shape: tuple[int, ...], groups: int, has_scales: bool) -
     assert not grad.view(-1, shape[-1])[1].any()
 
 
+MEMORY = {"whole": 4, "parts": 3, "wide": 0}
+
+
+@pytest.fixture(params=MEMORY)
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Runs a test with as much shared memory as the weights of some gates need: of all, of three, or of none."""
+
+    def memory(weight: Tensor) -> int:
+        return 4 * MEMORY[request.param] * resident.padded(weight.shape[1]) ** 2 + resident.MARGIN
+
+    monkeypatch.setattr(resident, "shared_memory", memory)
+    return request.param
+
+
+MATRICES = pytest.mark.parametrize(("steps", "rows", "size"), [(1, 2, 16), (6, 5, 33)])
+"""One step, and sizes that fill no tile."""
+
+
+@MATRICES
+def test_the_lstm(path: str, steps: int, rows: int, size: int) -> None:
+    floats = leaves((steps, rows, 4 * size), (4 * size, size), *[(rows, size)] * 4, scale=size**-0.25)
+    arguments = (*floats[:4], resets(steps, rows), *floats[4:])
+    assert_same(lambda: lstm_kernel.lstm_triton(*arguments), lambda: lstm.lstm_recurrence(*arguments), floats)
+
+
+@MATRICES
+@pytest.mark.parametrize("path", ["parts", "wide"], indirect=True)
+def test_the_gru(path: str, steps: int, rows: int, size: int) -> None:
+    shapes = [(steps, rows, 3 * size), (3 * size, size), (3 * size,), (rows, size), (rows, size)]
+    floats = leaves(*shapes, scale=size**-0.25)
+    arguments = (*floats[:4], resets(steps, rows), floats[4])
+    assert_same(lambda: gru_kernel.gru_triton(*arguments), lambda: gru.gru_recurrence(*arguments), floats)
+
+
+def selective_case(steps: int, rows: int, channels: int, numbers: int) -> tuple[list[Tensor], Tensor]:
+    u, delta, a, b, c, h_0, initial = (
+        torch.randn(*shape)
+        for shape in [
+            *[(steps, rows, channels)] * 2,
+            (channels, numbers),
+            *[(steps, rows, numbers)] * 2,
+            *[(rows, channels, numbers)] * 2,
+        ]
+    )
+    floats = [u, torch.exp(delta - 2), -torch.exp(a), b, c, h_0, initial]
+    return [x.requires_grad_() for x in floats], resets(steps, rows)
+
+
+def shared_case(steps: int, rows: int, heads: int, width: int, numbers: int) -> tuple[list[Tensor], Tensor]:
+    u, h_0, initial = (torch.randn(*s) for s in [(steps, rows, heads, width), *[(rows, heads, width, numbers)] * 2])
+    floats = [u, torch.exp(torch.randn(steps, rows, heads) - 2), -torch.exp(torch.randn(heads))]
+    floats += [*torch.randn(2, steps, rows, numbers).unbind(0), h_0, initial]
+    return [x.detach().requires_grad_() for x in floats], resets(steps, rows)
+
+
+@pytest.mark.parametrize("sizes", [(1, 2, 5, 3), (19, 1, 33, 16)])
+def test_the_selective_scan(sizes: tuple[int, ...]) -> None:
+    floats, is_init = selective_case(*sizes)
+    arguments = (*floats[:6], is_init, floats[6])
+    assert_same(lambda: scan_kernel.selective_scan_triton(*arguments), lambda: selective_scan(*arguments), floats)
+
+
+@pytest.mark.parametrize("sizes", [(1, 2, 3, 5, 4), (18, 1, 2, 8, 16)])
+def test_the_scan_of_heads(sizes: tuple[int, ...]) -> None:
+    floats, is_init = shared_case(*sizes)
+    arguments = (*floats[:6], is_init, floats[6])
+    assert_same(lambda: scan_kernel.ssd_scan_triton(*arguments), lambda: ssd_scan(*arguments), floats)
+
+
 def test_the_operator_passes_torchs_checks() -> None:
     inputs, rate, states = torch.randn(2, 2, 12), torch.rand(4), torch.randn(2, 2, 4)
     is_init, outputs = torch.rand(2, 2) < 0.3, [torch.empty(2, 2, 4)]
@@ -184,8 +256,11 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
     return turn
 
 
-@pytest.mark.parametrize("name", ["lru", "min_gru", "pseudo_mamba"])
-def test_a_core_uses_the_kernels_for_steps_and_sequences(use: Callable[[bool], None], name: str) -> None:
+@pytest.mark.parametrize("name", ["lru", "gru", "lstm", "min_gru", "pseudo_mamba"])
+def test_a_core_uses_the_kernels_for_steps_and_sequences(
+    use: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(resident, "shared_memory", lambda _: 2**20)
     core = backbones.get(name)(5, hidden_size=16, max_horizon=20)
     x, is_init = torch.randn(2, 4, 5), resets(2, 4)
     results = []

@@ -15,7 +15,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from cyborg_torchrl.cores.kernels.triton import gated_recurrence, group_norm, linear_scan
+from cyborg_torchrl.cores.kernels.triton import (
+    gated_recurrence,
+    group_norm,
+    gru,
+    linear_scan,
+    lstm,
+    resident,
+    selective_scan,
+)
 
 triton = pytest.importorskip("triton", reason="Triton is not installed (make test installs it)")
 jit = pytest.importorskip("triton.runtime.jit")
@@ -81,6 +89,11 @@ def assert_fits(launch: Launch, capability: int, tmp_path: Path) -> None:
     assert spilled == {"STACK": "0", "LOCAL": "0"}, f"{launch.kernel.__name__}: {usage}"
 
 
+def distinct(launches: list[Launch]) -> list[Launch]:
+    """Launches of the same machine code are compiled once."""
+    return list({(launch.kernel, *launch.constants.items()): launch for launch in launches}.values())
+
+
 def leaf(*shape: int) -> Tensor:
     return torch.zeros(*shape, requires_grad=True)
 
@@ -109,22 +122,59 @@ def run_advantage(_: int) -> list[Tensor]:
     return []
 
 
+def run_gru(size: int) -> list[Tensor]:
+    state = leaf(2, size)
+    return [gru.gru_triton(leaf(3, 2, 3 * size), leaf(3 * size, size), leaf(3 * size), state, flags(3, 2), state)]
+
+
+def run_lstm(size: int) -> list[Tensor]:
+    state = leaf(2, size)
+    arguments = (leaf(3, 2, 4 * size), leaf(4 * size, size), state, state, flags(3, 2), state, state)
+    return list(lstm.lstm_triton(*arguments))
+
+
+def run_selective_scan(size: int) -> list[Tensor]:
+    state, pair = leaf(2, size, 16), leaf(3, 2, 16)
+    arguments = (leaf(3, 2, size), leaf(3, 2, size), leaf(size, 16), pair, pair, state, flags(3, 2), state)
+    return list(selective_scan.selective_scan_triton(*arguments))
+
+
+def run_ssd_scan(size: int) -> list[Tensor]:
+    heads, state, pair = size // 8, leaf(2, size // 8, 8, 16), leaf(3, 2, 16)
+    arguments = (leaf(3, 2, heads, 8), leaf(3, 2, heads), leaf(heads), pair, pair, state, flags(3, 2), state)
+    return list(selective_scan.ssd_scan_triton(*arguments))
+
+
 CASES = [
     (run_gated_recurrence, 128),
     (run_linear_scan, 128),
     (run_group_norm, 128),
     (run_group_norm, 96),
     (run_advantage, 1),
+    (run_gru, 64),
+    (run_gru, 128),
+    (run_gru, 48),
+    (run_lstm, 64),
+    (run_lstm, 128),
+    (run_selective_scan, 128),
+    (run_ssd_scan, 128),
 ]
 
 
 @pytest.mark.parametrize("capability", SHARED_MEMORY)
 @pytest.mark.parametrize(("run", "size"), CASES, ids=lambda part: getattr(part, "__name__", str(part)))
 def test_kernels_fit(
-    launches: list[Launch], tmp_path: Path, run: Callable[[int], list[Tensor]], size: int, capability: int
+    launches: list[Launch],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    run: Callable[[int], list[Tensor]],
+    size: int,
+    capability: int,
 ) -> None:
-    for output in run(size):
-        output.sum().backward()
+    monkeypatch.setattr(resident, "shared_memory", lambda _: SHARED_MEMORY[capability])
+    with torch.no_grad():
+        run(size)
+    torch.stack([output.sum() for output in run(size)] or [leaf()]).sum().backward()
     assert launches
-    for launch in launches:
+    for launch in distinct(launches):
         assert_fits(launch, capability, tmp_path)

@@ -71,9 +71,14 @@ def _why_not(device: int) -> str | None:
     return None
 
 
+def shared_memory(tensor: Tensor) -> int:
+    """Return the bytes of shared memory that a program may use on the GPU of a tensor."""
+    return _shared_memory(tensor.get_device())
+
+
+@torch.compiler.assume_constant_result
 @cache
-def shared_memory(device: int) -> int:
-    """Return the bytes of shared memory that a program may use on a GPU."""
+def _shared_memory(device: int) -> int:
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 

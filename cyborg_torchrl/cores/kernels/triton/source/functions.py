@@ -20,3 +20,33 @@ def expm1_negative(x):
     p = p * x + 0.5
     p = p * x * x + x
     return tl.where(x > -0.5, p, tl.exp(x) - 1.0)
+
+
+@triton.jit
+def tanh(x):
+    """Return the hyperbolic tangent, with a relative error near 1e-7."""
+    large = 1.0 - 2.0 / (tl.exp(2.0 * tl.abs(x)) + 1.0)
+    large = tl.where(x < 0, -large, large)
+    # Taylor's series where the difference would cancel.
+    s = x * x
+    p = 0.021869488 - s * 0.0088632355
+    p = 0.13333333 + s * (-0.053968254 + s * p)
+    small = x * (1.0 + s * (-0.33333333 + s * p))
+    return tl.where(tl.abs(x) < 0.3, small, large)
+
+
+@triton.jit
+def matrix(start, D: tl.constexpr, P: tl.constexpr, FIRST: tl.constexpr, PARTS: tl.constexpr):
+    """Return rows FIRST, FIRST + PARTS, ... of a matrix [D, D], padded with zeros to [P / PARTS, P]."""
+    i = FIRST + PARTS * tl.arange(0, P // PARTS)[:, None]
+    j = tl.arange(0, P)[None, :]
+    return tl.load(start + i * D + j, mask=(i < D) & (j < D), other=0.0)
+
+
+@triton.jit
+def halves(x):
+    """Return the even and the odd columns of a matrix.
+
+    A product of half the columns needs half the registers. The sum of two such products is the product.
+    """
+    return tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
