@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cyborg_torchrl.cores.abstract import Core, InitialState, State
-from cyborg_torchrl.cores.gated_readout import gated_readout
+from cyborg_torchrl.cores.gated_readout import gated_readout, gated_readout_step
 from cyborg_torchrl.cores.scan import gated_linear_scan, gated_linear_step
 from cyborg_torchrl.cores.timescale import build_readout, step_size_bias, step_sizes
 
@@ -85,4 +85,4 @@ class PseudoMambaBlock(Core):
         return u, z, torch.exp(-delta), -torch.expm1(-delta) * u
 
     def _emit(self, hidden: Tensor, u: Tensor, z: Tensor) -> Tensor:
-        return self.out_proj(torch.addcmul(self.readout(hidden), self.D, u) * F.silu(z))
+        return self.out_proj(gated_readout_step(hidden, u, z, self.D, self.readout))

@@ -12,8 +12,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from cyborg_torchrl.cores import gated_linear_scan, gru, lru, lstm, scan, selective_scan, ssd_scan, timescale
-from cyborg_torchrl.cores.kernels import choice
+from cyborg_torchrl.cores import (
+    causal_conv,
+    gated_linear_scan,
+    gated_readout,
+    gru,
+    lru,
+    lstm,
+    scan,
+    selective_scan,
+    ssd_scan,
+    timescale,
+)
+from cyborg_torchrl.cores.kernels import choice, official_mamba
+from cyborg_torchrl.cores.kernels.triton import causal_conv as conv_kernel
+from cyborg_torchrl.cores.kernels.triton import gated_readout as readout_kernel
 from cyborg_torchrl.cores.kernels.triton import gated_recurrence as lru_kernel
 from cyborg_torchrl.cores.kernels.triton import group_norm, launch, linear_scan, resident
 from cyborg_torchrl.cores.kernels.triton import gru as gru_kernel
@@ -234,6 +247,34 @@ def test_the_scan_of_heads(sizes: tuple[int, ...]) -> None:
     assert_same(lambda: scan_kernel.ssd_scan_triton(*arguments), lambda: ssd_scan(*arguments), floats)
 
 
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize(("steps", "rows", "share"), [(1, 2, 0.5), (2, 2, 0.0), (34, 1, 0.2)])
+def test_the_causal_convolution(steps: int, rows: int, share: float, has_bias: bool) -> None:
+    size = 5
+    floats = leaves((steps, rows, size), (size, 4), (rows, size, 4), (rows, size, 4))
+    x, weight, history, initial = floats
+    (bias,) = leaves((size,)) if has_bias else (None,)
+    arguments = (x, weight, bias, history, torch.rand(steps, rows) < share, initial)
+    assert_same(
+        lambda: conv_kernel.causal_conv_triton(*arguments),
+        lambda: causal_conv.causal_conv(*arguments),
+        [*floats, bias] if has_bias else floats,
+    )
+
+
+@pytest.mark.parametrize("norm", [None, timescale.TimescaleNorm(24, 4, 1e-4, torch.rand(24) + 0.5)])
+@pytest.mark.parametrize("rows", [(3, 5), (700, 1)])
+def test_the_gated_readout(rows: tuple[int, int], norm: timescale.TimescaleNorm | None) -> None:
+    floats = leaves(*[(*rows, 24)] * 3, (24,))
+    options = (None, 0, 0.0) if norm is None else (norm.timescales, norm.groups, norm.eps)
+
+    def reference() -> Tensor:
+        y, u, z, skip = floats
+        return (skip * u + (y if norm is None else y * norm.factors(y))) * torch.nn.functional.silu(z)
+
+    assert_same(lambda: readout_kernel.gated_readout_triton(*floats, *options), reference, floats)
+
+
 def test_the_operator_passes_torchs_checks() -> None:
     inputs, rate, states = torch.randn(2, 2, 12), torch.rand(4), torch.randn(2, 2, 4)
     is_init, outputs = torch.rand(2, 2) < 0.3, [torch.empty(2, 2, 4)]
@@ -242,7 +283,8 @@ def test_the_operator_passes_torchs_checks() -> None:
 
 
 SWITCHES = [(choice, "is_native"), (choice, "is_triton"), (scan, "is_triton"), (timescale, "is_native")]
-SWITCHES += [(timescale, "is_triton"), (functional, "is_triton")]
+SWITCHES += [(timescale, "is_triton"), (functional, "is_triton"), (gated_readout, "is_triton")]
+SWITCHES += [(causal_conv, "is_triton")]
 
 
 @pytest.fixture
@@ -250,13 +292,15 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
     """Turns the kernels on, or the torch paths, for tensors on a CPU."""
 
     def turn(is_on: bool) -> None:
+        path = "triton" if is_on else "torch"
+        monkeypatch.setattr(official_mamba.Kernel, "choose", lambda *_: path)
         for module, name in SWITCHES:
             monkeypatch.setattr(module, name, lambda _, answer=is_on and name == "is_triton": answer)
 
     return turn
 
 
-@pytest.mark.parametrize("name", ["lru", "gru", "lstm", "min_gru", "pseudo_mamba"])
+@pytest.mark.parametrize("name", ["lru", "gru", "lstm", "min_gru", "pseudo_mamba", "mamba", "mamba2"])
 def test_a_core_uses_the_kernels_for_steps_and_sequences(
     use: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from cyborg_torchrl.cores.kernels.triton import (
+    causal_conv,
+    gated_readout,
     gated_recurrence,
     group_norm,
     gru,
@@ -145,6 +147,16 @@ def run_ssd_scan(size: int) -> list[Tensor]:
     return list(selective_scan.ssd_scan_triton(*arguments))
 
 
+def run_causal_conv(size: int) -> list[Tensor]:
+    state, bias = leaf(2, size, 4), leaf(size)
+    return list(causal_conv.causal_conv_triton(leaf(3, 2, size), leaf(size, 4), bias, state, flags(3, 2), state))
+
+
+def run_gated_readout(size: int) -> list[Tensor]:
+    rows = leaf(3, 2, size)
+    return [gated_readout.gated_readout_triton(rows, rows, rows, leaf(size), torch.ones(size), 16, 1e-4)]
+
+
 CASES = [
     (run_gated_recurrence, 128),
     (run_linear_scan, 128),
@@ -158,6 +170,8 @@ CASES = [
     (run_lstm, 128),
     (run_selective_scan, 128),
     (run_ssd_scan, 128),
+    (run_causal_conv, 128),
+    (run_gated_readout, 128),
 ]
 
 

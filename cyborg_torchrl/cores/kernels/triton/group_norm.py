@@ -65,17 +65,17 @@ def _launch_backward(inputs: Sequence[Tensor], outputs: Sequence[Tensor], number
 def _launch_rows(
     name: str, inputs: Sequence[Tensor], scales: Sequence[Tensor], output: Tensor, numbers: Sequence[int | float]
 ) -> None:
-    channels = output.shape[-1]
-    rows, groups = output.numel() // channels, int(numbers[0])
-    constants: dict[str, Any] = {
-        "COUNT": groups,
-        "WIDTH": channels // groups,
-        "HAS_SCALES": bool(scales),
-        "GROUPS": next_power_of_2(groups),
-        "SIZE": next_power_of_2(channels // groups),
-    }
-    constants["ROWS"] = max(1, TILE // (constants["GROUPS"] * constants["SIZE"]))
-    grid = (ceil_div(rows, constants["ROWS"]),)
+    rows = output.numel() // output.shape[-1]
+    chosen = {**tile_constants(output, int(numbers[0])), "HAS_SCALES": bool(scales)}
+    grid = (ceil_div(rows, chosen["ROWS"]),)
     kernel = getattr(kernels("group_norm"), name)
     # A pointer has to be passed in any case. Without scales it is not read.
-    kernel[grid](*inputs, *(scales or [inputs[0]]), output, rows, float(numbers[1]), **constants)
+    kernel[grid](*inputs, *(scales or [inputs[0]]), output, rows, float(numbers[1]), **chosen)
+
+
+def tile_constants(x: Tensor, groups: int) -> dict[str, Any]:
+    """Return the constants of a kernel whose programs compute some rows of `x`. Zero groups count as one."""
+    channels, count = x.shape[-1], max(1, groups)
+    padded, size = next_power_of_2(count), next_power_of_2(channels // count)
+    rows = max(1, TILE // (padded * size))
+    return {"COUNT": count, "WIDTH": channels // count, "GROUPS": padded, "SIZE": size, "ROWS": rows}

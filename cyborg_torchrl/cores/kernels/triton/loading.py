@@ -39,6 +39,15 @@ def is_triton(tensor: Tensor) -> bool:
     return _is_supported(tensor.get_device())
 
 
+def reason_against(device: torch.device, dtype: torch.dtype) -> str:
+    """Return why the Triton kernels cannot be used for tensors of a device and a dtype, or an empty string."""
+    if device.type != "cuda":
+        return f"the tensors are on {device}"
+    if dtype is not torch.float32:
+        return f"the tensors are {dtype}"
+    return _reason_against(torch.cuda.current_device() if device.index is None else device.index) or ""
+
+
 @torch.compiler.assume_constant_result
 def _is_supported(device: int) -> bool:
     return _reason_against(device) is None

@@ -22,7 +22,7 @@ def _place(
 
 
 @triton.jit
-def _factors(x, scale, EPS, WIDTH: tl.constexpr):
+def factors(x, scale, EPS, WIDTH: tl.constexpr):
     """Return the factor of each channel. It is zero for a group that is exactly zero."""
     scaled = x * scale
     mean_square = tl.expand_dims(tl.sum(scaled * scaled, 2), 2) / WIDTH
@@ -40,7 +40,7 @@ def forward(
     scale = 1.0
     if HAS_SCALES:
         scale = tl.load(scales + channel, mask=is_channel, other=0.0)
-    tl.store(y + at, x_r * _factors(x_r, scale, eps, WIDTH), mask=is_inside)
+    tl.store(y + at, x_r * factors(x_r, scale, eps, WIDTH), mask=is_inside)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -55,7 +55,7 @@ def backward(
     scale = 1.0
     if HAS_SCALES:
         scale = tl.load(scales + channel, mask=is_channel, other=0.0)
-    factor = _factors(x_r, scale, eps, WIDTH)
+    factor = factors(x_r, scale, eps, WIDTH)
     y_r = x_r * factor
     mean = tl.expand_dims(tl.sum(grad * y_r, 2), 2) / WIDTH
     tl.store(grad_x + at, (grad - y_r * mean) * factor, mask=is_inside)
