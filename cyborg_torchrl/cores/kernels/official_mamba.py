@@ -33,7 +33,7 @@ class Kernel:
 
     Args:
         name: "torch", "cpp" (the C++ scan for float32 and float64 on a CPU), "triton" (our kernels for float32 on a
-            GPU), "cuda" (mamba-ssm's kernels), or "auto" (the fastest exact scan that is available).
+            GPU), or "cuda" (mamba-ssm's kernels). "auto" is the fastest exact scan that is available.
         scans: the scans by name. "torch" is required.
         is_cuda_exact: True if the CUDA scan is as precise as the torch scan. Otherwise "auto" does not use it.
 

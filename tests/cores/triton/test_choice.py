@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cyborg_torchrl.cores.kernels import native
 from cyborg_torchrl.cores.kernels.choice import kernel_for
+from cyborg_torchrl.cores.kernels.official_mamba import Kernel
 from cyborg_torchrl.cores.kernels.triton import launch, loading
 
 
@@ -103,3 +104,20 @@ def test_kernels_are_loaded_outside_of_the_package() -> None:
 def test_powers_of_two(n: int, power: int) -> None:
     assert launch.next_power_of_2(n) == power
     assert launch.ceil_div(n, 2) == (n + 1) // 2
+
+
+def test_a_mamba_core_prefers_our_kernel_on_a_gpu(gpu) -> None:
+    scans = {name: lambda: None for name in ("torch", "cpp", "triton", "cuda")}
+    cuda, cpu = torch.device("cuda", 0), torch.device("cpu")
+    gpu()
+    assert Kernel("auto", scans).choose(cuda, torch.float32) == "triton"
+    assert Kernel("auto", scans, is_cuda_exact=False).choose(cuda, torch.float32) == "triton"
+    assert Kernel("auto", scans, is_cuda_exact=False).choose(cuda, torch.float64) == "torch"
+    assert Kernel("triton", scans).choose(cuda, torch.float32) == "triton"
+    with pytest.raises(RuntimeError, match=r"'triton' cannot be used: the tensors are torch\.float64"):
+        Kernel("triton", scans).choose(cuda, torch.float64)
+    with pytest.raises(RuntimeError, match="'triton' cannot be used: the tensors are on cpu"):
+        Kernel("triton", scans).choose(cpu, torch.float32)
+    gpu(version=None)
+    with pytest.raises(RuntimeError, match=r"'triton' cannot be used: Triton cannot be imported"):
+        Kernel("triton", scans).choose(cuda, torch.float32)

@@ -29,11 +29,12 @@ from cyborg_torchrl.cores.kernels.triton import (
 
 triton = pytest.importorskip("triton", reason="Triton is not installed (make test installs it)")
 jit = pytest.importorskip("triton.runtime.jit")
+tl = pytest.importorskip("triton.language")
 
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 120: 99 * 1024}
 """Bytes of shared memory that a program may use, by compute capability: A100, H100 and H200, RTX of 2025."""
 TYPES = {torch.float32: "*fp32", torch.bool: "*i1"}
-CHOICES = ("num_warps", "num_stages")
+CHOICES = ("num_warps", "num_stages", "maxnreg")
 
 
 class Launch(NamedTuple):
@@ -175,8 +176,24 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("capability", SHARED_MEMORY)
-@pytest.mark.parametrize(("run", "size"), CASES, ids=lambda part: getattr(part, "__name__", str(part)))
+TIERS = [(run_gru, 128), (run_lstm, 64), (run_lstm, 128)]
+"""Cases whose path or fit depends on the GPU's shared memory."""
+
+
+def cases() -> list[Any]:
+    """All cases on an H100, and those that depend on shared memory on the others. The rest is slow."""
+    every = [(run, size, capability) for run, size in CASES for capability in SHARED_MEMORY]
+    return [
+        pytest.param(
+            *case,
+            id=f"{case[0].__name__}-{case[1]}-{case[2]}",
+            marks=[] if case[2] == 90 or case[:2] in TIERS else pytest.mark.slow,
+        )
+        for case in every
+    ]
+
+
+@pytest.mark.parametrize(("run", "size", "capability"), cases())
 def test_kernels_fit(
     launches: list[Launch],
     monkeypatch: pytest.MonkeyPatch,
@@ -186,9 +203,48 @@ def test_kernels_fit(
     capability: int,
 ) -> None:
     monkeypatch.setattr(resident, "shared_memory", lambda _: SHARED_MEMORY[capability])
-    with torch.no_grad():
-        run(size)
-    torch.stack([output.sum() for output in run(size)] or [leaf()]).sum().backward()
+    if capability == 90:
+        with torch.no_grad():
+            run(size)
+    torch.stack([output.sum() for output in run(size)] or [leaf(1).sum()]).sum().backward()
     assert launches
     for launch in distinct(launches):
         assert_fits(launch, capability, tmp_path)
+
+
+@triton.jit
+def bad_kernel(x, out, N: tl.constexpr, PRECISION: tl.constexpr, IS_ATOMIC: tl.constexpr):
+    at = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
+    matrix = tl.load(x + at)
+    product = tl.dot(matrix, matrix, input_precision=PRECISION)
+    if IS_ATOMIC:
+        tl.atomic_add(out + at, product)
+    else:
+        tl.store(out + at, product)
+
+
+@pytest.mark.parametrize(
+    ("size", "precision", "is_atomic", "warps", "failure"),
+    [
+        (16, "tf32", False, 4, "tf32"),
+        (16, "ieee", True, 4, "atom"),
+        (32, "ieee", False, 1, "STACK"),
+        (16, "ieee", False, 4, "shared"),
+    ],
+)
+def test_the_check_can_fail(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    size: int,
+    precision: str,
+    is_atomic: bool,
+    warps: int,
+    failure: str,
+) -> None:
+    if failure == "shared":
+        monkeypatch.setitem(SHARED_MEMORY, 90, 16)
+    constants = {"N": size, "PRECISION": precision, "IS_ATOMIC": is_atomic, "num_warps": warps}
+    if failure == "STACK":
+        constants["maxnreg"] = 32
+    with pytest.raises(AssertionError, match=failure):
+        assert_fits(Launch(bad_kernel, (torch.zeros(1), torch.zeros(1)), constants), 90, tmp_path)

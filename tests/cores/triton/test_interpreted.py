@@ -1,4 +1,4 @@
-"""Runs `interpreted.py` in a process where Triton interprets kernels."""
+"""Runs `test_parity.py` in a process where Triton interprets kernels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def test_the_interpreted_kernels_equal_the_torch_paths() -> None:
     # conftest.py imports the whole package, which these tests do not need.
     command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", "--no-header"]
     done = subprocess.run(
-        [*command, Path(__file__).with_name("interpreted.py")],
+        [*command, Path(__file__).with_name("test_parity.py")],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,

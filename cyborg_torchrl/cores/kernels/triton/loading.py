@@ -45,7 +45,7 @@ def reason_against(device: torch.device, dtype: torch.dtype) -> str:
         return f"the tensors are on {device}"
     if dtype is not torch.float32:
         return f"the tensors are {dtype}"
-    return _reason_against(torch.cuda.current_device() if device.index is None else device.index) or ""
+    return _reason_against(device.index or 0) or ""
 
 
 @torch.compiler.assume_constant_result

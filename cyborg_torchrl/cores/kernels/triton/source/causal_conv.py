@@ -1,7 +1,7 @@
 """The causal convolution of four taps with silu, forward and backward.
 
 Outputs do not depend on each other, so programs divide the steps, too. The gradient of an input needs the gradients
-of the three steps after it. A program of the backward pass computes those of its own steps and of three more.
+of the three steps after it. In the backward pass a program computes three steps more than it writes.
 """
 
 import triton

@@ -80,8 +80,8 @@ def backward(
 ):  # fmt: skip
     """Write all gradients, to be summed where programs share an argument.
 
-    `grad_delta` [T, B, D] has one number for each channel, `grad_a` [B, D, N] (or [B, D]) a row for each environment,
-    and `grad_b` and `grad_c` [blocks, T, B, N] a row for each block of channels.
+    `grad_delta` [T, B, D] has one number for each channel. `grad_a` [B, D, N] (or [B, D]) has a row for each
+    environment. `grad_b` and `grad_c` [blocks, T, B, N] have a row for each block of channels.
     """
     b, d, n, inside, mask_d, mask_n, mask = _tile(D, N, BLOCK, P)
     at = b * (D * N) + inside
