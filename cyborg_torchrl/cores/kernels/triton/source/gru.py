@@ -64,7 +64,7 @@ def forward(
             tl.store(gates + D, u, mask=mask)
             tl.store(gates + 2 * D, n, mask=mask)
             tl.store(gates + 3 * D, h_n, mask=mask)
-        h = h + u * (n - h)
+        h = tl.fma(u, n - h, h)
         tl.store(states + at * D + j, h, mask=mask)
 
 
@@ -161,7 +161,7 @@ def step(
         tl.store(gates + D, u, mask=mask)
         tl.store(gates + 2 * D, n, mask=mask)
         tl.store(gates + 3 * D, h_n, mask=mask)
-    h = h + u * (n - h)
+    h = tl.fma(u, n - h, h)
     tl.store(state + e, h, mask=mask)
     if HAS_NEXT:
         reset = tl.load(next_init + b, mask=mask, other=0) != 0

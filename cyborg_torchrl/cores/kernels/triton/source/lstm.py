@@ -81,7 +81,8 @@ def forward(
         f = tl.sigmoid(x_f + h_f)
         g = tanh(x_g + h_g)
         o = tl.sigmoid(x_o + h_o)
-        c = f * c + i * g
+        # Explicit: a compiler may fuse either of the two products, and another one for acting than for training.
+        c = tl.fma(f, c, i * g)
         h = o * tanh(c)
         tl.store(hidden + at * D + j, h, mask=mask)
         tl.store(cell + at * D + j, c, mask=mask)
@@ -201,7 +202,7 @@ def step(
         tl.store(gates + at + D, f, mask=mask)
         tl.store(gates + at + 2 * D, g, mask=mask)
         tl.store(gates + at + 3 * D, o, mask=mask)
-    c = f * tl.load(c_before + e, mask=mask, other=0.0) + i * g
+    c = tl.fma(f, tl.load(c_before + e, mask=mask, other=0.0), i * g)
     h = o * tanh(c)
     tl.store(hidden + e, h, mask=mask)
     tl.store(cell + e, c, mask=mask)
