@@ -39,7 +39,12 @@ demo: install  ## train on delayed cue at horizon 1000
 	$(BIN)/pip install $(QUIETLY) --no-deps -c constraints.txt memory-gym pygame-ce \
 	  && touch $@ || echo "memory-gym could not be installed here: its tests will be skipped"
 
-test: install .venv/official .venv/memory-gym  ## linters and tests
+# Triton, which interprets and compiles the GPU kernels without a GPU. PyTorch's CPU build does not bring it.
+.venv/triton: .venv/installed
+	$(BIN)/pip install $(QUIETLY) --no-deps -c constraints.txt triton \
+	  && touch $@ || echo "Triton could not be installed here: the tests of its kernels will be skipped"
+
+test: install .venv/official .venv/memory-gym .venv/triton  ## linters and tests
 	scripts/check
 	scripts/test --numprocesses logical --maxprocesses 4 --dist loadfile
 
@@ -49,7 +54,7 @@ check: install  ## linters alone
 docs: install  ## the site, in site/; a warning is an error (the tests build it, too)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-slow: install .venv/official .venv/memory-gym  ## what takes too long for every change
+slow: install .venv/official .venv/memory-gym .venv/triton  ## what takes too long for every change
 	scripts/test -m slow --numprocesses logical --maxprocesses 4 --dist loadfile
 
 learn: install  ## full learning runs: about an hour

@@ -6,8 +6,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.nn import functional as F
 
 from cyborg_torchrl.cores.blocks import blocks
+from cyborg_torchrl.cores.kernels.triton.gated_readout import gated_readout_triton
+from cyborg_torchrl.cores.kernels.triton.loading import is_triton
 from cyborg_torchrl.cores.timescale import TimescaleNorm
 
 
@@ -82,4 +85,26 @@ def gated_readout(
     norm = readout if isinstance(readout, TimescaleNorm) else None
     if norm is None:
         y = readout(y)
+    if is_triton(y):
+        return _with_kernel(y, u, z, skip, norm)
     return _GatedReadout.apply(y, u, z, skip, norm)
+
+
+def gated_readout_step(
+    y: Float[Tensor, "B D"],
+    u: Float[Tensor, "B D"],
+    z: Float[Tensor, "B D"],
+    skip: Float[Tensor, " D"],
+    readout: nn.Module,
+) -> Float[Tensor, "B D"]:
+    """Return the gated read-out of one step. It rounds as a step of `gated_readout`."""
+    if is_triton(y):  # the kernel of sequences
+        norm = readout if isinstance(readout, TimescaleNorm) else None
+        return _with_kernel(readout(y) if norm is None else y, u, z, skip, norm)
+    return torch.addcmul(readout(y), skip, u) * F.silu(z)
+
+
+def _with_kernel(y: Tensor, u: Tensor, z: Tensor, skip: Tensor, norm: TimescaleNorm | None) -> Tensor:
+    if norm is None:
+        return gated_readout_triton(y, u, z, skip, None, 0, 0.0)
+    return gated_readout_triton(y, u, z, skip, norm.timescales, norm.groups, norm.eps)

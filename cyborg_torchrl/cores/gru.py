@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional as F
 
+from cyborg_torchrl.cores.kernels.choice import kernel_for
 from cyborg_torchrl.cores.kernels.gru import gru_cpp
 from cyborg_torchrl.cores.kernels.linear import linear
-from cyborg_torchrl.cores.kernels.native import is_native
+from cyborg_torchrl.cores.kernels.triton.gru import gru_triton
 from cyborg_torchrl.cores.layered import LayerState, RecurrentLayer, layered_core_builder
 from cyborg_torchrl.cores.resets import reset_steps
 from cyborg_torchrl.cores.timescale import log_spaced_timescales
@@ -106,6 +107,9 @@ def gru_recurrence(
     return _GRURecurrence.apply(*arguments)
 
 
+RECURRENCES = {"cpp": gru_cpp, "triton": gru_triton, "torch": gru_recurrence}
+
+
 class GRULayer(RecurrentLayer):
     """Gated recurrent unit, with torch's equations, gate order (r, z, n) and parameter shapes.
 
@@ -150,12 +154,12 @@ class GRULayer(RecurrentLayer):
 
     def step(self, x: Float[Tensor, "B F"], state: LayerState) -> tuple[Tensor, LayerState]:
         """Take one step."""
-        size = self.features
-        if is_native(x):  # the code of `forward`, so both round alike
-            is_init = torch.zeros(1, x.shape[0], dtype=torch.bool)
+        size, kernel = self.features, kernel_for(x)
+        if kernel != "torch":  # the code of `forward`, so both round alike
+            is_init = torch.zeros(1, x.shape[0], dtype=torch.bool, device=x.device)
             weight_ih, bias_ih, weight, bias = self._signed()
             gates_x = linear(x, weight_ih, bias_ih).unsqueeze(0)
-            hidden = gru_cpp(gates_x, weight, bias, state[0], is_init, state[0]).squeeze(0)
+            hidden = RECURRENCES[kernel](gates_x, weight, bias, state[0], is_init, state[0]).squeeze(0)
             return hidden, (hidden,)
         gates_x = F.linear(x, self.weight_ih, self.bias_ih * self.bias_mask)
         gates_h = F.linear(state[0], self.weight_hh, self.bias_hh * self.bias_mask)
@@ -173,7 +177,7 @@ class GRULayer(RecurrentLayer):
         initial: LayerState,
     ) -> tuple[Tensor, LayerState]:
         """Run a sequence."""
-        recur = gru_cpp if is_native(x) else gru_recurrence
+        recur = RECURRENCES[kernel_for(x)]
         weight_ih, bias_ih, weight, bias = self._signed()
         gates_x = linear(x, weight_ih, bias_ih)
         hidden = recur(gates_x, weight, bias, state[0], is_init, initial[0])

@@ -11,9 +11,10 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional as F
 
 from cyborg_torchrl.cores.blocks import blocks
+from cyborg_torchrl.cores.kernels.choice import kernel_for
 from cyborg_torchrl.cores.kernels.gated_recurrence import gated_recurrence_cpp
 from cyborg_torchrl.cores.kernels.linear import linear
-from cyborg_torchrl.cores.kernels.native import is_native
+from cyborg_torchrl.cores.kernels.triton.gated_recurrence import gated_recurrence_triton
 from cyborg_torchrl.cores.layered import LayeredCore, LayerState, RecurrentLayer, layered_core_builder
 from cyborg_torchrl.cores.lru_complex import ComplexLRULayer
 from cyborg_torchrl.cores.resets import reset_steps
@@ -126,6 +127,9 @@ def gated_recurrence(
     return _GatedRecurrence.apply(*arguments)
 
 
+RECURRENCES = {"cpp": gated_recurrence_cpp, "triton": gated_recurrence_triton, "torch": gated_recurrence}
+
+
 class LRULayer(RecurrentLayer):
     """Gated real linear recurrent unit.
 
@@ -156,9 +160,10 @@ class LRULayer(RecurrentLayer):
     def step(self, x: Float[Tensor, "B F"], state: LayerState) -> tuple[Tensor, LayerState]:
         """Take one step."""
         inputs, rate = linear(x, *self.joined_maps()), self.decay_rates()
-        if is_native(x):  # the code of `forward`, so both round alike
-            is_init = torch.zeros(1, x.shape[0], dtype=torch.bool)
-            hidden = gated_recurrence_cpp(inputs.unsqueeze(0), rate, state[0], is_init, state[0]).squeeze(0)
+        kernel = kernel_for(x)
+        if kernel != "torch":  # the code of `forward`, so both round alike
+            is_init = torch.zeros(1, x.shape[0], dtype=torch.bool, device=x.device)
+            hidden = RECURRENCES[kernel](inputs.unsqueeze(0), rate, state[0], is_init, state[0]).squeeze(0)
         else:
             decay_gate, input_gate, value = inputs.chunk(3, -1)
             gates = _gates(decay_gate, input_gate, value, rate)
@@ -173,7 +178,7 @@ class LRULayer(RecurrentLayer):
         initial: LayerState,
     ) -> tuple[Tensor, LayerState]:
         """Run a sequence."""
-        recur = gated_recurrence_cpp if is_native(x) else gated_recurrence
+        recur = RECURRENCES[kernel_for(x)]
         inputs = linear(x, *self.joined_maps())
         hidden = recur(inputs, self.decay_rates(), state[0], is_init, initial[0])
         return hidden, (hidden[-1],)

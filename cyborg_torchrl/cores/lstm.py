@@ -7,9 +7,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from cyborg_torchrl.cores.kernels.choice import kernel_for
 from cyborg_torchrl.cores.kernels.linear import linear
 from cyborg_torchrl.cores.kernels.lstm import lstm_cpp
-from cyborg_torchrl.cores.kernels.native import is_native
+from cyborg_torchrl.cores.kernels.triton.lstm import lstm_triton
 from cyborg_torchrl.cores.layered import LayerState, RecurrentLayer, layered_core_builder
 from cyborg_torchrl.cores.resets import reset_steps
 from cyborg_torchrl.cores.timescale import log_spaced_timescales
@@ -108,6 +109,9 @@ def lstm_recurrence(
     return _LSTMRecurrence.apply(*arguments)
 
 
+RECURRENCES = {"cpp": lstm_cpp, "triton": lstm_triton, "torch": lstm_recurrence}
+
+
 class LSTMLayer(RecurrentLayer):
     """Long short-term memory, with torch's equations, gate order (i, f, g, o) and parameter shapes.
 
@@ -145,9 +149,11 @@ class LSTMLayer(RecurrentLayer):
     def step(self, x: Float[Tensor, "B F"], state: LayerState) -> tuple[Tensor, LayerState]:
         """Take one step."""
         hidden, cell = state
-        if is_native(x):  # the code of `forward`, so both round alike
-            is_init, gates_x = torch.zeros(1, x.shape[0], dtype=torch.bool), self._gates_x(x).unsqueeze(0)
-            rows = lstm_cpp(gates_x, self.weight_hh, hidden, cell, is_init, hidden, cell)
+        kernel = kernel_for(x)
+        if kernel != "torch":  # the code of `forward`, so both round alike
+            is_init = torch.zeros(1, x.shape[0], dtype=torch.bool, device=x.device)
+            gates_x = self._gates_x(x).unsqueeze(0)
+            rows = RECURRENCES[kernel](gates_x, self.weight_hh, hidden, cell, is_init, hidden, cell)
             hidden, cell = rows[0].squeeze(0), rows[1].squeeze(0)
             return hidden, (hidden, cell)
         # Use the operations of `forward` in the same order, because the read-out's norm amplifies rounding.
@@ -165,7 +171,7 @@ class LSTMLayer(RecurrentLayer):
         initial: LayerState,
     ) -> tuple[Tensor, LayerState]:
         """Run a sequence."""
-        recur = lstm_cpp if is_native(x) else lstm_recurrence
+        recur = RECURRENCES[kernel_for(x)]
         (h_0, c_0), (initial_h, initial_c) = state, initial
         hidden, cell = recur(self._gates_x(x), self.weight_hh, h_0, c_0, is_init, initial_h, initial_c)
         return hidden, (hidden[-1], cell[-1])

@@ -11,13 +11,19 @@ from torch.nn import functional as F
 
 from cyborg_torchrl.cores.abstract import Core, InitialState, State
 from cyborg_torchrl.cores.causal_conv import causal_conv, causal_conv_step
-from cyborg_torchrl.cores.gated_readout import gated_readout
+from cyborg_torchrl.cores.gated_readout import gated_readout, gated_readout_step
 from cyborg_torchrl.cores.kernels.official_mamba import Kernel, selective_scan_cuda
 from cyborg_torchrl.cores.kernels.selective_scan import selective_scan_cpp
+from cyborg_torchrl.cores.kernels.triton.selective_scan import selective_scan_triton
 from cyborg_torchrl.cores.selective_scan import LOG2_E, selective_scan
 from cyborg_torchrl.cores.timescale import build_readout, rms_normalize, step_size_bias, step_sizes
 
-SCANS = {"torch": selective_scan, "cpp": selective_scan_cpp, "cuda": selective_scan_cuda}
+SCANS = {
+    "torch": selective_scan,
+    "cpp": selective_scan_cpp,
+    "triton": selective_scan_triton,
+    "cuda": selective_scan_cuda,
+}
 
 
 class MambaBlock(Core):
@@ -48,7 +54,8 @@ class MambaBlock(Core):
         readout_groups: groups of the time-scale norm.
         official: compute the same as the official block: no norms, trained biases, D starts at 1.
         learn_initial_state: make the initial state a parameter.
-        kernel: "torch", "cpp" (the C++ scan, on a CPU), "cuda" (mamba-ssm's kernel) or "auto" (the fastest available).
+        kernel: "torch", "cpp" (the C++ scan, on a CPU), "triton" (our kernel, on a GPU), "cuda" (mamba-ssm's kernel) or
+            "auto" (the fastest available).
 
     Source: Gu and Dao (2023), "Mamba". The norms are from Lieber et al. (2024), "Jamba".
     """
@@ -98,10 +105,11 @@ class MambaBlock(Core):
         u, z = self.in_proj(x).chunk(2, -1)
         u, conv = causal_conv_step(u, *self._conv_parameters(), state["mamba_conv"])
         delta, b, c = self._select(u)
-        if self.kernel.choose(x.device, x.dtype) == "cpp":  # the code of `forward`, so both round alike
-            is_init, ssm = torch.zeros(1, x.shape[0], dtype=torch.bool), state["mamba_ssm"]
+        kernel = self.kernel.choose(x.device, x.dtype)
+        if kernel in ("cpp", "triton"):  # the code of `forward`, so both round alike
+            is_init, ssm = torch.zeros(1, x.shape[0], dtype=torch.bool, device=x.device), state["mamba_ssm"]
             u_1, delta_1, b_1, c_1 = (row.unsqueeze(0) for row in (u, delta, b, c))
-            y, ssm = selective_scan_cpp(u_1, delta_1, -torch.exp(self.A_log), b_1, c_1, ssm, is_init, ssm)
+            y, ssm = SCANS[kernel](u_1, delta_1, -torch.exp(self.A_log), b_1, c_1, ssm, is_init, ssm)
             return self._emit(y.squeeze(0), u, z), {"mamba_conv": conv, "mamba_ssm": ssm}
         # [B, N, D] in memory, with the operations of the scan in the same order: both round alike.
         decay = torch.exp2(delta.unsqueeze(1) * (-torch.exp(self.A_log).t() * LOG2_E))
@@ -138,4 +146,4 @@ class MambaBlock(Core):
         return F.softplus(self.dt_proj(dt)), b, c
 
     def _emit(self, y: Tensor, u: Tensor, z: Tensor) -> Tensor:
-        return self.out_proj(torch.addcmul(self.readout(y), self.D, u) * F.silu(z))
+        return self.out_proj(gated_readout_step(y, u, z, self.D, self.readout))

@@ -9,11 +9,14 @@ from torch.nn import functional as F
 
 from cyborg_torchrl.cores.abstract import Core, InitialState, State
 from cyborg_torchrl.cores.causal_conv import causal_conv, causal_conv_step
-from cyborg_torchrl.cores.gated_readout import gated_readout
+from cyborg_torchrl.cores.gated_readout import gated_readout, gated_readout_step
 from cyborg_torchrl.cores.kernels.memory_read import read_memory
 from cyborg_torchrl.cores.kernels.official_mamba import Kernel, ssd_scan_cuda
+from cyborg_torchrl.cores.kernels.triton.selective_scan import ssd_scan_triton
 from cyborg_torchrl.cores.ssd import ssd_scan
 from cyborg_torchrl.cores.timescale import build_readout, rms_normalize, step_size_bias, step_sizes
+
+SCANS = {"torch": ssd_scan, "triton": ssd_scan_triton, "cuda": ssd_scan_cuda}
 
 
 class Mamba2Block(Core):
@@ -48,8 +51,9 @@ class Mamba2Block(Core):
         readout_groups: groups of the time-scale norm.
         official: compute the same as the official block: no added norms, trained biases, D starts at 1.
         learn_initial_state: make the initial state a parameter.
-        kernel: "torch", "auto" (the same), or "cuda" (mamba-ssm's kernel). Products of "cuda" are rounded to TF32: we
-            measured differences between `forward` and `step` of 2e-3 of the largest output.
+        kernel: "torch", "triton" (our kernel, on a GPU), "auto" (the faster of both), or "cuda" (mamba-ssm's kernel).
+            Products of "cuda" are rounded to TF32: we measured differences between `forward` and `step` of 2e-3 of
+            the largest output.
 
     Source: Dao and Gu (2024), "Transformers are SSMs".
     """
@@ -90,7 +94,7 @@ class Mamba2Block(Core):
         timescales = (1.0 / (d_state * step_sizes(heads, max_horizon))).repeat_interleave(headdim)
         self.readout = build_readout("none" if official else readout, d_inner, readout_groups, timescales)
         self.initial = InitialState(self.state_shapes, learn_initial_state)
-        self.kernel = Kernel(kernel, {"torch": ssd_scan, "cuda": ssd_scan_cuda}, is_cuda_exact=False)
+        self.kernel = Kernel(kernel, SCANS, is_cuda_exact=False)
         # This matrix repeats a head's number for its channels. Broadcasting over rows of 8 numbers is far slower.
         self.spread: Tensor
         self.register_buffer("spread", torch.eye(heads).repeat_interleave(headdim, 1), persistent=False)
@@ -104,6 +108,12 @@ class Mamba2Block(Core):
         z, xbc, dt = self.in_proj(x).split(self.parts, -1)
         xbc, conv = causal_conv_step(xbc, *self._conv_parameters(), state["mamba_conv"])
         u, b, c, delta, a = self._select(xbc, dt)
+        if self.kernel.choose(x.device, x.dtype) == "triton":  # the code of `forward`, so both round alike
+            is_init, ssm = torch.zeros(1, x.shape[0], dtype=torch.bool, device=x.device), state["mamba_ssm"]
+            u_1, delta_1, b_1, c_1 = (row.unsqueeze(0) for row in (u, delta, b, c))
+            heads = u_1.unflatten(-1, (-1, self.headdim))
+            y, ssm = ssd_scan_triton(heads, delta_1, a, b_1, c_1, ssm, is_init, ssm)
+            return self._emit(y.flatten(-2).squeeze(0), u, z), {"mamba_conv": conv, "mamba_ssm": ssm}
         drive = (u * torch.matmul(delta, self.spread)).view(*delta.shape, self.headdim, 1) * b[:, None, None]
         ssm = torch.addcmul(drive, torch.exp(delta * a)[..., None, None], state["mamba_ssm"])
         y = read_memory(ssm.flatten(1, 2), c)
@@ -135,5 +145,4 @@ class Mamba2Block(Core):
         return u, b, c, F.softplus(dt + self.dt_bias), -torch.exp(self.A_log)
 
     def _emit(self, y: Tensor, u: Tensor, z: Tensor) -> Tensor:
-        y = torch.addcmul(self.readout(y), torch.matmul(self.D, self.spread), u)
-        return self.out_proj(self.norm(y * F.silu(z)))
+        return self.out_proj(self.norm(gated_readout_step(y, u, z, torch.matmul(self.D, self.spread), self.readout)))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from cyborg_torchrl.cores.kernels.linear import linear
 from cyborg_torchrl.cores.layered import LayerState, RecurrentLayer, layered_core_builder
-from cyborg_torchrl.cores.scan import gated_linear_scan
+from cyborg_torchrl.cores.scan import gated_linear_scan, gated_linear_step
 from cyborg_torchrl.cores.timescale import log_spaced_timescales
 from cyborg_torchrl.registry import register_backbone
 
@@ -37,7 +37,7 @@ class MinGRULayer(RecurrentLayer):
     def step(self, x: Float[Tensor, "B F"], state: LayerState) -> tuple[Tensor, LayerState]:
         """Take one step."""
         decay, drive = self._gates(x)
-        hidden = torch.addcmul(drive, decay, state[0])
+        hidden = gated_linear_step(decay, drive, state[0])
         return hidden, (hidden,)
 
     def forward(

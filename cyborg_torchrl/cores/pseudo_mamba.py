@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cyborg_torchrl.cores.abstract import Core, InitialState, State
-from cyborg_torchrl.cores.gated_readout import gated_readout
-from cyborg_torchrl.cores.scan import gated_linear_scan
+from cyborg_torchrl.cores.gated_readout import gated_readout, gated_readout_step
+from cyborg_torchrl.cores.scan import gated_linear_scan, gated_linear_step
 from cyborg_torchrl.cores.timescale import build_readout, step_size_bias, step_sizes
 
 
@@ -64,7 +64,7 @@ class PseudoMambaBlock(Core):
     def step(self, x: Float[Tensor, "B F"], state: State) -> tuple[Float[Tensor, "B D"], State]:
         """Take one step."""
         u, z, decay, drive = self._gates(x)
-        hidden = torch.addcmul(drive, decay, state["mamba_ssm"])
+        hidden = gated_linear_step(decay, drive, state["mamba_ssm"])
         return self._emit(hidden, u, z), {"mamba_ssm": hidden}
 
     def forward(
@@ -85,4 +85,4 @@ class PseudoMambaBlock(Core):
         return u, z, torch.exp(-delta), -torch.expm1(-delta) * u
 
     def _emit(self, hidden: Tensor, u: Tensor, z: Tensor) -> Tensor:
-        return self.out_proj(torch.addcmul(self.readout(hidden), self.D, u) * F.silu(z))
+        return self.out_proj(gated_readout_step(hidden, u, z, self.D, self.readout))

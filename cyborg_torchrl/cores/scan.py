@@ -10,6 +10,8 @@ from jaxtyping import Bool, Inexact
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from cyborg_torchrl.cores.kernels.triton.linear_scan import linear_scan_triton
+from cyborg_torchrl.cores.kernels.triton.loading import is_triton
 from cyborg_torchrl.cores.resets import reset_steps
 
 
@@ -83,4 +85,16 @@ def gated_linear_scan(
     """
     if decay.shape[0] == 0:
         raise ValueError("gated_linear_scan needs at least one step; got T == 0.")
+    if is_triton(drive):
+        return linear_scan_triton(decay, drive, h_0, is_init, initial)
     return _LinearRecurrence.apply(decay.contiguous(), drive.contiguous(), h_0, is_init, initial)
+
+
+def gated_linear_step(
+    decay: Inexact[Tensor, "B D"], drive: Inexact[Tensor, "B D"], h_tm1: Inexact[Tensor, "B D"]
+) -> Inexact[Tensor, "B D"]:
+    """Return the state after one step. It rounds as a step of `gated_linear_scan`."""
+    if is_triton(drive):  # the kernel of sequences
+        is_init = torch.zeros(1, drive.shape[0], dtype=torch.bool, device=drive.device)
+        return linear_scan_triton(decay.unsqueeze(0), drive.unsqueeze(0), h_tm1, is_init, h_tm1).squeeze(0)
+    return torch.addcmul(drive, decay, h_tm1)

@@ -12,6 +12,8 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from cyborg_torchrl.cores.blocks import blocks
 from cyborg_torchrl.cores.kernels.group_norm import group_norm_cpp
 from cyborg_torchrl.cores.kernels.native import is_native
+from cyborg_torchrl.cores.kernels.triton.group_norm import group_norm_triton
+from cyborg_torchrl.cores.kernels.triton.loading import is_triton
 
 READOUTS = ("timescale_norm", "none")
 
@@ -101,6 +103,8 @@ class TimescaleNorm(nn.Module):
         """Return the normalised read-out, of the same shape."""
         if is_native(x) and x.dtype == self.average.dtype:
             return group_norm_cpp(x, self.timescales, self.groups, self.eps)
+        if is_triton(x) and x.dtype == self.average.dtype:
+            return group_norm_triton(x, self.timescales, self.groups, self.eps)
         if torch.is_grad_enabled() and x.requires_grad and x.ndim > 1:
             return _GroupNorm.apply(x, self)
         return x * self.factors(x)

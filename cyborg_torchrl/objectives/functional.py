@@ -6,6 +6,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from cyborg_torchrl.cores.kernels.native import needs_gradient
+from cyborg_torchrl.cores.kernels.triton.linear_scan import generalized_advantage_triton
+from cyborg_torchrl.cores.kernels.triton.loading import is_triton
+
 
 def generalized_advantage(
     reward_t: Float[Tensor, "N T"],
@@ -38,6 +42,10 @@ def generalized_advantage(
 
     Source: Schulman et al. (2016), equations 11 and 16.
     """
+    floats = (reward_t, value_t, value_tp1)
+    if all(is_triton(x) for x in floats) and not needs_gradient(floats):
+        advantage = generalized_advantage_triton(*floats, is_terminated_t, is_done_t, gamma, gae_lambda)
+        return advantage, advantage + value_t
     delta = reward_t + gamma * value_tp1 * (~is_terminated_t) - value_t
     carry = gamma * gae_lambda * (~is_done_t).to(delta.dtype)
     advantage = torch.empty_like(delta)

@@ -1,4 +1,4 @@
-"""The choice of a scan, and mamba-ssm's CUDA kernels with the signatures of our scans.
+"""The choice of a scan for the Mamba cores, and mamba-ssm's CUDA kernels with the signatures of our scans.
 
 Our signatures have stored states, resets and initial states. The modules of mamba-ssm expose none of these, so we
 wrap its operations. The package is imported at the first use of a kernel.
@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from cyborg_torchrl.cores.kernels.native import DTYPES, library
+from cyborg_torchrl.cores.kernels.triton import loading
 from cyborg_torchrl.registry import check_known
 
 LOGGER = logging.getLogger(__name__)
@@ -31,8 +32,8 @@ class Kernel:
     """The choice of the scan of a Mamba core.
 
     Args:
-        name: "torch", "cpp" (the C++ scan for float32 and float64 on a CPU), "cuda" (mamba-ssm's kernels), or "auto"
-            (the fastest exact scan that is available).
+        name: "torch", "cpp" (the C++ scan for float32 and float64 on a CPU), "triton" (our kernels for float32 on a
+            GPU), or "cuda" (mamba-ssm's kernels). "auto" is the fastest exact scan that is available.
         scans: the scans by name. "torch" is required.
         is_cuda_exact: True if the CUDA scan is as precise as the torch scan. Otherwise "auto" does not use it.
 
@@ -53,7 +54,7 @@ class Kernel:
         # An exported policy runs without our library and without mamba-ssm.
         if self.name == "torch" or torch.compiler.is_exporting():
             return "torch"
-        fast = self.name if self.name != "auto" else ("cuda" if device.type == "cuda" else "cpp")
+        fast = self.name if self.name != "auto" else self._fastest(device, dtype)
         if fast not in self.scans:
             return "torch"
         reason = _why_not_for(fast, device, dtype)
@@ -64,6 +65,12 @@ class Kernel:
         if fast == "cuda":
             _log_once("mamba-ssm's CUDA kernels" if not reason else f"the torch path ({reason})")
         return "torch" if reason else fast
+
+    def _fastest(self, device: torch.device, dtype: torch.dtype) -> str:
+        if device.type != "cuda":
+            return "cpp"
+        # Our kernels have resets and stored states, and their steps round like their sequences.
+        return "triton" if "triton" in self.scans and not loading.reason_against(device, dtype) else "cuda"
 
     def scan_for(self, tensor: Tensor) -> Callable[..., Any]:
         """Return the scan for sequences with the device and dtype of this tensor, as `choose` does."""
@@ -185,7 +192,9 @@ def _operations() -> dict[str, Callable[..., Any]]:
 
 
 def _why_not_for(scan: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Return the reason why the "cuda" or the "cpp" scan cannot be used for such tensors, or an empty string."""
+    """Return the reason why a scan other than "torch" cannot be used for such tensors, or an empty string."""
+    if scan == "triton":
+        return loading.reason_against(device, dtype)
     wanted, dtypes = ("cuda", KERNEL_DTYPES) if scan == "cuda" else ("cpu", DTYPES)
     if device.type != wanted:
         return f"the tensors are on {device}"

@@ -1,0 +1,1 @@
+"""Kernels for NVIDIA GPUs in Triton. Without Triton, torch computes the same results with many more launches."""
