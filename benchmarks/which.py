@@ -33,10 +33,11 @@ WIDTHS = range(16, 513, 8)
 
 TASKS = {
     "delayed_cue 1,000": ["env=delayed_cue", "env.horizon=1000", "train.total_timesteps=200000"],
-    "copy_memory": ["env=copy_memory", "env.level=easy", "train.total_timesteps=1000000"],
-    "assoc_recall, 16 pairs": ["env=assoc_recall", "env.pairs=16", "env.horizon=50", "train.total_timesteps=1000000"],
-    "n_back": ["env=n_back", "env.level=easy", "train.total_timesteps=400000"],
-    "RepeatPreviousHard": ["env=popgym", "id=popgym-RepeatPreviousHard-v0", "train.total_timesteps=500000"],
+    "copy_memory": ["env=copy_memory", "env.level=easy", "train.total_timesteps=500000"],
+    "assoc_recall, 16 pairs": ["env=assoc_recall", "env.pairs=16", "env.horizon=50", "train.total_timesteps=500000"],
+    "n_back": ["env=n_back", "env.level=easy", "train.total_timesteps=300000"],
+    "RepeatPreviousHard": ["env=popgym", "id=popgym-RepeatPreviousHard-v0", "train.total_timesteps=300000"],
+    "endless_tmaze": ["env=endless_tmaze", "train.total_timesteps=400000"],
 }
 """Overrides by task. The score of RepeatPreviousHard is the return, of the others success."""
 
