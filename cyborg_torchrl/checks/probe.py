@@ -114,7 +114,8 @@ def distance(a: Tensor, b: Tensor, where: Tensor | None = None) -> float:
 
 def random_weights(params: Tensor) -> Tensor:
     """Return weights of a random combination of parameters, in their shape; always the same."""
-    return torch.randn(params.shape, generator=torch.Generator().manual_seed(0)).to(params)
+    weights = torch.randn(params.shape, generator=torch.Generator().manual_seed(0))
+    return weights.to(device=params.device, dtype=params.dtype)
 
 
 def _resets(rows: int, length: int, generator: torch.Generator) -> Tensor:

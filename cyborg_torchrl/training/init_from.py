@@ -58,9 +58,9 @@ def find_source(cfg: DictConfig, point: ResumePoint) -> Source | None:
 
 
 def with_trained_memory(cfg: DictConfig, source: Source | None, point: ResumePoint) -> DictConfig:
-    """Return the configuration with `max_horizon` as trained, where it is null and the memory is loaded.
+    """Return the configuration with `max_horizon` and `window` as trained, where they are null and memory is loaded.
 
-    Most values that depend on it are parameters, which are loaded. Some backbones also have fixed ones.
+    Most values that depend on `max_horizon` are parameters, which are loaded. Some backbones also have fixed ones.
 
     Args:
         cfg: the configuration.
@@ -71,17 +71,17 @@ def with_trained_memory(cfg: DictConfig, source: Source | None, point: ResumePoi
     if path is None or not _loads_memory(cfg):
         return cfg
     before = content["config"]
-    groups = [
-        group
-        for group in ("backbone", "memory")
-        if cfg[group].get("max_horizon", 0) is None and before.get(group, {}).get("name") == cfg[group].name
+    open_options = [
+        (group, name)
+        for group, name in (("backbone", "max_horizon"), ("memory", "max_horizon"), ("backbone", "window"))
+        if cfg[group].get(name, 0) is None and before.get(group, {}).get("name") == cfg[group].name
     ]
-    if any(before[group].get("max_horizon") is None for group in groups):
+    if any(before[group].get(name) is None for group, name in open_options):
         trained = config_from_content(content, path, [f"train.device={cfg.train.device}"])
         before = OmegaConf.merge(trained, OmegaConf.from_dotlist(fixed_horizons(trained)))
     cfg = cfg.copy()
-    for group in groups:
-        cfg[group].max_horizon = before[group]["max_horizon"]
+    for group, name in open_options:
+        cfg[group][name] = before[group][name]
     return cfg
 
 

@@ -116,13 +116,19 @@ def device_overrides(overrides: Sequence[str]) -> list[str]:
 def fixed_horizons(cfg: DictConfig) -> list[str]:
     """Return overrides that keep the memory as it was trained when the horizon of the environment changes.
 
-    Time-scales are built from the horizon. They are not parameters, so the checkpoint does not hold them.
+    Time-scales are built from the horizon. They are not parameters, so the checkpoint does not hold them. The window of
+    attention may be that of an episode.
     """
     groups = [group for group in ("backbone", "memory") if cfg[group].get("max_horizon", 0) is None]
-    if not groups:
+    has_window = cfg.backbone.get("window", 0) is None
+    if not groups and not has_window:
         return []
-    with closing(build_single_env(cfg)) as env:
-        return [f"{group}.max_horizon={memory_horizon(cfg, env)}" for group in groups]
+    cfg = cfg.copy()
+    with closing(build_single_env(cfg)) as env:  # fills the options that depend on the environment
+        fixed = [f"{group}.max_horizon={memory_horizon(cfg, env)}" for group in groups]
+    if has_window and cfg.backbone.window is not None:
+        fixed.append(f"backbone.window={cfg.backbone.window}")
+    return fixed
 
 
 def load_parameters(agent: PPOAgent, content: dict[str, Any], path: Path, overrides: Sequence[str] = ()) -> None:

@@ -18,7 +18,7 @@ from cyborg_torchrl.collectors.rng import random_state, set_random_state
 from cyborg_torchrl.config import ConfigError, load_config
 from cyborg_torchrl.config.composition import drop_removed_keys, flat_options
 from cyborg_torchrl.config.presets import OPEN_OPTIONS
-from cyborg_torchrl.config.schema import GROUPS, NODES
+from cyborg_torchrl.config.schema import NODES
 from cyborg_torchrl.training.builders import Training
 from cyborg_torchrl.training.checkpoint import CheckpointError, CheckpointFolder, Content, load_checkpoint
 from cyborg_torchrl.training.distributed import Ranks
@@ -148,7 +148,8 @@ def _candidates(cfg: DictConfig) -> Iterator[Path]:
     """
     base, free = Path(cfg.logger.base_dir), FREE_FOR_AUTO
     if cfg.init_from.path is not None:  # null became the value of the run that was loaded
-        free += tuple(f"{group}.max_horizon" for group in GROUPS if cfg[group].get("max_horizon", 0) is None)
+        names = ("backbone.max_horizon", "memory.max_horizon", "backbone.window")
+        free += tuple(name for name in names if OmegaConf.select(cfg, name, default=0) is None)
     if cfg.logger.run_name is not None:
         folder = base / cfg.logger.run_name
         if (folder / "manifest.json").is_file():

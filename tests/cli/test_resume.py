@@ -17,6 +17,7 @@ from cyborg_torchrl.config import ConfigError, load_config
 from cyborg_torchrl.training.checkpoint import CheckpointError, CheckpointFolder, load_checkpoint, save_checkpoint
 from cyborg_torchrl.training.command import run_command
 from cyborg_torchrl.training.experiment import run_experiment
+from cyborg_torchrl.training.optimizer_step import OptimizerStep
 from cyborg_torchrl.training.resume import find_run
 from cyborg_torchrl.training.run_folder import RunFolder, lock_run
 from cyborg_torchrl.training.trainer import PPOTrainer
@@ -57,17 +58,22 @@ def parameters(run: Path) -> dict[str, torch.Tensor]:
 
 def interrupt_after(monkeypatch: pytest.MonkeyPatch, cfg, updates: int) -> None:
     """Run until the middle of an update."""
-    step, count = PPOTrainer._step, []
+    prepare, step, finished, count = PPOTrainer._prepare, OptimizerStep.__call__, [], []
 
-    def counted(trainer, batch):
-        if trainer.num_updates == updates:
+    def prepared(trainer, rollout):
+        finished[:] = [trainer.num_updates]
+        return prepare(trainer, rollout)
+
+    def counted(optimizer_step, batch):
+        if finished == [updates]:
             count.append(1)
             if len(count) == 2:
                 raise Killed
-        return step(trainer, batch)
+        return step(optimizer_step, batch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(PPOTrainer, "_step", counted)
+        patch.setattr(PPOTrainer, "_prepare", prepared)
+        patch.setattr(OptimizerStep, "__call__", counted)
         with pytest.raises(Killed):
             run_experiment(cfg)
 
