@@ -25,7 +25,7 @@ def check_bootstrap(
 def _check(tested: PolicyUnderTest, bootstraps: Bootstraps, fresh_state: States, tolerance: float) -> Finding:
     carried = tested.step_from(bootstraps.steps)[1]
     right = _values(tested, bootstraps.following, carried, is_first=False)
-    fresh = {key: fresh_state[key].expand_as(value).to(value) for key, value in carried.items()}
+    fresh = {key: fresh_state[key].expand_as(value).to(value.device, value.dtype) for key, value in carried.items()}
     restarted = _values(tested, bootstraps.following, fresh, is_first=True)
     if right is None or restarted is None:
         return skip(BOOTSTRAP, "The policy gives no value estimate.")

@@ -36,10 +36,11 @@ def check_gradients(probe: Probe, tolerance: float) -> Finding:
     limit = max(LIMIT, 10 * tolerance)
     if distance(expected, params) > limit:
         return skip(SAME_GRADIENT, "The outputs of the two modes differ already: see 'step against sequence'.")
-    largest = max(float(gradient.norm()) for gradient in reference)
+    largest = max(float(torch.linalg.vector_norm(gradient)) for gradient in reference)
     # A gradient that is almost zero, compared with the others, consists of rounding errors.
     errors = [
-        float((mine.double() - right.double()).norm()) / max(float(right.norm()), 1e-3 * largest, TINY)
+        float(torch.linalg.vector_norm(mine.double() - right.double()))
+        / max(float(torch.linalg.vector_norm(right)), 1e-3 * largest, TINY)
         for mine, right in zip(sequence, reference, strict=True)
     ]
     return judge(

@@ -26,7 +26,9 @@ def check_parameter_change(probe: Probe, rollout: Rollout) -> Finding:
     head, tail = probe.steps[:, :half], probe.steps[:, half:]
     expected = _continue(probe, head, tail)
     states = tested.run_steps(head).states[-1]
-    fresh = {key: rollout.fresh_state[key].expand_as(value).to(value) for key, value in states.items()}
+    fresh = {
+        key: rollout.fresh_state[key].expand_as(value).to(value.device, value.dtype) for key, value in states.items()
+    }
     power = distance(expected, tested.run_steps(with_state(tail, fresh)).params)
     if power <= 10 * EXACT:
         return skip(CHANGE, "The outputs hardly depend on the memory, so a lost state would not show.")

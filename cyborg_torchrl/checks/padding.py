@@ -62,7 +62,7 @@ def check_padding(update: Callable[[Tree], Tree], batch: Tree, is_padding: Any, 
 def _other(tensor: Tensor, generator: torch.Generator) -> Tensor:
     """Return noise for floats, and other valid entries of the tensor for the rest."""
     if tensor.is_floating_point():
-        return tensor + torch.randn(tensor.shape, generator=generator).to(tensor)
+        return tensor + torch.randn(tensor.shape, generator=generator).to(tensor.device, tensor.dtype)
     return tensor.flatten()[torch.randint(tensor.numel(), tensor.shape, generator=generator)]
 
 

@@ -62,6 +62,7 @@ def test_what_is_left_is_a_finding(name: str) -> None:
     assert not is_sound({**SOUND, "summary": {"is_interrupted": False}})
 
 
+@pytest.mark.slow
 def test_a_short_soak_of_environment_processes_leaves_nothing(tmp_path: Path) -> None:
     overrides = ["env=gymnasium", "env.id=CartPole-v1", "env.num_envs=4", "env.workers=2", "logger.eval_episodes=0"]
     result = soak("public_benchmark", overrides, minutes=0.1, every=0.2, base_dir=tmp_path)

@@ -244,6 +244,7 @@ def test_jobs_without_joblib_name_the_extra(monkeypatch: pytest.MonkeyPatch, cap
     assert line == "error: --jobs needs more packages: pip install 'cyborg-torchrl[sweep]'"
 
 
+@pytest.mark.slow
 def test_processes_of_joblib_know_installed_components(tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher.joblib_launcher")
     installed = tmp_path / "installed"
