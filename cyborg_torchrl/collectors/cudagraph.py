@@ -71,7 +71,7 @@ def with_graph(
     Args:
         policy: the step.
         devices: the devices of policy, environment and storage.
-        cudagraph: False: return the step unchanged. None: also where it cannot be captured.
+        cudagraph: True: an error if there can be no graph. None: no graph then. False: never a graph.
 
     Raises:
         ValueError: if `cudagraph` is true, but the policy is not fused, or is not on a CUDA device.

@@ -110,6 +110,8 @@ class RolloutCollector:
             step = with_graph(policy_step(policy, self.env, compiled_step=compiled_step), devices, cudagraph)
             with contextlib.suppress(NotFusable):
                 self._fused = step, env_step(self.env)[0]
+        if cudagraph and self._fused is None:
+            raise ValueError("cudagraph needs a policy and an environment that can be fused.")
 
     def __iter__(self) -> Iterator[Rollout]:
         """Yield rollouts until `total_frames` steps have been taken."""

@@ -42,7 +42,7 @@ class AttentionLayer(nn.Module):
     Here u' = u / sqrt(mean(u^2) + 1e-5), with the mean over the D numbers of a head, and g is trained. With normalised
     queries and keys, products stay small, and so do rounding errors of the softmax (Henry et al. 2020, "Query-key
     normalization for transformers"). A blank step (x = 0) has v = 0. Since r is normalised, a few steps with content
-    are as easy to find among hundreds of blank ones as among ten.
+    are not lost in the mean over hundreds of blank ones.
     """
 
     def __init__(self, width: int, num_heads: int, window: int, position: str, gating: str) -> None:

@@ -22,9 +22,9 @@ LOGGED = ("loss_objective", "loss_critic", "loss_entropy", "entropy", "kl", "kl_
 class OptimizerStep:
     """Steps of an optimiser that wait for no number of the device.
 
-    After a gradient that is not finite, parameters no longer change, and `check` raises an error. So a whole epoch can
-    be queued on a GPU before its first number is read. Only optimisers that are not fused (RMSprop) read a number at
-    each step.
+    After a gradient that is not finite, parameters no longer change. The trainer reads the norms of all gradients at
+    the end of an epoch, and raises the error then. Optimisers that are not fused (RMSprop), and several ranks, read a
+    number at each step.
 
     Args:
         loss: the objective.

@@ -28,7 +28,7 @@ from cyborg_torchrl.modules.replay import as_primed, state_after
 from cyborg_torchrl.objectives import RecurrentClipPPOLoss, add_advantages, masked_standardize, measure_drift
 from cyborg_torchrl.objectives.functional import explained_variance
 from cyborg_torchrl.training.distributed import Ranks
-from cyborg_torchrl.training.graphed_step import CudaGraphs, GraphedStep
+from cyborg_torchrl.training.graphed_step import GraphedStep
 from cyborg_torchrl.training.mmer import EPOCH_STEPS, EpochReturns
 from cyborg_torchrl.training.optimizer import build_optimizer, learning_rate
 from cyborg_torchrl.training.optimizer_step import OptimizerStep, check_finite_step
@@ -52,7 +52,6 @@ class PPOTrainer:
         ranks: the processes that train this agent together; None: this process alone. Each has a trainer, a collector
             and a buffer of the same sizes. All start with the parameters of the first, and each optimiser step uses
             their minibatches together. `config.total_timesteps` are the steps of one rank.
-        graphs: what captures optimiser steps with `config.cudagraph`; None: CUDA graphs.
 
     Examples: see `examples/compose_with_torchrl.py`.
     """
@@ -66,7 +65,6 @@ class PPOTrainer:
         config: TrainConfig,
         on_progress: Callable[[float], None] = lambda share: None,
         ranks: Ranks | None = None,
-        graphs: CudaGraphs | None = None,
     ) -> None:
         self.parameters = [p for p in loss.parameters() if p.requires_grad]
         self.device = self.parameters[0].device
@@ -95,7 +93,7 @@ class PPOTrainer:
         self.steps_per_update = buffer.num_steps * self.ranks.size
         self._moments = [module for module in loss.modules() if isinstance(module, RunningMoments)]
         self.step = OptimizerStep(loss, self.parameters, self.optimizer, config, self.ranks)
-        self._take_step = GraphedStep(self.step, graphs) if config.cudagraph else self.step
+        self._take_step = GraphedStep(self.step) if config.cudagraph else self.step
         if self.ranks.size > 1:
             self._synchronize()
 
