@@ -7,7 +7,8 @@ python -m benchmarks.public_tasks plot curves.png
 Our arm is the command line with nothing but the task's id, its visible numbers and the number of steps. The other arm
 takes the settings of rl-baselines3-zoo (`hyperparams/ppo_lstm.yml`). Its entries for MuJoCo tasks (one environment,
 minibatches of 32 steps) make 30 to 100 steps a second, so the robots take its settings for the same robots in Bullet.
-`--arms sb3-mujoco` runs those entries.
+`--arms sb3-mujoco` runs those entries. Acrobot has no entry there. It takes that of PPO without memory, with the LSTM
+of the CartPole entry.
 
 Each run writes one CSV file: steps, seconds of CPU time, mean return while training, and at the end a row with the mean
 return of 100 greedy episodes. Runs that are finished are not repeated.
@@ -62,6 +63,7 @@ TASKS = {
     "Pendulum-full": Task("Pendulum-v1", 200_000, None, zoo="Pendulum"),
     "Pendulum": Task("Pendulum-v1", 200_000, [0, 1], zoo="Pendulum"),
     "MountainCar": Task("MountainCarContinuous-v0", 300_000, [0], zoo="MountainCar"),
+    "Acrobot": Task("Acrobot-v1", 200_000, [0, 1, 2, 3], zoo="Acrobot"),
     "Hopper": Task("Hopper-v5", 1_000_000, list(range(5)), zoo="robot_linear_clip"),
     "HalfCheetah": Task("HalfCheetah-v5", 1_000_000, list(range(8))),
     "Walker2d": Task("Walker2d-v5", 1_000_000, list(range(8)), zoo="robot_linear_clip"),
@@ -69,7 +71,7 @@ TASKS = {
     "MemoryS13Random": Task("MiniGrid-MemoryS13Random-v0", 2_000_000, None, ["env=minigrid"], zoo=None),
     "CountRecall": Task("popgym-CountRecallEasy-v0", 3_000_000, None, ["env=popgym"], zoo=None),
 }
-"""Tasks by name. "Pendulum", "CartPole", "MountainCar" hide velocities; robots show only their positions."""
+"""Tasks by name. "Pendulum", "CartPole", "MountainCar", "Acrobot" hide velocities; robots show only their positions."""
 
 
 def linear(start: float) -> Callable[[float], float]:
@@ -111,6 +113,10 @@ def zoo_settings(name: str) -> tuple[int, dict[str, Any]]:
             | {"clip_range": 0.1, "n_epochs": 10, "gae_lambda": 0.9, "max_grad_norm": 5, "vf_coef": 0.19}
             | {"use_sde": True, "sde_sample_freq": 8}
             | {"policy_kwargs": {"ortho_init": False, "lstm_hidden_size": 32, "net_arch": one}},
+        ),
+        "Acrobot": (
+            16,
+            {"n_steps": 256, "gae_lambda": 0.94, "gamma": 0.99, "n_epochs": 4} | {"policy_kwargs": small},
         ),
         "robot": (16, robot),
         "robot_linear_clip": (16, robot | {"clip_range": linear(0.4)}),
