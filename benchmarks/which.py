@@ -1,11 +1,12 @@
-r"""Train every core on the same tasks, with the same number of parameters and steps: which one for which task?
+r"""Train every core on the same tasks, with the same number of parameters: which one for which task?
 
 python -m benchmarks.which run                                    # hours; finished runs are skipped
 python -m benchmarks.which run --cores lru gru --tasks n_back --seeds 0
 python -m benchmarks.which table                                  # Markdown, from all results so far
 
 The width of each core is chosen so that the agent has about 100,000 parameters. All other options are those of the
-task. A run adds one row to benchmarks/results/which.csv: greedy success (or return) after training, and steps a second.
+task. Each run has the same budget of steps, and ends early when its success reaches 0.99 in training. It adds one row
+to benchmarks/results/which.csv: greedy success (or return) after training, the steps it took, and steps a second.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import sys
 import tempfile
 from contextlib import closing
 from pathlib import Path
+from statistics import mean
 
 import torch
 
@@ -79,7 +81,7 @@ def train(core: str, task: str, seed: int) -> dict[str, object]:
     width, parameters = width_for(overrides)
     with tempfile.TemporaryDirectory() as scratch:
         command = [sys.executable, "-m", "cyborg_torchrl", "train", *overrides, f"backbone.hidden_size={width}"]
-        command += [f"train.seed={seed}", f"logger.base_dir={scratch}", "logger.progress=false"]
+        command += [f"train.seed={seed}", "train.stop_at=0.99", f"logger.base_dir={scratch}", "logger.progress=false"]
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     summary = json.loads(output.splitlines()[-1])
     score = summary["mean_reward"] if summary["success_rate"] is None else summary["success_rate"]
@@ -112,18 +114,21 @@ def run(cores: list[str], tasks: list[str], seeds: list[int]) -> None:
 
 
 def table() -> str:
-    """Return mean score [95 % interval] and steps a second of each core and task as Markdown."""
+    """Return mean score [95 % interval], thousands of steps, and steps a second of each core and task as Markdown."""
     rows = read()
     lines = ["| core | " + " | ".join(TASKS) + " |", "|---" * (len(TASKS) + 1) + "|"]
     for core in CORES:
         cells: list[str] = []
         for task in TASKS:
             found = [row for row in rows if (row["core"], row["task"]) == (core, task)]
+            if not found:
+                cells.append("")
+                continue
             scores = torch.tensor([float(row["score"]) for row in found], dtype=torch.float64)
             interval = mean_interval(scores) if len(found) > 1 else None
             limits = f" [{interval[0]:.2f}, {min(1, interval[1]):.2f}]" if interval else ""
-            speed = sum(float(row["steps_per_second"]) for row in found) / max(1, len(found))
-            cells.append(f"{scores.mean():.2f}{limits}, {speed:,.0f}/s" if found else "")
+            steps, speed = (mean([float(row[key]) for row in found]) for key in ("steps", "steps_per_second"))
+            cells.append(f"{scores.mean():.2f}{limits}, {steps / 1000:.0f}k, {speed:,.0f}/s")
         lines.append(f"| {core} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
