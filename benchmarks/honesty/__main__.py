@@ -28,6 +28,7 @@ LIBRARIES = {
     "rsl_rl": "rsl_rl, RNNModel",
     "tianshou": "tianshou, Recurrent",
     "rllib": "RLlib, LSTM module",
+    "pfrl": "PFRL, recurrent PPO",
     "pufferlib": "PufferLib, LSTMWrapper",
 }
 COLUMNS = {

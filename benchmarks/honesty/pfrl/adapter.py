@@ -1,0 +1,130 @@
+"""PFRL: an LSTM in `RecurrentSequential`, its recurrent PPO and `train_agent_batch`.
+
+The agent stores a state with each transition. It computes log-probs and values before each update, not when it acts.
+Its sequences are packed, so there is no padding.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from pfrl.agents import PPO
+from pfrl.envs import SerialVectorEnv
+from pfrl.experiments import train_agent_batch
+from pfrl.nn import Branched, RecurrentSequential
+from pfrl.policies import SoftmaxCategoricalHead
+from pfrl.utils import recurrent, set_random_seed
+from torch import Tensor, nn
+from torch.distributions import Categorical
+
+from benchmarks.honesty.common import ACTIONS, FEATURES, NUM_ENVS, STEPS, WIDTH, NoiseEnv, draw
+from cyborg_torchrl.checks import Recorder, Report, check_memory
+
+PACKAGE = "pfrl"
+State = tuple[tuple[Tensor, Tensor]]
+
+
+class OldGymEnv(NoiseEnv):
+    """The interface that PFRL expects, in which `info` holds time-outs."""
+
+    def reset(self) -> np.ndarray:
+        """Begin an episode."""
+        return super().reset()[0]
+
+    def step(self, action: Any) -> tuple[np.ndarray, float, bool, dict]:
+        """Return four values."""
+        observation, reward, terminated, truncated, _ = super().step(action)
+        return observation, reward, terminated, {"needs_reset": truncated}
+
+
+class RecordedPPO(PPO):
+    """Trains on the first rollout, and keeps the dataset of the second."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.steps: list[tuple[list[np.ndarray], np.ndarray]] = []
+
+    def batch_observe(self, batch_obs: Any, batch_reward: Any, batch_done: Any, batch_reset: Any) -> None:
+        """Note which observations the agent acted on, and where episodes ended."""
+        self.steps.append((list(self.batch_last_state), np.logical_or(batch_done, batch_reset)))
+        super().batch_observe(batch_obs, batch_reward, batch_done, batch_reset)
+
+    def _update_recurrent(self, dataset: list[list[dict]]) -> None:
+        # The dataset holds episodes of all environments, so transitions are found by their observation.
+        self.transitions = {id(transition["state"]): transition for episode in dataset for transition in episode}
+        if self.n_updates == 0:
+            super()._update_recurrent(dataset)
+
+
+class Functions:
+    """The functions of the model: see `MemoryPolicy`."""
+
+    def __init__(self) -> None:
+        heads = Branched(nn.Sequential(nn.Linear(WIDTH, ACTIONS), SoftmaxCategoricalHead()), nn.Linear(WIDTH, 1))
+        self.model = RecurrentSequential(nn.Linear(FEATURES, WIDTH), nn.ReLU(), nn.LSTM(WIDTH, WIDTH), heads)
+
+    def initial_state(self, batch: int) -> State:
+        """Return zeros, which the agent writes where an episode ends."""
+        return ((torch.zeros(1, batch, WIDTH), torch.zeros(1, batch, WIDTH)),)
+
+    def step(self, observation: Tensor, state: State, is_first: Tensor) -> tuple[tuple[Tensor, Tensor], State]:
+        """Reset where episodes begin, and act."""
+        state = recurrent.mask_recurrent_state_at(state, is_first)
+        (distribution, value), state = recurrent.one_step_forward(self.model, observation, state)
+        return (distribution.logits, value.flatten()), state
+
+    def sequence(self, observations: Tensor, state: State, is_first: Tensor) -> tuple[Tensor, Tensor]:
+        """Run packed episodes, longest first, as the update does. Only the first of a row continues from a state."""
+        length = is_first.shape[1]
+        starts = is_first.index_fill(1, torch.tensor(0), True).flatten().nonzero().flatten()
+        episodes = torch.arange(is_first.numel()).tensor_split(starts[1:])
+        episodes = sorted(episodes, key=len, reverse=True)
+        state = recurrent.mask_recurrent_state_at(state, is_first[:, 0])
+        states = [
+            recurrent.get_recurrent_state_at(state, episode[0] // length, detach=False)
+            if episode[0] % length == 0
+            else None
+            for episode in episodes
+        ]
+        rows = [observations.flatten(0, 1)[episode] for episode in episodes]
+        packed_state = recurrent.concatenate_recurrent_states(states)
+        (distribution, value), _ = recurrent.pack_and_forward(self.model, rows, packed_state)
+        order = torch.stack(recurrent.flatten_sequences_time_first(episodes)).argsort()
+        return distribution.logits[order].unflatten(0, is_first.shape), value[order].view(is_first.shape)
+
+    def log_prob(self, outputs: tuple[Tensor, Tensor], actions: Tensor) -> Tensor:
+        """Return log-probs of actions."""
+        return Categorical(logits=outputs[0]).log_prob(actions)
+
+    def value(self, outputs: tuple[Tensor, Tensor]) -> Tensor:
+        """Return the value estimate."""
+        return outputs[1]
+
+    def parameters(self) -> Iterable[Tensor]:
+        """Return the model's parameters."""
+        return self.model.parameters()
+
+
+def check(seed: int) -> tuple[Report, Report]:
+    """Check the model, and the second rollout of the library's own loop."""
+    set_random_seed(seed)
+    policy = Functions()
+    report = check_memory(policy, draw(seed), seed=seed)
+    optimizer = torch.optim.Adam(policy.parameters(), lr=1e-3)
+    agent = RecordedPPO(policy.model, optimizer, update_interval=NUM_ENVS * STEPS, epochs=2, recurrent=True)
+    envs = SerialVectorEnv([OldGymEnv(100 * seed + index) for index in range(NUM_ENVS)])
+    with tempfile.TemporaryDirectory() as folder:
+        train_agent_batch(agent, envs, 2 * NUM_ENVS * STEPS, folder)
+    recorder = Recorder(policy)
+    for (_, is_first), (observations, _) in zip(agent.steps[STEPS - 1 :], agent.steps[STEPS:], strict=False):
+        rows = [agent.transitions[id(observation)] for observation in observations]
+        column = {key: np.stack([row[key] for row in rows]) for key in rows[0] if "recurrent" not in key}
+        column = {key: torch.as_tensor(values) for key, values in column.items()}
+        state = recurrent.concatenate_recurrent_states([row["recurrent_state"] for row in rows])
+        recorder.add(column["state"], is_first, state=state, action=column["action"], log_prob=column["log_prob"])
+        recorder.bootstrap(column["next_state"], column["next_v_pred"], column["nonterminal"])
+    return report, recorder.check()
