@@ -1,8 +1,12 @@
-"""The device that a benchmark runs on."""
+"""The device and the machine that a benchmark runs on."""
 
 from __future__ import annotations
 
 import argparse
+import platform
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import torch
 
@@ -30,3 +34,21 @@ def finish() -> None:
     """Wait until a GPU has finished, since calls return before that."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
+
+
+def machine(packages: Sequence[str]) -> dict[str, Any]:
+    """Describe the machine, and the versions of packages; None for a package that is not installed."""
+    versions: dict[str, str | None] = {}
+    for package in packages:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": versions,
+    }

@@ -14,20 +14,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from benchmarks.device import device_here
+from benchmarks.device import device_here, machine
 from benchmarks.speed.baselines import BASELINES, MissingPackage, pufferlib
 from benchmarks.speed.measure import Subject, rows_of, take_turns
 from benchmarks.speed.plot import draw
@@ -107,24 +104,6 @@ def memory_of(case: Case) -> float:
     return float(done.stdout.strip().splitlines()[-1])
 
 
-def machine() -> Row:
-    """Describe machine and versions."""
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = None
-    return {
-        "processor": platform.processor() or platform.machine(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "versions": versions,
-    }
-
-
 def table_of(rows: list[Row]) -> Table:
     """Return the rows as a table."""
     table = Table(title="in turns in one process; ratios are medians over neighbouring runs")
@@ -188,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _write(path: Path, rows: list[Row]) -> None:
-    path.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+    path.write_text(json.dumps({"machine": machine(PACKAGES), "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
