@@ -38,7 +38,12 @@ class CudaGraphs:
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
         """Record a computation without running it, and return its replay."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # another thread may collect meanwhile
+        # If a capture fails, torch leaves its stream current; the outer `stream` restores ours. Another thread may
+        # collect meanwhile, hence "thread_local".
+        with (
+            torch.cuda.stream(torch.cuda.current_stream()),
+            torch.cuda.graph(graph, capture_error_mode="thread_local"),
+        ):
             run()
         return graph.replay
 
