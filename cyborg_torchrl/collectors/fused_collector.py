@@ -14,10 +14,10 @@ from torchrl.collectors import Collector
 from torchrl.envs.utils import ExplorationType
 
 from cyborg_torchrl import keys
-from cyborg_torchrl.collectors.cudagraph import GraphedPolicy, with_graph
+from cyborg_torchrl.collectors.cudagraph import GraphedSteps, with_graph
 from cyborg_torchrl.collectors.flat_dict import FlatDict, NotFusable, RolloutWriter, flat
-from cyborg_torchrl.collectors.fused_env import EnvStep, env_step
-from cyborg_torchrl.collectors.fused_policy import FusedPolicy, OpaquePolicy
+from cyborg_torchrl.collectors.fused_env import env_step
+from cyborg_torchrl.collectors.fused_policy import FusedPolicy
 from cyborg_torchrl.collectors.profiling import recorded
 from cyborg_torchrl.collectors.rollout_collector import warn_unread_mask
 from cyborg_torchrl.collectors.runtime import rare_garbage_collection
@@ -47,8 +47,9 @@ class FusedCollector(Collector):
         auto_register_policy_transforms: add the policy's primers to the environment; on by default here.
         compiled_step: compute the agent's networks by one C++ call a step, if there is one (`compile_step`). Its
             results differ from those of torch in the last digits.
-        cudagraph: replay the policy's step as a CUDA graph (`GraphedPolicy`). Not TorchRL's `cudagraph_policy`, which
-            changes how tensordicts behave in the whole process. None: where that is possible.
+        cudagraph: replay the policy's step as a CUDA graph (`GraphedPolicy`), with the step of a memory task of this
+            package (`GraphedTask`). Not TorchRL's `cudagraph_policy`, which changes how tensordicts behave in the whole
+            process. None: where that is possible.
         **kwargs: as for `Collector`.
 
     Raises:
@@ -64,7 +65,7 @@ class FusedCollector(Collector):
         cudagraph: bool | None = False,
         **kwargs: Any,
     ) -> None:
-        self._fused: tuple[FusedPolicy | OpaquePolicy | GraphedPolicy, EnvStep] | None = None
+        self._fused: GraphedSteps | None = None
         self._tensors: FlatDict | None = None
         self.compiled_step, self.cudagraph = compiled_step, cudagraph
         super().__init__(*args, auto_register_policy_transforms=auto_register_policy_transforms, **kwargs)
@@ -156,7 +157,7 @@ class FusedCollector(Collector):
         try:
             step, reason = env_step(self.env)
             policy = FusedPolicy(self._orig_policy, compiled_step=self.compiled_step)
-            self._fused = with_graph(policy, self._devices(), self.cudagraph), step
+            self._fused = with_graph(policy, step, self._devices(), self.cudagraph)
         except NotFusable as error:
             return str(error)
         return reason

@@ -37,8 +37,8 @@ class FusedEnv:
     def __init__(self, env: EnvBase) -> None:
         transforms, base = _unwrapped(env)
         self.is_ever_cut = not isinstance(base, MemoryTask)
-        self._advance, self._restart = _functions(base)
         self.never = torch.zeros(*base.batch_size, 1, dtype=torch.bool, device=base.device)
+        self._advance, self._restart = _functions(base, self.never)
         self.defaults: FlatDict = {}
         """Values of entries at an episode's first step: sums of rewards, memory states."""
         self.init_keys: list[NestedKey] = []
@@ -62,6 +62,10 @@ class FusedEnv:
             else:
                 raise NotFusable(f"the environment has a {type(transform).__name__}")
         self._next_keys = {key: unravel_key((keys.NEXT, key)) for key in self.defaults}
+        # Our transforms may have numbers that a graph would not change.
+        has_transforms = any(isinstance(transform, EntryTransform) for transform in transforms)
+        self.task = base if isinstance(base, MemoryTask) and not has_transforms else None
+        """The task whose steps a CUDA graph can compute; None if there is none."""
 
     def step(self, carried: FlatDict, written: FlatDict) -> Step:
         """Take a step.
@@ -74,6 +78,12 @@ class FusedEnv:
             The entries after the step ("next" in a tensordict), the entries before the next step, and a mask of
             episodes that begin there, [N, 1].
         """
+        after = self.advance(carried, written)
+        # Most steps end no episode, so the common case needs no reset.
+        return self.restart(after) if bool(after[keys.DONE].any()) else (after, self.following(after), None)
+
+    def advance(self, carried: FlatDict, written: FlatDict) -> FlatDict:
+        """Return the entries after a step, as `step` does, without a reset."""
         before = {**carried, **written, **_finite(written)}
         after = self._advance(before[keys.ACTION])
         # Only the first step of an episode is marked, and "next" is never a first step.
@@ -85,13 +95,18 @@ class FusedEnv:
         for key, next_key in self._next_keys.items():
             if key not in after:
                 after[key] = written.get(next_key, carried[key])
+        return after
+
+    def following(self, after: FlatDict) -> FlatDict:
+        """Return the entries before the next step, where no episode begins."""
         # The next step begins with the same tensors; the reward belongs to "next" only.
         begins = dict(after)
         del begins[keys.REWARD]
-        # Most steps end no episode, so the common case returns here, without a reset.
-        is_over = after[keys.DONE]
-        if not bool(is_over.any()):
-            return after, begins, None
+        return begins
+
+    def restart(self, after: FlatDict) -> Step:
+        """Begin new episodes where they are over, and return what `step` does."""
+        begins, is_over = self.following(after), after[keys.DONE]
         fresh = self._restart(is_over.squeeze(-1))
         for begin in self._after_reset:
             begin(fresh, is_over)
@@ -120,7 +135,7 @@ def _clip(transform: RewardClipping) -> Callable[[FlatDict, FlatDict], None]:
     return call
 
 
-def _functions(env: EnvBase) -> tuple[Callable[[Tensor], FlatDict], Callable[[Tensor], FlatDict]]:
+def _functions(env: EnvBase, never: Tensor) -> tuple[Callable[[Tensor], FlatDict], Callable[[Tensor], FlatDict]]:
     """Return a step and a reset of an environment, without its transforms: they return entries of all environments."""
     known = next((kind for kind in (MemoryTask, PopgymEnv, GymnasiumEnv) if isinstance(env, kind)), None)
     if known is None:
@@ -129,7 +144,6 @@ def _functions(env: EnvBase) -> tuple[Callable[[Tensor], FlatDict], Callable[[Te
         raise NotFusable(f"{type(env).__name__} has another {name}")
     if not isinstance(env, MemoryTask):
         return env.advance, env.restart
-    never = torch.zeros(env.num_envs, 1, dtype=torch.bool, device=env.device)
 
     def advance(action: Tensor) -> FlatDict:
         observation, success, reward, terminated = env.advance(action)

@@ -18,7 +18,7 @@ from torchrl.modules import set_recurrent_mode
 from torchrl.modules.utils.utils import _maybe_append_env_transforms_from_module as append_transforms
 
 from cyborg_torchrl import keys
-from cyborg_torchrl.collectors.cudagraph import GraphedPolicy, with_graph
+from cyborg_torchrl.collectors.cudagraph import GraphedPolicy, GraphedSteps, GraphedTask, with_graph
 from cyborg_torchrl.collectors.flat_dict import NotFusable, RolloutWriter, flat
 from cyborg_torchrl.collectors.fused_env import EnvStep, env_step
 from cyborg_torchrl.collectors.fused_policy import PolicyStep, policy_step
@@ -58,7 +58,8 @@ class RolloutCollector:
         is_fused: step on tensors if possible.
         compiled_step: compute the agent's networks by one C++ call a step, if there is one (`compile_step`). Its
             results differ from those of torch in the last digits.
-        cudagraph: replay the policy's step as a CUDA graph (`GraphedPolicy`); None: where that is possible.
+        cudagraph: replay the policy's step as a CUDA graph (`GraphedPolicy`), with the step of a memory task of this
+            package (`GraphedTask`); None: where that is possible.
 
     Raises:
         ValueError: if `frames_per_batch` is not a multiple of the number of environments, or `total_frames` of
@@ -104,12 +105,12 @@ class RolloutCollector:
             self._carried = self.env.reset()
         check_wrapper(self.env)  # the parts of a SerialEnv exist only after a reset
         warn_unread_mask(self.env, policy)
-        self._fused: tuple[PolicyStep | GraphedPolicy, EnvStep] | None = None
+        self._fused: GraphedSteps | None = None
         if is_fused and keys.VALUE in policy.out_keys:
             devices = [parameter.device for parameter in policy.parameters()] + [self.env.device or torch.device("cpu")]
-            step = with_graph(policy_step(policy, self.env, compiled_step=compiled_step), devices, cudagraph)
+            step = policy_step(policy, self.env, compiled_step=compiled_step)
             with contextlib.suppress(NotFusable):
-                self._fused = step, env_step(self.env)[0]
+                self._fused = with_graph(step, env_step(self.env)[0], devices, cudagraph)
         if cudagraph and self._fused is None:
             raise ValueError("cudagraph needs a policy and an environment that can be fused.")
 
@@ -163,7 +164,7 @@ class RolloutCollector:
         return torch.stack(rows, len(self.env.batch_size)), states
 
     def _rollout_on_tensors(
-        self, policy: PolicyStep | GraphedPolicy, env: EnvStep
+        self, policy: PolicyStep | GraphedPolicy | GraphedTask, env: EnvStep | GraphedTask
     ) -> tuple[TensorDictBase, list[TensorDictBase]]:
         """Do the same on flat dictionaries."""
         batch_size = self.env.batch_size

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from recorded_operations import Launches, Recording, replace_everywhere
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.nn import functional as F
 
 from cyborg_torchrl.config import ConfigError, load_config
-from cyborg_torchrl.cores.kernels import gated_recurrence, group_norm, gru, lstm, native
+from cyborg_torchrl.cores.kernels import gated_recurrence, group_norm, gru, lstm, native, official_mamba
+from cyborg_torchrl.cores.kernels.triton import launch, loading, resident
 from cyborg_torchrl.modules.nan_check import NonFiniteError
 from cyborg_torchrl.training import trainer as trainer_module
 from cyborg_torchrl.training.builders import build_trainer
@@ -27,74 +28,13 @@ OPTIONS = [
     "train.num_minibatches=4",
 ]
 RESETS = ["train=tbptt", "train.n_steps=30", "train.seq_len=30"]
-LAUNCHES = {"lru": 150, "gru": 160, "lstm": 160}
-"""Most launches of a minibatch, the choice of its rows included. One C++ kernel counts as one."""
-
-
-WAITING = {"_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "_unique2", "unique_dim", "equal"}
-"""Operations whose result the CPU has to wait for: a number, or a size."""
-INDEXING = {"index", "index_put_", "_index_put_impl_"}
-WITHOUT_LAUNCH = {
-    "empty",
-    "empty_like",
-    "new_empty",
-    "empty_strided",
-    "new_empty_strided",
-    "detach",
-    "alias",
-    "lift_fresh",
-}
-WITHOUT_LAUNCH |= {"_record_function_enter_new", "_record_function_exit"}
-
-
-class Recording(TorchDispatchMode):
-    """The operations of a computation, in their order."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], Any]] = []
-        self.waiting: list[str] = []
-        self._overwritten: list[tuple[Tensor, Tensor]] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        name = func._schema.name.split("::")[1]
-        flags = [leaf for leaf in tree_leaves(args[1:]) if isinstance(leaf, Tensor) and leaf.dtype == torch.bool]
-        if name in WAITING or (name in INDEXING and flags):
-            self.waiting.append(name)
-        for argument, value in zip(func._schema.arguments, args, strict=False):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                self._overwritten += [(tensor, tensor.clone()) for tensor in tree_leaves(value) if tensor is not None]
-        result = func(*args, **kwargs)
-        self.calls.append((func, args, kwargs, result))
-        return result
-
-    @property
-    def launches(self) -> list[str]:
-        """Names of the operations that compute something; views do not."""
-        return [_name(func) for func, *_ in self.calls if not func.is_view and _name(func) not in WITHOUT_LAUNCH]
-
-    @property
-    def kernels(self) -> list[str]:
-        """Names of the C++ kernels."""
-        return [args[0] for func, args, *_ in self.calls if _name(func) == "run"]
-
-    def put_back(self) -> None:
-        """Undo what the operations have overwritten."""
-        with torch.no_grad():
-            for tensor, before in reversed(self._overwritten):
-                tensor.copy_(before)
-
-    def replay(self) -> None:
-        """Repeat the operations, and write their results where they were at first."""
-        with torch.no_grad():
-            for func, args, kwargs, result in self.calls:
-                if func.is_view or _name(func) in WITHOUT_LAUNCH:
-                    continue
-                again = func(*args, **kwargs)
-                for place, value in zip(tree_leaves(result), tree_leaves(again), strict=True):
-                    if isinstance(place, Tensor) and place.data_ptr() != value.data_ptr():
-                        place.copy_(value)
+LAUNCHES = {"lru": 150, "gru": 160, "lstm": 160, "mamba": 200, "mamba2": 200, "mamba_gru": 220}
+"""Most launches of a minibatch, the choice of its rows included. One kernel counts as one."""
+KERNELS = {"lru": ["gated_recurrence", "group_norm"], "gru": ["gru", "group_norm"], "lstm": ["lstm", "group_norm"]}
+KERNELS |= {name: ["causal_conv", "selective_scan", "gated_readout"] for name in ("mamba", "mamba2")}
+KERNELS["mamba_gru"] = [*KERNELS["mamba"], *KERNELS["gru"]]
+CORES = ["lru", "gru", "lstm"]
+"""Cores whose C++ kernels wait for nothing, so that their steps can be recorded."""
 
 
 class RecordedGraphs(CudaGraphs):
@@ -111,20 +51,12 @@ class RecordedGraphs(CudaGraphs):
         return run()
 
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
-        recording = Recording()
-        with recording:
-            run()
-        recording.put_back()
-        self.recordings.append(recording)
-        return recording.replay
+        self.recordings.append(Recording.of(run))
+        return self.recordings[-1].replay
 
 
-def _name(func: Any) -> str:
-    return func._schema.name.split("::")[1]
-
-
-@pytest.fixture(autouse=True)
-def _visible_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def visible_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let C++ kernels run as operators of torch, which a recording sees."""
     if not native.IS_BUILT:
         pytest.skip("without the C++ kernels, recurrences are loops of torch operations")
@@ -134,6 +66,48 @@ def _visible_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for module in (gated_recurrence, group_norm, gru, lstm):
         monkeypatch.setattr(module, "run", run_operator)
+
+
+@pytest.fixture
+def path_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let tensors on a CPU take the path of a GPU. Each kernel is one operator, which writes zeros."""
+
+    replace_everywhere(monkeypatch, native.is_native, lambda tensor: False)
+    replace_everywhere(monkeypatch, loading.is_triton, lambda tensor: True)
+    replace_everywhere(monkeypatch, launch.run, run_triton)
+    for name in launch._LAUNCHES:
+        monkeypatch.setitem(launch._LAUNCHES, name, write_zeros)
+    monkeypatch.setitem(launch._LAUNCHES, "rms_norm", write_zeros)
+    monkeypatch.setattr(official_mamba.Kernel, "choose", lambda *_: "triton")
+    monkeypatch.setattr(resident, "shared_memory", lambda _: 2**20)
+    monkeypatch.setattr(F, "rms_norm", lambda x, shape, weight=None, eps=None: RMSNorm.apply(x.contiguous(), weight))
+
+
+def run_triton(name, inputs, outputs, numbers=()) -> None:
+    launch._operator(name, list(inputs), list(outputs), list(numbers))
+
+
+def write_zeros(inputs, outputs, numbers) -> None:
+    del inputs, numbers
+    for output in outputs:
+        output.zero_()
+
+
+class RMSNorm(torch.autograd.Function):
+    """Torch's norm as on a GPU, where it is one kernel in each direction. On a CPU it consists of other operations."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        y = torch.empty_like(x)
+        run_triton("rms_norm", [x], [y])
+        return y
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        grads = [None if tensor is None else torch.empty_like(tensor) for tensor in ctx.saved_tensors]
+        run_triton("rms_norm", [grad_y.contiguous()], [grad for grad in grads if grad is not None])
+        return tuple(grads)
 
 
 def trained(graphs: Any, *overrides: str) -> tuple[list[torch.Tensor], list[dict[str, float]]]:
@@ -150,7 +124,8 @@ def trained(graphs: Any, *overrides: str) -> tuple[list[torch.Tensor], list[dict
     return [p.detach() for p in agent.parameters()], metrics
 
 
-@pytest.mark.parametrize("backbone", LAUNCHES)
+@pytest.mark.usefixtures("visible_kernels")
+@pytest.mark.parametrize("backbone", CORES)
 @pytest.mark.parametrize("resets", [[], RESETS], ids=["episodes", "resets"])
 def test_graph_and_no_graph_are_equal_bit_by_bit(backbone: str, resets: list[str]) -> None:
     graphs, overrides = RecordedGraphs(), [f"backbone={backbone}", *resets]
@@ -160,25 +135,30 @@ def test_graph_and_no_graph_are_equal_bit_by_bit(backbone: str, resets: list[str
     assert found[1] == expected[1]
 
 
+@pytest.mark.usefixtures("path_of_a_gpu")
 @pytest.mark.parametrize("backbone", LAUNCHES)
+@pytest.mark.filterwarnings("ignore:before the first optimiser step the update's log-probs differ")  # all are zeros
 def test_a_minibatch_takes_few_launches_and_waits_for_nothing(backbone: str) -> None:
     trainer, _, _ = build_trainer(load_config(overrides=[*OPTIONS, f"backbone={backbone}", *RESETS]))
     trainer.update(trainer.collector.rollout())
     batches = iter(trainer.buffer)
-    with Recording() as recording:
+    with Launches() as minibatch:
         trainer.step(next(batches))
-    assert recording.waiting == []
-    assert "recur" in recording.kernels or backbone != "lru", "C++ kernels must be visible"
-    assert len(recording.launches) <= LAUNCHES[backbone], sorted(recording.launches)
+    assert minibatch.waiting == []
+    used = {name for kernel in KERNELS[backbone] for name in (kernel, f"{kernel}_backward")}
+    assert {*minibatch.kernels} - {"rms_norm"} == used
+    assert len(minibatch.launches) <= LAUNCHES[backbone], sorted(minibatch.launches)
 
 
-def test_a_recording_sees_an_operation_that_waits() -> None:
-    with Recording() as recording:
+def test_a_recording_sees_what_waits() -> None:
+    with Launches() as recording:
         float(torch.ones(3).sum())
         torch.arange(3)[torch.tensor([True, False, True])]
-    assert recording.waiting == ["_local_scalar_dense", "index"]
+        torch.ones(3).tolist()
+    assert recording.waiting == ["_local_scalar_dense", "index", "tolist"]
 
 
+@pytest.mark.usefixtures("visible_kernels")
 def test_minibatches_with_a_mask_are_not_captured() -> None:
     graphs = RecordedGraphs()
     overrides = ["backbone=gru", "train=tbptt", "train.n_steps=10", "train.seq_len=4"]
@@ -187,6 +167,7 @@ def test_minibatches_with_a_mask_are_not_captured() -> None:
     assert all(torch.equal(first, second) for first, second in zip(expected[0], found[0], strict=True))
 
 
+@pytest.mark.usefixtures("visible_kernels")
 def test_a_capture_that_fails_is_reported_and_changes_nothing(caplog: pytest.LogCaptureFixture) -> None:
     class Broken(RecordedGraphs):
         def capture(self, run):
@@ -201,6 +182,7 @@ def test_a_capture_that_fails_is_reported_and_changes_nothing(caplog: pytest.Log
     assert all(torch.equal(first, second) for first, second in zip(expected[0], found[0], strict=True))
 
 
+@pytest.mark.usefixtures("visible_kernels")
 @pytest.mark.parametrize("has_graph", [False, True])
 def test_after_a_gradient_that_is_not_finite_nothing_changes(has_graph: bool, monkeypatch) -> None:
     """In the second update one advantage is infinite. Parameters and optimiser stay as before its minibatch."""

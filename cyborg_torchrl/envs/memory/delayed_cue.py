@@ -42,6 +42,7 @@ class DelayedCueEnv(MemoryTask):
     cues: int
     measure = "cues"
     least = {"cues": 2, "horizon": 0}
+    has_fixed_length = True
 
     def __init__(self, num_envs: int = 64, *, cues: int | None = None, **shared: Any) -> None:
         super().__init__(num_envs, {"cues": cues}, **shared)

@@ -82,7 +82,8 @@ class MemoryTask(EnvBase):
 
     A subclass declares its levels, the name of the option that `Level.size` sets (`measure`), and the smallest value of
     each option (`least`). It implements the five abstract methods below. Its `__init__` has the task's own options, and
-    `**shared` for those of this class.
+    `**shared` for those of this class. All that changes within an episode is in the latents: a CUDA graph may replay a
+    step, without running Python. `has_fixed_length` tells that each episode lasts `max_episode_steps`.
 
     Args:
         num_envs: N, number of environments.
@@ -101,6 +102,7 @@ class MemoryTask(EnvBase):
     default: ClassVar[Level]
     measure: ClassVar[str | None] = None
     least: ClassVar[dict[str, int]]
+    has_fixed_length: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -219,6 +221,21 @@ class MemoryTask(EnvBase):
             self._num_right = self._num_right.masked_fill(is_reset, 0.0)
         return self._observed()
 
+    def steps_left(self) -> int | None:
+        """Return the number of steps after which all episodes end together; None if they may end at other times."""
+        if not self.has_fixed_length or bool((self._time != self._time[0]).any()):
+            return None
+        return self.max_episode_steps - int(self._time[0])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors that a step reads and replaces."""
+        return {"_time": self._time, "_num_right": self._num_right, **self._latents}
+
+    def set_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Replace the tensors of `tensors`."""
+        self._latents = dict(tensors)
+        self._time, self._num_right = self._latents.pop("_time"), self._latents.pop("_num_right")
+
     def get_state(self) -> dict[str, Any]:
         """Return the state of the environments between two steps (see `envs.state`)."""
         return {
@@ -277,6 +294,8 @@ class QuestionTask(MemoryTask):
 
     A subclass implements `_answer` instead of `_judge`.
     """
+
+    has_fixed_length = True
 
     @property
     def first_question(self) -> int:

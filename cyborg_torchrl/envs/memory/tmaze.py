@@ -48,6 +48,7 @@ class TMazeEnv(MemoryTask):
     levels = four_levels((50, 2, 0.95), (250, 2, 0.95), (1000, 2, 0.95), (10_000, 2, 0.95))
     default = levels["easy"]
     least = {"horizon": 1}
+    has_fixed_length = True
 
     def __init__(self, num_envs: int = 64, **shared: Any) -> None:
         super().__init__(num_envs, {}, **shared)
