@@ -262,6 +262,7 @@ def captured_on_cuda(run: Run, load: Callable[[], None]) -> Callable[[], None]:
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.set_rng_state(random_state)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # If a capture fails, torch leaves its stream current; the outer `stream` restores ours.
+    with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
         run()
     return graph.replay
