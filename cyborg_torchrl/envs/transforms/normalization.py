@@ -21,22 +21,23 @@ EPSILON = 1e-8
 class RunningMoments(nn.Module):
     """Running mean and variance of all items, each with the same weight, in double precision.
 
-    The initial moments, mean 0 and variance 1, count as 1e-4 of an item.
+    The initial moments, mean 0 and the initial variance, count as 1e-4 of an item.
 
     Args:
         shape: shape of one item.
+        initial_var: initial variance.
 
     Source: Chan, Golub and LeVeque (1979), "Updating formulae and a pairwise algorithm for computing sample variances".
     """
 
-    def __init__(self, shape: Sequence[int]) -> None:
+    def __init__(self, shape: Sequence[int], initial_var: float = 1.0) -> None:
         super().__init__()
         self.count: Tensor
         self.mean: Tensor
         self.var: Tensor
         self.register_buffer("count", torch.tensor(1e-4, dtype=torch.float64))
         self.register_buffer("mean", torch.zeros(tuple(shape), dtype=torch.float64))
-        self.register_buffer("var", torch.ones(tuple(shape), dtype=torch.float64))
+        self.register_buffer("var", torch.full(tuple(shape), initial_var, dtype=torch.float64))
         self._merged = self._values()
 
     @torch.no_grad()
@@ -142,22 +143,29 @@ class NormalizeObservation(EntryTransform):
 
 
 class NormalizeReward(EntryTransform):
-    """Rewards divided by the running standard deviation of the discounted return; not centred.
+    """Rewards divided by a running measure of their size; not centred.
 
-        R_t = gamma R_{t-1} + r_t within an episode,   r_t <- r_t / std of all R so far
+        R_t = gamma R_{t-1} + r_t within an episode,   r_t <- r_t / max(std of all R so far, P)
+
+    P is the root mean square of the largest |r| of each finished episode that had a reward. With many rewards the
+    deviation of R is larger. If an episode has one reward, at its end, R is zero at most steps. Its deviation is then
+    far smaller than the values to learn, the critic's loss is large, and its gradient hides that of the policy.
 
     Args:
         reward_spec: reward spec of the environment.
         gamma: discount.
 
-    Source: Engstrom et al. (2020), "Implementation matters in deep policy gradients", section 2.
+    Source: Engstrom et al. (2020), "Implementation matters in deep policy gradients", section 2; P is ours.
     """
 
     def __init__(self, reward_spec: TensorSpec, gamma: float) -> None:
         super().__init__(in_keys=[keys.REWARD], out_keys=[keys.REWARD])
         self.moments, self.gamma, self.is_frozen = RunningMoments(()), gamma, False
+        self.peak_moments = RunningMoments((), initial_var=0.0)  # until an episode ends, only the deviation counts
         self._returns: Tensor
-        self.register_buffer("_returns", torch.zeros(reward_spec.shape, device=reward_spec.device))
+        self._peaks: Tensor
+        for name in ("_returns", "_peaks"):
+            self.register_buffer(name, torch.zeros(reward_spec.shape, device=reward_spec.device))
 
     def transform_reward_spec(self, reward_spec: Composite) -> Composite:
         """Remove the bounds, which no longer hold."""
@@ -169,16 +177,21 @@ class NormalizeReward(EntryTransform):
         """Normalise the rewards."""
         reward = after[keys.REWARD]
         self._returns = self.gamma * self._returns + reward
+        self._peaks = torch.maximum(self._peaks, reward.abs())
         if not self.is_frozen:
             self.moments.update(self._returns.reshape(-1))
-        after[keys.REWARD] = (reward / self.moments.std).to(reward.dtype)
+        peak = (self.peak_moments.var + self.peak_moments.mean.square()).sqrt()
+        after[keys.REWARD] = (reward / torch.maximum(self.moments.std, peak)).to(reward.dtype)
 
     def after_reset(self, begun: Entries, is_reset: Tensor | None) -> None:
-        """Begin new returns."""
-        if is_reset is None:
-            self._returns = torch.zeros_like(self._returns)
-        else:
-            self._returns = self._returns.masked_fill(is_reset.reshape(self._returns.shape), 0.0)
+        """Add the peaks of the episodes that ended, and begin new ones."""
+        is_new = torch.ones_like(self._peaks, dtype=torch.bool)
+        if is_reset is not None:
+            is_new = is_reset.reshape(is_new.shape)
+        if not self.is_frozen:
+            self.peak_moments.update(self._peaks[is_new & (self._peaks > 0)])
+        self._returns = self._returns.masked_fill(is_new, 0.0)
+        self._peaks = self._peaks.masked_fill(is_new, 0.0)
 
 
 def statistics_of(env: EnvBase) -> nn.ModuleDict | None:
@@ -189,6 +202,7 @@ def statistics_of(env: EnvBase) -> nn.ModuleDict | None:
             found["observation"] = transform.moments
         elif isinstance(transform, NormalizeReward):
             found["reward"] = transform.moments
+            found["reward_peaks"] = transform.peak_moments
     return nn.ModuleDict(found) if found else None
 
 

@@ -15,7 +15,12 @@ from torchrl.envs.utils import check_env_specs
 
 from cyborg_torchrl.config import ConfigError, load_config
 from cyborg_torchrl.envs.transforms.build import PreviousAction, build_transforms
-from cyborg_torchrl.envs.transforms.normalization import RunningMoments, freeze_statistics, statistics_of
+from cyborg_torchrl.envs.transforms.normalization import (
+    NormalizeReward,
+    RunningMoments,
+    freeze_statistics,
+    statistics_of,
+)
 from cyborg_torchrl.training.builders import build_agent, build_env, build_trainer
 from cyborg_torchrl.training.checkpoint import load_checkpoint
 from cyborg_torchrl.training.experiment import evaluate_agent, run_experiment
@@ -191,19 +196,54 @@ def test_rewards_are_divided_by_the_deviation_of_the_discounted_return() -> None
     env = transformed(CountingEnv(vectors()), normalize_reward=True)
     steps = env.rollout(9, break_when_any_done=False)
     returns = np.zeros(3)
-    time, everything = np.zeros(3, dtype=int), []
+    time, everything, peaks = np.zeros(3, dtype=int), [], []
     for t in range(9):
         time += 1
         returns = 0.5 * returns + time
         everything.append(returns.copy())
-        expected = time / np.std(everything) if t else time
+        # an episode's largest reward is its last one
+        size = max(np.std(everything), np.sqrt(np.mean(np.square(peaks))) if peaks else 0.0)
         if t:  # at the first step the assumed item of variance 1 still counts
-            np.testing.assert_allclose(steps["next", "reward"][:, t, 0], expected, rtol=2e-3)
+            np.testing.assert_allclose(steps["next", "reward"][:, t, 0], time / size, rtol=2e-3)
         assert (np.sign(steps["next", "reward"][:, t, 0].numpy()) == 1).all()  # never centred
         is_done = time == np.array(LENGTHS)
+        peaks += list(time[is_done])
         returns[is_done], time[is_done] = 0.0, 0
     done = steps["next", "done"]
     assert set(steps["next", "episode_reward"][done].tolist()) == {3.0, 6.0, 15.0}
+
+
+def normalised(rewards: Tensor, length: int, gamma: float = 0.99) -> Tensor:
+    """Return the normalised rewards of episodes of a length, [N, T], in which `rewards` are paid."""
+    transform = NormalizeReward(Unbounded((len(rewards), 1)), gamma)
+    found = []
+    for t in range(rewards.shape[1]):
+        entries = {"reward": rewards[:, t : t + 1].clone()}
+        transform.after_step({}, entries)
+        found.append(entries["reward"])
+        if (t + 1) % length == 0:
+            transform.after_reset({}, torch.ones(len(rewards), dtype=torch.bool))
+    return torch.cat(found, 1)
+
+
+def test_one_reward_at_an_episodes_end_keeps_its_size() -> None:
+    length, count = 100, 20
+    paid = torch.zeros(4, length * count)
+    paid[:2, length - 1 :: length] = 5.0  # two environments never succeed
+    ends = normalised(paid, length)[:2, length - 1 :: length]
+    # the deviation of the discounted return alone would give sqrt(2 * length) = 14
+    assert torch.allclose(ends[:, 1:], torch.ones(2, count - 1), rtol=1e-3)
+
+
+def test_a_reward_at_every_step_is_divided_by_the_deviation_alone() -> None:
+    torch.manual_seed(0)
+    paid = torch.rand(4, 2000)
+    returns, everything = torch.zeros(4), []
+    for t in range(2000):
+        returns = 0.99 * (returns if t % 200 else 0.0) + paid[:, t]
+        everything.append(returns)
+    expected = paid[:, -1] / torch.stack(everything).std(correction=0)
+    assert torch.allclose(normalised(paid, 200)[:, -1], expected, rtol=1e-4)
 
 
 def test_frozen_statistics_stay() -> None:
@@ -212,7 +252,7 @@ def test_frozen_statistics_stay() -> None:
     other = transformed(CountingEnv(vectors()), normalize_observation=True, normalize_reward=True)
     freeze_statistics(other, statistics_of(env))
     before = {name: value.clone() for name, value in statistics_of(env).state_dict().items()}
-    assert len(before) == 6
+    assert len(before) == 9
     steps = other.rollout(10, break_when_any_done=False)
     for name, value in statistics_of(other).state_dict().items():
         assert torch.equal(value, before[name])
