@@ -150,7 +150,9 @@ def table() -> str:
         scores = torch.tensor([float(row["score"]) for row in rows if row["fault"] == fault], dtype=torch.float64)
         if len(scores) > 1:
             low, high = mean_interval(scores)
-            lines.append(f"| {task} | {fault.removesuffix(f', {task}')} | {scores.mean():.2f} [{low:.2f}, {high:.2f}] |")
+            lines.append(
+                f"| {task} | {fault.removesuffix(f', {task}')} | {scores.mean():.2f} [{low:.2f}, {high:.2f}] |"
+            )
     return "\n".join(lines)
 
 
