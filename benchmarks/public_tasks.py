@@ -277,6 +277,8 @@ def plot(path: str) -> None:
                 axis.plot(steps / 1000, means, colour, alpha=0.8, label="" if number else arm)
         axis.set_title(name)
         axis.set_xlabel("steps / 1000")
+    for unused in axes.flat[len(TASKS) :]:
+        unused.set_axis_off()
     axes.flat[0].set_ylabel("return while training")
     axes.flat[0].legend()
     figure.savefig(path, dpi=110)
