@@ -152,7 +152,8 @@ def cores(device: torch.device, is_smoke: bool) -> Iterator[Row]:
         return memories.get("pmm")(backbones.get("lru")(shape.features, hidden_size=shape.width))
 
     subjects = [subject for subject in others("gru", batch, shape.width) if subject.name.startswith("cuDNN")]
-    subjects += [core_subject(name, shape.features, shape.width, batch) for name in backbones.names()]
+    names = [name for name in backbones.names() if backbones.get(name).__module__.startswith("cyborg_torchrl.")]
+    subjects += [core_subject(name, shape.features, shape.width, batch) for name in names]
     subjects.append(Subject("lru with pmm", partial(ours, with_pmm, batch)))
     yield from _timed_all([(0.0, subject) for subject in subjects], shape, device)
 
