@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import tempfile
 from collections.abc import Iterable
 from configparser import ConfigParser
@@ -10,14 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pufferlib
 import torch
-from pufferlib.models import Default, LSTMWrapper
-from pufferlib.pufferl import PuffeRL
 from torch import Tensor
 
 from benchmarks.honesty.common import NUM_ENVS, STEPS, WIDTH, NoiseEnv, draw
 from cyborg_torchrl.checks import Recorder, Report, check_memory
+
+with tempfile.TemporaryDirectory() as scratch, contextlib.chdir(scratch):
+    import pufferlib  # it puts a link to its pictures into the working directory
+    from pufferlib.models import Default, LSTMWrapper
+    from pufferlib.pufferl import PuffeRL
 
 PACKAGE = "pufferlib"
 State = tuple[Tensor, Tensor]
