@@ -65,6 +65,31 @@ class MemoryPolicy(Protocol):
         ...
 
 
+class DiscreteActorCritic:
+    """Base of a `MemoryPolicy` whose outputs are a pair: logits [..., A] of one discrete action, and values [...].
+
+    A subclass adds `initial_state`, `step` and `sequence`.
+
+    Args:
+        model: the module whose parameters are trained; `torch.nn.ModuleList` if there are several.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model = model
+
+    def log_prob(self, outputs: tuple[Tensor, Tensor], actions: Tensor) -> Tensor:
+        """Return log-probs of actions."""
+        return torch.distributions.Categorical(logits=outputs[0]).log_prob(actions)
+
+    def value(self, outputs: tuple[Tensor, Tensor]) -> Tensor:
+        """Return the value estimates."""
+        return outputs[1]
+
+    def parameters(self) -> Iterable[Tensor]:
+        """Return the module's parameters."""
+        return self.model.parameters()
+
+
 class FunctionPolicy(PolicyUnderTest):
     """A `MemoryPolicy` with the keys that the checks need.
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cyborg_torchrl.checks import Finding, Recorder, Report, check_memory, check_padding
+from cyborg_torchrl.checks import DiscreteActorCritic, Finding, Recorder, Report, check_memory, check_padding
 
 OPTIONS: dict[str, Any] = {"chunk_lengths": (1, 8), "drift_updates": 2}
 N, T = 4, 20
@@ -109,6 +109,14 @@ def test_parts_of_acting_without_gradient() -> None:
     report = check_memory(ActsWithoutGradient(), torch.randn(N, T, 3), **OPTIONS)
     assert failed_names(report) == set()
     assert report["gradient: sequence against steps"].verdict == "passed", "the value was compared"
+
+
+def test_an_actor_critic_reads_its_outputs() -> None:
+    policy = DiscreteActorCritic(nn.ModuleList([nn.Linear(3, 4), nn.Linear(3, 1)]))
+    outputs = torch.tensor([[1.0, 3.0], [5.0, 5.0]]).log(), torch.tensor([7.0, 8.0])
+    assert policy.log_prob(outputs, torch.tensor([1, 0])).exp().tolist() == pytest.approx([0.75, 0.5])
+    assert policy.value(outputs).tolist() == [7.0, 8.0]
+    assert len(list(policy.parameters())) == 4
 
 
 def test_numpy_functions_are_healthy() -> None:

@@ -6,15 +6,13 @@ steps again in order with a reset wherever an episode began, and splits minibatc
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from torch import Tensor, nn
 from torch.distributions import Categorical
 
 from benchmarks.honesty.common import ACTIONS, FEATURES, NUM_ENVS, STEPS, WIDTH, NoiseEnv, draw
-from cyborg_torchrl.checks import Recorder, Report, check_memory
+from cyborg_torchrl.checks import DiscreteActorCritic, Recorder, Report, check_memory
 
 PACKAGE, VERSION = "CleanRL pattern", "documentation of ppo_atari_lstm"
 State = tuple[Tensor, Tensor]
@@ -41,11 +39,10 @@ class Agent(nn.Module):
         return torch.cat(rows).flatten(0, 1), state
 
 
-class Pattern:
+class Pattern(DiscreteActorCritic):
     """The functions of the agent: see `MemoryPolicy`."""
 
-    def __init__(self, agent: Agent) -> None:
-        self.agent = agent
+    model: Agent
 
     def initial_state(self, batch: int) -> State:
         """Return zeros."""
@@ -53,28 +50,16 @@ class Pattern:
 
     def step(self, observation: Tensor, state: State, is_first: Tensor) -> tuple[tuple[Tensor, Tensor], State]:
         """Act, with the flag that the environment gave after the last step."""
-        features, state = self.agent.features(observation, state, is_first.to(observation.dtype))
-        return (self.agent.actor(features), self.agent.critic(features).flatten()), state
+        features, state = self.model.features(observation, state, is_first.to(observation.dtype))
+        return (self.model.actor(features), self.model.critic(features).flatten()), state
 
     def sequence(self, observations: Tensor, state: State, is_first: Tensor) -> tuple[Tensor, Tensor]:
         """Run as in the update: all steps in one call, flattened with time first."""
         flat = observations.transpose(0, 1).flatten(0, 1)
         done = is_first.T.flatten().to(observations.dtype)
-        features, _ = self.agent.features(flat, state, done)
+        features, _ = self.model.features(flat, state, done)
         rows = features.unflatten(0, is_first.T.shape).transpose(0, 1)
-        return self.agent.actor(rows), self.agent.critic(rows).squeeze(-1)
-
-    def log_prob(self, outputs: tuple[Tensor, Tensor], actions: Tensor) -> Tensor:
-        """Return log-probs of actions."""
-        return Categorical(logits=outputs[0]).log_prob(actions)
-
-    def value(self, outputs: tuple[Tensor, Tensor]) -> Tensor:
-        """Return the value estimate."""
-        return outputs[1]
-
-    def parameters(self) -> Iterable[Tensor]:
-        """Return the agent's parameters."""
-        return self.agent.parameters()
+        return self.model.actor(rows), self.model.critic(rows).squeeze(-1)
 
 
 def check(seed: int) -> tuple[Report, Report]:

@@ -7,7 +7,6 @@ Its sequences are packed, so there is no padding.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -19,10 +18,9 @@ from pfrl.nn import Branched, RecurrentSequential
 from pfrl.policies import SoftmaxCategoricalHead
 from pfrl.utils import recurrent, set_random_seed
 from torch import Tensor, nn
-from torch.distributions import Categorical
 
 from benchmarks.honesty.common import ACTIONS, FEATURES, NUM_ENVS, STEPS, WIDTH, NoiseEnv, draw
-from cyborg_torchrl.checks import Recorder, Report, check_memory
+from cyborg_torchrl.checks import DiscreteActorCritic, Recorder, Report, check_memory
 
 PACKAGE = "pfrl"
 State = tuple[tuple[Tensor, Tensor]]
@@ -60,12 +58,12 @@ class RecordedPPO(PPO):
             super()._update_recurrent(dataset)
 
 
-class Functions:
+class Functions(DiscreteActorCritic):
     """The functions of the model: see `MemoryPolicy`."""
 
     def __init__(self) -> None:
         heads = Branched(nn.Sequential(nn.Linear(WIDTH, ACTIONS), SoftmaxCategoricalHead()), nn.Linear(WIDTH, 1))
-        self.model = RecurrentSequential(nn.Linear(FEATURES, WIDTH), nn.ReLU(), nn.LSTM(WIDTH, WIDTH), heads)
+        super().__init__(RecurrentSequential(nn.Linear(FEATURES, WIDTH), nn.ReLU(), nn.LSTM(WIDTH, WIDTH), heads))
 
     def initial_state(self, batch: int) -> State:
         """Return zeros, which the agent writes where an episode ends."""
@@ -95,18 +93,6 @@ class Functions:
         (distribution, value), _ = recurrent.pack_and_forward(self.model, rows, packed_state)
         order = torch.stack(recurrent.flatten_sequences_time_first(episodes)).argsort()
         return distribution.logits[order].unflatten(0, is_first.shape), value[order].view(is_first.shape)
-
-    def log_prob(self, outputs: tuple[Tensor, Tensor], actions: Tensor) -> Tensor:
-        """Return log-probs of actions."""
-        return Categorical(logits=outputs[0]).log_prob(actions)
-
-    def value(self, outputs: tuple[Tensor, Tensor]) -> Tensor:
-        """Return the value estimate."""
-        return outputs[1]
-
-    def parameters(self) -> Iterable[Tensor]:
-        """Return the model's parameters."""
-        return self.model.parameters()
 
 
 def check(seed: int) -> tuple[Report, Report]:

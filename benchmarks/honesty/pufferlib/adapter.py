@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import contextlib
 import tempfile
-from collections.abc import Iterable
 from configparser import ConfigParser
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.honesty.common import NUM_ENVS, STEPS, WIDTH, NoiseEnv, draw
-from cyborg_torchrl.checks import Recorder, Report, check_memory
+from cyborg_torchrl.checks import DiscreteActorCritic, Recorder, Report, check_memory
 
 with tempfile.TemporaryDirectory() as scratch, contextlib.chdir(scratch):
     import pufferlib  # it puts a link to its pictures into the working directory
@@ -56,11 +55,8 @@ class Task(pufferlib.PufferEnv):
         """Do nothing."""
 
 
-class Policy:
+class Policy(DiscreteActorCritic):
     """The functions of the wrapped policy: see `MemoryPolicy`."""
-
-    def __init__(self, module: LSTMWrapper) -> None:
-        self.module = module
 
     def initial_state(self, batch: int) -> State:
         """Return zeros."""
@@ -69,26 +65,14 @@ class Policy:
     def step(self, observation: Tensor, state: State, is_first: Tensor) -> tuple[tuple[Tensor, Tensor], State]:
         """Act as in the library's loop, which does not use the ends of episodes."""
         values: dict[str, Any] = {"done": is_first, "lstm_h": state[0], "lstm_c": state[1]}
-        logits, value = self.module.forward_eval(observation, values)
+        logits, value = self.model.forward_eval(observation, values)
         return (logits, value.flatten()), (values["lstm_h"], values["lstm_c"])
 
     def sequence(self, observations: Tensor, state: State, is_first: Tensor) -> tuple[Tensor, Tensor]:
         """Run as in the update, which does not use them either."""
         values = {"lstm_h": state[0].unsqueeze(0), "lstm_c": state[1].unsqueeze(0)}
-        logits, value = self.module(observations, values)
+        logits, value = self.model(observations, values)
         return logits.unflatten(0, value.shape), value
-
-    def log_prob(self, outputs: tuple[Tensor, Tensor], actions: Tensor) -> Tensor:
-        """Return log-probs of actions."""
-        return torch.distributions.Categorical(logits=outputs[0]).log_prob(actions)
-
-    def value(self, outputs: tuple[Tensor, Tensor]) -> Tensor:
-        """Return the value estimate."""
-        return outputs[1]
-
-    def parameters(self) -> Iterable[Tensor]:
-        """Return the policy's parameters."""
-        return self.module.parameters()
 
 
 class Trainer(PuffeRL):
@@ -104,7 +88,7 @@ def check(seed: int) -> tuple[Report, Report]:
     task = Task(seed)
     policy = Policy(LSTMWrapper(task, Default(task, WIDTH), WIDTH, WIDTH))
     report = check_memory(policy, draw(seed), seed=seed)
-    trainer = Trainer(_options(), task, policy.module)
+    trainer = Trainer(_options(), task, policy.model)
     for _ in range(2):
         begin = len(task.is_first) - 1
         trainer.evaluate()

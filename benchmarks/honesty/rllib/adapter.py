@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import gymnasium
@@ -17,18 +16,17 @@ from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
 from torch import Tensor
 
 from benchmarks.honesty.common import NUM_ENVS, STEPS, WIDTH, NoiseEnv, draw
-from cyborg_torchrl.checks import Recorder, Report, check_memory
+from cyborg_torchrl.checks import DiscreteActorCritic, Recorder, Report, check_memory
 from cyborg_torchrl.checks.nested import Tree, leaves_of, map_leaves, replace_leaves
 
 PACKAGE = "ray"
 MODEL = DefaultModelConfig(use_lstm=True, lstm_cell_size=WIDTH, fcnet_hiddens=[WIDTH], max_seq_len=64)
 
 
-class Functions:
+class Functions(DiscreteActorCritic):
     """The functions of the module: see `MemoryPolicy`."""
 
-    def __init__(self, module: Any) -> None:
-        self.module = module
+    model: Any
 
     def initial_state(self, batch: int) -> Tree:
         """Return the module's own initial state, repeated for each environment."""
@@ -36,14 +34,14 @@ class Functions:
         def repeat(leaf: Any) -> Tensor:
             return torch.as_tensor(leaf).unsqueeze(0).repeat(batch, 1, 1)
 
-        return map_leaves(repeat, self.module.get_initial_state())
+        return map_leaves(repeat, self.model.get_initial_state())
 
     def step(self, observation: Tensor, state: Tree, is_first: Tensor) -> tuple[Any, Tree]:
         """Act on sequences of one step, with the initial state where an episode begins."""
         state = map_leaves(lambda leaf: leaf * (~is_first).view(-1, 1, 1), state)
         batch = {Columns.OBS: observation.unsqueeze(1), Columns.STATE_IN: state}
-        outputs = self.module._forward(batch)  # exploration calls it without gradients
-        values = self.module.compute_values(batch)
+        outputs = self.model._forward(batch)  # exploration calls it without gradients
+        values = self.model.compute_values(batch)
         return (outputs[Columns.ACTION_DIST_INPUTS][:, 0], values[:, 0]), outputs[Columns.STATE_OUT]
 
     def sequence(self, observations: Tensor, state: Tree, is_first: Tensor) -> Any:
@@ -58,8 +56,8 @@ class Functions:
         given = [torch.where(where, leaf[order], zero) for leaf, zero in zip(leaves_of(state), fresh, strict=True)]
         padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
         inputs = {Columns.OBS: padded, Columns.STATE_IN: replace_leaves(state, given)}
-        outputs = self.module.forward_train(inputs)
-        values = self.module.compute_values(inputs, outputs.get(Columns.EMBEDDINGS))
+        outputs = self.model.forward_train(inputs)
+        values = self.model.compute_values(inputs, outputs.get(Columns.EMBEDDINGS))
         logits = outputs[Columns.ACTION_DIST_INPUTS]
 
         def unpad(tensor: Tensor) -> Tensor:
@@ -67,18 +65,6 @@ class Functions:
             return steps.unflatten(0, (batch, length))
 
         return unpad(logits), unpad(values)
-
-    def log_prob(self, outputs: Any, actions: Tensor) -> Tensor:
-        """Return log-probs of actions."""
-        return torch.distributions.Categorical(logits=outputs[0]).log_prob(actions)
-
-    def value(self, outputs: Any) -> Tensor:
-        """Return the value estimate."""
-        return outputs[1]
-
-    def parameters(self) -> Iterable[Tensor]:
-        """Return the module's parameters."""
-        return self.module.parameters()
 
 
 def check(seed: int) -> tuple[Report, Report]:

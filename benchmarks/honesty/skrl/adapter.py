@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import gymnasium
@@ -15,7 +14,7 @@ from skrl.models.torch import CategoricalMixin, DeterministicMixin, Model
 from torch import Tensor, nn
 
 from benchmarks.honesty.common import ACTIONS, FEATURES, NUM_ENVS, STEPS, WIDTH, NoiseEnv, draw
-from cyborg_torchrl.checks import Recorder, Report, check_memory
+from cyborg_torchrl.checks import DiscreteActorCritic, Recorder, Report, check_memory
 
 PACKAGE = "skrl"
 GAMMA = 0.9
@@ -91,21 +90,20 @@ class Value(DeterministicMixin, Model):
         return _compute(self, inputs)
 
 
-class Functions:
+class Functions(DiscreteActorCritic):
     """The functions of both models: see `MemoryPolicy`."""
 
-    def __init__(self, policy: Policy, value: Value) -> None:
-        self.models = (policy, value)
+    model: nn.ModuleList
 
     def initial_state(self, batch: int) -> list[State]:
         """Return zeros."""
-        return [[torch.zeros(1, batch, WIDTH), torch.zeros(1, batch, WIDTH)] for _ in self.models]
+        return [[torch.zeros(1, batch, WIDTH), torch.zeros(1, batch, WIDTH)] for _ in self.model]
 
     def step(self, observation: Tensor, state: list[State], is_first: Tensor) -> tuple[Any, list[State]]:
         """Restart where episodes begin, as the agent does after each step, and act."""
         keep = (~is_first).view(1, -1, 1)
         inputs = [{"observations": observation, "rnn": [part * keep for part in pair]} for pair in state]
-        (logits, policy), (values, value) = (model.compute(i) for model, i in zip(self.models, inputs, strict=True))
+        (logits, policy), (values, value) = (model.compute(i) for model, i in zip(self.model, inputs, strict=True))
         return (logits, values.flatten()), [policy["rnn"], value["rnn"]]
 
     def sequence(self, observations: Tensor, state: list[State], is_first: Tensor) -> Any:
@@ -114,7 +112,7 @@ class Functions:
         ends = torch.cat([is_first[:, 1:], torch.zeros(batch, 1, dtype=torch.bool)], 1).reshape(-1, 1)
         keep = (~is_first[:, 0]).view(1, -1, 1)
         outputs = []
-        for model, pair in zip(self.models, state, strict=True):
+        for model, pair in zip(self.model, state, strict=True):
             stored = [(part * keep).repeat_interleave(length, 1) for part in pair]
             trained, model.length = model.length, length
             inputs = {"observations": observations.flatten(0, 1), "rnn": stored}
@@ -122,25 +120,13 @@ class Functions:
             model.length = trained
         return outputs[0].unflatten(0, (batch, length)), outputs[1].view(batch, length)
 
-    def log_prob(self, outputs: Any, actions: Tensor) -> Tensor:
-        """Return log-probs of actions."""
-        return torch.distributions.Categorical(logits=outputs[0]).log_prob(actions)
-
-    def value(self, outputs: Any) -> Tensor:
-        """Return the value estimate."""
-        return outputs[1]
-
-    def parameters(self) -> Iterable[Tensor]:
-        """Return the parameters of both models."""
-        return [*self.models[0].parameters(), *self.models[1].parameters()]
-
 
 def check(seed: int) -> tuple[Report, Report]:
     """Check the models, and what the agent stores in its memory in the second rollout."""
     torch.manual_seed(seed)
     box, discrete = NoiseEnv(0).observation_space, gymnasium.spaces.Discrete(ACTIONS)
     policy, value = (kind(box, discrete, num_envs=NUM_ENVS, length=STEPS) for kind in (Policy, Value))
-    functions = Functions(policy, value)
+    functions = Functions(nn.ModuleList([policy, value]))
     report = check_memory(functions, draw(seed), seed=seed)
     memory = RandomMemory(memory_size=STEPS, num_envs=NUM_ENVS, device="cpu")
     sizes = {"rollouts": STEPS, "learning_epochs": 1, "mini_batches": 1, "discount_factor": GAMMA}
