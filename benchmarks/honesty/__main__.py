@@ -22,6 +22,7 @@ LIBRARIES = {
     "ours": "this package, gru",
     "torchrl": "TorchRL, GRUModule",
     "torchrl_lstm": "TorchRL, LSTMModule",
+    "torchrl_transformer": "TorchRL, TransformerModule",
     "sb3_contrib": "sb3-contrib, RecurrentPPO",
     "cleanrl": "CleanRL, LSTM pattern",
     "skrl": "skrl, PPO_RNN",

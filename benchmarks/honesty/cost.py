@@ -1,6 +1,6 @@
 r"""Train with each fault that was found in a library seeded into this package: what does it cost?
 
-python -m benchmarks.honesty.cost run                 # about 15 minutes; finished runs are not repeated
+python -m benchmarks.honesty.cost run                 # about 20 minutes; finished runs are not repeated
 python -m benchmarks.honesty.cost table               # Markdown, from all results so far
 
 Delayed cue with 100 blank steps, in rollouts that begin and end in the middle of episodes. It has no time-outs, so the
@@ -24,6 +24,7 @@ from unittest.mock import patch
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
+from torchrl.modules import recurrent_mode
 
 from cyborg_torchrl import load_config
 from cyborg_torchrl.data.rollout import Rollout
@@ -74,6 +75,25 @@ def no_restart() -> Generator[None]:
 
 
 @contextmanager
+def memory_lost_at_each_update() -> Generator[None]:
+    """Act with an empty memory after each change of the parameters. The update starts from the memory before it."""
+    original = Backbone._inputs
+    versions: dict[int, int] = {}
+
+    def inputs(self: Backbone, tensordict: TensorDictBase) -> tuple[Tensor, Tensor]:
+        features, is_init = original(self, tensordict)
+        if recurrent_mode():
+            return features, is_init
+        version = sum(parameter._version for parameter in self.parameters())
+        is_same = versions.setdefault(id(self), version) == version
+        versions[id(self)] = version
+        return features, is_init if is_same else torch.ones_like(is_init)
+
+    with patch.object(Backbone, "_inputs", inputs):
+        yield
+
+
+@contextmanager
 def value_before_time_out() -> Generator[None]:
     """At a time-out, use the value of the last observation that was acted on, not of the one after it."""
     original = advantages.generalized_advantage
@@ -97,6 +117,11 @@ FAULTS: dict[str, Fault] = {
         nullcontext,
     ),
     "no restart where an episode begins (PufferLib 3.0.0)": ("delayed_cue", [], no_restart),
+    "memory lost at each update (TorchRL's TransformerModule, nightly of 2026-10-27)": (
+        "delayed_cue",
+        [],
+        memory_lost_at_each_update,
+    ),
     "none, Pendulum-v1": ("Pendulum-v1", [], nullcontext),
     "value before a time-out (rsl_rl 5.5.1)": ("Pendulum-v1", [], value_before_time_out),
 }

@@ -51,7 +51,7 @@ class Probe:
         has_state = is_state.unsqueeze(1) & (self.is_before | (self.first_reset.unsqueeze(1) == 0))
         for key in self.tested.state_keys:
             value = steps.get(key)
-            first = _other(value[:, 0], self.generator, scale=1.0).unsqueeze(1).expand_as(value)
+            first = _other(value[:, :1], self.generator, scale=1.0).expand_as(value)
             steps.set(key, torch.where(_expand(has_state, value), first, value))
         return replace(self, steps=steps)
 
@@ -129,7 +129,7 @@ def _resets(rows: int, length: int, generator: torch.Generator) -> Tensor:
 
 
 def _other(value: Tensor, generator: torch.Generator, *, scale: float) -> Tensor:
-    """Add noise of `scale` times the spread to floats; shuffle other values, so that they stay in their range."""
+    """Add noise of `scale` times the spread to floats [B, L, ...]. Shuffle other values: they stay in their range."""
     if not value.is_floating_point():
         order = torch.randperm(value.shape[0] * value.shape[1], generator=generator).to(value.device)
         return value.flatten(0, 1)[order].view_as(value)

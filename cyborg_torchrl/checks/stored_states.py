@@ -106,7 +106,7 @@ def _compare(
     """Return the mean KL, the mean relative change of parameters, and the relative distance of states."""
     fresh = tested.run_steps(steps, is_primed=is_primed)
     scale = fresh.params.abs().max().clamp_min(TINY)
-    kls, changes, distances, norms = [], [], [], []
+    kls, changes, distances, norms = [], [], [scale * 0], [scale * 0]
     for start in starts:
         stored = tested.run_steps(steps[:, start : start + length], is_primed=is_primed)
         if isinstance(fresh.dist[0], distributions.Distribution):
@@ -115,6 +115,8 @@ def _compare(
         changes.append(change.abs().amax(-1).mean() / scale)
         continues = ~steps.get(tested.is_init_key)[:, start].squeeze(-1)
         for key, value in fresh.states[start - 1].items():
+            if not value.is_floating_point():  # a counter does not age
+                continue
             recorded, new = steps.get(key)[:, start][continues].float(), value[continues].float()
             distances.append((new - recorded).square().sum())
             norms.append(new.square().sum())

@@ -26,6 +26,8 @@ from torchrl.modules import GRUModule, TanhNormal, recurrent_mode, set_recurrent
 from torchrl.modules.utils import get_primers_from_module
 
 from cyborg_torchrl.checks import Finding, Report, check_recurrent
+from cyborg_torchrl.config import load_config
+from cyborg_torchrl.training.builders import build_agent, build_env
 
 OPTIONS = {"steps": 16, "chunk_lengths": (1, 8), "drift_updates": 1}
 
@@ -73,6 +75,37 @@ def test_nothing_is_changed(policy: TensorDictModuleBase, env: TransformedEnv) -
     assert set(rollout.keys(True, True)) == set(kept.keys(True, True))
     assert (rollout == kept).all()
     assert env.rollout(5, policy, break_when_any_done=False).shape == (4, 5), "the environment can still be used"
+
+
+class IgnoresResets(nn.Module):
+    """The fault: a core that ignores the beginnings of episodes in a sequence."""
+
+    def __init__(self, core: nn.Module) -> None:
+        super().__init__()
+        self.core = core
+
+    def __getattr__(self, name: str) -> object:
+        return super().__getattr__(name) if name == "core" else getattr(self.core, name)
+
+    def forward_with_terms(self, x: torch.Tensor, state: dict, is_init: torch.Tensor) -> tuple:
+        return self.core.forward_with_terms(x, state, torch.zeros_like(is_init))
+
+
+@pytest.mark.parametrize("is_damaged", [False, True])
+def test_the_memory_of_a_separate_critic_is_checked(is_damaged: bool) -> None:
+    overrides = ["backbone=gru", "backbone.hidden_size=8", "env.horizon=5", "env.num_envs=4"]
+    cfg = load_config(overrides=[*overrides, "agent.separate_critic=true"])
+    env = build_env(cfg)
+    agent = build_agent(cfg, env)
+    env.append_transform(get_primers_from_module(agent))
+    if is_damaged:
+        agent.critic[1].core = IgnoresResets(agent.critic[1].core)
+    report = check_recurrent(agent, env, **OPTIONS)
+    if not is_damaged:
+        assert failed_names(report) == set()
+    else:
+        assert "reset leak: sequence mode" in failed_names(report)
+        assert not any("step mode" in name for name in failed_names(report))
 
 
 def test_the_same_seed_gives_the_same_report(policy: TensorDictModuleBase, env: TransformedEnv) -> None:

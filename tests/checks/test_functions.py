@@ -68,6 +68,17 @@ class ActsWithoutGradient(Lstm):
         return {**outputs, "logits": outputs["logits"].detach()}, state
 
 
+class Counted(Lstm):
+    """Healthy: the state also holds an integer for each environment."""
+
+    def initial_state(self, batch: int) -> Any:
+        return {**super().initial_state(batch), "count": torch.zeros(batch, dtype=torch.long)}
+
+    def step(self, observation: Tensor, state: Any, is_first: Tensor) -> tuple[Any, Any]:
+        outputs, following = super().step(observation, state, is_first)
+        return outputs, {**following, "count": torch.where(is_first, 0, state["count"]) + 1}
+
+
 class Decay:
     """A leaky sum in numpy, without parameters."""
 
@@ -117,6 +128,10 @@ def test_an_actor_critic_reads_its_outputs() -> None:
     assert policy.log_prob(outputs, torch.tensor([1, 0])).exp().tolist() == pytest.approx([0.75, 0.5])
     assert policy.value(outputs).tolist() == [7.0, 8.0]
     assert len(list(policy.parameters())) == 4
+
+
+def test_integers_in_a_state() -> None:
+    assert failed_names(check_memory(Counted(), torch.randn(N, T, 3), **OPTIONS)) == set()
 
 
 def test_numpy_functions_are_healthy() -> None:
