@@ -31,6 +31,7 @@ LIBRARIES = {
     "rllib": "RLlib, LSTM module",
     "pfrl": "PFRL, recurrent PPO",
     "pufferlib": "PufferLib, LSTMWrapper",
+    "agilerl": "AgileRL, RecurrentPPO",
 }
 COLUMNS = {
     "same state": ("rollout", "same state: single steps"),

@@ -107,6 +107,21 @@ def value_before_time_out() -> Generator[None]:
         yield
 
 
+@contextmanager
+def ends_one_row_late() -> Generator[None]:
+    """Read in each row whether the next one ended an episode, and take the value of the next row in any case."""
+    original = advantages.generalized_advantage
+
+    def advantage(
+        reward: Tensor, value: Tensor, following: Tensor, terminated: Tensor, done: Tensor, *rest: Any
+    ) -> Any:
+        late = torch.cat([done[:, 1:], done[:, -1:]], 1)
+        return original(reward, value, torch.cat([value[:, 1:], following[:, -1:]], 1), late, late, *rest)
+
+    with patch.object(advantages, "generalized_advantage", advantage):
+        yield
+
+
 Fault = tuple[str, list[str], Callable[[], Any]]
 FAULTS: dict[str, Fault] = {
     "none": ("delayed_cue", [], nullcontext),
@@ -122,6 +137,7 @@ FAULTS: dict[str, Fault] = {
         [],
         memory_lost_at_each_update,
     ),
+    "ends of episodes read one row late (AgileRL 2.58.0)": ("delayed_cue", [], ends_one_row_late),
     "none, Pendulum-v1": ("Pendulum-v1", [], nullcontext),
     "value before a time-out (rsl_rl 5.5.1)": ("Pendulum-v1", [], value_before_time_out),
 }

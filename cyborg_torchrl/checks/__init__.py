@@ -1,6 +1,7 @@
 """Checks of recurrent policies and of environments."""
 
 from cyborg_torchrl.checks.environment import EnvironmentFinding, check_environment
+from cyborg_torchrl.checks.episodes import Episodes
 from cyborg_torchrl.checks.findings import Finding, Verdict
 from cyborg_torchrl.checks.functions import DiscreteActorCritic, MemoryPolicy
 from cyborg_torchrl.checks.padding import check_padding
@@ -13,6 +14,7 @@ __all__ = [
     "DiscreteActorCritic",
     "DriftCurve",
     "EnvironmentFinding",
+    "Episodes",
     "Finding",
     "HorizonCurve",
     "MemoryPolicy",

@@ -43,7 +43,8 @@ def _check(tested: PolicyUnderTest, bootstraps: Bootstraps, fresh_state: States,
         tolerance,
         passed="Bootstrapped values use the memory of the episode that they continue.",
         failed=f"The values behind the last steps fit {cause}, so the advantages before them are wrong.",
-        cure="Compute the value of the next observation from the state after the step, without a reset.",
+        cure="Compute the value of the next observation from the state after the step, without a reset, and use it "
+        "where this step did not terminate the episode.",
     )
 
 

@@ -16,8 +16,8 @@ from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
 from torch import Tensor
 
 from benchmarks.honesty.common import NUM_ENVS, STEPS, WIDTH, NoiseEnv, draw
-from cyborg_torchrl.checks import DiscreteActorCritic, Recorder, Report, check_memory
-from cyborg_torchrl.checks.nested import Tree, leaves_of, map_leaves, replace_leaves
+from cyborg_torchrl.checks import DiscreteActorCritic, Episodes, Recorder, Report, check_memory
+from cyborg_torchrl.checks.nested import Tree, map_leaves
 
 PACKAGE = "ray"
 MODEL = DefaultModelConfig(use_lstm=True, lstm_cell_size=WIDTH, fcnet_hiddens=[WIDTH], max_seq_len=64)
@@ -46,25 +46,11 @@ class Functions(DiscreteActorCritic):
 
     def sequence(self, observations: Tensor, state: Tree, is_first: Tensor) -> Any:
         """Run the training pass over padded episodes, since the library keeps each episode apart."""
-        batch, length = is_first.shape
-        starts = [[0, *(t for t in range(1, length) if is_first[row, t])] for row in range(batch)]
-        parts = [(row, *ends) for row in range(batch) for ends in zip(starts[row], [*starts[row][1:], length])]  # noqa: B905
-        rows = [observations[row, begin:end] for row, begin, end in parts]
-        keep = [begin == 0 and not bool(is_first[row, 0]) for row, begin, _ in parts]
-        where, order = torch.tensor(keep).view(-1, 1, 1), torch.tensor([row for row, *_ in parts])
-        fresh = leaves_of(self.initial_state(len(parts)))
-        given = [torch.where(where, leaf[order], zero) for leaf, zero in zip(leaves_of(state), fresh, strict=True)]
-        padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        inputs = {Columns.OBS: padded, Columns.STATE_IN: replace_leaves(state, given)}
+        episodes = Episodes(is_first)
+        inputs = {Columns.OBS: episodes.pad(observations), Columns.STATE_IN: episodes.states(state)}
         outputs = self.model.forward_train(inputs)
         values = self.model.compute_values(inputs, outputs.get(Columns.EMBEDDINGS))
-        logits = outputs[Columns.ACTION_DIST_INPUTS]
-
-        def unpad(tensor: Tensor) -> Tensor:
-            steps = torch.cat([tensor[i, : end - begin] for i, (_, begin, end) in enumerate(parts)])
-            return steps.unflatten(0, (batch, length))
-
-        return unpad(logits), unpad(values)
+        return episodes.join(outputs[Columns.ACTION_DIST_INPUTS]), episodes.join(values)
 
 
 def check(seed: int) -> tuple[Report, Report]:
