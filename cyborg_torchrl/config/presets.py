@@ -15,6 +15,7 @@ from tensordict.utils import NestedKey
 from torchrl.envs import EnvBase
 
 from cyborg_torchrl.config.schema import TrainConfig
+from cyborg_torchrl.envs.make import episode_attribute
 from cyborg_torchrl.envs.memory.task import MemoryTask
 from cyborg_torchrl.modules.encoders.build import default_observations
 from cyborg_torchrl.modules.encoders.images import MIN_SIDE, image_layout
@@ -101,14 +102,14 @@ def complete(cfg: DictConfig, env: EnvBase) -> None:
         cfg: the configuration; a second call changes nothing.
         env: its environment, without the transforms.
     """
-    longest = getattr(env, "max_episode_steps", None)
+    longest = episode_attribute(env, "max_episode_steps")
     if cfg.preset == "memory_task" and "window" in cfg.backbone and longest is not None and longest <= LONGEST_WINDOW:
         _fill(cfg, {"backbone.window": longest})
     if cfg.preset != "general":
         return
     kind, is_continuous = observation_kind(env), env.action_spec.dtype.is_floating_point
     num_actions = max(1, env.action_spec.shape[-1]) if is_continuous else 1
-    is_prediction = getattr(env, "is_prediction", False)  # what follows does not depend on the answers
+    is_prediction = bool(episode_attribute(env, "is_prediction"))  # what follows does not depend on the answers
     is_shared = cfg.collector.name in ("rollout", "single", "fused")  # other collectors cannot share statistics
     _fill(
         cfg,

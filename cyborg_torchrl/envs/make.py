@@ -58,7 +58,7 @@ def tracked(env: EnvBase, transforms: Sequence[Transform] = ()) -> TransformedEn
 
 
 def episode_attribute(env: EnvBase | None, name: str) -> int | None:
-    """Return `horizon` or `max_episode_steps` of an environment; None if it has none, or its parts differ."""
+    """Return a number such as `max_episode_steps` of an environment; None if it has none, or its parts differ."""
     while env is not None:
         try:
             value = getattr(env, name, None)

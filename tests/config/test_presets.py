@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import gymnasium
 import pytest
 from omegaconf import OmegaConf
+from torchrl.envs import GymEnv, SerialEnv
 
 from cyborg_torchrl.config import ConfigError, TrainConfig, load_config
 from cyborg_torchrl.config.presets import SHOWN, complete, describe_preset, with_general_values
@@ -179,6 +180,18 @@ def test_an_environment_of_the_user_gets_general() -> None:
         assert load_config(overrides=["env=mine_for_presets"]).preset == "general"
     finally:
         environments._components.pop("mine_for_presets", None)
+
+
+def test_a_batch_of_torchrl_that_is_not_running_can_be_asked() -> None:
+    def build(num_envs: int = 2, device: None = None, seed: int | None = None) -> SerialEnv:
+        return SerialEnv(num_envs, lambda: GymEnv("CartPole-v1", categorical_action_encoding=True))
+
+    environments.register("serial_for_presets")(build)
+    try:
+        cfg = built("env=serial_for_presets")
+        assert (cfg.train.n_steps, cfg.train.n_epochs, cfg.train.gamma) == (128, 5, 0.99)
+    finally:
+        environments._components.pop("serial_for_presets", None)
 
 
 def test_scripts_get_the_general_values_for_what_they_leave_open() -> None:
