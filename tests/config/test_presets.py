@@ -188,7 +188,8 @@ def test_a_batch_of_torchrl_that_is_not_running_can_be_asked() -> None:
 
     environments.register("serial_for_presets")(build)
     try:
-        cfg = built("env=serial_for_presets")
+        cfg = load_config(overrides=["env=serial_for_presets"])
+        build_env(cfg)  # not closed: TorchRL refuses to close a batch that never ran
         assert (cfg.train.n_steps, cfg.train.n_epochs, cfg.train.gamma) == (128, 5, 0.99)
     finally:
         environments._components.pop("serial_for_presets", None)
