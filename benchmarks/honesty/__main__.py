@@ -32,6 +32,7 @@ LIBRARIES = {
     "pfrl": "PFRL, recurrent PPO",
     "pufferlib": "PufferLib, LSTMWrapper",
     "agilerl": "AgileRL, RecurrentPPO",
+    "sample_factory": "Sample Factory, GRU",
 }
 COLUMNS = {
     "same state": ("rollout", "same state: single steps"),
