@@ -230,7 +230,9 @@ def test_popgym(family: str) -> None:
             seen = [here.restart(done), there.restart(done.to(AWAY))]
 
 
-@pytest.mark.parametrize("backbone", ["lru", "mamba_gru", pytest.param("pmm", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "backbone", ["lru", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mamba_gru", "pmm"))]
+)
 def test_the_checker_finds_nothing(backbone: str) -> None:
     cfg = load_config(overrides=[f"backbone={backbone}", "env.horizon=10", f"train.device={AWAY}"])
     env = build_env(cfg, num_envs=4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 import warnings
 from pathlib import Path
@@ -31,8 +32,16 @@ TINY = [
 ]
 
 
-@pytest.mark.parametrize("backbone", backbones.names())
-@pytest.mark.parametrize("task", TASKS)
+def pairs() -> list:
+    """Every task with two backbones, and every backbone with one task; all other pairs are slow tests."""
+    found = []
+    for task, backbone in itertools.product(TASKS, backbones.names()):
+        is_fast = backbone in ("gru", "attention") or task == "n_back"
+        found.append(pytest.param(task, backbone, marks=[] if is_fast else pytest.mark.slow))
+    return found
+
+
+@pytest.mark.parametrize(("task", "backbone"), pairs())
 def test_a_task_trains_with_a_backbone(task: str, backbone: str, tmp_path: Path) -> None:
     cfg = load_config(overrides=[f"env={task}", f"backbone={backbone}", f"logger.base_dir={tmp_path}", *TINY])
     with warnings.catch_warnings():
