@@ -51,7 +51,8 @@ class Episodes:
         """
 
         def each(array: Tensor) -> Tensor:
-            shape = [-1 if d == dim % array.ndim else 1 for d in range(array.ndim)]
+            shape = [1] * array.ndim
+            shape[dim] = -1
             return torch.where(self.continues.view(shape), array.index_select(dim, self.rows), 0)
 
         return map_leaves(each, state)

@@ -106,7 +106,8 @@ def _compare(
     """Return the mean KL, the mean relative change of parameters, and the relative distance of states."""
     fresh = tested.run_steps(steps, is_primed=is_primed)
     scale = fresh.params.abs().max().clamp_min(TINY)
-    kls, changes, distances, norms = [], [], [scale * 0], [scale * 0]
+    kls, changes = [], []
+    distance = norm = torch.zeros_like(scale)
     for start in starts:
         stored = tested.run_steps(steps[:, start : start + length], is_primed=is_primed)
         if isinstance(fresh.dist[0], distributions.Distribution):
@@ -118,9 +119,9 @@ def _compare(
             if not value.is_floating_point():  # a counter does not age
                 continue
             recorded, new = steps.get(key)[:, start][continues].float(), value[continues].float()
-            distances.append((new - recorded).square().sum())
-            norms.append(new.square().sum())
-    relative = torch.stack(distances).sum().sqrt() / torch.stack(norms).sum().sqrt().clamp_min(TINY)
+            distance = distance + (new - recorded).square().sum()
+            norm = norm + new.square().sum()
+    relative = distance.sqrt() / norm.sqrt().clamp_min(TINY)
     return torch.stack(kls).mean() if kls else None, torch.stack(changes).mean(), relative
 
 

@@ -50,9 +50,6 @@ class TensorDictPolicy(PolicyUnderTest):
         sampler = samplers[-1] if samplers else None
         inputs = {unravel_key(key) for key in policy.in_keys}  # such as noise from outside
         self.param_keys = [] if sampler is None else [key for key in sampler.in_keys if unravel_key(key) not in inputs]
-        self.has_critic_memory = _has_critic_memory(policy, self.state_keys)
-        if self.has_critic_memory:  # its values are the only outputs that show this memory
-            self.param_keys.append(keys.VALUE)
         self.action_key = unravel_key(sampler.out_keys[0]) if sampler is not None else keys.ACTION
         # Without return_log_prob there is no such key; the check of the rollout reports it.
         log_prob_key = sampler.log_prob_key if sampler is not None else None
@@ -118,8 +115,6 @@ class TensorDictPolicy(PolicyUnderTest):
         dist = self.policy.get_dist(work)
         if isinstance(dist, CompositeDistribution):
             raise ValueError("composite action distributions cannot be checked yet: check a policy for one action.")
-        if self.has_critic_memory:
-            self.policy.get_value_operator()(work)
         return dist
 
     def _next_state(self, work: TensorDictBase) -> States:
@@ -150,13 +145,6 @@ def find_state_keys(policy: TensorDictModuleBase) -> list[NestedKey]:
     for part in primers:
         found += [unravel_key(key) for key in part.primers.keys(include_nested=True, leaves_only=True)]
     return list(dict.fromkeys(found))
-
-
-def _has_critic_memory(policy: Any, state_keys: Sequence[NestedKey]) -> bool:
-    """Return whether a `PPOAgent` has memory states that only its critic reads."""
-    if not hasattr(policy, "get_policy_operator") or not hasattr(policy, "get_value_operator"):
-        return False
-    return not set(state_keys) <= set(map(unravel_key, policy.get_policy_operator().in_keys))
 
 
 def _flat(value: Tensor, shape: Sequence[int]) -> Tensor:

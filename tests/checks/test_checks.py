@@ -77,8 +77,8 @@ def test_nothing_is_changed(policy: TensorDictModuleBase, env: TransformedEnv) -
     assert env.rollout(5, policy, break_when_any_done=False).shape == (4, 5), "the environment can still be used"
 
 
-class IgnoresResets(nn.Module):
-    """The fault: a core that ignores the beginnings of episodes in a sequence."""
+class Damaged(nn.Module):
+    """A core with a fault in its sequences."""
 
     def __init__(self, core: nn.Module) -> None:
         super().__init__()
@@ -87,25 +87,47 @@ class IgnoresResets(nn.Module):
     def __getattr__(self, name: str) -> object:
         return super().__getattr__(name) if name == "core" else getattr(self.core, name)
 
+
+class IgnoresResets(Damaged):
     def forward_with_terms(self, x: torch.Tensor, state: dict, is_init: torch.Tensor) -> tuple:
         return self.core.forward_with_terms(x, state, torch.zeros_like(is_init))
 
 
-@pytest.mark.parametrize("is_damaged", [False, True])
-def test_the_memory_of_a_separate_critic_is_checked(is_damaged: bool) -> None:
+class CutsGradients(Damaged):
+    def forward_with_terms(self, x: torch.Tensor, state: dict, is_init: torch.Tensor) -> tuple:
+        outputs = []
+        for t in range(x.shape[1]):
+            state = {name: value.detach() for name, value in state.items()}
+            output, state, terms = self.core.forward_with_terms(x[:, t : t + 1], state, is_init[:, t : t + 1])
+            outputs.append(output)
+        return torch.cat(outputs, 1), state, terms
+
+
+@pytest.mark.parametrize(
+    ("where", "fault", "expected"),
+    [
+        (None, None, set()),
+        ("critic", IgnoresResets, {"critic: reset leak: sequence mode"}),
+        ("actor", IgnoresResets, {"reset leak: sequence mode"}),
+        ("critic", CutsGradients, {"critic: gradient horizon"}),
+        ("actor", CutsGradients, {"gradient horizon"}),
+    ],
+)
+def test_both_memories_of_an_agent_with_a_separate_critic_are_checked(
+    where: str | None, fault: type | None, expected: set[str]
+) -> None:
     overrides = ["backbone=gru", "backbone.hidden_size=8", "env.horizon=5", "env.num_envs=4"]
     cfg = load_config(overrides=[*overrides, "agent.separate_critic=true"])
     env = build_env(cfg)
     agent = build_agent(cfg, env)
     env.append_transform(get_primers_from_module(agent))
-    if is_damaged:
-        agent.critic[1].core = IgnoresResets(agent.critic[1].core)
+    if fault is not None:
+        backbone = agent.critic[1] if where == "critic" else agent.backbone
+        backbone.core = fault(backbone.core)
     report = check_recurrent(agent, env, **OPTIONS)
-    if not is_damaged:
-        assert failed_names(report) == set()
-    else:
-        assert "reset leak: sequence mode" in failed_names(report)
-        assert not any("step mode" in name for name in failed_names(report))
+    assert expected <= failed_names(report)
+    assert all(name.startswith("critic: ") == (where == "critic") for name in failed_names(report))
+    assert report["critic: same state: whole rows"].verdict != "not_applicable"
 
 
 def test_the_same_seed_gives_the_same_report(policy: TensorDictModuleBase, env: TransformedEnv) -> None:
