@@ -20,8 +20,8 @@ UNFINISHED = "not finished"
 MAX_NAME = 200
 """Characters of a folder's name; file systems allow 255 bytes."""
 MEASURED = (
-    "success_rate", "mean_reward", "horizon", "total_timesteps", "total_updates", "steps_per_second", "total_seconds",
-    "peak_rss_mb",
+    "success_rate", "mean_reward", "mmer", "horizon", "total_timesteps", "total_updates", "steps_per_second",
+    "total_seconds", "peak_rss_mb",
 )  # fmt: skip
 """Entries of a run's summary that its row holds."""
 NAMED = ("env", "env.id", "backbone", "train.seed")

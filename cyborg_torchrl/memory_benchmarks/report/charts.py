@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import ceil, floor, log10
 from statistics import median
 from textwrap import fill
@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter, StrMethodFormatter
 
 from cyborg_torchrl.checks import HorizonCurve
+from cyborg_torchrl.memory_benchmarks.published import SOURCE
 from cyborg_torchrl.memory_benchmarks.report.groups import Group, group_by
 from cyborg_torchrl.memory_benchmarks.report.runs import Array, Columns, has_numbers
 from cyborg_torchrl.memory_benchmarks.report.xray import Episode
@@ -63,6 +64,8 @@ class Chart(NamedTuple):
     svg: Markup
     caption: str
     rows: Rows
+    family: str = ""
+    """Charts of one family stand under one heading."""
 
 
 class Bar(NamedTuple):
@@ -122,12 +125,21 @@ def _curve_chart(name: str, place: str, groups: Sequence[Group], series: Series)
             rows.append(row | {"95 % interval": limits})
     if target is not None:
         axes.axhline(target, color=INK, linewidth=0.8, linestyle=(0, (2, 3)))
+    caption = _published_line(groups[0], axes.axhline)
     _count_steps(axes)
     axes.set_xlim(left=0)
     if measure == "success":
         axes.set_ylim(-0.03, 1.05)
-    label = f"Line chart of {measure} while training on {place}: {'; '.join(ends)}."
-    return Chart(place, inline_svg(axes.get_figure(), name, label), "", rows)
+    label = f"Line chart of {measure} while training on {place}: {'; '.join(ends)}. {caption}".rstrip()
+    return Chart(place, inline_svg(axes.get_figure(), name, label), caption, rows, groups[0].family)
+
+
+def _published_line(group: Group, draw: Callable[..., Any]) -> str:
+    """Draw the published score of a task, if there is one, and return a sentence about it."""
+    if group.published is None:
+        return ""
+    draw(group.published.best, color=INK, linewidth=1, linestyle=(0, (8, 3)))
+    return f"Dashed: {group.published.best:.3f}, the best of 13 models in {SOURCE} ({group.published.agent}, MMER)."
 
 
 def horizon_charts(groups: Sequence[Group], series: Series) -> list[Chart]:
@@ -168,9 +180,9 @@ def score_charts(groups: Sequence[Group], series: Series) -> list[Chart]:
     """Draw the final scores of each task and horizon."""
     places = group_by((group for group in groups if group.scores), lambda group: group.place)
     charts: list[Chart] = []
-    for index, (place, same) in enumerate(places.items()):
+    for index, same in enumerate(places.values()):
         bars = [Bar(group.backbone, group.score, group.scores) for group in same]
-        charts.append(_bar_chart(f"score-{index}", place, bars, series, f"final {same[0].measure}", digits=3))
+        charts.append(_bar_chart(f"score-{index}", same[0], bars, series, f"final {same[0].measure}", digits=3))
     return charts
 
 
@@ -178,18 +190,22 @@ def speed_charts(groups: Sequence[Group], series: Series) -> list[Chart]:
     """Draw the environment steps per second of each task and horizon."""
     places = group_by((group for group in groups if group.figures("steps_per_second")), lambda group: group.place)
     charts: list[Chart] = []
-    for index, (place, same) in enumerate(places.items()):
+    for index, same in enumerate(places.values()):
         bars: list[Bar] = []
         for group in same:
             rates = group.figures("steps_per_second")
             middle = Estimate(np.float64(median(rates)), np.float64(min(rates)), np.float64(max(rates)))
             bars.append(Bar(group.backbone, middle, rates))
-        charts.append(_bar_chart(f"speed-{index}", place, bars, series, "environment steps / s", digits=0))
+        charts.append(_bar_chart(f"speed-{index}", same[0], bars, series, "environment steps / s", digits=0))
     return charts
 
 
-def _bar_chart(name: str, place: str, bars: Sequence[Bar], series: Series, unit: str, *, digits: int) -> Chart:
-    """Draw a mark with its interval for each bar, from top to bottom, and a tick for each seed."""
+def _bar_chart(name: str, group: Group, bars: Sequence[Bar], series: Series, unit: str, *, digits: int) -> Chart:
+    """Draw a mark with its interval for each bar, from top to bottom, and a tick for each seed.
+
+    A chart of final scores has a line at the published score of the group's task.
+    """
+    place = group.place
     axes = _new_axes(unit, height=0.75 + 0.28 * max(len(bars), 3))
     rows: Rows = []
     for position, (label, (point, low, high), seeds) in enumerate(bars):
@@ -207,13 +223,18 @@ def _bar_chart(name: str, place: str, bars: Sequence[Bar], series: Series, unit:
     axes.set_yticks(range(len(bars)), names, fontsize=8)
     axes.set_ylim(len(bars) - 0.4, -0.6)
     values = [value for bar in bars for value in bar.seeds]
+    caption = ""
+    if unit.startswith("final") and group.published is not None:
+        caption = _published_line(group, axes.axvline)
+        values.append(group.published.best)
     left, right = min(0.0, *values), max(1.0 if unit == "final success" else 0.0, *values)
     axes.set_xlim(left - 0.03 * (right - left), right + 0.05 * (right - left))
     axes.grid(visible=False, axis="y")
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.xaxis.set_major_formatter(EngFormatter(sep="") if digits == 0 else StrMethodFormatter("{x:g}"))
     content = "; ".join(f"{row['backbone']} {row[unit]}" for row in rows)
-    return Chart(place, inline_svg(axes.get_figure(), name, f"Chart of {unit} on {place}: {content}."), "", rows)
+    label = f"Chart of {unit} on {place}: {content}. {caption}".rstrip()
+    return Chart(place, inline_svg(axes.get_figure(), name, label), caption, rows, group.family)
 
 
 def gradient_chart(curve: HorizonCurve) -> Chart:

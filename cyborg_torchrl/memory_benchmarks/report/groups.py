@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from cyborg_torchrl.memory_benchmarks.published import Published, published_scores
 from cyborg_torchrl.memory_benchmarks.report.runs import Array, Run
 from cyborg_torchrl.memory_benchmarks.results import target_of
 from cyborg_torchrl.training.stats import Estimate, interquartile_mean
@@ -28,6 +30,8 @@ MAX_KEYS, MAX_VALUE = 3, 20
 """Limits of a label: keys, and characters of a value."""
 MAX_POINTS = 80
 """Points of a learning curve."""
+LEVELS = ("easy", "medium", "hard", "extreme")
+"""Levels of tasks, in their order."""
 
 
 class Curve(NamedTuple):
@@ -101,6 +105,21 @@ class Group:
         """Task and horizon."""
         return self.task if self.horizon is None else f"{self.task}, horizon {self.horizon:,}"
 
+    @cached_property
+    def family(self) -> str:
+        """The task without its level: "RepeatPrevious" of "popgym-RepeatPreviousHard-v0"."""
+        return _family_and_level(self.runs[0].config["env"])[0]
+
+    @cached_property
+    def level(self) -> int:
+        """Position of the level in `LEVELS`; -1 for a task without levels."""
+        return _family_and_level(self.runs[0].config["env"])[1]
+
+    @property
+    def published(self) -> Published | None:
+        """The published score of this task."""
+        return published_scores().get(str(self.runs[0].config["env"].get("id")))
+
     def figures(self, name: str) -> list[float]:
         """Return a number of the summaries of the finished runs that have it."""
         values = [run.figure(name) for run in self.finished]
@@ -165,7 +184,9 @@ def differences(configs: Sequence[Flat]) -> list[dict[str, str]]:
 
 
 def build_groups(runs: Sequence[Run]) -> list[Group]:
-    """Group runs by configuration, sorted by task, horizon and backbone. Runs without a configuration are left out.
+    """Group runs by configuration, sorted by family, level, task, horizon and backbone.
+
+    Runs without a configuration are left out.
 
     Two groups never have the same task, horizon and backbone label.
     """
@@ -189,7 +210,7 @@ def build_groups(runs: Sequence[Run]) -> list[Group]:
         members = tuple(sorted(group, key=lambda run: run.seed or 0))
         target = target_of(group[0].config["env"])
         groups.append(Group(task.text, backbone.text, _horizon(group), target, members, backbone.missing))
-    return sorted(groups, key=lambda group: (group.task, group.horizon or 0, group.backbone))
+    return sorted(groups, key=lambda group: (group.family, group.level, group.task, group.horizon or 0, group.backbone))
 
 
 def different_budgets(groups: Sequence[Group]) -> list[str]:
@@ -269,6 +290,13 @@ def _short_text(label: Label, differing: set[str]) -> str:
         short_key = key.removeprefix("train.").removeprefix("backbone.").removeprefix("env.")
         parts.append(f"{short_key}={short_value}")
     return ", ".join([*parts, "..."] if len(keys) > MAX_KEYS else parts)
+
+
+def _family_and_level(env: Mapping[str, Any]) -> tuple[str, int]:
+    """Return the family, and the position of the level in `LEVELS`, of an environment's configuration."""
+    found = re.fullmatch(r"popgym-(\w+)(Easy|Medium|Hard)-v\d+", str(env.get("id")))
+    family, level = found.groups() if found else (env.get("id") or env["name"], env.get("level") or "")
+    return str(family), LEVELS.index(level.lower()) if level.lower() in LEVELS else -1
 
 
 def _task(group: Sequence[Run]) -> str:

@@ -58,14 +58,14 @@ def build_page(runs: Sequence[Run], xray: XRay | str) -> str:
             tasks={group.task for group in groups},
             statuses=sorted(Counter(run.status for run in runs if run.status != "finished").items()),
             legend=_legend(series),
-            curves=charts.curve_charts(groups, series),
+            curves=_with_headings(charts.curve_charts(groups, series)),
             horizons=charts.horizon_charts(groups, series),
-            scores=charts.score_charts(groups, series),
+            scores=_with_headings(charts.score_charts(groups, series)),
             results=results_table(groups),
             different_budgets=different_budgets(groups),
             together=together,
             left_out=left_out,
-            speeds=charts.speed_charts(groups, series),
+            speeds=_with_headings(charts.speed_charts(groups, series)),
             speed_table=speed_table(groups),
             xray=xray_section(runs, xray),
             setups=setups_table(runs),
@@ -73,6 +73,12 @@ def build_page(runs: Sequence[Run], xray: XRay | str) -> str:
             folder=_common_folder(runs),
             written=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC by cyborg_torchrl {version('cyborg-torchrl')}",
         )
+
+
+def _with_headings(pictures: Sequence[Chart]) -> list[Chart]:
+    """Return charts whose families are named only if there are several, and only those with several charts."""
+    counts = Counter(chart.family for chart in pictures)
+    return [chart if len(counts) > 1 and counts[chart.family] > 1 else chart._replace(family="") for chart in pictures]
 
 
 def _legend(series: Series) -> list[dict[str, Any]]:
@@ -113,7 +119,11 @@ def results_table(groups: Sequence[Group]) -> Rows:
             "solved": _solved(group),
             "steps to target": "-" if needed is None else f"{needed:,.0f}",
             "steps trained": f"{median(run.steps for run in group.finished):,.0f}" if scores else "-",
+            "MMER": f"{mean(mmer):.3f}" if (mmer := group.figures("mmer")) else "-",
+            "published MMER": f"{group.published.best:.3f}" if group.published else "-",
         })  # fmt: skip
+    if all(row["published MMER"] == "-" for row in rows):
+        rows = [{name: row[name] for name in row if "MMER" not in name} for row in rows]
     return rows
 
 

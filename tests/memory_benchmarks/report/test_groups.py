@@ -54,6 +54,29 @@ def test_labels_tell_apart_groups_of_the_same_backbone(tmp_path: Path, write_run
     ]
 
 
+def test_groups_are_sorted_by_family_and_level(tmp_path: Path, write_run: WriteRun) -> None:
+    ids = ["RepeatPreviousHard", "AutoencodeEasy", "RepeatPreviousEasy", "RepeatPreviousMedium"]
+    for name in ids:
+        set_env(write_run(name, task="popgym"), id=f"popgym-{name}-v0")
+    set_env(write_run("easy"), level="easy")
+    groups = build_groups(find_runs([tmp_path]))
+    assert [(group.family, group.level) for group in groups] == [
+        ("Autoencode", 0),
+        ("RepeatPrevious", 0),
+        ("RepeatPrevious", 1),
+        ("RepeatPrevious", 2),
+        ("delayed_cue", 0),
+    ]
+    # Figures of the POPGym paper.
+    assert [group.published and group.published.best for group in groups] == [-0.283, 1.0, 0.789, 0.191, None]
+
+
+def set_env(folder: Path, **options: object) -> None:
+    config = json.loads((folder / "config.yaml").read_text())
+    config["env"] |= options
+    (folder / "config.yaml").write_text(json.dumps(config))
+
+
 def set_options(folder: Path, **options: object) -> None:
     config = json.loads((folder / "config.yaml").read_text())
     config["train"] |= options

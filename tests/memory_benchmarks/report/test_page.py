@@ -215,3 +215,23 @@ def test_without_the_extra_it_is_named(
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["report", str(sweep_folder)]) == 2
     assert "pip install 'cyborg-torchrl[report]'" in capsys.readouterr().err
+
+
+def test_families_have_headings_and_published_scores_are_shown(tmp_path: Path, write_run: WriteRun) -> None:
+    names = ["RepeatPreviousHard", "RepeatPreviousEasy", "CountRecallEasy", "MineSweeperEasy"]
+    for name in names:
+        config = write_run(name, task="popgym", success=None) / "config.yaml"
+        config.write_text(config.read_text().replace('"level"', f'"id": "popgym-{name}-v0", "level"'))
+    page = build_page(find_runs([tmp_path]), "")
+    headings = re.findall(r"<(h[34])>([^<]*)", page)
+    curves = headings[: len(names) + 1]
+    assert [tag for tag, _ in curves] == ["h3", "h3", "h3", "h4", "h4"]
+    assert [text.split(",")[0] for _, text in curves] == [
+        "popgym-CountRecallEasy-v0",
+        "popgym-MineSweeperEasy-v0",
+        "RepeatPrevious",
+        "popgym-RepeatPreviousEasy-v0",
+        "popgym-RepeatPreviousHard-v0",
+    ]
+    assert page.count("<figcaption>Dashed: 0.191, the best of 13 models") == 2  # a curve and a chart of final scores
+    assert page.count("<figcaption>Dashed") == 6
