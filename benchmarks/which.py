@@ -12,24 +12,21 @@ to benchmarks/results/which.csv: greedy success (or return) after training, the 
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
-import json
-import subprocess
-import sys
-import tempfile
 from contextlib import closing
 from pathlib import Path
 from statistics import mean
 
-import torch
-
+from benchmarks.runs import Row, RunTable, train, with_interval
 from cyborg_torchrl import load_config
 from cyborg_torchrl.training.builders import build_agent, build_env
-from cyborg_torchrl.training.stats import mean_interval
 
-RESULTS = Path(__file__).parent / "results" / "which.csv"
-COLUMNS = ("core", "task", "seed", "hidden_size", "parameters", "steps", "score", "steps_per_second")
+RUNS = RunTable(
+    Path(__file__).parent / "results" / "which.csv",
+    names=("core", "task", "seed"),
+    values=("hidden_size", "parameters", "steps", "score", "steps_per_second"),
+)
+FIGURES = ("score", "steps", "steps_per_second")
 PARAMETERS = 100_000
 WIDTHS = range(16, 513, 8)
 
@@ -75,60 +72,31 @@ def width_for(overrides: list[str]) -> tuple[int, int]:
     return width, sizes[width]
 
 
-def train(core: str, task: str, seed: int) -> dict[str, object]:
-    """Train one agent with the command line."""
+def train_core(core: str, task: str, seed: int) -> Row:
+    """Train one agent, and return its row."""
     overrides = [*TASKS[task], *CORES[core]]
     width, parameters = width_for(overrides)
-    with tempfile.TemporaryDirectory() as scratch:
-        command = [sys.executable, "-m", "cyborg_torchrl", "train", *overrides, f"backbone.hidden_size={width}"]
-        command += [f"train.seed={seed}", "train.stop_at=0.99", f"logger.base_dir={scratch}", "logger.progress=false"]
-        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    summary = json.loads(output.splitlines()[-1])
-    score = summary["mean_reward"] if summary["success_rate"] is None else summary["success_rate"]
-    values = (core, task, seed, width, parameters, summary["total_timesteps"], score, summary["steps_per_second"])
-    return dict(zip(COLUMNS, values, strict=True))
-
-
-def read() -> list[dict[str, str]]:
-    """Return the rows of the CSV file; [] if there is none."""
-    if not RESULTS.exists():
-        return []
-    with RESULTS.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def run(cores: list[str], tasks: list[str], seeds: list[int]) -> None:
-    """Train the missing runs, and add a row for each."""
-    known = {(row["core"], row["task"], int(row["seed"])) for row in read()}
-    is_new = not RESULTS.exists()
-    with RESULTS.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        for seed, task, core in itertools.product(seeds, tasks, cores):
-            if (core, task, seed) not in known:
-                row = train(core, task, seed)
-                writer.writerow(row)
-                file.flush()
-                print(f"{core}, {task}, seed {seed}: {row['score']:.3f}", file=sys.stderr)
+    summary = train([*overrides, f"backbone.hidden_size={width}", f"train.seed={seed}", "train.stop_at=0.99"])
+    return {
+        "core": core,
+        "task": task,
+        "seed": seed,
+        "hidden_size": width,
+        "parameters": parameters,
+        "steps": summary["total_timesteps"],
+        "score": summary["mean_reward"] if summary["success_rate"] is None else summary["success_rate"],
+        "steps_per_second": summary["steps_per_second"],
+    }
 
 
 def table() -> str:
     """Return mean score [95 % interval], thousands of steps, and steps a second of each core and task as Markdown."""
-    rows = read()
     lines = ["| core | " + " | ".join(TASKS) + " |", "|---" * (len(TASKS) + 1) + "|"]
     for core in CORES:
         cells: list[str] = []
         for task in TASKS:
-            found = [row for row in rows if (row["core"], row["task"]) == (core, task)]
-            if not found:
-                cells.append("")
-                continue
-            scores = torch.tensor([float(row["score"]) for row in found], dtype=torch.float64)
-            interval = mean_interval(scores) if len(found) > 1 else None
-            limits = f" [{interval[0]:.2f}, {min(1, interval[1]):.2f}]" if interval else ""
-            steps, speed = (mean([float(row[key]) for row in found]) for key in ("steps", "steps_per_second"))
-            cells.append(f"{scores.mean():.2f}{limits}, {steps / 1000:.0f}k, {speed:,.0f}/s")
+            scores, steps, speeds = (RUNS.column(name, core=core, task=task) for name in FIGURES)
+            cells.append(f"{with_interval(scores)}, {mean(steps) / 1000:.0f}k, {mean(speeds):,.0f}/s" if scores else "")
         lines.append(f"| {core} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -146,7 +114,9 @@ def main() -> None:
     if arguments.command == "table":
         print(table())
     else:
-        run(arguments.cores, arguments.tasks, arguments.seeds)
+        for seed, task, core in itertools.product(arguments.seeds, arguments.tasks, arguments.cores):
+            if not RUNS.has(core, task, seed):
+                RUNS.add(train_core(core, task, seed))
 
 
 if __name__ == "__main__":
