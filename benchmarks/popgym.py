@@ -1,8 +1,8 @@
 r"""Train five agents on POPGym under the protocol of its paper, and compare with its figures.
 
-    python -m benchmarks.popgym run                                       # everything: days of one core
+    python -m benchmarks.popgym run                              # everything. This takes days of one core.
     python -m benchmarks.popgym run --ids RepeatPreviousHard CountRecallEasy --agents attention --seeds 0 1 2
-    python -m benchmarks.popgym table                                     # Markdown, from all results so far
+    python -m benchmarks.popgym table                            # Markdown, from all results so far.
     python -m benchmarks.popgym plot docs/figures/popgym.png
 
 A run has `--config popgym_paper` and nothing else but the id, the backbone, the seed and the steps. It is first trained
