@@ -33,6 +33,7 @@ LIBRARIES = {
     "pufferlib": "PufferLib, LSTMWrapper",
     "agilerl": "AgileRL, RecurrentPPO",
     "sample_factory": "Sample Factory, GRU",
+    "openrl": "OpenRL, PPOAgent",
 }
 COLUMNS = {
     "same state": ("rollout", "same state: single steps"),
