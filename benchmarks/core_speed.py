@@ -80,16 +80,19 @@ def torch_training(module: nn.GRU | nn.LSTM, x: Tensor) -> Run:
 
 
 def acting(core: Core, x: Tensor, steps: int = 50) -> Run:
-    """Build acting steps of a core, each from the last state, after 128 other steps: a window of attention is full."""
+    """Build acting steps of a core, each from the last state, after 128 other steps: a window of attention is full.
+
+    The next run goes on where the last one ended, as in acting.
+    """
     core.to(x.device)
     before = x.unsqueeze(1).expand(-1, 128, -1)
     with torch.no_grad():
         is_init = torch.zeros(before.shape[:2], dtype=torch.bool, device=x.device)
-        _, begun = core(before, core.initial_state(x.shape[0]), is_init)
+        _, state = core(before, core.initial_state(x.shape[0]), is_init)
 
     @torch.no_grad()
     def run() -> None:
-        state = begun
+        nonlocal state
         for _ in range(steps):
             _, state = core.step(x, state)
 

@@ -141,10 +141,10 @@ class AttentionCore(Core):
         return self.clock(torch.cat([angle.sin(), angle.cos()], -1))
 
     def _number(self, count: Float[Tensor, "B 3"]) -> Float[Tensor, " B"]:
-        return (count * self.digits).sum(-1).round().clamp_min(0.0)
+        return (count @ self.digits).round().clamp_min(0.0)
 
     def _count(self, age: Float[Tensor, " B"]) -> Float[Tensor, "B 3"]:
-        return (age.unsqueeze(-1) / self.digits).floor().remainder(DIGITS[1])
+        return age.unsqueeze(-1).div(self.digits, rounding_mode="floor").remainder(DIGITS[1])
 
 
 def attend(

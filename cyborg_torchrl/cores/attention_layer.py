@@ -9,6 +9,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cyborg_torchrl.cores.timescale import rms_normalize
+
 
 class GRUGate(nn.Module):
     """The gate of GTrXL, which replaces a residual.
@@ -76,8 +78,8 @@ class AttentionLayer(nn.Module):
         """Return queries, keys and values, each [*B, heads, D]."""
         content = self.norms[0](x)
         place = content if clock is None else self.norms[0](x + clock)
-        q, k = self.queries_keys(place).unflatten(-1, (2, self.num_heads, -1)).unbind(-3)
-        q, k = _normalize(q) * self.gain, _normalize(k)
+        q, k = rms_normalize(self.queries_keys(place).unflatten(-1, (2, self.num_heads, -1))).unbind(-3)
+        q = q * self.gain
         v = self.values(content).unflatten(-1, (self.num_heads, -1))
         if self.turns is not None:
             place = (age.remainder(self.period).unsqueeze(-1) * self.turns).remainder(self.period)
@@ -87,15 +89,11 @@ class AttentionLayer(nn.Module):
 
     def finish(self, x: Float[Tensor, "*B W"], read: Float[Tensor, "*B H D"]) -> Tensor:
         """Return the output of the layer, [*B, W], given what attention has read."""
-        x = self._join(0, x, self.output(_normalize(read).flatten(-2)))
+        x = self._join(0, x, self.output(rms_normalize(read).flatten(-2)))
         return self._join(1, x, self.mlp(self.norms[1](x)))
 
     def _join(self, i: int, x: Tensor, y: Tensor) -> Tensor:
         return self.gates[i](x, y) if self.gates else x + y
-
-
-def _normalize(x: Tensor) -> Tensor:
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5)
 
 
 def _rotate(x: Tensor, angle: Tensor) -> Tensor:
