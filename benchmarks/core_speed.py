@@ -82,7 +82,7 @@ def torch_training(module: nn.GRU | nn.LSTM, x: Tensor) -> Run:
 def acting(core: Core, x: Tensor, steps: int = 50) -> Run:
     """Build acting steps of a core, each from the last state, after 128 other steps: a window of attention is full.
 
-    The next run goes on where the last one ended, as in acting.
+    The next run continues from the last state, as in acting.
     """
     core.to(x.device)
     before = x.unsqueeze(1).expand(-1, 128, -1)
