@@ -30,6 +30,7 @@ LIBRARIES = {
     "tianshou": "tianshou, Recurrent",
     "rllib": "RLlib, LSTM module",
     "pfrl": "PFRL, recurrent PPO",
+    "pfrl_dqn": "PFRL, recurrent DoubleDQN",
     "pufferlib": "PufferLib, LSTMWrapper",
     "agilerl": "AgileRL, RecurrentPPO",
     "sample_factory": "Sample Factory, GRU",

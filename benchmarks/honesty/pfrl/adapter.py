@@ -20,7 +20,7 @@ from pfrl.utils import recurrent, set_random_seed
 from torch import Tensor, nn
 
 from benchmarks.honesty.common import ACTIONS, FEATURES, NUM_ENVS, STEPS, WIDTH, NoiseEnv, draw
-from cyborg_torchrl.checks import DiscreteActorCritic, Recorder, Report, check_memory
+from cyborg_torchrl.checks import DiscreteActorCritic, Episodes, Recorder, Report, check_memory
 
 PACKAGE = "pfrl"
 State = tuple[tuple[Tensor, Tensor]]
@@ -76,23 +76,22 @@ class Functions(DiscreteActorCritic):
         return (distribution.logits, value.flatten()), state
 
     def sequence(self, observations: Tensor, state: State, is_first: Tensor) -> tuple[Tensor, Tensor]:
-        """Run packed episodes, longest first, as the update does. Only the first of a row continues from a state."""
-        length = is_first.shape[1]
-        starts = is_first.index_fill(1, torch.tensor(0), True).flatten().nonzero().flatten()
-        episodes = torch.arange(is_first.numel()).tensor_split(starts[1:])
-        episodes = sorted(episodes, key=len, reverse=True)
-        state = recurrent.mask_recurrent_state_at(state, is_first[:, 0])
-        states = [
-            recurrent.get_recurrent_state_at(state, episode[0] // length, detach=False)
-            if episode[0] % length == 0
-            else None
-            for episode in episodes
-        ]
-        rows = [observations.flatten(0, 1)[episode] for episode in episodes]
-        packed_state = recurrent.concatenate_recurrent_states(states)
-        (distribution, value), _ = recurrent.pack_and_forward(self.model, rows, packed_state)
-        order = torch.stack(recurrent.flatten_sequences_time_first(episodes)).argsort()
+        """Run packed episodes, as the update does."""
+        (distribution, value), order = run_packed(self.model, observations, state, is_first)
         return distribution.logits[order].unflatten(0, is_first.shape), value[order].view(is_first.shape)
+
+
+def run_packed(model: nn.Module, observations: Tensor, state: State, is_first: Tensor) -> tuple[Any, Tensor]:
+    """Run episodes, longest first. Return what the library returns, and the order that undoes its sorting."""
+    episodes = Episodes(is_first)
+    numbers, rows = (episodes.split(x) for x in (torch.arange(is_first.numel()).view(is_first.shape), observations))
+    longest_first = sorted(range(len(rows)), key=lambda episode: -len(rows[episode]))
+    states = episodes.states(state, dim=1)
+    states = [recurrent.get_recurrent_state_at(states, episode, detach=False) for episode in longest_first]
+    packed = [rows[episode] for episode in longest_first], recurrent.concatenate_recurrent_states(states)
+    output, _ = recurrent.pack_and_forward(model, *packed)
+    order = torch.stack(recurrent.flatten_sequences_time_first([numbers[episode] for episode in longest_first]))
+    return output, order.argsort()
 
 
 def check(seed: int) -> tuple[Report, Report]:
