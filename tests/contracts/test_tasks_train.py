@@ -48,7 +48,8 @@ def test_a_task_trains_with_a_backbone(task: str, backbone: str, tmp_path: Path)
         warnings.simplefilter("error")  # among others: that the update does not see the states of the rollout
         summary = run_experiment(cfg)
     env = environments.get(task)(num_envs=1, horizon=3)
-    assert summary["total_timesteps"] == 8 * env.max_episode_steps
+    rollout = 128 if cfg.preset == "general" else env.max_episode_steps
+    assert summary["total_timesteps"] == 8 * rollout
     assert (summary["total_updates"], summary["horizon"], summary["eval_episodes"]) == (1, 3, 8)
     assert 0.0 <= summary["success_rate"] <= 1.0
     assert math.isfinite(summary["mean_reward"])
