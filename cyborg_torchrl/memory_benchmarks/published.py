@@ -26,7 +26,7 @@ def published_scores() -> dict[str, Published]:
     """Return the published scores of POPGym's ids. Ids whose score we could not read are missing.
 
     We could not read the paper's table itself. The scores of eight families come from another project's transcription.
-    Those of seven cells were known to us before, and they are equal.
+    Six of its numbers were known to us before, and they are equal.
     """
     with Path(__file__).with_suffix(".csv").open(newline="") as file:
         return {
