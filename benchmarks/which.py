@@ -24,7 +24,7 @@ from cyborg_torchrl.training.builders import build_agent, build_env
 RUNS = RunTable(
     Path(__file__).parent / "results" / "which.csv",
     names=("core", "task", "seed"),
-    values=("hidden_size", "parameters", "steps", "score", "steps_per_second"),
+    values=("hidden_size", "parameters", "steps", "score"),
 )
 PARAMETERS = 100_000
 WIDTHS = range(16, 513, 8)
@@ -84,7 +84,6 @@ def train_core(core: str, task: str, seed: int) -> Row:
         "parameters": parameters,
         "steps": summary["total_timesteps"],
         "score": summary["mean_reward"] if summary["success_rate"] is None else summary["success_rate"],
-        "steps_per_second": summary["steps_per_second"],
     }
 
 

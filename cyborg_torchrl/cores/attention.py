@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from cyborg_torchrl.cores.abstract import Core, InitialState, State
 from cyborg_torchrl.cores.attention_layer import AttentionLayer
 from cyborg_torchrl.cores.kernels.sliding_cache import SlidingCache
-from cyborg_torchrl.cores.kernels.window_attention import BLOCK, attend_sequence, attend_step
+from cyborg_torchrl.cores.kernels.window_attention import BLOCK, attend_sequence, layer_step
 from cyborg_torchrl.registry import check_known, register_backbone
 
 DEFAULT_WINDOW = 128
@@ -105,9 +105,8 @@ class AttentionCore(Core):
         age = self._number(state["count"]) + 1.0
         y, clock, last = self.input(x), self._clock(age), {"count": self._count(age)}
         for i, (layer, (keys, values)) in enumerate(zip(self.layers, self._sliding, strict=True)):
-            q, k, v = layer.project(y, clock, age)  # pyright: ignore[reportCallIssue]
-            k, v = keys.append(state[f"keys_{i}"], k), values.append(state[f"values_{i}"], v)
-            y = layer.finish(y, attend_step(q, k, v, layer.bias, age))  # pyright: ignore
+            k, v = keys.extend(state[f"keys_{i}"]), values.extend(state[f"values_{i}"])
+            y = layer_step(layer, y, clock, age, k, v)  # pyright: ignore[reportArgumentType]
             last |= {f"keys_{i}": k[..., 1:], f"values_{i}": v[..., 1:, :]}
         return y, last
 

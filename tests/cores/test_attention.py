@@ -123,16 +123,28 @@ def test_the_path_without_our_function_is_the_same(steps: int, monkeypatch: pyte
 
 @pytest.mark.skipif(not IS_BUILT, reason="nothing was built in C++")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(("size", "steps"), [(16, 129), (32, 17), (4, 40), (8, 2)])
-def test_a_step_in_cpp_equals_torch(size: int, steps: int, dtype: torch.dtype, monkeypatch) -> None:
-    q = torch.randn(6, 2, size, dtype=dtype)
-    keys = torch.randn(6, 2, size, 2 * steps + 5, dtype=dtype)[..., 5 : 5 + steps]
-    values = torch.randn(6, 2, 2 * steps + 5, size, dtype=dtype)[:, :, 5 : 5 + steps]
-    bias, age = torch.randn(2, steps, dtype=dtype), torch.tensor([1, 2, steps - 1, steps, steps + 1, 999], dtype=dtype)
-    ours = window_attention.attend_step(q, keys, values, bias, age)
-    monkeypatch.setattr(window_attention, "is_native", lambda tensor: False)
-    theirs = window_attention.attend_step(q, keys, values, bias, age)
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=3e-6 if dtype is torch.float32 else 1e-13)
+@pytest.mark.parametrize("options", [{}, {"has_clock": False, "position": "alibi"}, {"num_layers": 2}])
+@pytest.mark.parametrize(("heads", "size", "window"), [(4, 16, 60), (2, 32, 16), (3, 4, 39), (1, 8, 1)])
+def test_a_step_in_cpp_equals_torch(options, heads: int, size: int, window: int, dtype, monkeypatch) -> None:
+    """70 environments: more than the block of any processor, and not a multiple of it. Their episodes differ in age."""
+    core = AttentionCore(5, hidden_size=heads * size, num_heads=heads, window=window, **options).to(dtype)
+    for parameter in core.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    x = torch.randn(75, 70, 5, dtype=dtype)
+    results: list[Tensor] = []
+    for is_native in (True, False):
+        monkeypatch.setattr(window_attention, "is_native", lambda tensor, is_native=is_native: is_native)
+        state = {name: value.to(dtype) for name, value in core.initial_state(70).items()}
+        reads = []
+        with torch.no_grad():
+            for t, x_t in enumerate(x):
+                state = {name: value.clone() for name, value in state.items()}
+                for value in state.values():
+                    value[torch.arange(70) == t] = 0.0  # environment t starts an episode at step t
+                y, state = core.step(x_t, state)
+                reads.append(y)
+        results.append(torch.cat([*reads, *(value.flatten(1) for value in state.values())], 1))
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=1e-4 if dtype is torch.float32 else 1e-12)
 
 
 def test_blank_steps_write_nothing_and_hide_nothing() -> None:
@@ -171,7 +183,8 @@ def test_a_cache_is_copied_once_in_a_window() -> None:
     sliding, cache = SlidingCache(1), torch.zeros(2, 8, 3)
     buffers = set()
     for t in range(80):
-        longer = sliding.append(cache, torch.full((2, 3), float(t)))
+        longer = sliding.extend(cache)
+        longer[:, -1] = float(t)
         buffers.add(longer.untyped_storage().data_ptr())
         cache = longer[:, 1:]
         expected = [max(0, s) for s in range(t - 7, t + 1)]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 DTYPES = {torch.float32: "float32", torch.float64: "float64"}
 CAPABILITIES = ("avx512", "avx2", "default")
-INTERFACE = 13
+INTERFACE = 14
 """Version of the C interface. A library with another version is not used."""
 FOLDER = Path(__file__).parent
 POINTER, INTEGER, NUMBER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
@@ -25,7 +25,7 @@ POINTER, INTEGER, NUMBER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 ARGUMENTS = [POINTER, INTEGER, NUMBER, POINTER, POINTER, POINTER]
 ACT_ARGUMENTS = [POINTER, NUMBER, NUMBER, INTEGER, INTEGER, *[POINTER] * 6]
 # C++ gets arrays of a fixed length. Missing sizes are zero, and missing tensors are null pointers.
-SIZES, TENSORS = INTEGER * 5, POINTER * 10
+SIZES, TENSORS = INTEGER * 5, POINTER * 16
 
 
 @cache

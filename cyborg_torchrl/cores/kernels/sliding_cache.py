@@ -8,10 +8,10 @@ from torch import Tensor
 
 
 class SlidingCache:
-    """Appends a step to a cache of the last W steps, and drops the oldest.
+    """Makes room for a step in a cache of the last W steps.
 
-    The cache is a view into a longer buffer. A new step is written behind the view, and the result is the view one
-    step later. Earlier views keep their content, so a caller may store them. A buffer is copied once in W steps.
+    The cache is a view into a longer buffer. A new step is written behind the view. The next cache is the view one step
+    later. Earlier views keep their content, so a caller may store them. A buffer is copied once in W steps.
 
     A cache that is not the newest view of the buffer is copied into a new buffer. So it is right for any caller, and
     fast for one that continues from the last result.
@@ -25,12 +25,11 @@ class SlidingCache:
         self._buffer: Tensor | None = None
         self._end = 0
 
-    def append(self, cache: Tensor, newest: Tensor) -> Tensor:
-        """Return the cache with one more step, W + 1 in `dim`.
+    def extend(self, cache: Tensor) -> Tensor:
+        """Return the cache with room for one more step at its end, W + 1 in `dim`. The caller writes this step.
 
         Args:
             cache: the last W steps.
-            newest: the step to add, without the dimension `dim`.
         """
         width = cache.shape[self.dim]
         if self._buffer is None or self._end == self._buffer.shape[self.dim] or not self._is_newest(cache):
@@ -38,7 +37,6 @@ class SlidingCache:
             shape[self.dim] = 2 * width
             self._buffer, self._end = cache.new_empty(shape), width
             self._buffer.narrow(self.dim, 0, width).copy_(cache)
-        self._buffer.select(self.dim, self._end).copy_(newest)
         self._end += 1
         return self._buffer.narrow(self.dim, self._end - width - 1, width + 1)
 

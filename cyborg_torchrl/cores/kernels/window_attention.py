@@ -1,4 +1,4 @@
-"""Attention over a window of the last steps on a CPU: a step in C++, a sequence without copies of its windows."""
+"""Attention over the last steps on a CPU: a layer's step in C++, and a sequence without copies of its windows."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from cyborg_torchrl.cores.attention_layer import AttentionLayer
 from cyborg_torchrl.cores.kernels.native import is_native, run
 
 BLOCK = 64
@@ -15,34 +16,42 @@ PRODUCTS = 2**18
 """Products that are computed at once: few enough to stay in the processor's cache."""
 
 
-def attend_step(
-    q: Float[Tensor, "B H D"],
+def layer_step(
+    layer: AttentionLayer,
+    x: Float[Tensor, "B W"],
+    clock: Float[Tensor, "B W"] | None,
+    age: Float[Tensor, " B"],
     keys: Float[Tensor, "B H D K"],
     values: Float[Tensor, "B H K D"],
-    bias: Float[Tensor, "H K"],
-    age: Float[Tensor, " B"],
-) -> Float[Tensor, "B H D"]:
-    """Return what one query of each head reads from the last K steps, without gradients.
+) -> Float[Tensor, "B W"]:
+    """Return the output of a layer for one step, without gradients, and write the step's keys and values.
 
     Args:
-        q: queries.
-        keys: keys, the newest last; a view of a longer buffer [B, H, D, C].
-        values: values, the newest last; a view of a buffer [B, H, C, D].
-        bias: added to the products, by distance: the newest first.
+        layer: the layer.
+        x: its input.
+        clock: what is added to the input of queries and keys; None for nothing.
         age: steps of the episode so far, the present one included; earlier ones are left out.
+        keys: keys, with room for the newest at the end; a view of a longer buffer [B, H, D, C].
+        values: values, with room for the newest at the end; a view of a buffer [B, H, C, D].
     """
-    batch, heads, size, length = keys.shape
-    if is_native(q):
-        read = torch.empty_like(q, memory_format=torch.contiguous_format)
-        sizes = (length, batch * heads, size, keys.stride(2), heads)
-        run(
-            "attend", sizes, [q.contiguous(), keys, values, bias.contiguous(), age.contiguous()], [read], eps=size**-0.5
-        )
-        return read
-    products = torch.einsum("bhd,bhdk->bhk", q, keys) * size**-0.5 + bias.flip(-1)
-    is_before_start = torch.arange(length - 1, -1, -1) >= age.view(-1, 1, 1)
-    weights = products.masked_fill(is_before_start, -torch.inf).softmax(-1)
-    return torch.einsum("bhk,bhkd->bhd", weights, values)
+    if not is_native(x) or layer.gates or layer.turns is not None:
+        q, keys[..., -1], values[..., -1, :] = layer.project(x, clock, age)
+        products = torch.einsum("bhd,bhdk->bhk", q, keys) * q.shape[-1] ** -0.5 + layer.bias.flip(-1)
+        is_before_start = torch.arange(keys.shape[-1] - 1, -1, -1) >= age.view(-1, 1, 1)
+        weights = products.masked_fill(is_before_start, -torch.inf).softmax(-1)
+        return layer.finish(x, torch.einsum("bhk,bhkd->bhd", weights, values))
+    norm, norm_2 = layer.norms
+    linear, _, linear_2 = layer.mlp
+    inputs = [
+        x, age, norm.weight, layer.queries_keys.weight, layer.values.weight, layer.gain, layer.bias,
+        layer.output.weight, layer.output.bias, norm_2.weight, norm_2.bias,
+        linear.weight, linear.bias, linear_2.weight, linear_2.bias, *([] if clock is None else [clock]),
+    ]  # fmt: skip
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    sizes = (keys.shape[-1], x.shape[0], x.shape[1], keys.stride(2), keys.shape[1])
+    contiguous = [each.contiguous() for each in inputs]  # pyright: ignore[reportCallIssue]
+    run("attention_layer", sizes, contiguous, [y, keys, values], eps=1e-5)
+    return y
 
 
 class _WindowAttention(torch.autograd.Function):
