@@ -29,7 +29,7 @@ def layer_step(
     Args:
         layer: the layer.
         x: its input.
-        clock: what is added to the input of queries and keys; None for nothing.
+        clock: added to the input of queries and keys, but not to that of values; None if there is no clock.
         age: steps of the episode so far, the present one included; earlier ones are left out.
         keys: keys, with room for the newest at the end; a view of a longer buffer [B, H, D, C].
         values: values, with room for the newest at the end; a view of a buffer [B, H, C, D].
