@@ -2,30 +2,33 @@ r"""Train every core on the same tasks, with the same number of parameters: whic
 
 python -m benchmarks.which run                                    # hours; finished runs are skipped
 python -m benchmarks.which run --cores lru gru --tasks n_back --seeds 0
+python -m benchmarks.which speed                                  # 15 minutes: steps a second
 python -m benchmarks.which table                                  # Markdown, from all results so far
 
 The width of each core is chosen so that the agent has about 100,000 parameters. All other options are those of the
 task. Each run has the same number of steps. It adds one row to benchmarks/results/which.csv: greedy success (or return)
-after training, and steps a second.
+after training. Speeds are measured apart from these runs: environment steps per second of processor time, collection
+and updates together, one thread.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import time
 from contextlib import closing
 from pathlib import Path
-from statistics import mean
 
 from benchmarks.runs import Row, RunTable, train, with_interval
 from cyborg_torchrl import load_config
-from cyborg_torchrl.training.builders import build_agent, build_env
+from cyborg_torchrl.training.builders import build_agent, build_env, build_trainer, prepare_process
 
 RUNS = RunTable(
     Path(__file__).parent / "results" / "which.csv",
     names=("core", "task", "seed"),
     values=("hidden_size", "parameters", "steps", "score"),
 )
+SPEEDS = RunTable(Path(__file__).parent / "results" / "which_speed.csv", ("core", "task"), ("steps_per_second",))
 PARAMETERS = 100_000
 WIDTHS = range(16, 513, 8)
 
@@ -87,14 +90,31 @@ def train_core(core: str, task: str, seed: int) -> Row:
     }
 
 
+def measure_speed(core: str, task: str, updates: int = 2) -> Row:
+    """Time some updates of one agent after a first one, and return its row. All updates have all their epochs."""
+    overrides = [*TASKS[task], *CORES[core], "train.target_kl=null"]
+    cfg = load_config(overrides=[*overrides, f"backbone.hidden_size={width_for(overrides)[0]}"])
+    prepare_process(cfg)
+    trainer = build_trainer(cfg).trainer
+    with closing(trainer):
+        runs = trainer.run()
+        next(runs)
+        steps, begun = trainer.num_steps, time.process_time()
+        for _ in range(updates):
+            next(runs)
+        seconds = time.process_time() - begun
+        return {"core": core, "task": task, "steps_per_second": round((trainer.num_steps - steps) / seconds)}
+
+
 def table() -> str:
     """Return mean score [95 % interval] and steps a second of each core and task as Markdown."""
     lines = ["| core | " + " | ".join(TASKS) + " |", "|---" * (len(TASKS) + 1) + "|"]
     for core in CORES:
         cells: list[str] = []
         for task in TASKS:
-            scores, speeds = (RUNS.column(name, core=core, task=task) for name in ("score", "steps_per_second"))
-            cells.append(f"{with_interval(scores)}, {mean(speeds):,.0f}/s" if scores else "")
+            scores = RUNS.column("score", core=core, task=task)
+            speeds = SPEEDS.column("steps_per_second", core=core, task=task)
+            cells.append(", ".join([with_interval(scores)] * bool(scores) + [f"{speed:,.0f}/s" for speed in speeds]))
         lines.append(f"| {core} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -104,13 +124,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     running = commands.add_parser("run", help="train, and add a row for each run")
-    running.add_argument("--cores", nargs="+", default=list(CORES), choices=list(CORES))
-    running.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     running.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    timing = commands.add_parser("speed", help="time two updates, and add a row for each core and task")
+    for command in (running, timing):
+        command.add_argument("--cores", nargs="+", default=list(CORES), choices=list(CORES))
+        command.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     commands.add_parser("table", help="print the results as Markdown")
     arguments = parser.parse_args()
     if arguments.command == "table":
         print(table())
+    elif arguments.command == "speed":
+        for task, core in itertools.product(arguments.tasks, arguments.cores):
+            if not SPEEDS.has(core, task):
+                SPEEDS.add(measure_speed(core, task))
     else:
         for seed, task, core in itertools.product(arguments.seeds, arguments.tasks, arguments.cores):
             if not RUNS.has(core, task, seed):
