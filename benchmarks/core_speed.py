@@ -245,7 +245,9 @@ def lengths(
         if only not in name:
             continue
         runs = [training(core, torch.randn(32, steps, 64, device=device)) for steps in (long, short)]
-        a, b, ratio = paired(runs[0], lambda run=runs[1]: [run() for _ in range(long // short)], max(3, repeats // 5))
+        a, b, ratio = paired(
+            runs[0], lambda run=runs[1], times=long // short: [run() for _ in range(times)], max(3, repeats // 5)
+        )
         yield f"{name}, against {short} steps", a / long, b / long, ratio
 
 
