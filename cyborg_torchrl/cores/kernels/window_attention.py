@@ -34,7 +34,7 @@ def layer_step(
         keys: keys, with room for the newest at the end; a view of a longer buffer [B, H, D, C].
         values: values, with room for the newest at the end; a view of a buffer [B, H, C, D].
     """
-    if not is_native(x) or layer.gates or layer.turns is not None:
+    if not is_native(x) or keys.dtype is not x.dtype or layer.gates or layer.turns is not None:
         q, keys[..., -1], values[..., -1, :] = layer.project(x, clock, age)
         products = torch.einsum("bhd,bhdk->bhk", q, keys) * q.shape[-1] ** -0.5 + layer.bias.flip(-1)
         is_before_start = torch.arange(keys.shape[-1] - 1, -1, -1) >= age.view(-1, 1, 1)
