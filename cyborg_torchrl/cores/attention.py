@@ -9,11 +9,14 @@ from torch.nn import functional as F
 
 from cyborg_torchrl.cores.abstract import Core, InitialState, State
 from cyborg_torchrl.cores.attention_layer import AttentionLayer
+from cyborg_torchrl.cores.kernels.native import is_native
 from cyborg_torchrl.cores.kernels.sliding_cache import SlidingCache
-from cyborg_torchrl.cores.kernels.window_attention import BLOCK, attend_sequence, layer_step
+from cyborg_torchrl.cores.kernels.window_attention import attend_sequence, layer_step
 from cyborg_torchrl.registry import check_known, register_backbone
 
 DEFAULT_WINDOW = 128
+BLOCK = 64
+"""Queries that are computed at once without C++."""
 DIGITS = (1.0, 256.0, 65536.0)
 """Values of the digits in which steps are counted: bfloat16 holds each digit exactly."""
 
@@ -162,7 +165,7 @@ def attend(
         bias: added to the products, by distance, C = window + 1.
         age: steps of the episode so far, the present one included; earlier ones are left out.
     """
-    if q.device.type == "cpu" and not torch.compiler.is_compiling():
+    if is_native(q) and q.dtype is keys.dtype and not torch.compiler.is_compiling():
         return attend_sequence(q, keys, values, bias, age)
     length, window = q.shape[2], bias.shape[-1] - 1
     block = min(BLOCK, length)

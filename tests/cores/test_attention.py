@@ -147,6 +147,32 @@ def test_a_step_in_cpp_equals_torch(options, heads: int, size: int, window: int,
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=1e-4 if dtype is torch.float32 else 1e-12)
 
 
+@pytest.mark.skipif(not IS_BUILT, reason="nothing was built in C++")
+@pytest.mark.parametrize("threads", [1, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("size", "window", "length"), [(16, 40, 1), (16, 9, 70), (32, 3, 6), (4, 64, 31), (20, 1, 7)])
+def test_a_sequence_in_cpp_equals_torch(
+    size: int, window: int, length: int, dtype: torch.dtype, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With gradients of all inputs. Episodes begin at any step, and the first one before the sequence."""
+    steps = window + length
+    shapes = ((3, 2, length, size), (3, 2, size, steps), (3, 2, steps, size), (2, window + 1))
+    inputs = [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
+    age = torch.tensor([[1.0], [5.0], [1000.0]], dtype=dtype) + torch.arange(length)
+    for row, start in ((0, length // 2), (1, length - 1), (2, length // 3)):
+        age[row, start:] = torch.arange(1.0, length - start + 1)
+    results: list[list[Tensor]] = []
+    monkeypatch.setattr(window_attention.torch, "get_num_threads", lambda: threads)
+    for is_native in (True, False):
+        monkeypatch.setattr(module, "is_native", lambda tensor, is_native=is_native: is_native)
+        read = module.attend(*inputs, age)
+        weight = torch.linspace(-1.0, 1.0, read.numel(), dtype=dtype).view_as(read)
+        results.append([read, *torch.autograd.grad((read * weight).sum(), inputs)])
+    for name, ours, theirs in zip(("read", "q", "keys", "values", "bias"), *results, strict=True):
+        tolerance = 2e-5 if dtype is torch.float32 else 1e-12
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}")
+
+
 def test_blank_steps_write_nothing_and_hide_nothing() -> None:
     """One symbol before 400 blank steps: what is read is nearly as large as after 3."""
     torch.manual_seed(0)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 DTYPES = {torch.float32: "float32", torch.float64: "float64"}
 CAPABILITIES = ("avx512", "avx2", "default")
-INTERFACE = 14
+INTERFACE = 15
 """Version of the C interface. A library with another version is not used."""
 FOLDER = Path(__file__).parent
 POINTER, INTEGER, NUMBER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double

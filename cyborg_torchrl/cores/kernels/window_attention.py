@@ -1,6 +1,8 @@
-"""Attention over the last steps on a CPU: a layer's step in C++, and a sequence without copies of its windows."""
+"""Attention over the last steps in C++: a layer's step, and a sequence with its gradient."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
@@ -8,12 +10,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from cyborg_torchrl.cores.attention_layer import AttentionLayer
-from cyborg_torchrl.cores.kernels.native import is_native, run
-
-BLOCK = 64
-"""Queries of a row that are computed at once."""
-PRODUCTS = 2**18
-"""Products that are computed at once: few enough to stay in the processor's cache."""
+from cyborg_torchrl.cores.kernels.native import is_native, run, threads_for
 
 
 def layer_step(
@@ -54,71 +51,42 @@ def layer_step(
     return y
 
 
-class _WindowAttention(torch.autograd.Function):
-    """Attention of a sequence. Arguments and results are those of `attention.attend`."""
+def attend_sequence(
+    q: Float[Tensor, "B H T D"],
+    keys: Float[Tensor, "B H D K"],
+    values: Float[Tensor, "B H K D"],
+    bias: Float[Tensor, "H C"],
+    age: Float[Tensor, "B T"],
+) -> Float[Tensor, "B H T D"]:
+    """Do the same as `attention.attend`, in C++. It runs on as many threads as torch uses.
 
+    Raises:
+        RuntimeError: if the C++ kernels were not built.
+    """
+    return _WindowAttention.apply(*(tensor.contiguous() for tensor in (q, keys, values, bias, age)))
+
+
+class _WindowAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, q: Tensor, keys: Tensor, values: Tensor, bias: Tensor, age: Tensor) -> Tensor:
-        read = torch.empty_like(q)
-        kept: list[Tensor] = []
-        for queries, steps, distance in _blocks(q, bias):
-            is_far = (distance < 0) | (distance >= bias.shape[-1])
-            table = bias[:, distance.clamp(0, bias.shape[-1] - 1)].masked_fill(is_far, -torch.inf)
-            for rows in _rows(q, table):
-                is_before_start = (distance >= age[rows, queries].unsqueeze(-1)).unsqueeze(1)
-                products = table.masked_fill(is_before_start, -torch.inf).flatten(0, 1)
-                k, v = keys[rows, ..., steps].flatten(0, 1), values[rows, :, steps].flatten(0, 1)
-                products.baddbmm_(q[rows, :, queries].flatten(0, 1), k, alpha=q.shape[-1] ** -0.5)
-                weights = products.softmax(-1)
-                read[rows, :, queries] = torch.bmm(weights, v).view_as(read[rows, :, queries])
-                kept.append(weights)
-        ctx.save_for_backward(q, keys, values, bias, *kept)
+    def forward(ctx: FunctionCtx, *tensors: Tensor) -> Tensor:
+        q = tensors[0]
+        read, log_sum = torch.empty_like(q), q.new_empty(q.shape[:-1])
+        run("attend", _sizes(tensors), tensors, [read, log_sum], eps=q.shape[-1] ** -0.5)
+        ctx.save_for_backward(*tensors, read, log_sum)
         return read
 
     @staticmethod
     @once_differentiable
-    @torch.autocast("cpu", enabled=False)  # it may be called under autocast  # pyright: ignore[reportUntypedFunctionDecorator]
     def backward(ctx: FunctionCtx, grad_read: Tensor) -> tuple[Tensor | None, ...]:
-        q, keys, values, bias, *kept = ctx.saved_tensors
-        grad_q, grad_bias = torch.empty_like(q), torch.zeros_like(bias)
-        grad_keys, grad_values = torch.zeros_like(keys), torch.zeros_like(values)
-        all_weights = iter(kept)
-        for queries, steps, distance in _blocks(q, bias):
-            total: Tensor | None = None
-            for rows in _rows(q, distance.expand(bias.shape[0], *distance.shape)):
-                weights, grad = next(all_weights), grad_read[rows, :, queries].flatten(0, 1)
-                k, v = keys[rows, ..., steps].flatten(0, 1), values[rows, :, steps].flatten(0, 1)
-                grad_values[rows, :, steps] += torch.bmm(weights.transpose(1, 2), grad).unflatten(0, (-1, q.shape[1]))
-                slope = torch.ops.aten._softmax_backward_data(torch.bmm(grad, v.transpose(1, 2)), weights, -1, q.dtype)
-                by_head = slope.unflatten(0, (-1, q.shape[1])).sum(0)
-                total = by_head if total is None else total + by_head
-                slope *= q.shape[-1] ** -0.5
-                grad_q[rows, :, queries] = torch.bmm(slope, k.transpose(1, 2)).unflatten(0, (-1, q.shape[1]))
-                own_q = q[rows, :, queries].flatten(0, 1)
-                grad_keys[rows, ..., steps] += torch.bmm(own_q.transpose(1, 2), slope).unflatten(0, (-1, q.shape[1]))
-            assert total is not None
-            grad_bias.index_add_(1, distance.clamp(0, bias.shape[-1] - 1).flatten(), total.flatten(1))
-        return grad_q, grad_keys, grad_values, grad_bias, None
+        q, keys, values, bias, *_ = tensors = ctx.saved_tensors
+        threads = threads_for(q.shape[0] * q.shape[1])
+        grads = [torch.empty_like(q), torch.empty_like(keys), torch.empty_like(values)]
+        grads.append(bias.new_zeros(threads, *bias.shape))  # C++ adds to it, and overwrites the others
+        inputs = [grad_read.contiguous(), *tensors]
+        run("attend_backward", _sizes(tensors), inputs, grads, eps=q.shape[-1] ** -0.5, threads=threads)
+        return *grads[:3], grads[3].sum(0), None
 
 
-def attend_sequence(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor, age: Tensor) -> Tensor:
-    """Do the same as `attention.attend`."""
-    return _WindowAttention.apply(q, keys, values, bias, age)
-
-
-def _blocks(q: Tensor, bias: Tensor) -> list[tuple[slice, slice, Tensor]]:
-    """Return for each block its queries, its keys, and their distances [queries, keys]."""
-    length, window = q.shape[2], bias.shape[-1] - 1
-    found = []
-    for start in range(0, length, BLOCK):
-        end = min(start + BLOCK, length)
-        index = torch.arange(end - start + window)
-        distance = window + index[: end - start].unsqueeze(1) - index
-        found.append((slice(start, end), slice(start, end + window), distance))
-    return found
-
-
-def _rows(q: Tensor, table: Tensor) -> list[slice]:
-    """Return the rows whose products with a table of this size are computed at once."""
-    count = max(1, PRODUCTS // table.numel())
-    return [slice(start, start + count) for start in range(0, q.shape[0], count)]
+def _sizes(tensors: Sequence[Tensor]) -> tuple[int, ...]:
+    batch, heads, length, size = tensors[0].shape
+    return length, batch * heads, size, tensors[2].shape[2], heads
